@@ -153,7 +153,7 @@ CASES: dict[str, tuple[Make, int, str]] = {
     "two lists": (train_on(b'{"a": [{}], "b": [{}]}', "rows.json"), 1, r"2 lists of rows \(a, b\)"),
     "duplicate key": (train_on(b'{"question": "a", "answer": "b", "answer": "c"}\n'), 1, "key 'answer' stands there twice"),
     "ragged table": (train_on(b"question,answer\na,b\na\n", "rows.csv"), 1, "row 3: has 1 cells, the first row names 2"),
-    "two delimiters": (train_on(b"a;b,c\n1;2,3\n", "rows.csv"), 1, r"could be parted by .*data\.csv\.delimiter=comma"),
+    "two delimiters": (train_on(b"a;b,c\n1;2,3\n", "rows.csv"), 1, r"delimiter could be .*data\.csv\.delimiter=comma"),
     "columns of one name": (train_on(b"answer,answer\na,b\n", "rows.csv"), 1, "two columns are named 'answer'"),
     "broken Parquet": (train_on(b"PAR1 and no more", "rows.parquet"), 1, "broken Parquet"),
     # rows

@@ -346,13 +346,13 @@ BAD: dict[str, tuple[list[dict[str, Any]], list[str], int, str]] = {
         "prepare.group_field: rows.jsonl has no field 'users'. Did you mean 'user'?",
     ),
     "no domains": (ROWS, ["prepare.split_by=domain"], 1, "the rows have no domain to split by"),
-    "too few rows": (ROWS[:1], [], 1, "1 rows cannot be parted into 2 splits (train, validation)"),
-    "duplicates do not count as rows": ([ROWS[0]] * 9, [], 1, "1 rows cannot be parted into 2 splits"),
+    "too few rows": (ROWS[:1], [], 1, "1 rows cannot be split into 2 splits (train, validation)"),
+    "duplicates do not count as rows": ([ROWS[0]] * 9, [], 1, "1 rows cannot be split into 2 splits"),
     "too few groups": (
         [{**row, "user": "me"} for row in ROWS],
         ["prepare.split_by=group", "prepare.group_field=user"],
         1,
-        "1 groups cannot be parted into 2 splits",
+        "1 groups cannot be split into 2 splits",
     ),
     "all training rows leak": (
         [{"question": "Who?", "answer": f"Tom {i}."} for i in range(9)],

@@ -47,7 +47,7 @@ def test_every_delimiter_and_encoding_gives_the_same_rows(
     rows, sentences = read(tmp_path / name, content)
     assert rows == ROWS
     said = " ".join(sentences)
-    assert ("parted by" in said) == (delimiter != {"a.csv": ",", "a.tsv": "\t"}[name])
+    assert ("its delimiter is" in said) == (delimiter != {"a.csv": ",", "a.tsv": "\t"}[name])
     assert ("cp1252" in said, "its text is UTF-" in said) == (
         encoding == "cp1252",
         encoding[:6] in ("utf-16", "utf-32"),
@@ -88,7 +88,11 @@ def test_mixed_and_wrong_encodings_name_their_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "rows", "sentence"),
     [
-        ("sep=;\r\nquestion;answer\r\nq, r;1\r\n", [{"question": "q, r", "answer": "1"}], "first line says"),
+        (
+            "sep=;\r\nquestion;answer\r\nq, r;1\r\n",
+            [{"question": "q, r", "answer": "1"}],
+            "first line sets the delimiter",
+        ),
         ('"sep=\t"\nquestion\tanswer\nq\t1\n', [{"question": "q", "answer": "1"}], "(tab)"),
         ("question;answer;note, if any\nq;1;x\n", [{"question": "q", "answer": "1", "note, if any": "x"}], "semicolon"),
         ('question, answer\nq, "a, b"\n', [{"question": "q", "answer": "a, b"}], "a space follows"),
@@ -129,7 +133,7 @@ def test_an_index_that_pandas_wrote_is_set_aside(tmp_path: Path) -> None:
 def test_a_delimiter_that_cannot_be_told_is_refused_and_can_be_set(tmp_path: Path) -> None:
     content = b"one;two,three\n1;2,3\n4;5,6\n"
     with pytest.raises(
-        DatasetError, match=r"parted by ',' \(comma\) .* or ';' \(semicolon\).*data\.csv\.delimiter=comma"
+        DatasetError, match=r"delimiter could be ',' \(comma\) .* or ';' \(semicolon\).*data\.csv\.delimiter=comma"
     ):
         read(tmp_path / "a.csv", content)
     rows, sentences = read(tmp_path / "a.csv", content, delimiter="semicolon")

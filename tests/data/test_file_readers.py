@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from training_lens.config.data_sections import CsvSection
+from training_lens.config.data_sections import CsvSection, DataSection
 from training_lens.data.file_readers import check_csv_settings, detect_format, read_file_rows
 from training_lens.data.source_file import SourceFile
+from training_lens.data.source_reader import read_examples
 from training_lens.errors import DatasetError
 
 ROWS = [{"question": "a, b", "answer": 'say "b"'}, {"question": "c\nd", "answer": "ü"}]
@@ -84,6 +85,7 @@ def test_formats_are_told_by_name() -> None:
         ("a.jsonl", b"\x00\x01\x02", "is binary"),
         ("a.jsonl", gzip.compress(b"{}", mtime=0), r"end its name in \.gz"),
         ("a.csv", b"PK\x03\x04 ", "zip archive"),
+        ("a.csv", b' [{"a": 1}]', r"is JSON; end its name in \.json"),
         ("a.jsonl.gz", b"{}", "broken gzip"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], "broken gzip"),
         ("a.txt", b"hello", r"ending '\.txt'"),
@@ -100,6 +102,16 @@ def test_broken_files_say_where(tmp_path: Path, name: str, content: bytes, messa
     file.write_bytes(content)
     with pytest.raises(DatasetError, match=message):
         list(read_file_rows(SourceFile(file)))
+
+
+def test_settings_of_tables_that_evaluation_does_not_use_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    data = DataSection(csv=CsvSection(delimiter=";"))
+    with caplog.at_level("INFO"):
+        assert len(list(read_examples([str(tmp_path / "a.jsonl")], "data.validation", data))) == 1
+    assert "data.validation: not used: data.csv.delimiter: applies to tables of text" in caplog.text
 
 
 def test_settings_of_tables_are_refused_where_no_source_is_one() -> None:

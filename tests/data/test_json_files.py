@@ -53,7 +53,7 @@ def test_one_content_gives_one_result_under_every_name(tmp_path: Path, name: str
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, [{"prompt": CHAT[:1], "completion": CHAT[1:]}], "one object"),
         ({"frage": "a", "antwort": 3}, [{"frage": "a", "antwort": 3}], "one object"),
         (ROWS[0] | {"tools": [{"name": "f"}]}, [ROWS[0] | {"tools": [{"name": "f"}]}], "one object"),
-        ({"version": "1", "data": ROWS}, ROWS, "its rows are those of 'data'; set aside beside it: 'version'"),
+        ({"version": "1", "data": ROWS}, ROWS, "its rows are those of 'data'; not used: 'version'"),
         ({"chats": [CHAT, CHAT]}, [{"messages": CHAT}] * 2, "its rows are those of 'chats'"),
         ([CHAT, SHAREGPT], [{"messages": CHAT}, {"messages": SHAREGPT}], None),
         (CHAT, [{"messages": CHAT}], "holds one list of messages"),

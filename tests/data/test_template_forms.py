@@ -327,6 +327,15 @@ def test_thoughts_of_earlier_answers_may_be_left_out_and_that_is_told(embedded_t
         render(renderer_of(embedded_tokenizer, HEAD + said, supervise="all"), chat, ())
 
 
+def test_names_of_speakers_that_a_template_leaves_out_are_reported(embedded_tokenizer: Any) -> None:
+    chat = (Message("user", "Hi", extra={"name": "Alma"}), Message("assistant", "Ho"))
+    for shown in (True, False):
+        speaker = "{{ m.name }}: " if shown else ""
+        source = HEAD.replace("{{ m.content }}", speaker + "{{ m.content }}") + "{{ m.content }}" + TAIL
+        text, told = render(renderer_of(embedded_tokenizer, source), chat, ())
+        assert ("Alma" in text) == shown == (not any("does not show who speaks" in remark for remark in told))
+
+
 def test_where_tools_became_text_the_error_says_so(embedded_tokenizer: Any) -> None:
     source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + HEAD
     with pytest.raises(DatasetError, match=r"no system.*descriptions go into the system message"):

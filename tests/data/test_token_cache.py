@@ -48,6 +48,16 @@ def test_the_second_time_comes_from_the_cache(
         assert a.id == b.id and a.input_ids.tolist() == b.input_ids.tolist()
 
 
+def test_rows_that_differ_in_white_space_alone_are_duplicates(
+    embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    spaced = {"question": "Where  is\n0? ", "answer": "In box 0."}
+    digests = prepare(
+        embedded_tokenizer, write_rows([ROWS[0], spaced, ROWS[1]]), tmp_path / "cache", domain={"field": None}
+    ).dataset.digests
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_what_decides_the_tokens_decides_the_fingerprint(
     embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -55,7 +55,7 @@ class CsvSection(Section):
     """How tables of text (.csv, .tsv) are written; null: detected and logged."""
 
     delimiter: str | None = Field(
-        None, description="what parts the cells: one character, or comma, semicolon, tab, pipe, space"
+        None, description="the delimiter of cells: one character, or comma, semicolon, tab, pipe, space"
     )
     encoding: str | None = Field(None, description="such as utf-8, cp1252, cp1251, utf-16, shift_jis, gb18030")
     quotechar: str | None = Field(

@@ -88,7 +88,9 @@ class AnswerFinder:
         at = 0
         for index, piece, following in zip(answers, pieces, pieces[1:], strict=False):
             start = at + len(piece)
-            shown = _find_rendered_form(chat.messages[index].text, chat.text, start, following)
+            answer = chat.messages[index].text
+            forms = (answer, answer.strip(), answer.rstrip(), answer.lstrip())
+            shown = next((form for form in forms if chat.text.startswith(form + following, start)), None)
             if not chat.text.startswith(piece, at) or shown is None:
                 return {}
             at = start + len(shown)
@@ -131,8 +133,14 @@ class AnswerFinder:
             apart = THOUGHTS_END in message.text
             advice = "It takes the answer's thoughts apart: set data.thinking=true." if apart else OTHER_TEMPLATE_ADVICE
             raise DatasetError(f"{self._name} changes the assistant's text, so it cannot be found. {advice}")
-        text_start = None if from_generation_prompt else self._find_text_start(chat, index)
-        start = self._find_generation_start(chat, index) if text_start is None else text_start
+        text_start = None
+        if not from_generation_prompt:  # where a text answer would begin in place of this call
+            before, marked, _ = self._render_with_placeholder(chat.messages, chat.tools, index).partition(ANSWER)
+            text_start = len(before) if marked and chat.text.startswith(before) else None
+        start = text_start
+        if start is None:  # where the template's generation prompt before this answer ends
+            before = self._render(chat.messages[:index], chat.tools, generation=True)[0]
+            start = len(before) if chat.text.startswith(before) else None
         found = shown or (text_start is not None and self._find_call(chat, index, text_start))
         span = found or self._find_by_generation_marks(chat, index) or self._find_by_prefix(chat, index)
         if start is None or span is None or span[1] <= start:
@@ -145,16 +153,6 @@ class AnswerFinder:
         if THOUGHTS_END in message.text and extract_thoughts(message.text) not in written:
             raise DatasetError(f"{self._name} leaves out the thoughts of the answer {message.text[:40]!r}.")
         return start, span[1]
-
-    def _find_generation_start(self, chat: RenderedChat, index: int) -> int | None:
-        """Where the template's generation prompt before this answer ends."""
-        before = self._render(chat.messages[:index], chat.tools, generation=True)[0]
-        return len(before) if chat.text.startswith(before) else None
-
-    def _find_text_start(self, chat: RenderedChat, index: int) -> int | None:
-        """Where a text answer would begin in place of this call."""
-        before, found, _ = self._render_with_placeholder(chat.messages, chat.tools, index).partition(ANSWER)
-        return len(before) if found and chat.text.startswith(before) else None
 
     def _render_with_placeholder(self, messages: Sequence[Message], tools: Tools, index: int) -> str:
         """The chat with a text placeholder instead of a call; empty if the template refuses it."""
@@ -193,11 +191,3 @@ class AnswerFinder:
         return (
             (0, len(until)) if self.is_ended(until) else self._include_end_token(replace(chat, marks=()), 0, len(until))
         )
-
-
-def _find_rendered_form(answer: str, text: str, start: int, following: str) -> str | None:
-    """The answer as rendered in `text` at `start`: verbatim, or without surrounding white space."""
-    for form in (answer, answer.strip(), answer.rstrip(), answer.lstrip()):
-        if text.startswith(form + following, start):
-            return form
-    return None

@@ -64,28 +64,24 @@ class ChatTemplate:
         ends = special_token_names(tokenizer) | ({mark[1]} & tokens if mark else set())
         self._answers = AnswerFinder(self._render_messages, ends, behind, name)
         self.marks_without_token = tuple(sorted(set(END_LIKE.findall(probe)) - tokens - ends))
+        self.shows_tools, self.shows_results = self.form.shows_tools, self.form.shows_results
+        self.shows_calls = self.form.argument_format is not None
         self._calls_start_elsewhere = self._has_other_call_start()
-        self._log_answer_start(before)
-
-    @property
-    def shows_tools(self) -> bool:
-        """Whether it shows descriptions of tools."""
-        return self.form.shows_tools
-
-    @property
-    def shows_calls(self) -> bool:
-        """Whether it shows calls of tools."""
-        return self.form.argument_format is not None
-
-    @property
-    def shows_results(self) -> bool:
-        """Whether it shows what tools gave."""
-        return self.form.shows_results
+        asked = self._render_messages(PROBE[:1], (), generation=True)[0]
+        if asked != before:
+            logger.info(
+                "template: answers begin behind %r, the template's own generation prompt ends in %r; training and "
+                "infer use the first, serve the adapter likewise", before.split(ASKED)[1], asked.split(ASKED)[1],
+            )  # fmt: skip
 
     def list_remarks(self, messages: Sequence[Message]) -> Iterator[str]:
-        """What the user must be told of how these messages reach the template."""
+        """Remarks on marks without a token, and on how these messages are passed to the template."""
         if self.marks_without_token:
-            yield self._describe_unknown_marks()
+            listed = ", ".join(f"'{mark}'" for mark in self.marks_without_token)
+            yield (
+                f"{self.name} marks turns with {listed}, no token of this tokenizer: read as letters. Answers end with "
+                f"'{self._eos}' alone; take the tokenizer that the template belongs to, or another template"
+            )
         if self.shows_calls:
             yield from self.form.list_remarks(messages)
 
@@ -98,22 +94,6 @@ class ChatTemplate:
         except DatasetError:
             return False
         return self.shows_calls and not called.startswith(said.split(ANSWER)[0])
-
-    def _describe_unknown_marks(self) -> str:
-        listed = ", ".join(f"'{mark}'" for mark in self.marks_without_token)
-        return (
-            f"{self.name} marks turns with {listed}, no token of this tokenizer: read as letters. Answers end with "
-            f"'{self._eos}' alone; take the tokenizer that the template belongs to, or another template"
-        )
-
-    def _log_answer_start(self, before: str) -> None:
-        """Log where answers begin, if that is not where the template's generation prompt ends."""
-        asked = self._render_messages(PROBE[:1], (), generation=True)[0]
-        if asked != before:
-            logger.info(
-                "template: answers begin behind %r, the template's own generation prompt ends in %r; training and "
-                "infer use the first, serve the adapter likewise", before.split(ASKED)[1], asked.split(ASKED)[1],
-            )  # fmt: skip
 
     def render_prompt(
         self, messages: Sequence[Message], tools: Tools, learned: Collection[int] = ()
@@ -136,7 +116,9 @@ class ChatTemplate:
         chat = self._render_chat(messages, tools)
         free = self._answers_at_generation_prompt(messages, tools)
         spans = self._answers.find_answers(chat, learned, certain=learned, from_generation_prompt=free)
-        inside = [i for i in learned if not chat.marks or _overlaps_marks(spans[i], chat.marks)]
+        inside = [
+            i for i in learned if not chat.marks or any(a < spans[i][1] and spans[i][0] < b for a, b in chat.marks)
+        ]
         if learned and not inside:
             raise DatasetError(f"the generation marks of {self.name} leave out every answer. {OTHER_TEMPLATE_ADVICE}")
         text, last = chat.text, len(messages) - 1
@@ -188,10 +170,6 @@ def lost_content_error(name: str, lost: str, way_out: str) -> DatasetError:
     """The error that a template loses content of a row."""
     kind = f"{name} drops (or changes) part of what a row says"
     return DatasetError(f"{name} drops (or changes) {lost}. {way_out}, or take it out of the rows.", kind=kind)
-
-
-def _overlaps_marks(span: Span, marks: Sequence[Span]) -> bool:
-    return any(a < span[1] and span[0] < b for a, b in marks)
 
 
 def _cut_segments(text: str, spans: Sequence[tuple[int, int, bool]]) -> list[TextSegment]:

@@ -92,16 +92,11 @@ def truncate_rows(rows: EncodedRows, seq_len: int, truncation: Truncation, bos_i
         return rows.select_tokens(short)
     if truncation == "keep_start":
         return rows.select_tokens(place < seq_len)
-    front = np.repeat(_find_rows_beginning_with(rows, bos_id), lengths)
+    has_bos = np.zeros(len(rows), dtype=np.int64)  # 1 for examples that begin with BOS
+    filled = lengths > 0
+    has_bos[filled] = rows.input_ids[rows.offsets[:-1][filled]] == (-1 if bos_id is None else bos_id)
+    front = np.repeat(has_bos, lengths)
     return rows.select_tokens(short | (place < front) | (place >= length - (seq_len - front)))
-
-
-def _find_rows_beginning_with(rows: EncodedRows, token: int | None) -> np.ndarray:
-    """1 for each example that begins with the token, else 0; int64."""
-    begins = np.zeros(len(rows), dtype=np.int64)
-    filled = rows.lengths > 0
-    begins[filled] = rows.input_ids[rows.offsets[:-1][filled]] == (-1 if token is None else token)
-    return begins
 
 
 def find_learnable_rows(rows: EncodedRows, special_ids: Collection[int]) -> np.ndarray:

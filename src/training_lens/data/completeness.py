@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,35 +14,15 @@ from training_lens.data.examples import Message
 THOUGHTS_END = "</think>"
 
 
-def _escape_json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _escape_ascii_json(text: str) -> str:
-    return json.dumps(text)[1:-1]
-
-
-def _escape_markup(text: str) -> str:
-    return str(escape(text))
-
-
-def _escape_python(text: str) -> str:
-    return repr(text)[1:-1]
-
-
-def _escape_json_twice(text: str) -> str:
-    return _escape_json(_escape_json(text))
-
-
-# Lossless spellings of a text in a template, best first: verbatim, JSON, markup, Python repr, JSON within JSON.
-SPELLINGS: tuple[Callable[[str], str], ...] = (
-    str,
-    _escape_json,
-    _escape_ascii_json,
-    _escape_markup,
-    _escape_python,
-    _escape_json_twice,
-)
+def list_spellings(text: str) -> Iterator[str]:
+    """Lossless spellings of a text in a template, best first: verbatim, JSON, markup, Python, JSON within JSON."""
+    yield text
+    written = json.dumps(text, ensure_ascii=False)[1:-1]
+    yield written
+    yield json.dumps(text)[1:-1]
+    yield str(escape(text))
+    yield repr(text)[1:-1]
+    yield json.dumps(written, ensure_ascii=False)[1:-1]
 
 
 def mark_chat(
@@ -59,31 +39,27 @@ def mark_chat(
         marks[name] = what
         return name
 
-    marked_tools = [_mark_tool(tool, mark) for tool in tools]
-    return [_mark_message(message, mark) for message in messages], marked_tools, marks
-
-
-def _mark_message(message: Message, mark: Callable[[str], str]) -> Message:
-    text = mark(f"the {message.role} message {message.text[:40]!r}") if message.text else ""
-    what = [f"the call of {call['name']}" for call in message.calls]
-    calls = [
-        {**call, "name": mark(said), "arguments": {mark(f"the arguments of {said}"): mark(f"the values of {said}")}}
-        for call, said in zip(message.calls, what, strict=True)
-    ]
-    return replace(message, text=text, input="", calls=tuple(calls))
-
-
-def _mark_tool(tool: Mapping[str, Any], mark: Callable[[str], str]) -> dict[str, Any]:
-    name = tool["function"].get("name", "")
-    schema = {"type": "string", "description": mark(f"the descriptions of parameters of the tool {name}")}
-    parameters = {"type": "object", "properties": {mark(f"the parameters of the tool {name}"): schema}}
-    described = {"name": mark(f"the tool {name}"), "description": mark(f"the description of the tool {name}")}
-    return {**tool, "function": {**described, "parameters": parameters}}
+    marked_messages, marked_tools = [], []
+    for message in messages:
+        text = mark(f"the {message.role} message {message.text[:40]!r}") if message.text else ""
+        calls = []
+        for call in message.calls:
+            said = f"the call of {call['name']}"
+            arguments = {mark(f"the arguments of {said}"): mark(f"the values of {said}")}
+            calls.append({**call, "name": mark(said), "arguments": arguments})
+        marked_messages.append(replace(message, text=text, input="", calls=tuple(calls)))
+    for tool in tools:
+        name = tool["function"]["name"]
+        schema = {"type": "string", "description": mark(f"the descriptions of parameters of the tool {name}")}
+        parameters = {"type": "object", "properties": {mark(f"the parameters of the tool {name}"): schema}}
+        described = {"name": mark(f"the tool {name}"), "description": mark(f"the description of the tool {name}")}
+        marked_tools.append({**tool, "function": {**described, "parameters": parameters}})
+    return marked_messages, marked_tools, marks
 
 
 def rank_spelling(text: str, rendered: str) -> int | None:
-    """The index of the first of the `SPELLINGS` of `text` found in `rendered`; None if there is none."""
-    return next((rank for rank, spell in enumerate(SPELLINGS) if spell(text) in rendered), None)
+    """The index of the first of the `list_spellings` of `text` found in `rendered`; None if there is none."""
+    return next((rank for rank, spelling in enumerate(list_spellings(text)) if spelling in rendered), None)
 
 
 def contains_text(rendered: str, text: str) -> bool:
@@ -102,14 +78,14 @@ def find_lost(
         for text in (message.text, message.input):
             if text not in rendered and not _contains_message(rendered, text, message, index in learned):
                 return f"the {message.role} message {text[:40]!r}"
-        for call in message.calls:
-            if lost := next(
-                (what for what, text in _list_call_texts(call) if not _contains_value(rendered, text)), None
-            ):
-                return lost
-    for tool in tools:
-        if lost := next((what for what, text in list_tool_texts(tool) if not contains_text(rendered, text)), None):
-            return lost
+        for what, value in (named for call in message.calls for named in _list_call_texts(call)):
+            spelled = (str(value),) if isinstance(value, str) else (str(value), json.dumps(value))
+            if not any(contains_text(rendered, text) for text in spelled):
+                return what
+    for function in (tool["function"] for tool in tools):
+        for what, text in _list_schema_texts(function):
+            if not contains_text(rendered, text):
+                return f"{what} {text[:40]!r} of the tool {function['name']}"
     return None
 
 
@@ -139,12 +115,6 @@ def _contains_message(rendered: str, text: str, message: Message, learned: bool)
     return contains_text(rendered, said) and not (learned and not contains_text(rendered, extract_thoughts(text)))
 
 
-def _contains_value(rendered: str, value: Any) -> bool:
-    if isinstance(value, str):
-        return contains_text(rendered, value)
-    return any(spelled in rendered for spelled in (json.dumps(value), str(value)))
-
-
 def _list_call_texts(call: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Each name and value in a call, after its description."""
     yield f"the call of {call['name']}", call["name"]
@@ -164,14 +134,6 @@ def _iterate_leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _iterate_leaves(inner, key)
     else:
         yield key, value
-
-
-def list_tool_texts(tool: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The texts in a tool description (names, descriptions, allowed values), each with its label."""
-    function = tool.get("function", tool)
-    name = function.get("name", "")
-    for what, text in _list_schema_texts(function):
-        yield f"{what} {text[:40]!r} of the tool {name}", text
 
 
 def _list_schema_texts(schema: Any) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import IO, Any
 
@@ -55,23 +55,22 @@ def read_csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[R
         DatasetError: the encoding or the delimiter is ambiguous, or a row is broken and bad rows are not skipped.
     """
     csv.field_size_limit(ROW_BYTES)
+
+    def read_bounded_lines() -> Iterator[str]:
+        while line := text.readline(ROW_BYTES):
+            if len(line) == ROW_BYTES and not line.endswith("\n"):
+                raise DatasetError(f"{source.path}: has a line of over {ROW_BYTES:,} characters. Is it a table?")
+            yield line
+
     text = io.TextIOWrapper(file, encoding=find_encoding(source, file), newline="")
     try:
         dialect, start = _find_dialect(source, text, usual)
         text.seek(0)
         if start:
             text.readline()  # the sep= line, which a spreadsheet does not show
-        yield from _read_table(source, dialect.open_reader(_read_bounded_lines(source, text)))
+        yield from _read_table(source, dialect.open_reader(read_bounded_lines()))
     finally:
         text.detach()
-
-
-def _read_bounded_lines(source: SourceFile, text: IO[str]) -> Iterator[str]:
-    """The lines of the table; a line that is too long is refused before it is in memory."""
-    while line := text.readline(ROW_BYTES):
-        if len(line) == ROW_BYTES and not line.endswith("\n"):
-            raise DatasetError(f"{source.path}: has a line of over {ROW_BYTES:,} characters. Is it a table?")
-        yield line
 
 
 def _find_dialect(source: SourceFile, text: IO[str], usual: str) -> tuple[Dialect, int]:
@@ -82,26 +81,19 @@ def _find_dialect(source: SourceFile, text: IO[str], usual: str) -> tuple[Dialec
     table = sample[sep.end() :] if sep else sample
     delimiter = settings.delimiter or (sep[1] if sep else None) or _find_delimiter(source, table, is_cut, usual)
     if sep:
-        source.add_remark(f"its first line says what parts its cells: {_describe_delimiter(sep[1])}")
+        source.add_remark(f"its first line sets the delimiter {_describe_delimiter(sep[1])}")
     elif delimiter != usual and settings.delimiter is None:
-        source.add_remark(f"its cells are parted by {_describe_delimiter(delimiter)}")
+        source.add_remark(f"its delimiter is {_describe_delimiter(delimiter)}")
     dialect = Dialect(delimiter, settings.quotechar, settings.escapechar)
-    header = _read_first_row(dialect, table)
+    header = next((row for row in _read_sample_rows(dialect, table) if any(row)), [])
     spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
     if spaced and delimiter != " ":
         source.add_remark("a space follows each delimiter of its first row; spaces before cells are set aside")
-    return Dialect(delimiter, settings.quotechar, settings.escapechar, spaced), int(bool(sep))
+    return replace(dialect, skip_spaces=spaced), int(bool(sep))
 
 
 def _describe_delimiter(delimiter: str) -> str:
     return f"{delimiter!r} ({NAMES[delimiter]})" if delimiter in NAMES else repr(delimiter)
-
-
-def _read_first_row(dialect: Dialect, table: str) -> list[str]:
-    try:
-        return next((row for row in dialect.open_reader(io.StringIO(table, newline="")) if any(row)), [])
-    except csv.Error:
-        return []
 
 
 @dataclass(frozen=True)
@@ -137,8 +129,7 @@ def _find_delimiter(source: SourceFile, table: str, is_cut: bool, usual: str) ->
             for c in found
         )
         raise DatasetError(
-            f"{source.path}: its cells could be parted by {ways}. Say which: "
-            f"data.csv.delimiter={NAMES[found[0].delimiter]}."
+            f"{source.path}: its delimiter could be {ways}. Say which: data.csv.delimiter={NAMES[found[0].delimiter]}."
         )
     return found[0].delimiter if found else usual
 
@@ -146,9 +137,8 @@ def _find_delimiter(source: SourceFile, table: str, is_cut: bool, usual: str) ->
 def _try_delimiter(source: SourceFile, table: str, is_cut: bool, delimiter: str) -> _Candidate | None:
     if delimiter in (source.csv.quotechar, source.csv.escapechar):
         return None
-    rows = list(
-        islice(_read_sample_rows(Dialect(delimiter, source.csv.quotechar, source.csv.escapechar), table), SAMPLE_ROWS)
-    )
+    dialect = Dialect(delimiter, source.csv.quotechar, source.csv.escapechar)
+    rows = list(islice(_read_sample_rows(dialect, table), SAMPLE_ROWS))
     if is_cut and len(rows) < SAMPLE_ROWS:
         rows = rows[:-1]  # the last one's end is missing
     rows = [row for row in rows if any(row)]
@@ -185,18 +175,16 @@ def _read_table(source: SourceFile, table: Any) -> Iterator[Row]:
         if len(cells) == width:
             yield from _build_rows(source, number, columns, cells)
         else:
-            source.refuse_row(number, _describe_width_problem(len(cells), width), kind="another number of cells")
+            source.refuse_row(
+                number,
+                f"has {len(cells)} cells, the first row names {width} columns. Put text that holds the delimiter or a "
+                'line break in "double quotes"; data.csv.delimiter and data.csv.quotechar set others.',
+                kind="another number of cells",
+            )
     if empty:
         source.add_remark(f"rows of nothing but empty cells are set aside: {empty}")
     if longer:
         source.add_remark(f"empty cells behind the last named column are set aside in rows: {longer}")
-
-
-def _describe_width_problem(cells: int, columns: int) -> str:
-    return (
-        f"has {cells} cells, the first row names {columns} columns. Put text that holds the delimiter or a line break "
-        'in "double quotes"; data.csv.delimiter and data.csv.quotechar set others.'
-    )
 
 
 def _number_rows(source: SourceFile, table: Any) -> Iterator[tuple[int, list[str]]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import IO
 
 from training_lens.data.source_file import SourceFile
@@ -76,22 +74,17 @@ def _find_bad_byte(file: IO[bytes], encoding: str) -> int | None:
     decoder = codecs.getincrementaldecoder(encoding)()
     read = 0
     try:
-        for block in _read_blocks(file):
+        while True:
+            block = file.read(BLOCK_BYTES)
             pending = len(decoder.getstate()[0])
             decoder.decode(block, final=not block)
+            if not block:
+                return None
             read += len(block)
     except UnicodeDecodeError as error:
         return max(0, read - pending + error.start)
     finally:
         file.seek(0)
-    return None
-
-
-def _read_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    """The file in blocks, then one empty block."""
-    while block := file.read(BLOCK_BYTES):
-        yield block
-    yield b""
 
 
 def _require_encoding(source: SourceFile, file: IO[bytes], encoding: str) -> None:
@@ -101,62 +94,43 @@ def _require_encoding(source: SourceFile, file: IO[bytes], encoding: str) -> Non
         raise DatasetError(f"{source.path}, line {line}: is not {encoding} text. {ENCODING_ADVICE}")
 
 
-@dataclass(frozen=True)
-class _Line:
-    number: int
-    content: bytes
-
-
 def _find_legacy_encoding(source: SourceFile, file: IO[bytes]) -> str:
     """cp1252, if a file that is not UTF-8 is plausible in it."""
-    utf8, other = _sample_non_ascii_lines(file)
-    if utf8:
+    utf8_line, lines = _sample_non_ascii_lines(file)
+    first = next(iter(lines))
+    if utf8_line:
         raise DatasetError(
-            f"{source.path}: mixes encodings: line {utf8.number} is UTF-8, line {other[0].number} is not. Save all "
-            "of it as UTF-8, or say which encoding it is to be read in: data.csv.encoding=cp1252."
+            f"{source.path}: mixes encodings: line {utf8_line} is UTF-8, line {first} is not. Save all "
+            "of it as UTF-8, or set the encoding to read it in: data.csv.encoding=cp1252."
         )
-    if _find_bad_byte(file, "cp1252") is not None or not _looks_western(other):
-        raise DatasetError(f"{source.path}, line {other[0].number}: is not UTF-8 text. {ENCODING_ADVICE}")
-    example = _excerpt_non_ascii(other[0].content.decode("cp1252"))
+    if _find_bad_byte(file, "cp1252") is not None or not _looks_western(b"".join(lines.values()).decode("cp1252")):
+        raise DatasetError(f"{source.path}, line {first}: is not UTF-8 text. {ENCODING_ADVICE}")
+    text = lines[first].decode("cp1252")
+    start = max(0, next(i for i, character in enumerate(text) if not character.isascii()) - SHOWN // 2)
     source.add_remark(
-        f"is not UTF-8, and read as cp1252 (Windows, Western Europe): line {other[0].number} then says {example!r}. If "
-        "that is wrong, set data.csv.encoding"
+        f"is not UTF-8, and read as cp1252 (Windows, Western Europe): line {first} then says "
+        f"{text[start : start + SHOWN].strip()!r}. If that is wrong, set data.csv.encoding"
     )
     return "cp1252"
 
 
-def _sample_non_ascii_lines(file: IO[bytes]) -> tuple[_Line | None, list[_Line]]:
-    """Of the non-ASCII lines: the first valid UTF-8 line, and the first `LINES` others."""
-    utf8: _Line | None = None
-    other: list[_Line] = []
+def _sample_non_ascii_lines(file: IO[bytes]) -> tuple[int | None, dict[int, bytes]]:
+    """Of the non-ASCII lines: the number of the first valid UTF-8 line, and the first `LINES` others by number."""
+    utf8_line, lines = None, dict[int, bytes]()
     for number, line in enumerate(file, 1):
         if line.isascii():
             continue
-        if _is_utf8(line):
-            utf8 = utf8 or _Line(number, line)
-        elif len(other) < LINES:
-            other.append(_Line(number, line))
+        try:
+            line.decode("utf-8")
+            utf8_line = utf8_line or number
+        except UnicodeDecodeError:
+            if len(lines) < LINES:
+                lines[number] = line
     file.seek(0)
-    return utf8, other
+    return utf8_line, lines
 
 
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _looks_western(lines: list[_Line]) -> bool:
-    text = "".join(line.content.decode("cp1252") for line in lines)
+def _looks_western(text: str) -> bool:
     letters = sum(not character.isascii() for character in text)
     unlikely = sum(len(match[0]) for match in _UNLIKELY.finditer(text) if not match[0].isascii())
     return unlikely <= UNLIKELY_SHARE * letters
-
-
-def _excerpt_non_ascii(text: str) -> str:
-    """An excerpt of the line around its first non-ASCII character."""
-    place = next(i for i, character in enumerate(text) if not character.isascii())
-    start = max(0, place - SHOWN // 2)
-    return text[start : start + SHOWN].strip()

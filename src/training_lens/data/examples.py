@@ -88,7 +88,7 @@ class TextSegment:
 class TokenizedExample:
     """`input_ids` (length,) int32 and `loss_mask` (length,) bool, which is true for supervised tokens.
 
-    `digest` is a hash of the rendered text: equal for duplicates.
+    `digest` is a hash of the rendered text: equal for duplicates, also where white space differs.
     """
 
     file: str
@@ -117,10 +117,6 @@ class Batch:
     lengths: tuple[int, ...]
     example_ids: tuple[str, ...]
     is_packed: bool = False
-
-    @property
-    def token_count(self) -> int:
-        return sum(self.lengths)
 
     def move_to(self, device: torch.device) -> Batch:
         return replace(self, input_ids=self.input_ids.to(device), loss_mask=self.loss_mask.to(device))

@@ -187,12 +187,18 @@ class _FieldSearch:
         return form
 
     def _find_only_form(self) -> str:
-        there = {form: self._find_candidates(form) for form in MEANINGS}
+        required = {form: ("instruction", "output") if form == "pair" else (form,) for form in MEANINGS}
+        there = {form: [self._find_present_keys(name) for name in names] for form, names in required.items()}
         there = {form: found for form, found in there.items() if all(found)}
         if self.fields.output and "pair" in there:
             return "pair"
         if len(there) > 1:
-            raise self._ambiguous_form_error(there)
+            seen = [f"{' -> '.join(f[0] for f in found)} (row {self.keys[found[0][0]]})" for found in there.values()]
+            ways = [f"data.fields.{LEADING[form]}={found[0][0]}" for form, found in there.items()]
+            raise DatasetError(
+                f"{self.place}: could be read as {' or as '.join(seen)}. Say which: {' or '.join(ways)}; rows of "
+                "several forms belong into several files."
+            )
         if there:
             return self._require_text_alone(next(iter(there)))
         has_prompt = self._find_present_keys("instruction") or find_near_key(self.keys, "instruction")
@@ -216,20 +222,6 @@ class _FieldSearch:
         """The key of rated whole chats: chosen, if there is rejected."""
         return [key for key in FALLBACKS["messages"] if key in self.keys and REJECTED in self.keys]
 
-    def _ambiguous_form_error(self, there: Mapping[str, list[list[str]]]) -> DatasetError:
-        seen = [f"{' -> '.join(f[0] for f in found)} (row {self.keys[found[0][0]]})" for found in there.values()]
-        ways = [f"data.fields.{LEADING[form]}={found[0][0]}" for form, found in there.items()]
-        return DatasetError(
-            f"{self.place}: could be read as {' or as '.join(seen)}. Say which: {' or '.join(ways)}; rows of several "
-            "forms belong into several files."
-        )
-
-    def _find_candidates(self, form: str) -> list[list[str]]:
-        """Candidate keys for each required meaning of a form."""
-        return [
-            self._find_present_keys(meaning) for meaning in (("instruction", "output") if form == "pair" else (form,))
-        ]
-
     def _find_present_keys(self, meaning: str) -> list[str]:
         """Candidate keys for a meaning: the configured one, or those with one of its names in any case."""
         if configured := getattr(self.fields, meaning):
@@ -248,7 +240,8 @@ class _FieldSearch:
         if form == "messages" and meaning == "output" and not self.fields.output:
             there = self._find_rated_chats() if self._find_present_keys("messages") else []
         elif not there:
-            there = self._find_rated_chats() if meaning == "messages" else self._find_fallback_keys(meaning)
+            fallbacks = [key for key in self.keys if plain_name(key) in FALLBACKS.get(meaning, ())]
+            there = self._find_rated_chats() if meaning == "messages" else fallbacks
         if len(there) > 1:
             seen = " and ".join(f"'{key}' (row {self.keys[key]})" for key in there)
             raise DatasetError(
@@ -256,9 +249,6 @@ class _FieldSearch:
                 "rows of several forms belong into several files."
             )
         return there[0] if there else None
-
-    def _find_fallback_keys(self, meaning: str) -> list[str]:
-        return [key for key in self.keys if plain_name(key) in FALLBACKS.get(meaning, ())]
 
 
 def unknown_field_error(key: str, name: str, keys: Collection[str], place: str) -> DatasetError:

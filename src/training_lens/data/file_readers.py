@@ -72,7 +72,12 @@ def read_file_rows(source: SourceFile) -> Iterator[Row]:
     try:
         with _open_file(path) as file:
             _check_signature(path, file, kind)
-            yield from _read_rows(source, file, kind)
+            if kind == ".parquet":
+                yield from _read_parquet_rows(source, file)
+            elif kind in TABLES:
+                yield from read_csv_rows(source, file, TABLES[kind])
+            else:
+                yield from read_json_rows(source, file, is_named_lines=kind != ".json")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DatasetError(f"{path}: broken gzip data ({error}). Compress it again, or copy it again whole.") from error
     except OSError as error:
@@ -84,14 +89,6 @@ def _open_file(path: Path) -> IO[bytes]:
     return io.BufferedReader(UnpackedFile(file), MB) if path.suffix.lower() == GZIP else file
 
 
-def _read_rows(source: SourceFile, file: IO[bytes], kind: str) -> Iterator[Row]:
-    if kind == ".parquet":
-        return _read_parquet_rows(source, file)
-    if kind in TABLES:
-        return read_csv_rows(source, file, TABLES[kind])
-    return read_json_rows(source, file, is_named_lines=kind != ".json")
-
-
 def _check_signature(path: Path, file: IO[bytes], kind: str) -> None:
     head = file.read(4096)
     file.seek(0)
@@ -100,17 +97,14 @@ def _check_signature(path: Path, file: IO[bytes], kind: str) -> None:
             raise DatasetError(f"{path}: is no Parquet file. End its name as what it is: {', '.join(FORMATS)}.")
         return
     found = next((what for start, what in SIGNATURES.items() if head.startswith(start)), None)
-    if found is None and kind not in TABLES:
-        found = _describe_json_problem(head)
+    if found is None and kind in TABLES and head.lstrip().startswith((b'{"', b"[{")):
+        found = "JSON; end its name in .json"
+    elif found is None and kind not in TABLES and head.startswith(UTF16):  # only tables have their encoding detected
+        found = "UTF-16 text, and JSON is UTF-8. Save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+    elif found is None and kind not in TABLES and b"\0" in head:
+        found = "binary, no text"
     if found:
         raise DatasetError(f"{path}: is {found}.")
-
-
-def _describe_json_problem(head: bytes) -> str | None:
-    """JSON must be UTF-8; only tables have their encoding detected."""
-    if head.startswith(UTF16):
-        return "UTF-16 text, and JSON is UTF-8. Save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"
-    return "binary, no text" if b"\0" in head else None
 
 
 def _read_parquet_rows(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:

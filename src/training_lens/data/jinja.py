@@ -61,11 +61,6 @@ def shows_date(source: str) -> bool:
     return re.search(rf"\b{CLOCK}\b", source) is not None
 
 
-def list_sources(templates: str | Mapping[str, str]) -> list[str]:
-    """The texts of all templates of a tokenizer."""
-    return [templates] if isinstance(templates, str) else list(templates.values())
-
-
 def choose_source(templates: str | Mapping[str, str], with_tools: bool) -> str:
     """The template's text; of several named ones, the one that transformers would take.
 

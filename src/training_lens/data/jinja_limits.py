@@ -91,12 +91,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 max(_measure_length(left) * _as_whole_number(right), _measure_length(right) * _as_whole_number(left))
             )
         if operator in ("*", "**"):
-            bits = (
-                _count_bits(left) * abs(_as_whole_number(right))
-                if operator == "**"
-                else _count_bits(left) + _count_bits(right)
-            )
-            _check_width(bits)
+            left_bits, right_bits = (value.bit_length() if isinstance(value, int) else 0 for value in (left, right))
+            is_power = operator == "**"
+            _check_width(left_bits * abs(_as_whole_number(right)) if is_power else left_bits + right_bits)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
@@ -223,7 +220,3 @@ def _measure_length(value: Any) -> int:
 
 def _as_whole_number(value: Any) -> int:
     return value if isinstance(value, int) else 0
-
-
-def _count_bits(value: Any) -> int:
-    return value.bit_length() if isinstance(value, int) else 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from training_lens.data.examples import Row
-from training_lens.data.row_keys import ALIASES
+from training_lens.data.row_keys import ALIASES, plain_name
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 from training_lens.utils.limits import EMPTY_LINES, NESTED, ROW_BYTES, WHOLE_JSON_BYTES, is_too_deep
@@ -18,7 +18,7 @@ MESSAGES = "messages"  # the key for a row that is only a list of messages
 MESSAGE_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 TOO_LONG = f"has over {ROW_BYTES:,} bytes. Cut it, or take it out: no model reads so long a row."
 SAVE_AS_UTF8 = "Save the file as UTF-8, such as with: iconv -f CP1252 -t UTF-8 OLD > NEW."
-_SPACE = re.compile(r"\s*")
+_FILLED = re.compile(r"\S")
 
 
 def read_json_rows(source: SourceFile, file: IO[bytes], is_named_lines: bool) -> Iterator[Row]:
@@ -94,19 +94,12 @@ class _RepeatedKey(dict[str, Any]):
     key: str
 
 
-class _Decoder:
+class _Decoder(json.JSONDecoder):
     """Decodes JSON and detects duplicate keys."""
 
     def __init__(self) -> None:
-        self._json = json.JSONDecoder(object_pairs_hook=self._build_object)
+        super().__init__(object_pairs_hook=self._build_object)
         self.has_repeated_keys = False
-
-    def decode(self, text: str) -> Any:
-        return self._json.decode(text)
-
-    def decode_from(self, text: str, start: int) -> tuple[Any, int]:
-        """The value at `start`, and its end."""
-        return self._json.raw_decode(text, start)
 
     def _build_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -133,7 +126,8 @@ def _read_lines(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
         try:
             value = decoder.decode(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:
-            source.refuse_row(number, _describe_line_error(error), kind=_classify_line_error(error), unit="line")
+            kind = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+            source.refuse_row(number, _describe_line_error(error), kind=kind, unit="line")
             continue
         yield from _build_rows(source, number, value, decoder)
 
@@ -165,10 +159,6 @@ def _describe_line_error(error: Exception) -> str:
             "a line."
         )
     return f"JSON that cannot be read ({error})."  # numbers of thousands of digits, brackets without end
-
-
-def _classify_line_error(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
 
 
 def _build_rows(source: SourceFile, number: int, value: Any, decoder: _Decoder) -> Iterator[Row]:
@@ -223,12 +213,11 @@ def _read_values(source: SourceFile, text: str, is_named_lines: bool) -> Iterato
 def _parse_values(source: SourceFile, text: str, decoder: _Decoder) -> list[Any]:
     """All consecutive JSON values in the text."""
     values: list[Any] = []
-    position = _skip_space(text, 0)
+    end = 0
     try:
-        while position < len(text):
-            value, position = decoder.decode_from(text, position)
+        while start := _FILLED.search(text, end):
+            value, end = decoder.raw_decode(text, start.start())
             values.append(value)
-            position = _skip_space(text, position)
     except json.JSONDecodeError as error:
         raise DatasetError(
             f"{source.path}, line {error.lineno}: broken JSON ({error.msg} at column {error.colno}). Expected one list "
@@ -238,11 +227,6 @@ def _parse_values(source: SourceFile, text: str, decoder: _Decoder) -> list[Any]
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{source.path}: JSON that cannot be read ({error}).") from error
     return values
-
-
-def _skip_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    return match.end() if match else position
 
 
 def _find_rows(source: SourceFile, value: Any, is_named_lines: bool) -> list[Any]:
@@ -267,42 +251,33 @@ def _find_rows_in_object(source: SourceFile, value: dict[str, Any], is_named_lin
     is_row = _is_row(value) or (not lists and not all(isinstance(item, list | dict) for item in value.values()))
     if not is_row and len(lists) == 1:
         others = ", ".join(f"'{other}'" for other in value if other != lists[0])
-        source.add_remark(f"its rows are those of '{lists[0]}'{f'; set aside beside it: {others}' if others else ''}")
+        source.add_remark(f"its rows are those of '{lists[0]}'{f'; not used: {others}' if others else ''}")
         return list(value[lists[0]])
     if is_named_lines or is_row:
         if not is_named_lines:
             source.add_remark("holds one object, which is taken as one row")
         return [value]
-    raise DatasetError(f"{source.path}: {_describe_object_problem(value, lists)}")
+    if len(lists) > 1:
+        problem = f"{len(lists)} lists of rows ({', '.join(lists)}). Write each into a file of its own."
+        raise DatasetError(f"{source.path}: holds an object with {problem}")
+    if not value:
+        raise DatasetError(f"{source.path}: holds an empty object, expected a list of rows.")
+    named = ", ".join(list(value)[:6]) + (" and more" if len(value) > 6 else "")
+    raise DatasetError(
+        f"{source.path}: holds an object of columns or of objects by name ({named}), not rows. Write a list of "
+        "objects, one for each row; with pandas: to_json(FILE, orient='records', lines=True)."
+    )
 
 
 def _is_row(value: dict[str, Any]) -> bool:
     """Whether an object is a row itself: it has a chat, or a known field with text or a number."""
     names = {alias for aliases in ALIASES.values() for alias in aliases}
     return any(
-        is_message_list(item) or (isinstance(item, str | int | float) and key.strip().lower() in names)
+        is_message_list(item) or (isinstance(item, str | int | float) and plain_name(key) in names)
         for key, item in value.items()
     )
 
 
 def _holds_rows(item: Any) -> bool:
-    return (
-        isinstance(item, list)
-        and any(isinstance(row, dict) or is_message_list(row) for row in item)
-        and not is_message_list(item)
-    )
-
-
-def _describe_object_problem(value: dict[str, Any], lists: list[str]) -> str:
-    """Why an object is neither a row nor a list of rows."""
-    named = ", ".join(list(value)[:6]) + (" and more" if len(value) > 6 else "")
-    if len(lists) > 1:
-        return (
-            f"holds an object with {len(lists)} lists of rows ({', '.join(lists)}). Write each into a file of its own."
-        )
-    if not value:
-        return "holds an empty object, expected a list of rows."
-    return (
-        f"holds an object of columns or of objects by name ({named}), not rows. Write a list of objects, one for "
-        "each row; with pandas: to_json(FILE, orient='records', lines=True)."
-    )
+    is_list = isinstance(item, list) and not is_message_list(item)
+    return is_list and any(isinstance(row, dict) or is_message_list(row) for row in item)

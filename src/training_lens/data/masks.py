@@ -41,16 +41,13 @@ def read_mask(place: str, values: Mapping[str, Any], masks: Collection[str], pat
 def _require_flag(place: str, path: str, value: Any) -> bool:
     flag = read_flag(value)
     if flag is None:
+        found = repr(value) if isinstance(value, int | float | str) else describe_value(value)
         raise DatasetError(
-            f"{place}: '{path.rsplit('.', 1)[-1]}' is {_describe_mask(value)}, expected 0 or 1: an answer is learned "
+            f"{place}: '{path.rsplit('.', 1)[-1]}' is {found}, expected 0 or 1: an answer is learned "
             "or not. Round it, or weigh whole files with data.weights. If it means something else: "
             f"{ignore_option(path)}."
         )
     return flag
-
-
-def _describe_mask(value: Any) -> str:
-    return repr(value) if isinstance(value, int | float | str) else describe_value(value)
 
 
 def mask_row(

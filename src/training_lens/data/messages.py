@@ -1,15 +1,23 @@
-"""Read the chat of a row, {role, content} or {from, value}, as messages with calls and loss masks."""
+"""Read the chat or the answer of a row as messages: {role, content}, {from, value}, calls, text, or any JSON value."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from training_lens.data.examples import Message, Role, Row
 from training_lens.data.masks import read_mask
 from training_lens.data.row_keys import EMPTY_VALUES, MESSAGE, PART, KeyCheck, is_near, plain_name
-from training_lens.data.tool_calls import read_calls, read_written_calls
-from training_lens.data.values import describe_plural, describe_value, parse_json, require_encodable, write_value
+from training_lens.data.tool_calls import Tool, find_calls, read_call, read_calls, read_written_calls
+from training_lens.data.values import (
+    describe_plural,
+    describe_value,
+    look_up_value,
+    no_text_error,
+    parse_json,
+    require_encodable,
+    write_value,
+)
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import nearest_name
 
@@ -33,6 +41,7 @@ ROLE_NAMES: dict[str, Role] = {
 EXTRA = ("name", "tool_call_id")
 # Roles of an assistant that calls tools (ShareGPT, ms-swift): the content is the call in JSON.
 CALLING = ("function_call", "tool_call")
+MARKED_ANSWER = ("text", "answer_start")  # SQuAD records hold answers with their offsets in the context
 SPELLINGS = (("role", "content"), ("from", "value"))
 
 
@@ -64,10 +73,12 @@ def is_chat(value: Any) -> bool:
     if isinstance(value, str):
         return False
     items = value if isinstance(value, list) else [value]
-    return bool(items) and all(isinstance(item, Mapping) and _resembles_message(item) for item in items)
+    return bool(items) and all(map(_resembles_message, items))
 
 
-def _resembles_message(item: Mapping[str, Any]) -> bool:
+def _resembles_message(item: Any) -> bool:
+    if not isinstance(item, Mapping):
+        return False
     named = item.get("role", item.get("from"))
     return (
         is_message(item)
@@ -79,12 +90,8 @@ def _resembles_message(item: Mapping[str, Any]) -> bool:
 def is_message(item: Mapping[str, Any]) -> bool:
     """Whether an object has the keys of a message, in either spelling."""
     if "role" in item:
-        return "content" in item or _has_calls(item)
+        return "content" in item or bool(item.get("tool_calls") or item.get("function_call"))
     return "from" in item and "value" in item
-
-
-def _has_calls(item: Mapping[str, Any]) -> bool:
-    return bool(item.get("tool_calls") or item.get("function_call"))
 
 
 def _read_message(place: str, item: Any, keys: KeyCheck, path: str) -> tuple[Message, bool]:
@@ -139,8 +146,7 @@ def _read_content(place: str, role: Role, content: Any, keys: KeyCheck, path: st
     if isinstance(content, str) and content:
         return require_encodable(f"{place}: 'content'", content)
     may_be_value = role in ("assistant", "tool")
-    is_part = _is_part if may_be_value else _is_object
-    if isinstance(content, list) and content and all(map(is_part, content)):
+    if isinstance(content, list) and content and all(_is_part(part, may_be_value) for part in content):
         content = "".join(_read_part(place, part, keys, f"{path}content[].") for part in content)
     elif may_be_value and not isinstance(content, str):
         written = write_value(content)
@@ -152,12 +158,11 @@ def _read_content(place: str, role: Role, content: Any, keys: KeyCheck, path: st
     return require_encodable(f"{place}: 'content'", content)
 
 
-def _is_part(value: Any) -> bool:
-    return isinstance(value, Mapping) and ("type" in value or (bool(value) and value.keys() <= PART.names))
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, Mapping)
+def _is_part(value: Any, may_be_value: bool) -> bool:
+    """Whether an object is a part of content; where content may be any value, only one with the keys of a part."""
+    if not isinstance(value, Mapping):
+        return False
+    return not may_be_value or "type" in value or (bool(value) and value.keys() <= PART.names)
 
 
 def _read_part(place: str, part: Mapping[str, Any], keys: KeyCheck, path: str) -> str:
@@ -168,3 +173,61 @@ def _read_part(place: str, part: Mapping[str, Any], keys: KeyCheck, path: str) -
     if not isinstance(text, str):
         raise DatasetError(f"{place}: the text of a part of its content is {describe_value(text)}, expected text.")
     return text
+
+
+def read_answers(row: Row, key: str, tools: Sequence[Tool], keys: KeyCheck) -> tuple[tuple[Message, ...], bool]:
+    """The messages after a row's prompt, and whether any of them carries a loss mask.
+
+    Args:
+        tools: the row's tools; an answer that calls them is learned as calls.
+
+    Raises:
+        DatasetError: there is nothing to learn; names row and key.
+    """
+    value = look_up_value(row.values, key)
+    if is_chat(value):
+        return read_chat(row, key, value, keys)
+    if calls := find_calls(value, tools):
+        keys.add_remark(f"answers in '{key}' that are calls of the row's tools are learned as calls")
+        read = tuple(read_call(f"{row.place}, '{key}'", call, keys, f"{key}[].") for call in calls)
+        return (Message("assistant", "", calls=read, null_content=True),), False
+    return (Message("assistant", _read_answer_text(row, key, value, keys)),), False
+
+
+def _read_answer_text(row: Row, key: str, value: Any, keys: KeyCheck) -> str:
+    if _is_squad_answer(value):
+        value = _take_first_answer(row, key, value["text"], [value], keys)
+    elif isinstance(value, list) and value and all(map(_is_squad_answer, value)):
+        value = _take_first_answer(row, key, [answer["text"] for answer in value], value, keys)
+    elif value == [] and plain_name(key) == "answers":
+        raise _no_answer_error(row, key)
+    if isinstance(value, str):
+        if not value.strip():
+            raise no_text_error(row, key, value)
+        return require_encodable(f"{row.place}: '{key}'", value)
+    written = write_value(value)
+    if written is None:
+        raise no_text_error(row, key, value)
+    keys.add_remark(f"answers in '{key}' that are {describe_plural(value)} are learned as text", written)
+    return require_encodable(f"{row.place}: '{key}'", written)
+
+
+def _is_squad_answer(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(name in value for name in MARKED_ANSWER)
+
+
+def _take_first_answer(row: Row, key: str, texts: Any, records: Sequence[Mapping[str, Any]], keys: KeyCheck) -> Any:
+    """The first answer of a SQuAD record."""
+    for name in (name for record in records for name in record if name not in MARKED_ANSWER):
+        keys.count_unused(f"{key}.{name}")
+    keys.add_remark(f"of the answers in '{key}' the first text is learned; its place (answer_start) is not used")
+    if isinstance(texts, list) and not texts:
+        raise _no_answer_error(row, key)
+    return texts[0] if isinstance(texts, list) else texts
+
+
+def _no_answer_error(row: Row, key: str) -> DatasetError:
+    return DatasetError(
+        f"{row.place}: '{key}' holds no answer, SQuAD's way to say that there is none. Write the answer that the model "
+        "should give, or leave such rows out with data.on_bad_row=skip."
+    )

@@ -1,12 +1,14 @@
-"""Collect remarks on a split's sources: how each was read, and which keys and rows were ignored."""
+"""Remarks on a split's sources: how each was read, which keys were ignored, and which rows are bad and why."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from training_lens.config.data_sections import DataSection
 from training_lens.errors import DatasetError
 from training_lens.utils.limits import BAD_ROWS
 
@@ -15,6 +17,8 @@ MOST_KEYS = 200
 MOST_KINDS = 50
 MORE_KEYS = "other keys"
 MORE_KINDS = "other reasons"
+SHOWN_KINDS = 8  # of an error's or a report's source
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -33,15 +37,11 @@ class DataNotes:
     """
 
     def __init__(self) -> None:
-        self.mappings: dict[str, str] = {}
+        self.mappings: dict[str, str] = {}  # how each source's fields are read: 'question -> answer'
         self._remarks: dict[str, Counter[str]] = {}
         self._ignored: dict[str, Counter[str]] = {}
         self._marks: dict[str, Counter[str]] = {}
         self._bad: dict[str, dict[str, BadRows]] = {}
-
-    def add_mapping(self, source: str, described: str) -> None:
-        """Note how a source's fields are read: 'question -> answer'."""
-        self.mappings[source] = described
 
     def add_remark(self, source: str, sentence: str) -> None:
         """Add a sentence about a source; equal ones are reported once, with a count."""
@@ -92,14 +92,13 @@ class DataNotes:
     @property
     def bad_row_reasons(self) -> dict[str, dict[str, list[int]]]:
         """Source -> reason, worded as for the first such row -> row numbers."""
-        return {source: _group_by_reason(source, kinds) for source, kinds in self._bad.items()}
-
-
-def _group_by_reason(source: str, kinds: Mapping[str, BadRows]) -> dict[str, list[int]]:
-    reasons: dict[str, list[int]] = {}
-    for bad in kinds.values():
-        reasons.setdefault(strip_location(bad.message, source, bad.rows[0]), []).extend(bad.rows)
-    return {reason: sorted(rows) for reason, rows in reasons.items()}
+        found: dict[str, dict[str, list[int]]] = {}
+        for source, kinds in self._bad.items():
+            reasons = found.setdefault(source, {})
+            for bad in kinds.values():
+                reason = strip_location(bad.message, source, bad.rows[0])
+                reasons[reason] = sorted([*reasons.get(reason, []), *bad.rows])
+        return found
 
 
 def collect_row_numbers(kinds: Mapping[str, BadRows]) -> frozenset[int]:
@@ -139,3 +138,85 @@ def list_rows(numbers: Iterable[int], shown: int = 5) -> str:
     if more > 0:
         return f"rows {', '.join(map(str, head))} and {more} more"
     return f"rows {', '.join(map(str, head[:-1]))} and {head[-1]}"
+
+
+@dataclass(frozen=True)
+class BadRowRule:
+    """What happens to a row that cannot be used: it is recorded and skipped (`skips`), or it raises."""
+
+    skips: bool
+    notes: DataNotes
+
+    @classmethod
+    def from_data(cls, data: DataSection, notes: DataNotes) -> BadRowRule:
+        """The rule that `data.on_bad_row` sets."""
+        return cls(data.on_bad_row == "skip", notes)
+
+    def try_row(self, source: str, number: int, use: Callable[[], Result]) -> Result | None:
+        """The result of `use` on a row; None if the row is bad and skipped.
+
+        Raises:
+            DatasetError: the row is bad and rows are not skipped.
+        """
+        try:
+            return use()
+        except DatasetError as error:
+            if not self.skips:
+                raise
+            self.record_bad_row(source, number, error)
+            return None
+
+    def record_bad_row(self, source: str, number: int, error: DatasetError) -> None:
+        """Record a row that is left out."""
+        self.notes.add_bad_row(source, number, classify_error(error, source, number), str(error))
+
+
+def describe_reasons(reasons: Mapping[str, list[int]]) -> Iterator[str]:
+    """'rows 3, 7 and 12: has no answer', most rows first."""
+    ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    yield from (f"{list_rows(rows)}: {reason}" for reason, rows in ordered[:SHOWN_KINDS])
+    if len(ordered) > SHOWN_KINDS:
+        yield f"and {count_rows(sum(len(rows) for _, rows in ordered[SHOWN_KINDS:]))} for other reasons"
+
+
+def describe_bad_rows(reasons: Mapping[str, Mapping[str, list[int]]]) -> Iterator[str]:
+    """A line for each source of which rows were left out, and for each reason; `reasons` as `DataNotes.reasons`."""
+    for source, rows in reasons.items():
+        count = count_rows(sum(map(len, rows.values())))
+        yield f"{source}: {count} cannot be used, left out (data.on_bad_row=skip)"
+        yield from (f"  {line}" for line in describe_reasons(rows))
+
+
+def bad_rows_error(notes: DataNotes, usable: Mapping[str, int]) -> DatasetError | None:
+    """One error that names all bad rows of all sources; None if there are none.
+
+    Args:
+        usable: the number of usable rows of each source.
+    """
+    paragraphs = [_describe_source(source, notes, usable.get(source, 0)) for source in notes.bad_rows]
+    if not paragraphs:
+        return None
+    if all(usable.get(source) for source in notes.bad_rows):
+        bad = sum(len(kind.rows) for kinds in notes.bad_rows.values() for kind in kinds.values())
+        paragraphs.append(f"To go on without {'it' if bad == 1 else 'them'}: data.on_bad_row=skip.")
+    return DatasetError("\n".join(paragraphs))
+
+
+def _describe_source(source: str, notes: DataNotes, usable: int) -> str:
+    reasons = notes.bad_row_reasons[source]
+    count = sum(map(len, reasons.values()))
+    if count == 1:
+        return next(iter(notes.bad_rows[source].values())).message
+    which = f"{count:,} of {count + usable:,} rows" if usable else f"none of its {count:,} rows can be used"
+    return "\n  ".join([f"{source}: {which}{' cannot be used' if usable else ''}:", *describe_reasons(reasons)])
+
+
+def refuse_unusable_sources(notes: DataNotes, usable: Mapping[str, int]) -> None:
+    """Check that every source with bad rows has usable rows, too.
+
+    Raises:
+        DatasetError: a source has none; gives the reasons.
+    """
+    useless = [source for source in notes.bad_rows if not usable.get(source)]
+    if useless:
+        raise DatasetError("\n".join(_describe_source(source, notes, 0) for source in useless))

@@ -139,7 +139,10 @@ class KeyCheck:
         kind = (level, path, tuple(values))
         shape = self._shapes.get(kind)
         if shape is None:
-            shape = self._shapes[kind] = self._examine_keys(level, values, path)
+            masks = tuple(key for key in values if key in MASKS and path + key not in self._ignored)
+            unknown = [key for key in values if key not in level.names or path + key in self._ignored]
+            unread = tuple((key, self._find_problem(level, values, path, key)) for key in unknown)
+            shape = self._shapes[kind] = KeyShape(masks, unread)
         for key, problem in shape.unread:
             value = values[key]
             if not problem and path + key not in self._ignored and _resembles_mask(key, value, path):
@@ -160,11 +163,6 @@ class KeyCheck:
     def count_unused(self, path: str) -> None:
         """Count a known key that is unused here."""
         self._notes.ignore_key(self._source, path)
-
-    def _examine_keys(self, level: KeySchema, values: Mapping[str, Any], path: str) -> KeyShape:
-        masks = tuple(key for key in values if key in MASKS and path + key not in self._ignored)
-        unknown = [key for key in values if key not in level.names or path + key in self._ignored]
-        return KeyShape(masks, tuple((key, self._find_problem(level, values, path, key)) for key in unknown))
 
     def _find_problem(self, level: KeySchema, values: Mapping[str, Any], path: str, key: str) -> str:
         if path + key in self._ignored:

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.answers import read_answers
-from training_lens.data.examples import Example, Message, Row
+from training_lens.data.examples import Example, Message, Role, Row
 from training_lens.data.fields import FieldMapping, domain_from_file
 from training_lens.data.masks import mark_learned, mask_row, read_flag
-from training_lens.data.messages import is_chat, read_chat
+from training_lens.data.messages import is_chat, read_answers, read_chat
 from training_lens.data.notes import DataNotes
 from training_lens.data.row_keys import DOMAIN_KEYS, EMPTY_VALUES, KeyCheck, ignore_option, plain_name, row_schema
 from training_lens.data.tool_calls import Tool, read_tools
@@ -58,13 +57,10 @@ class RowReader:
         if self._may_offer_domain:
             self._offer_domain(row)
         messages, tools = self._read_turns(row)
+        domain = read_text(row, self.mapping.domain).strip() if self.mapping.domain else None
+        domain = domain_from_file(row.file) if self._per_file else domain
         is_text = self.mapping.row_form == "text"
-        return Example(messages, self._read_domain(row), row.file, row.number, tools, is_text=is_text)
-
-    def _read_domain(self, row: Row) -> str | None:
-        if self._per_file:
-            return domain_from_file(row.file)
-        return read_text(row, self.mapping.domain).strip() if self.mapping.domain else None
+        return Example(messages, domain, row.file, row.number, tools, is_text=is_text)
 
     def _offer_domain(self, row: Row) -> None:
         """Remark on a field of the first row that could serve as the domain."""
@@ -129,7 +125,9 @@ class RowReader:
             turns, masked = (*turns, *answers), masked or also
             self._note_rejected()
         elif output:
-            self._count_unused_answers(row, output, self.mapping.rejected)
+            for unused in (output, self.mapping.rejected):
+                if unused and look_up_value(row.values, unused) is not None:
+                    self._keys.count_unused(unused)
         else:
             self._note_rejected()
         return turns, masked
@@ -173,7 +171,14 @@ class RowReader:
         if isinstance(value, str):
             value = parse_json(f"{row.place}, '{key}'", value, "earlier turns in JSON")
         if isinstance(value, list) and not all(isinstance(turn, Mapping) for turn in value):
-            value = [turn for pair in value for turn in _read_history_pair(row, key, pair)]
+            wrong = next((pair for pair in value if not isinstance(pair, list | tuple) or len(pair) != 2), None)
+            if wrong is not None:
+                raise DatasetError(
+                    f"{row.place}: '{key}' holds {describe_value(wrong)}, expected pairs [prompt, answer], or messages "
+                    "with role and content."
+                )
+            roles: tuple[Role, ...] = ("user", "assistant")
+            value = [{"role": role, "content": text} for pair in value for role, text in zip(roles, pair, strict=True)]
         turns = self._mask_context(read_chat(row, key, value, self._keys)[0], key)
         is_learned = any(m.learn for m in own if m.role == "assistant")
         return turns if is_learned else mark_learned(turns, [False] * len(turns))
@@ -205,12 +210,6 @@ class RowReader:
             )
         return turns
 
-    def _count_unused_answers(self, row: Row, *names: str | None) -> None:
-        """Count answers next to a chat that has its own."""
-        for key in names:
-            if key and look_up_value(row.values, key) is not None:
-                self._keys.count_unused(key)
-
     def _note_rejected(self) -> None:
         if self.mapping.rejected:
             answer = self.mapping.output or self.mapping.messages
@@ -237,27 +236,13 @@ class RowReader:
         return mark_learned(turns, [False] * len(turns))
 
 
-def _read_history_pair(row: Row, key: str, pair: Any) -> list[dict[str, Any]]:
-    """The two messages of a history entry: prompt and answer."""
-    if not isinstance(pair, list | tuple) or len(pair) != 2:
-        raise DatasetError(
-            f"{row.place}: '{key}' holds {describe_value(pair)}, expected pairs [prompt, answer], or messages "
-            "with role and content."
-        )
-    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
-
-
 def strip_end_marks(example: Example) -> tuple[Example, list[str]]:
     """The example without literal end marks after its answers, and the removed marks."""
     marks: list[str] = []
-    messages = tuple(_strip_end_mark(m, marks) if m.role == "assistant" else m for m in example.messages)
-    return (replace(example, messages=messages) if marks else example), marks
-
-
-def _strip_end_mark(message: Message, marks: list[str]) -> Message:
-    text = message.text.rstrip()
-    if not text.endswith(END_MARKS):
-        return message
-    mark = next(m for m in END_MARKS if text.endswith(m))
-    marks.append(mark)
-    return replace(message, text=text.removesuffix(mark))
+    messages = list(example.messages)
+    for i, message in enumerate(messages):
+        text = message.text.rstrip()
+        if message.role == "assistant" and text.endswith(END_MARKS):
+            marks.append(next(mark for mark in END_MARKS if text.endswith(mark)))
+            messages[i] = replace(message, text=text.removesuffix(marks[-1]))
+    return (replace(example, messages=tuple(messages)) if marks else example), marks

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.bad_rows import BadRowRule, bad_rows_error, describe_bad_rows, refuse_unusable_sources
 from training_lens.data.examples import Example, Row
 from training_lens.data.fields import FieldMapping, collect_keys, find_mapping
-from training_lens.data.notes import DataNotes
+from training_lens.data.file_readers import check_csv_settings
+from training_lens.data.notes import BadRowRule, DataNotes, bad_rows_error, describe_bad_rows, refuse_unusable_sources
 from training_lens.data.row_reader import RowReader, strip_end_marks
 from training_lens.data.sources import DataSource, expand_sources
 from training_lens.errors import DatasetError
@@ -38,15 +38,6 @@ def _list_named_fields(data: DataSection) -> list[str]:
     return [key.split(".")[0] for _, key in data.fields if key]
 
 
-def read_mapping(source: DataSource, data: DataSection) -> FieldMapping:
-    """The field mapping of a source.
-
-    Raises:
-        DatasetError: as `read_keys` and `fields.find_mapping`.
-    """
-    return find_mapping(read_keys(source, data), data, source.name)
-
-
 def read_usable_rows(
     source: DataSource, mapping: FieldMapping, data: DataSection, notes: DataNotes
 ) -> Iterator[tuple[Row, Example]]:
@@ -69,10 +60,10 @@ def read_usable_examples(source: DataSource, data: DataSection, notes: DataNotes
     """The examples of one source as they are trained on; remarks on how it was read go to `notes`.
 
     Raises:
-        DatasetError: as `read_mapping` and `read_usable_rows`: of bad rows, the first.
+        DatasetError: as `read_keys`, `find_mapping` and `read_usable_rows`: of bad rows, the first.
     """
-    mapping = read_mapping(source, data)
-    notes.add_mapping(source.name, mapping.describe())
+    mapping = find_mapping(read_keys(source, data), data, source.name)
+    notes.mappings[source.name] = mapping.describe()
     for _, example in read_usable_rows(source, mapping, data, notes):
         if not data.strip_end_marks:
             yield example
@@ -95,19 +86,11 @@ def read_source_examples(source: DataSource, data: DataSection, notes: DataNotes
             usable += 1
             yield example
     except DatasetError as error:
-        raise (_collect_all_errors(source, data) or error) from error
+        notes = DataNotes()  # read all rows, to name all that are bad; this raises if the source itself is at fault
+        usable = sum(1 for _ in read_usable_examples(source, skip_bad_rows(data), notes))
+        raise (bad_rows_error(notes, {source.name: usable}) or error) from error
     if not usable:
         refuse_unusable_sources(notes, {})
-
-
-def _collect_all_errors(source: DataSource, data: DataSection) -> DatasetError | None:
-    """All problems of the source's rows, found by reading them all; None if no row is at fault."""
-    notes = DataNotes()
-    try:
-        usable = sum(1 for _ in read_usable_examples(source, skip_bad_rows(data), notes))
-    except DatasetError as error:
-        return error
-    return bad_rows_error(notes, {source.name: usable})
 
 
 def skip_bad_rows(data: DataSection) -> DataSection:
@@ -117,7 +100,12 @@ def skip_bad_rows(data: DataSection) -> DataSection:
 
 def read_examples(specs: Sequence[str], key: str, data: DataSection) -> Iterator[Example]:
     """The examples of these sources, for display and generation; skipped rows are logged."""
-    for source in expand_sources(specs, key):
+    sources = expand_sources(specs, key)
+    try:
+        check_csv_settings(data.csv, [source.name for source in sources])
+    except DatasetError as error:  # they may be those of a run whose training rows are a table
+        logger.info("%s: not used: %s", key, error)
+    for source in sources:
         notes = DataNotes()
         yield from read_source_examples(source, data, notes)
         for line in describe_bad_rows(notes.bad_row_reasons):

@@ -136,29 +136,22 @@ def _expand_source(spec: str, entry: int, key: str) -> list[DataSource]:
         return [_load_from_hub(spec, entry, key)]
     path = expand_home(embedded.resolve_name(spec))
     if path.is_file():
-        return [_build_file_source(path, entry)]
+        return [DataSource(str(path), (path,), entry)]
     folder, _, split = spec.rpartition(":") if not path.exists() and ":" in spec else (spec, "", "")
-    if (saved := expand_home(folder)).is_dir() and _is_saved_dataset(saved):
+    saved = expand_home(folder)
+    if any((saved / name).is_file() for name in ("dataset_dict.json", "state.json")):  # by save_to_disk
         return [_load_from_disk(saved, split, entry, key)]
     if path.is_dir():
-        raise DatasetError(
-            f"{key}: '{spec}' is a folder, expected files ({', '.join(FORMATS)}).{_suggest_files(path, key)}"
-        )
+        readable = sorted(p for p in path.iterdir() if detect_format(p))
+        hint = "It holds no such file."
+        if readable:
+            ending = "".join(readable[0].suffixes[-2:])
+            hint = f"To take its {len(readable)} files: {key}='{path}/*{ending}'."
+        raise DatasetError(f"{key}: '{spec}' is a folder, expected files ({', '.join(FORMATS)}). {hint}")
     matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())  # noqa: PTH207 (absolute too)
     if not matches:
         raise DatasetError(f"{key}: {_describe_missing(spec, path)}")
-    return [_build_file_source(match, entry) for match in matches]
-
-
-def _build_file_source(path: Path, entry: int) -> DataSource:
-    return DataSource(str(path), (path,), entry)
-
-
-def _suggest_files(folder: Path, key: str) -> str:
-    readable = sorted(p for p in folder.iterdir() if detect_format(p))
-    if not readable:
-        return " It holds no such file."
-    return f" To take its {len(readable)} files: {key}='{folder}/*{''.join(readable[0].suffixes[-2:])}'."
+    return [DataSource(str(match), (match,), entry) for match in matches]
 
 
 def _describe_missing(spec: str, path: Path) -> str:
@@ -174,11 +167,6 @@ def _describe_missing(spec: str, path: Path) -> str:
     close = nearest_name(path.name, [p.name for p in path.parent.iterdir()])
     hint = f" Did you mean '{path.parent / close}'?" if close else ""
     return f"'{spec}' is not there.{hint}"
-
-
-def _is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets` saved this folder with save_to_disk."""
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _load_from_disk(folder: Path, split: str, entry: int, key: str) -> DataSource:
@@ -209,7 +197,7 @@ def _load_from_hub(spec: str, entry: int, key: str) -> DataSource:
 
     datasets.disable_progress_bars()
     split = parts["split"] or "train"
-    if not _is_cached(parts["id"], datasets.config.HF_DATASETS_CACHE):
+    if not (Path(datasets.config.HF_DATASETS_CACHE) / parts["id"].replace("/", "___").lower()).is_dir():
         require_hub(f"{key}: '{spec}'", DatasetError)
     try:
         loaded = datasets.load_dataset(
@@ -222,10 +210,6 @@ def _load_from_hub(spec: str, entry: int, key: str) -> DataSource:
             "private data set) that you are logged in."
         ) from error
     return _build_table_source(spec, loaded, entry)
-
-
-def _is_cached(repository: str, cache: Path | str) -> bool:
-    return (Path(cache) / repository.replace("/", "___").lower()).is_dir()
 
 
 def _build_table_source(name: str, table: Any, entry: int) -> DataSource:

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from training_lens.data.bad_rows import describe_bad_rows
 from training_lens.data.columns import EncodedRows, TokenizedRows, count_by_example
 from training_lens.data.examples import Example, TextSegment
-from training_lens.data.notes import DataNotes
+from training_lens.data.notes import DataNotes, describe_bad_rows
 from training_lens.data.tokenization import CharacterCoverage
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 SHOWN = 6  # names that a line lists
+COUNTED = (  # fields of the report that are sums over chunks of rows
+    *("rows", "examples", "dropped_without_answer", "dropped_by_weight", "dropped_too_long"),
+    *("truncated", "answers_truncated", "supervised_tokens_lost", "tokens", "supervised_tokens"),
+)
 KEPT_SHARE = 0.99  # share of rows; the report names the seq_len that keeps so many whole
 
 
@@ -60,31 +63,25 @@ class SplitReport:
 
 @dataclass
 class SplitCounter:
-    """Counts rows, tokens and losses while one split is prepared."""
+    """Counts rows, tokens and losses while one split is prepared; `counts` has the names of the report's fields.
+
+    `texts` are kept examples of plain text, `usable` the readable rows by source.
+    """
 
     coverage: CharacterCoverage
     notes: DataNotes = field(default_factory=DataNotes)
+    counts: Counter[str] = field(default_factory=Counter)
     domains: Counter[str] = field(default_factory=Counter)
     by_file: Counter[str] = field(default_factory=Counter)
     usable: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     special_text: Counter[str] = field(default_factory=Counter)
-    rows: int = 0
-    unanswered: int = 0
-    muted: int = 0
-    too_long: int = 0
-    truncated: int = 0
-    answers_cut: int = 0
     texts: int = 0
-    lost: int = 0
-    tokens: int = 0
-    supervised: int = 0
 
     def count_input(
         self, examples: Sequence[Example], rendered: Sequence[Sequence[TextSegment]], whole: EncodedRows
     ) -> None:
         """Count examples before truncation."""
-        self.rows += len(examples)
         self.usable.update(example.file for example in examples)
         self.coverage.count_texts([message.text for example in examples for message in example.messages])
         self.lengths.update(dict(zip(*(each.tolist() for each in np.unique_counts(whole.lengths)), strict=True)))
@@ -100,41 +97,35 @@ class SplitCounter:
         """
         texts = np.fromiter((example.is_text for example in examples), bool, len(examples))
         lost = count_by_example(whole.response, whole.offsets) - count_by_example(fitted.response, fitted.offsets)
-        self.texts += int((kept & texts).sum())
-        self.truncated += int((kept & (fitted.lengths < whole.lengths)).sum())
-        self.answers_cut += int((kept & (lost > 0) & ~texts).sum())
-        self.lost += int(lost[kept].sum())
         muted = whole.lengths == 0
         too_long = ~muted & (fitted.lengths == 0)
-        self.muted += int((~kept & muted).sum())
-        self.too_long += int((~kept & too_long).sum())
-        self.unanswered += int((~kept & ~muted & ~too_long).sum())
+        outcomes = {
+            "truncated": kept & (fitted.lengths < whole.lengths),
+            "answers_truncated": kept & (lost > 0) & ~texts,
+            "supervised_tokens_lost": lost[kept],
+            "dropped_by_weight": ~kept & muted,
+            "dropped_too_long": ~kept & too_long,
+            "dropped_without_answer": ~kept & ~muted & ~too_long,
+        }
+        self.texts += int((kept & texts).sum())
+        self.counts.update({"rows": len(examples)} | {name: int(found.sum()) for name, found in outcomes.items()})
 
     def count_kept_rows(self, rows: TokenizedRows) -> None:
         """Count the examples that are kept."""
         self.by_file.update(rows.files)
         self.domains.update(domain for domain in rows.domains if domain is not None)
-        self.tokens += len(rows.input_ids)
-        self.supervised += int(rows.supervised_counts.sum())
+        kept = {"examples": len(rows), "tokens": len(rows.input_ids), "supervised_tokens": rows.supervised_counts.sum()}
+        self.counts.update({name: int(count) for name, count in kept.items()})
 
     def build_report(self, hashes: dict[str, str]) -> SplitReport:
         """The report; `hashes` are the sources' sha256."""
         return SplitReport(
+            **{name: self.counts[name] for name in COUNTED},
             files=hashes,
             mappings=self.notes.mappings,
             examples_by_file=dict(self.by_file),
-            rows=self.rows,
-            examples=sum(self.by_file.values()),
-            dropped_without_answer=self.unanswered,
-            dropped_by_weight=self.muted,
-            dropped_too_long=self.too_long,
-            truncated=self.truncated,
-            answers_truncated=self.answers_cut,
-            supervised_tokens_lost=self.lost,
             seq_len_for_99_percent=_find_quantile(self.lengths, KEPT_SHARE),
             longest=max(self.lengths, default=0),
-            tokens=self.tokens,
-            supervised_tokens=self.supervised,
             domains=dict(sorted(self.domains.items())),
             characters=self.coverage.characters,
             unknown_characters=dict(self.coverage.unknown.most_common()),
@@ -158,7 +149,10 @@ def _find_quantile(counts: Counter[int], share: float) -> int:
 
 def log_split(report: SplitReport, key: str, seq_len: int) -> None:
     """Log how the files were read (info) and what was lost (warning)."""
-    for described, files in _group_by_mapping(report.mappings).items():
+    groups: dict[str, list[str]] = {}
+    for file, described in report.mappings.items():
+        groups.setdefault(described, []).append(file)
+    for described, files in groups.items():
         names = files[0] if len(files) == 1 else f"{len(files)} files"
         logger.info("%s: %s, read as %s", key, names, described)
     for line in describe_remarks(report.remarks, report.ignored_keys):
@@ -173,7 +167,7 @@ def describe_remarks(remarks: dict[str, dict[str, int]], ignored_keys: dict[str,
         for sentence, times in said.items():
             yield f"{source}: {sentence}{f' ({times:,} times)' if times > 1 else ''}"
     for source, keys in ignored_keys.items():
-        yield f"{source}: set aside, since nothing reads them: the keys {_list_counts(keys)}"
+        yield f"{source}: not used: the keys {_list_counts(keys)}"
 
 
 def describe_losses(report: SplitReport, seq_len: int) -> Iterator[str]:
@@ -214,10 +208,3 @@ def describe_losses(report: SplitReport, seq_len: int) -> Iterator[str]:
 def _list_counts(counts: dict[str, int]) -> str:
     more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
     return ", ".join(f"'{name}' ({count})" for name, count in list(counts.items())[:SHOWN]) + more
-
-
-def _group_by_mapping(mappings: dict[str, str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for file, described in mappings.items():
-        groups.setdefault(described, []).append(file)
-    return groups

@@ -53,7 +53,15 @@ class TemplateForm:
     def format_messages(self, messages: Sequence[Message]) -> list[Plain]:
         """The messages as the template takes them."""
         numbered = messages if self.call_ids == "optional" else _number_calls(messages, self.call_ids)
-        return [self._format_message(message) for message in numbered]
+        return [
+            {
+                "role": message.role,
+                "content": self._format_content(message),
+                **message.extra,
+                **({"tool_calls": [self._format_call(call) for call in message.calls]} if message.calls else {}),
+            }
+            for message in numbered
+        ]
 
     def format_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Plain]:
         """The descriptions of tools as the template takes them."""
@@ -76,12 +84,6 @@ class TemplateForm:
         ):
             wanted = "ids of nine characters" if self.call_ids == "nine characters" else "an id for every call"
             yield f"the template wants {wanted}: calls without one have an id from their place, such as {NINE}"
-
-    def _format_message(self, message: Message) -> Plain:
-        plain = {"role": message.role, "content": self._format_content(message), **message.extra}
-        if message.calls:
-            plain["tool_calls"] = [self._format_call(call) for call in message.calls]
-        return plain
 
     def _format_content(self, message: Message) -> Any:
         text = f"{message.text}\n{message.input}" if message.input else message.text
@@ -111,7 +113,11 @@ def find_form(render: Render) -> TemplateForm:
     Raises:
         ConfigurationError: the template renders no content in any form.
     """
-    form = _try_tools(render, _try_content(render))
+    form = _try_content(render)
+    for tried in (replace(form, shows_tools=True), replace(form, shows_tools=True, bare_tools=True)):
+        chat = tried.format_messages([Message("user", ASKED), Message("assistant", ANSWER)])
+        if TOOL_NAME in _render_or_nothing(render, chat, tried.format_tools([TOOL])):
+            return _try_calls(render, tried)
     return _try_calls(render, form)
 
 
@@ -129,31 +135,25 @@ def _try_content(render: Render) -> TemplateForm:
     raise ConfigurationError(f"data.template: this chat template cannot be trained with: {problem}.")
 
 
-def _try_tools(render: Render, form: TemplateForm) -> TemplateForm:
-    for tried in (replace(form, shows_tools=True), replace(form, shows_tools=True, bare_tools=True)):
-        chat = tried.format_messages([Message("user", ASKED), Message("assistant", ANSWER)])
-        if TOOL_NAME in _render_or_nothing(render, chat, tried.format_tools([TOOL])):
-            return tried
-    return form
-
-
 def _try_calls(render: Render, form: TemplateForm) -> TemplateForm:
     """The form completed for calls and results; forms with results are tried first."""
     for results in (True, False):
-        found = {tried: _rank_call(render, tried, results) for tried in _list_call_forms(form, results)}
+        kinds: tuple[Arguments, ...] = ("object", "text")
+        forms = [
+            replace(form, argument_format=kind, shows_results=results, empty_becomes_null=is_null)
+            for is_null in (False, True)
+            for kind in kinds
+        ]
+        found = {tried: _rank_call(render, tried, results) for tried in forms}
         shown = {tried: rank for tried, rank in found.items() if rank is not None}
         if shown:
             best = min(shown, key=lambda tried: shown[tried])
-            return _try_ids(render, _choose_null_content(render, best, results), results)
+            best = _choose_null_content(render, best, results)
+            if _rank_call(render, best, results, LONG) is None:
+                return replace(best, call_ids="nine characters")
+            return best if _rank_call(render, best, results, None) is not None else replace(best, call_ids="needed")
     said = [Message("user", ASKED), Message("assistant", ANSWER), Message("tool", RESULT), Message("assistant", ANSWER)]
     return replace(form, shows_results=RESULT in _render_or_nothing(render, form.format_messages(said), ()))
-
-
-def _list_call_forms(form: TemplateForm, results: bool) -> Iterator[TemplateForm]:
-    kinds: tuple[Arguments, ...] = ("object", "text")
-    for is_null in (False, True):
-        for kind in kinds:
-            yield replace(form, argument_format=kind, shows_results=results, empty_becomes_null=is_null)
 
 
 def _build_call_probe(results: bool, call_id: str | None = NINE) -> list[Message]:
@@ -187,13 +187,6 @@ def _choose_null_content(render: Render, form: TemplateForm, results: bool) -> T
     return replace(form, null_stays_null=shown and null.count("None") <= empty.count("None"))
 
 
-def _try_ids(render: Render, form: TemplateForm, results: bool) -> TemplateForm:
-    """The form completed for the ids of calls."""
-    if _rank_call(render, form, results, LONG) is None:
-        return replace(form, call_ids="nine characters")
-    return replace(form, call_ids="optional" if _rank_call(render, form, results, None) is not None else "needed")
-
-
 def _render_or_nothing(render: Render, messages: Sequence[Plain], tools: Sequence[Plain]) -> str:
     try:
         return render(messages, tools)
@@ -213,31 +206,21 @@ def _number_calls(messages: Sequence[Message], wanted: CallIds) -> list[Message]
     numbered = []
     for message in messages:
         if message.calls:
-            calls = [_assign_id(call, wanted, fresh, renamed) for call in message.calls]
-            waiting = [call["id"] for call in calls]
-            message = replace(message, calls=tuple(calls))
-        elif message.role == "tool":
-            message = replace(
-                message, extra={**message.extra, "tool_call_id": _match_call_id(message, renamed, waiting)}
-            )
+            waiting = []
+            for call in message.calls:
+                given = call.get("id")
+                renamed[given] = str(given) if _is_valid(given, wanted) else next(fresh)
+                waiting.append(renamed[given])
+            calls = tuple({**call, "id": call_id} for call, call_id in zip(message.calls, waiting, strict=True))
+            message = replace(message, calls=calls)
+        elif message.role == "tool":  # it answers the call that it names, else the next open one
+            given = message.extra.get("tool_call_id")
+            answered = renamed[given] if given is not None and given in renamed else next(iter(waiting), NINE)
+            if answered in waiting:
+                waiting.remove(answered)
+            message = replace(message, extra={**message.extra, "tool_call_id": answered})
         numbered.append(message)
     return numbered
-
-
-def _assign_id(call: Mapping[str, Any], wanted: CallIds, fresh: Iterator[str], renamed: dict[Any, str]) -> Plain:
-    given = call.get("id")
-    call_id = str(given) if _is_valid(given, wanted) else next(fresh)
-    renamed[given] = call_id
-    return {**call, "id": call_id}
-
-
-def _match_call_id(result: Message, renamed: Mapping[Any, str], waiting: list[str]) -> str:
-    """The id of the call that a result answers: the one that it names, else the next open one."""
-    given = result.extra.get("tool_call_id")
-    answered = renamed[given] if given is not None and given in renamed else next(iter(waiting), NINE)
-    if answered in waiting:
-        waiting.remove(answered)
-    return answered
 
 
 def _is_valid(call_id: Any, wanted: CallIds) -> bool:

@@ -14,12 +14,12 @@ from typing import Any, Literal, Protocol
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.chat_template import ChatTemplate, lost_content_error, special_token_names
-from training_lens.data.completeness import find_lost, omits_thoughts
+from training_lens.data.completeness import contains_text, find_lost, omits_thoughts
 from training_lens.data.examples import Example, Message, TextSegment
-from training_lens.data.jinja import TOOL_USE, choose_source, list_sources, read_template_file, shows_date
+from training_lens.data.jinja import TOOL_USE, choose_source, read_template_file, shows_date
 from training_lens.data.notes import DataNotes
 from training_lens.data.special_text import SpecialText, find_foreign_marks
-from training_lens.data.tool_texts import fit_tools
+from training_lens.data.tool_calls import fit_tools
 from training_lens.data.turn_templates import AlpacaTemplate, PatternTemplate, PlainTemplate
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.utils.logging import get_logger
@@ -29,35 +29,27 @@ DomainStyle = Literal["tag", "hash", "raw", "none"]
 JINJA = (".jinja", ".jinja2", ".j2")
 Tools = Sequence[Mapping[str, Any]]
 THOUGHTS_LEFT_OUT = "{} leaves out the thoughts of earlier answers once a chat goes on; they are not learned"
+NAMES_LEFT_OUT = "{} does not show who speaks: the names of messages ('name') are left out"
 
 
 class Template(Protocol):
-    """Renders the messages of a chat as text segments."""
+    """Renders the messages of a chat as text segments.
+
+    `shows_tools`, `shows_calls`, `shows_results`: whether it renders tool descriptions, tool calls and tool results.
+    """
 
     name: str  # for error messages
     way_out: str  # advice if it does not render what a row holds
-
-    @property
-    def shows_tools(self) -> bool:
-        """Whether it renders tool descriptions."""
-        ...
-
-    @property
-    def shows_calls(self) -> bool:
-        """Whether it renders tool calls."""
-        ...
-
-    @property
-    def shows_results(self) -> bool:
-        """Whether it renders tool results."""
-        ...
+    shows_tools: bool
+    shows_calls: bool
+    shows_results: bool
 
     def list_remarks(self, messages: Sequence[Message]) -> Iterator[str]:
         """Remarks on how these messages are passed to the template."""
         ...
 
     def render_prompt(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int] = ()
+        self, messages: Sequence[Message], tools: Tools, learned: Collection[int] = ()
     ) -> list[TextSegment]:
         """The text before the assistant's next answer; `messages` end with another role's.
 
@@ -65,9 +57,7 @@ class Template(Protocol):
         """
         ...
 
-    def render_example(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
-    ) -> list[TextSegment]:
+    def render_example(self, messages: Sequence[Message], tools: Tools, learned: Collection[int]) -> list[TextSegment]:
         """The whole chat; the answers at the indices `learned` are responses, each with its end token."""
         ...
 
@@ -151,7 +141,9 @@ class Renderer:
         Raises:
             DatasetError: the template fails or drops content; names the row.
         """
-        self._report_remarks(self._describe_foreign_marks(example), example.file, notes)
+        marks = find_foreign_marks((m.text for m in example.messages), self._tokens) if self._tokens else []
+        foreign = [f"{mark!r} is no token of this tokenizer: it is read and learned as letters" for mark in marks]
+        self._report_remarks(foreign, example.file, notes)
         if example.is_text:
             return self._render_text(example)
         changes: Sequence[str] = ()
@@ -203,22 +195,24 @@ class Renderer:
         return [replace(m, text=prefix + m.text) if i == first else m for i, m in enumerate(messages)]
 
     def _check_complete(self, chat: FittedChat, segments: Sequence[TextSegment], learned: Collection[int]) -> list[str]:
-        """Check that the text is complete; returns a remark if thoughts were left out.
+        """Check that the text is complete; returns remarks on thoughts and names that were left out.
 
         Raises:
             DatasetError: the rendered text lacks anything else.
         """
         text = "".join(segment.text for segment in segments)
-        if not chat.tools and all(m.text in text and m.input in text and not m.calls for m in chat.messages):
+        if not chat.tools and all(
+            m.text in text and m.input in text and not m.calls and not m.extra for m in chat.messages
+        ):
             return []  # nearly every row
         if lost := find_lost(text, chat.messages, chat.tools, learned):
             raise lost_content_error(chat.template.name, self._special.restore_text(lost), chat.template.way_out)
-        left_out = omits_thoughts(text, chat.messages)
-        return [THOUGHTS_LEFT_OUT.format(chat.template.name)] if left_out else []
-
-    def _describe_foreign_marks(self, example: Example) -> list[str]:
-        marks = find_foreign_marks((m.text for m in example.messages), self._tokens) if self._tokens else []
-        return [f"{mark!r} is no token of this tokenizer: it is read and learned as letters" for mark in marks]
+        names = (m.extra.get("name", "") for m in chat.messages if m.role != "tool")
+        left_out = {
+            THOUGHTS_LEFT_OUT: omits_thoughts(text, chat.messages),
+            NAMES_LEFT_OUT: not all(contains_text(text, name) for name in names),
+        }
+        return [remark.format(chat.template.name) for remark, applies in left_out.items() if applies]
 
     def _report_remarks(self, remarks: Sequence[str], file: str = "", notes: DataNotes | None = None) -> None:
         for remark in remarks:
@@ -257,9 +251,8 @@ def resolve_date(data: DataSection, tokenizer: Any) -> str | None:
 
     The configured date, else today if the template shows the date, else None.
     """
-    has_date = _uses_chat_template(choose_template(data.template, tokenizer)) and any(
-        shows_date(source) for source in list_sources(tokenizer.chat_template)
-    )
+    templates = tokenizer.chat_template if _uses_chat_template(choose_template(data.template, tokenizer)) else ""
+    has_date = any(map(shows_date, [templates] if isinstance(templates, str) else templates.values()))
     if not has_date:
         if data.date:
             logger.warning("data.date=%s changes nothing: the template does not show the date", data.date)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import training_lens.data as data_package
-from training_lens.data.bad_rows import refuse_unusable_sources
+from training_lens.data.notes import refuse_unusable_sources
 from training_lens.data.sources import DataSource, expand_sources
 from training_lens.data.split_report import SplitCounter, SplitReport
 from training_lens.data.token_dataset import TokenDataset, write_examples
@@ -78,17 +78,13 @@ def prepare_sources(
 
     if not folder.is_dir():
         tokenize_sources()
-    dataset, report = _open_or_rebuild(folder, tokenize_sources)
-    return Split(dataset, report, fingerprint, {source.name: source.entry for source in sources})
-
-
-def _open_or_rebuild(folder: Path, rebuild: Callable[[], None]) -> tuple[TokenDataset, SplitReport]:
     try:
-        return _open_split(folder, rebuild)
+        dataset, report = _open_split(folder, tokenize_sources)
     except (DamagedFileError, FileNotFoundError) as error:
         logger.warning("%s The rows are tokenized again.", error)
-        rebuild()
-        return _open_split(folder, rebuild)
+        tokenize_sources()
+        dataset, report = _open_split(folder, tokenize_sources)
+    return Split(dataset, report, fingerprint, {source.name: source.entry for source in sources})
 
 
 def _open_split(folder: Path, rebuild: Callable[[], None] | None) -> tuple[TokenDataset, SplitReport]:

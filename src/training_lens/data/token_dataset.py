@@ -53,7 +53,9 @@ def write_examples(path: Path, chunks: Iterable[TokenizedRows]) -> None:
 
 def _record_batch(rows: TokenizedRows) -> pa.RecordBatch:
     """The rows as Arrow, built from buffers: `pa.array` would first import pandas (0.3 s)."""
-    ids, mask = _build_number_array(rows.input_ids, pa.int32()), _build_flag_array(rows.loss_mask)
+    flags = pa.py_buffer(np.packbits(rows.loss_mask, bitorder="little"))
+    mask = pa.Array.from_buffers(pa.bool_(), len(rows.loss_mask), [None, flags])
+    ids = _build_number_array(rows.input_ids, pa.int32())
     offsets = pa.py_buffer(rows.offsets.astype(np.int32))
     return pa.record_batch(
         [
@@ -71,10 +73,6 @@ def _record_batch(rows: TokenizedRows) -> pa.RecordBatch:
 
 def _build_number_array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
-
-
-def _build_flag_array(values: np.ndarray) -> pa.Array:
-    return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(np.packbits(values, bitorder="little"))])
 
 
 def _build_string_array(values: Sequence[str | None]) -> pa.Array:
@@ -165,7 +163,12 @@ class TokenFile(TokenTable):
         self._open_file()
 
     def _open_file(self) -> None:
-        self._checksums = _read_checksums(self._path)
+        try:
+            values = read_sealed(_checksums_path(self._path), required=True)
+            tokens = [tuple(place) for place in values["tokens"]]
+            self._checksums = Checksums(values["size"], values["rest"], tokens)
+        except FileNotFoundError as error:
+            raise DamagedFileError(f"{error.filename} is missing.") from error
         self._content = _map_file(self._path)
         places = self._checksums.list_other_spans()
         if (
@@ -204,14 +207,6 @@ class TokenFile(TokenTable):
             self._rebuild()
             self._open_file()
         self._is_checked[batch] = True
-
-
-def _read_checksums(path: Path) -> Checksums:
-    try:
-        values = read_sealed(_checksums_path(path), required=True)
-        return Checksums(values["size"], values["rest"], [tuple(place) for place in values["tokens"]])
-    except FileNotFoundError as error:
-        raise DamagedFileError(f"{error.filename} is missing.") from error
 
 
 @dataclass(frozen=True)

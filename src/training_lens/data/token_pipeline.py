@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.bad_rows import BadRowRule, bad_rows_error
 from training_lens.data.columns import EncodedRows, TokenizedRows, compute_offsets, find_learnable_rows, truncate_rows
 from training_lens.data.examples import Example, TextSegment, TokenizedExample
-from training_lens.data.notes import DataNotes
+from training_lens.data.notes import BadRowRule, DataNotes, bad_rows_error
 from training_lens.data.source_reader import read_usable_examples, skip_bad_rows
 from training_lens.data.sources import DataSource
 from training_lens.data.split_report import SplitCounter
@@ -88,12 +87,8 @@ def encode_training_prompt(example: Example, preparation: Preparation) -> list[i
 class _Chunk:
     """Some examples and their rendered text."""
 
-    examples: Sequence[Example]
+    examples: list[Example]
     rendered: list[list[TextSegment]]
-
-    @property
-    def character_count(self) -> int:
-        return sum(len(message.text) for example in self.examples for message in example.messages)
 
 
 def tokenize_chunks(
@@ -101,21 +96,24 @@ def tokenize_chunks(
 ) -> Iterator[TokenizedRows]:
     """The sources' tokens, chunk by chunk; reading, tokenizing (without the GIL) and selecting overlap."""
     left = float(sum(source.size_bytes for source in sources))
-    for chunk, whole in prefetch(
-        _encode_chunks(prefetch(_render_chunks(sources, preparation, counter)), preparation, counter)
-    ):
+    examples = (e for source in sources for e in read_usable_examples(source, preparation.data, counter.notes))
+
+    def render_chunks() -> Iterator[_Chunk]:
+        while some := list(islice(examples, CHUNK)):
+            yield _render_examples(some, preparation, counter.notes)
+
+    def encode_chunks() -> Iterator[tuple[_Chunk, EncodedRows]]:
+        for rendered in prefetch(render_chunks()):
+            chunk, whole = _encode_chunk(rendered, preparation, counter.notes)
+            counter.count_input(chunk.examples, chunk.rendered, whole)  # here, as it needs the tokenizer as well
+            yield chunk, whole
+
+    for chunk, whole in prefetch(encode_chunks()):
         yield _select_rows(chunk, whole, preparation, counter)[0]
-        done = min(left, chunk.character_count)
+        done = min(left, sum(len(message.text) for example in chunk.examples for message in example.messages))
         advance(done)
         left -= done
     advance(left)
-
-
-def _render_chunks(sources: Sequence[DataSource], preparation: Preparation, counter: SplitCounter) -> Iterator[_Chunk]:
-    """The rendered examples of all sources."""
-    coming = (e for source in sources for e in read_usable_examples(source, preparation.data, counter.notes))
-    while examples := list(islice(coming, CHUNK)):
-        yield _render_examples(examples, preparation, counter.notes)
 
 
 def _render_examples(examples: Sequence[Example], preparation: Preparation, notes: DataNotes) -> _Chunk:
@@ -126,37 +124,24 @@ def _render_examples(examples: Sequence[Example], preparation: Preparation, note
     return _Chunk([e for e, _ in pairs], [segments for _, segments in pairs])
 
 
-def _encode_chunks(
-    chunks: Iterator[_Chunk], preparation: Preparation, counter: SplitCounter
-) -> Iterator[tuple[_Chunk, EncodedRows]]:
-    """Each chunk with its tokens; counted here, as counting unknown characters needs the tokenizer as well."""
-    for chunk in chunks:
-        chunk, whole = _encode_chunk(chunk, preparation, counter.notes)
-        counter.count_input(chunk.examples, chunk.rendered, whole)
-        yield chunk, whole
-
-
 def _encode_chunk(chunk: _Chunk, preparation: Preparation, notes: DataNotes) -> tuple[_Chunk, EncodedRows]:
     """Encode a chunk in one call; if that fails, one by one, to name the row or to skip it."""
     encode, rule = preparation.encoder.encode, BadRowRule.from_data(preparation.data, notes)
     try:
         return chunk, encode(chunk.rendered)
     except DatasetError:
-        pairs = list(zip(chunk.examples, chunk.rendered, strict=True))
-        usable = [
-            p for p in pairs if rule.try_row(p[0].file, p[0].row, partial(_encode_example, *p, encode)) is not None
-        ]
-    left = _Chunk([example for example, _ in usable], [segments for _, segments in usable])
+        left = _Chunk([], [])
+    for example, segments in zip(chunk.examples, chunk.rendered, strict=True):
+        try:
+            encode([segments])
+            left.examples.append(example)
+            left.rendered.append(segments)
+        except DatasetError as error:
+            named = DatasetError(f"{example.file}, row {example.row}: {error}")
+            if not rule.skips:
+                raise named from error
+            rule.record_bad_row(example.file, example.row, named)
     return left, encode(left.rendered)
-
-
-def _encode_example(
-    example: Example, segments: list[TextSegment], encode: Callable[[Sequence[Sequence[TextSegment]]], EncodedRows]
-) -> EncodedRows:
-    try:
-        return encode([segments])
-    except DatasetError as error:
-        raise DatasetError(f"{example.file}, row {example.row}: {error}") from error
 
 
 def _select_rows(
@@ -175,7 +160,7 @@ def _select_rows(
         [chunk.examples[i].file for i in places],
         np.array([chunk.examples[i].row for i in places], dtype=np.int64),
         [chunk.examples[i].domain for i in places],
-        _hash_texts([chunk.rendered[i] for i in places]),
+        np.array([_hash_text(chunk.rendered[i]) for i in places], dtype=np.uint64),
     )
     if counter:
         counter.count_outcomes(chunk.examples, whole, fitted, kept)
@@ -183,11 +168,10 @@ def _select_rows(
     return rows, kept
 
 
-def _hash_texts(rendered: Sequence[Sequence[TextSegment]]) -> np.ndarray:
-    """A hash of each text, (examples,) uint64."""
-    texts = ("".join(segment.text for segment in segments) for segments in rendered)
-    each = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
-    return np.frombuffer(b"".join(each), dtype=">u8").astype(np.uint64)
+def _hash_text(segments: Sequence[TextSegment]) -> int:
+    """A hash of the text without its white space: rows that differ in it alone are duplicates, as for `prepare`."""
+    text = "".join("".join(segment.text for segment in segments).split())
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def find_bad_rows(sources: Sequence[DataSource], preparation: Preparation) -> SplitCounter:

@@ -67,7 +67,12 @@ class TextEncoder:
         response = np.repeat(np.fromiter((s.response for s in segments), bool, len(segments)), np.diff(stretches))
         response[stretches[given]] = False
         rows = EncodedRows(ids, response, stretches[ends])
-        self._refuse_bos_twice(rows)
+        starts = rows.offsets[:-1][rows.lengths > 1]
+        front = ids[starts[:, None] + [0, 1]]  # (examples, 2)
+        if self.bos_id is not None and (front == self.bos_id).all(axis=1).any():
+            raise DatasetError(
+                "the chat template begins with BOS twice; take one out of it (data.template=FILE.jinja)."
+            )
         return rows
 
     def encode_prompt(self, segments: Sequence[TextSegment]) -> list[int]:
@@ -80,14 +85,6 @@ class TextEncoder:
         unknown = self._tokenizer.unk_token_id
         nothing, *each = self._encode_plain(["aa", *(f"a{c}a" for c in listed)], plain=True)
         return {c for c, ids in zip(listed, each, strict=True) if ids == nothing or unknown in ids}
-
-    def _refuse_bos_twice(self, rows: EncodedRows) -> None:
-        starts = rows.offsets[:-1][rows.lengths > 1]
-        front = rows.input_ids[starts[:, None] + [0, 1]]  # (examples, 2)
-        if self.bos_id is not None and (front == self.bos_id).all(axis=1).any():
-            raise DatasetError(
-                "the chat template begins with BOS twice; take one out of it (data.template=FILE.jinja)."
-            )
 
     def _encode_segments(self, segments: Sequence[TextSegment], firsts: Collection[int]) -> list[list[int]]:
         """The tokens of each segment; those at `firsts` begin an example, the others continue one."""

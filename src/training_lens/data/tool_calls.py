@@ -1,16 +1,21 @@
-"""Calls of tools and descriptions of tools, in the spellings that rows have."""
+"""Calls and descriptions of tools: as rows spell them, and as text where a template does not render them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from training_lens.data.examples import Row
+from training_lens.data.examples import Message, Row
 from training_lens.data.row_keys import CALL, FUNCTION, KeyCheck
 from training_lens.data.values import describe_value, look_up_value, parse_json
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import list_names
 from training_lens.utils.limits import load_bounded_json
+
+if TYPE_CHECKING:
+    from training_lens.data.templates import Template
 
 ToolCall = dict[str, Any]
 Tool = Mapping[str, Any]
@@ -124,10 +129,49 @@ def find_calls(value: Any, tools: Sequence[Tool]) -> list[Mapping[str, Any]] | N
             return None
     items = value if isinstance(value, list) else [value]
     names = {tool["function"]["name"] for tool in tools}
-    are_calls = bool(items) and all(_is_call(item, names) for item in items)
-    return items if are_calls else None
+    for item in items:
+        call = item.get("function", item) if isinstance(item, Mapping) else None
+        if not isinstance(call, Mapping) or not isinstance(call.get("name"), str) or call["name"] not in names:
+            return None
+    return items or None
 
 
-def _is_call(item: Any, names: set[Any]) -> bool:
-    call = item.get("function", item) if isinstance(item, Mapping) else None
-    return isinstance(call, Mapping) and isinstance(call.get("name"), str) and call["name"] in names
+def fit_tools(
+    template: Template, messages: Sequence[Message], tools: Sequence[Tool]
+) -> tuple[Sequence[Message], Sequence[Tool], list[str]]:
+    """The chat as this template can render it, with remarks on what became text.
+
+    Raises:
+        DatasetError: the template renders tools but not their calls, so part of the row would be lost.
+    """
+    has_calls, has_results = any(m.calls for m in messages), any(m.role == "tool" for m in messages)
+    if not (tools or has_calls or has_results):
+        return messages, tools, []
+    if template.shows_tools and has_calls and not template.shows_calls:
+        raise DatasetError(
+            f"{template.name} shows tools and leaves out the calls of them. Use a template that shows them "
+            "(data.template=FILE.jinja), or write the calls into the content as the model is to write them."
+        )
+    remarks = []
+    if has_calls and not template.shows_calls:
+        messages = [
+            replace(m, text="\n".join(filter(None, [m.text, *map(_dump_json, m.calls_without_ids)])), calls=())
+            for m in messages
+        ]
+        remarks.append(f"{template.name} has no place for calls of tools: they are learned as JSON")
+    if has_results and not template.shows_results:
+        messages = [replace(m, role="user") if m.role == "tool" else m for m in messages]
+        remarks.append(f"{template.name} has no place for what tools give: it comes as user messages")
+    if tools and not template.shows_tools:
+        described = "\n".join(["You may call these tools:", *(_dump_json(tool["function"]) for tool in tools)])
+        if messages[0].role == "system":
+            messages = [replace(messages[0], text=f"{messages[0].text}\n\n{described}"), *messages[1:]]
+        else:
+            messages = [Message("system", described), *messages]
+        tools = ()
+        remarks.append(f"{template.name} has no place for tools: their descriptions go into the system message")
+    return messages, tools, remarks
+
+
+def _dump_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -10,6 +10,7 @@ from typing import Any
 from training_lens.data.examples import Message, TextSegment
 from training_lens.errors import ConfigurationError
 
+Tools = Sequence[Mapping[str, Any]]
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -36,16 +37,11 @@ class TurnTemplate(ABC):
         """The text before the answer to `asked`, with the turn's `system` message; `first` marks the first turn."""
 
     def render_prompt(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int] = ()
+        self, messages: Sequence[Message], tools: Tools, learned: Collection[int] = ()
     ) -> list[TextSegment]:
-        return self._render_turns(messages, ())
+        return self.render_example(messages, tools, ())
 
-    def render_example(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
-    ) -> list[TextSegment]:
-        return self._render_turns(messages, learned)
-
-    def _render_turns(self, messages: Sequence[Message], learned: Collection[int]) -> list[TextSegment]:
+    def render_example(self, messages: Sequence[Message], tools: Tools, learned: Collection[int]) -> list[TextSegment]:
         segments: list[TextSegment] = []
         turn: list[Message] = []
         for index, message in enumerate(messages):

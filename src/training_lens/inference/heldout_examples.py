@@ -7,10 +7,9 @@ from itertools import islice
 
 import numpy as np
 
-from training_lens.data.bad_rows import describe_bad_rows
 from training_lens.data.batching import hold_out
 from training_lens.data.examples import Example
-from training_lens.data.notes import DataNotes
+from training_lens.data.notes import DataNotes, describe_bad_rows
 from training_lens.data.source_reader import read_examples, read_source_examples
 from training_lens.data.sources import expand_sources
 from training_lens.data.token_pipeline import CHUNK, collect_example_errors, tokenize

@@ -68,7 +68,12 @@ class Corpus:
         Raises:
             DatasetError: as `source_reader.read_keys` and `fields.find_mapping`.
         """
-        return cls(tuple(_open_reading(source, data) for source in sources), data, progress, left_out or {})
+        readings = []
+        for source in sources:
+            stamp, sha256 = _stamp_files(source), source.sha256
+            keys = read_keys(source, data)
+            readings.append(SourceReading(source, keys, find_mapping(keys, data, source.name), stamp, sha256))
+        return cls(tuple(readings), data, progress, left_out or {})
 
     def read_rows(self, title: str, notes: DataNotes | None = None) -> Iterator[tuple[Row, Example]]:
         """Each row and its example, unchanged and streamed; `title` is the progress bar's.
@@ -110,13 +115,6 @@ class Corpus:
         """The examples as they are trained on: without end marks, unless data.strip_end_marks=false."""
         strip = self.data.strip_end_marks
         return (strip_end_marks(example)[0] if strip else example for _, example in self.read_rows(title))
-
-
-def _open_reading(source: DataSource, data: DataSection) -> SourceReading:
-    stamp = _stamp_files(source)
-    sha256 = source.sha256
-    keys = read_keys(source, data)
-    return SourceReading(source, keys, find_mapping(keys, data, source.name), stamp, sha256)
 
 
 def _stamp_files(source: DataSource) -> tuple[tuple[int, int], ...]:

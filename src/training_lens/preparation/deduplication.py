@@ -53,14 +53,12 @@ class Fingerprint:
 def fingerprint_example(example: Example) -> Fingerprint:
     """The example's hashes, of texts as `normalize_text` gives them."""
     context = _hash_json(list(example.tools))
-    turns = [_normalize_message(message) for message in example.messages]
+    turns = []
+    for m in example.messages:
+        muted = m.role == "assistant" and not m.learn
+        turns.append([m.role, normalize_text(m.text), normalize_text(m.input), m.calls_without_ids, muted])
     whole = _hash_json([context, turns])
     return Fingerprint(whole, whole if example.is_text else _hash_json([context, turns[:-1]]), context)
-
-
-def _normalize_message(message: Message) -> list[Any]:
-    muted = message.role == "assistant" and not message.learn
-    return [message.role, normalize_text(message.text), normalize_text(message.input), message.calls_without_ids, muted]
 
 
 def _hash_json(value: Any) -> int:

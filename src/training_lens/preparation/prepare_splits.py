@@ -13,10 +13,8 @@ import numpy as np
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import TrainingConfig
-from training_lens.data.bad_rows import describe_bad_rows, refuse_unusable_sources
-from training_lens.data.examples import Example
 from training_lens.data.file_readers import check_csv_settings
-from training_lens.data.notes import DataNotes, collect_row_numbers
+from training_lens.data.notes import DataNotes, collect_row_numbers, describe_bad_rows, refuse_unusable_sources
 from training_lens.data.sources import MADE_BY, MANIFEST, DataSource, expand_sources
 from training_lens.data.split_report import describe_remarks, log_split
 from training_lens.data.token_cache import Split, prepare_sources
@@ -209,18 +207,14 @@ def _write_splits(chosen: RowChoice, file_format: FileFormat, building: Path) ->
         ]
         for position, (row, example) in chosen.catalogue.enumerate_rows(corpus.read_rows("writing")):
             if position in listed:
-                texts[position] = _excerpt_text(example)
+                text = " ".join(" ".join(m.text for m in example.messages).split())
+                texts[position] = text if len(text) <= TEXT else f"{text[: TEXT - 1]}…"
             if selection.split[position] != DROPPED:
                 values = convert_row(row, example, form, corpus.data.domain.per_file)
                 writers[selection.split[position]].write(row, values)
     for key, count in sum((writer.emptied for writer in writers), Counter[str]()).items():
         logger.warning("'%s' is NaN or infinite in %d rows, for which JSON has no word; written as null", key, count)
     return texts
-
-
-def _excerpt_text(example: Example) -> str:
-    text = " ".join(" ".join(m.text for m in example.messages).split())
-    return text if len(text) <= TEXT else f"{text[: TEXT - 1]}…"
 
 
 def _tokenize_splits(

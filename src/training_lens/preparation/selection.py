@@ -70,7 +70,12 @@ def select_rows(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSectio
             f"prepare.leakage: all {len(leaking)} training rows have their like in another split, so none is left. "
             "Set prepare.leakage=check, or give other rows."
         )
-    return Selection(names, split, duplicates, _find_kept_conflicts(catalogue, kept), leaks, len(leaking))
+    positions, strata = np.flatnonzero(kept), catalogue.hash_domains()[kept]
+    conflicts = find_conflicts(
+        combine_digests(strata, catalogue.whole[kept]), combine_digests(strata, catalogue.prompt[kept])
+    )
+    pairs = zip(*(positions[rows].tolist() for rows in conflicts), strict=True)
+    return Selection(names, split, duplicates, list(pairs), leaks, len(leaking))
 
 
 def _find_duplicates(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection) -> list[Duplicate]:
@@ -96,15 +101,6 @@ def _build_row_iterator(corpus: Corpus, catalogue: RowCatalogue, contexts: np.nd
     return rows
 
 
-def _find_kept_conflicts(catalogue: RowCatalogue, kept: np.ndarray) -> list[tuple[int, int]]:
-    positions = np.flatnonzero(kept)
-    strata = catalogue.hash_domains()[kept]
-    rows, firsts = find_conflicts(
-        combine_digests(strata, catalogue.whole[kept]), combine_digests(strata, catalogue.prompt[kept])
-    )
-    return list(zip(positions[rows].tolist(), positions[firsts].tolist(), strict=True))
-
-
 def _assign_splits(catalogue: RowCatalogue, kept: np.ndarray, settings: PrepareSection) -> np.ndarray:
     """The split of each kept row."""
     strata = catalogue.hash_domains()[kept]
@@ -112,7 +108,7 @@ def _assign_splits(catalogue: RowCatalogue, kept: np.ndarray, settings: PrepareS
     units, what = (catalogue.group[kept], "groups") if settings.split_by == "group" else (kept, "rows")
     if len(np.unique(units)) < len(shares):
         raise DatasetError(
-            f"prepare.splits: {len(np.unique(units))} {what} cannot be parted into {len(shares)} splits "
+            f"prepare.splits: {len(np.unique(units))} {what} cannot be split into {len(shares)} splits "
             f"({', '.join(settings.splits)}). Give more rows, or fewer splits."
         )
     if settings.split_by == "group":

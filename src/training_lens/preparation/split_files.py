@@ -7,11 +7,11 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from training_lens.config.data_sections import CsvSection, DataSection, DomainSection, FieldsSection
 from training_lens.data.examples import Example, Message, Row
-from training_lens.data.fields import DOMAIN_FIELD, FieldMapping, find_mapping
+from training_lens.data.fields import DOMAIN_FIELD, find_mapping
 from training_lens.data.notes import DataNotes
 from training_lens.data.source_reader import read_usable_rows
 from training_lens.errors import DatasetError
@@ -59,14 +59,14 @@ def _share_a_mapping(corpus: Corpus) -> bool:
         merged = find_mapping(keys, corpus.data, "all sources together")
     except DatasetError:
         return False
-    return all(_reads_like(merged, reading.mapping) for reading in corpus.readings)
-
-
-def _reads_like(merged: FieldMapping, own: FieldMapping) -> bool:
-    return set(own.masks) <= set(merged.masks) and all(
-        getattr(merged, meaning) == key or (key is None and meaning in OPTIONAL)
-        for meaning, key in vars(own).items()
-        if meaning != "masks"
+    return all(
+        set(reading.mapping.masks) <= set(merged.masks)
+        and all(
+            getattr(merged, meaning) == key or (key is None and meaning in OPTIONAL)
+            for meaning, key in vars(reading.mapping).items()
+            if meaning != "masks"
+        )
+        for reading in corpus.readings
     )
 
 
@@ -156,38 +156,21 @@ def _convert_message(message: Message) -> dict[str, Any]:
     values: dict[str, Any] = {"role": message.role, "content": content, **message.extra}
     if not message.learn:
         values["loss_weight"] = 0
-    if message.calls:
-        values["tool_calls"] = [_convert_call(call) for call in message.calls]
+    for call in message.calls:
+        function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+        identity = {"id": call["id"]} if "id" in call else {}
+        values.setdefault("tool_calls", []).append({**identity, "type": "function", "function": function})
     return values
 
 
-def _convert_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
-    return {**({"id": call["id"]} if "id" in call else {}), "type": "function", "function": function}
-
-
-class RowWriter(Protocol):
-    """Writes rows one by one; the file is complete after `close`."""
-
-    rows: int
-    emptied: Counter[str]  # key -> rows in which NaN or infinity became null
-
-    def write(self, row: Row, values: Mapping[str, Any]) -> None:
-        """Write the values of `row`.
-
-        Raises:
-            DatasetError: the format cannot hold a value; names the row.
-        """
-        ...
-
-    def close(self) -> None: ...
-
-
-def open_writer(path: Path, form: Form, has_domain: bool, learned: Collection[str] = ()) -> RowWriter:
-    """A writer by the path's ending: .jsonl, or .parquet with the columns of `form`.
+def open_writer(path: Path, form: Form, has_domain: bool, learned: Collection[str] = ()) -> _RowWriter:
+    """A writer by the path's ending: .jsonl, or .parquet with the columns of `form`; complete after `close`.
 
     Args:
-        learned: keys whose NaN or infinity is refused; under other keys it becomes null.
+        learned: keys whose NaN or infinity is refused; under other keys it becomes null, and `emptied` counts it.
+
+    Raises:
+        DatasetError: in `write`: the format cannot hold a value; names the row.
     """
     return _ParquetWriter(path, form, has_domain) if path.suffix == ".parquet" else _JsonlWriter(path, learned)
 
@@ -201,40 +184,30 @@ class _JsonlWriter:
     def __init__(self, path: Path, learned: Collection[str]) -> None:
         self._file = path.open("w", encoding="utf-8")
         self._learned = learned
-        self.rows = 0
         self.emptied: Counter[str] = Counter()
 
     def write(self, row: Row, values: Mapping[str, Any]) -> None:
         try:
-            self._file.write(self._line(row, values) + "\n")
+            line = _encode_json(values)
+        except ValueError:  # NaN or infinity, in pandas and Parquet often a missing value
+            finite = {key: _replace_non_finite(value) for key, value in values.items()}
+            emptied = [key for key, value in values.items() if finite[key] != value]
+            learned = next((key for key in emptied if key in self._learned), None)
+            if learned is not None:
+                raise DatasetError(
+                    f"{row.place}: '{learned}' holds NaN or infinity, for which JSON has no word. Fix it."
+                ) from None
+            self.emptied.update(emptied)
+            line = _encode_json(finite)
         except TypeError as error:
             raise DatasetError(
                 f"{row.place}: JSON cannot hold all of its values ({error}). With prepare.format=parquet what is "
                 "learned is written alone."
             ) from error
-        self.rows += 1
+        self._file.write(line + "\n")
 
     def close(self) -> None:
         self._file.close()
-
-    def _line(self, row: Row, values: Mapping[str, Any]) -> str:
-        try:
-            return _encode_json(values)
-        except ValueError:  # NaN or infinity, in pandas and Parquet often a missing value
-            emptied = [key for key, value in values.items() if not _is_json(value)]
-        learned = next((key for key in emptied if key in self._learned), None)
-        if learned is not None:
-            raise DatasetError(f"{row.place}: '{learned}' holds NaN or infinity, for which JSON has no word. Fix it.")
-        self.emptied.update(emptied)
-        return _encode_json({key: _replace_non_finite(value) for key, value in values.items()})
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        return False
-    return True
 
 
 def _replace_non_finite(value: Any) -> Any:
@@ -249,11 +222,11 @@ def _replace_non_finite(value: Any) -> Any:
 def _encode_json(values: Mapping[str, Any]) -> str:
     """The values in JSON without ASCII escapes, unless UTF-8 cannot encode them."""
     line = json.dumps(values, ensure_ascii=False, allow_nan=False)
-    return line if line.isascii() or not _has_surrogate(line) else json.dumps(values)
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return json.dumps(values)
+    return line
 
 
 class _ParquetWriter:
@@ -263,13 +236,11 @@ class _ParquetWriter:
         self._schema = _build_schema(form, has_domain)
         self._file = pq.ParquetWriter(path, self._schema)
         self._chunk: list[Mapping[str, Any]] = []
-        self.rows = 0
         self.emptied: Counter[str] = Counter()  # other keys are left out
 
     def write(self, row: Row, values: Mapping[str, Any]) -> None:
         self._chunk.append(values)
         self._last = row.place
-        self.rows += 1
         if len(self._chunk) == CHUNK:
             self._flush_chunk()
 
@@ -289,6 +260,9 @@ class _ParquetWriter:
                 f"values ({error}). Fix the row, or take prepare.format=jsonl."
             ) from error
         self._chunk = []
+
+
+_RowWriter = _JsonlWriter | _ParquetWriter
 
 
 def _build_schema(form: Form, has_domain: bool) -> Any:

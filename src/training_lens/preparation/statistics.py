@@ -79,7 +79,8 @@ def draw_histogram(lengths: np.ndarray, bins: int = 10, width: int = 78) -> list
         10 - 19 │ ██████████████████ 4
     """
     ordinary = int(np.quantile(lengths, 0.99, method="inverted_cdf"))
-    step = _round_step((ordinary - int(lengths.min())) / bins)
+    steps = (factor * int(10**power) for power in count() for factor in (1, 2, 5))
+    step = next(step for step in steps if step > (ordinary - int(lengths.min())) / bins)
     first, last = int(lengths.min()) // step, ordinary // step
     counts = np.bincount(np.minimum(lengths // step, last) - first, minlength=last - first + 1)
     digits = len(str((last + 1) * step - 1))
@@ -87,12 +88,6 @@ def draw_histogram(lengths: np.ndarray, bins: int = 10, width: int = 78) -> list
     if lengths.max() >= (last + 1) * step:
         labels[-1] = f"{last * step:>{digits}} {'on':<{digits + 2}}"
     return _draw_bars(labels, counts.tolist(), width)
-
-
-def _round_step(least: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50, ... that is above `least`."""
-    steps = (factor * int(10**power) for power in count() for factor in (1, 2, 5))
-    return next(step for step in steps if step > least)
 
 
 def _draw_bars(labels: Sequence[str], counts: Sequence[int], width: int) -> list[str]:
