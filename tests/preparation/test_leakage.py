@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from training_lens.data.examples import Example, Message
-from training_lens.preparation.deduplication import NearIndex
-from training_lens.preparation.leakage import DROPPED, Leak, find_equal_leaks, find_near_leaks
+from training_lens.preparation.deduplication import DROPPED, Leak, NearIndex, find_equal_leaks, find_near_leaks
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 

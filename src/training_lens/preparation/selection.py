@@ -1,8 +1,12 @@
-"""Choose rows and splits: remove duplicates, assign splits, find leaks between splits."""
+"""Choose rows and splits: remove duplicates, assign splits, find leaks between splits.
+
+Splits depend on seed and content, not on the order of rows and files: rows are ranked by a hash of (seed, content) and
+the ranking is cut into splits, so added rows move few others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,15 +17,19 @@ from training_lens.data.examples import Example
 from training_lens.errors import DatasetError
 from training_lens.preparation.corpus import Corpus, RowCatalogue
 from training_lens.preparation.deduplication import (
+    DROPPED,
+    Leak,
     NearIndex,
     Rows,
     combine_digests,
     find_conflicts,
+    find_equal_leaks,
     find_first_equal,
     find_near_duplicates,
+    find_near_leaks,
 )
-from training_lens.preparation.leakage import DROPPED, Leak, find_equal_leaks, find_near_leaks
-from training_lens.preparation.splitting import split_groups, split_random, split_stratified
+
+ROUNDING = 1e-9  # tolerance for share * count being a whole number
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +141,142 @@ def _find_leaks(corpus: Corpus, catalogue: RowCatalogue, split: np.ndarray, sett
     index = NearIndex(settings.near_threshold, settings.num_perm)
     near = find_near_leaks(_build_row_iterator(corpus, catalogue, catalogue.context, "near leaks"), split, train, index)
     return leaks + [leak for leak in near if leak.row not in known]
+
+
+def split_counts(rows: int, shares: Sequence[float]) -> list[int]:
+    """Rows per share: largest remainder, at least one each if there are enough.
+
+    Example:
+        >>> split_counts(10, [0.8, 0.1, 0.1]), split_counts(4, [0.9, 0.1]), split_counts(1, [0.9, 0.1])
+        ([8, 1, 1], [3, 1], [1, 0])
+    """
+    counts: list[int] = _fill_empty_splits(_round_shares(rows, shares)[np.newaxis])[0].tolist()
+    return counts
+
+
+def stratum_counts(sizes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    """Rows per stratum and share, (strata, shares) int64; the totals are those of `split_counts`.
+
+    Every cell gets the floor of its share; leftover rows go to the largest remainders, as long as the stratum has one
+    left and the split lacks one. The minimum of one row applies to whole splits, not to strata.
+
+    Args:
+        sizes: (strata,) rows per stratum; ties go to the earlier stratum.
+
+    Example:
+        >>> stratum_counts(np.array([4, 3, 3]), [0.8, 0.2]).tolist()
+        [[3, 1], [2, 1], [3, 0]]
+    """
+    exact = np.outer(sizes, shares)
+    counts = np.floor(exact + ROUNDING).astype(np.int64)
+    over = sizes - counts.sum(axis=1)
+    lacking = _round_shares(int(sizes.sum()), shares) - counts.sum(axis=0)
+    largest_first = np.argsort(counts - exact, axis=None, kind="stable")
+    while over.any():  # repeat: the last rows may only fit a split where their stratum got one already
+        for stratum, split in zip(*np.unravel_index(largest_first, counts.shape), strict=True):
+            if over[stratum] and lacking[split]:
+                counts[stratum, split] += 1
+                over[stratum] -= 1
+                lacking[split] -= 1
+    return _fill_empty_splits(counts)
+
+
+def _round_shares(rows: int, shares: Sequence[float]) -> np.ndarray:
+    """Whole rows per share, by largest remainder; (shares,) int64."""
+    exact = np.array(shares) * rows
+    counts = np.floor(exact + ROUNDING).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: rows - counts.sum()]] += 1
+    return counts
+
+
+def _fill_empty_splits(counts: np.ndarray) -> np.ndarray:
+    """Give each empty split one row of the largest split's largest stratum; (strata, shares)."""
+    counts = counts.copy()
+    while counts.sum() >= counts.shape[1] and not (whole := counts.sum(axis=0)).all():
+        largest = int(np.argmax(whole))
+        stratum = int(np.argmax(counts[:, largest]))
+        counts[stratum, largest] -= 1
+        counts[stratum, int(np.argmin(whole))] += 1
+    return counts
+
+
+def split_random(keys: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+    """The split of each row, as an index into `shares`; int64.
+
+    Args:
+        keys: (rows,) uint64 content hashes; ties are ranked by position.
+    """
+    splits = np.repeat(np.arange(len(shares)), split_counts(len(keys), shares))
+    assigned = np.empty(len(keys), dtype=np.int64)
+    assigned[_rank_keys(keys, seed)] = splits
+    return assigned
+
+
+def split_stratified(keys: np.ndarray, strata: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+    """Like `split_random` within each stratum: each has its share in every split, up to rounding.
+
+    Args:
+        strata: (rows,) uint64 hashes of the strata.
+    """
+    names, inverse, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    order = _rank_keys(names, seed)
+    place = np.argsort(order)[inverse]  # rank of each row's stratum
+    counts = stratum_counts(sizes[order], shares)
+    rows = np.lexsort((_mix_hash(keys, seed), place))  # by stratum, then by rank within it
+    assigned = np.empty(len(keys), dtype=np.int64)
+    assigned[rows] = np.repeat(np.tile(np.arange(len(shares)), len(names)), counts.ravel())
+    return assigned
+
+
+def split_groups(groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+    """Like `split_random` with whole groups: largest first, the smallest fill the gaps.
+
+    A group goes to a random split that lacks at least its rows, weighted by how many it lacks, so every split gets
+    small and large groups; if none fits, to the split that lacks most. A split that stays empty takes the smallest
+    group of a split with several.
+
+    Args:
+        groups: (rows,) uint64 hashes of the groups; at least as many distinct ones as shares.
+    """
+    names, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    assert len(names) >= len(shares)
+    ranks = _mix_hash(names, seed)
+    draws = (ranks & np.uint64(0xFFFFFFFF)) / 2.0**32  # from the bits that matter least for the rank
+    lacking = np.array(shares) * len(groups)
+    split_of = np.empty(len(names), dtype=np.int64)
+    for group in np.lexsort((ranks, -sizes)):
+        split_of[group] = _draw_split(sizes[group], lacking, draws[group])
+        lacking[split_of[group]] -= sizes[group]
+    for empty in sorted(set(range(len(shares))) - set(split_of.tolist())):
+        several = np.bincount(split_of, minlength=len(shares))[split_of] > 1
+        split_of[np.argmin(np.where(several, sizes, len(groups) + 1))] = empty
+    assigned: np.ndarray = split_of[inverse]
+    return assigned
+
+
+def _draw_split(size: int, lacking: np.ndarray, draw: float) -> int:
+    """A random split that lacks `size` rows, weighted by what it lacks; else the one that lacks most.
+
+    Args:
+        draw: in [0, 1).
+    """
+    room = np.where(lacking + ROUNDING >= size, lacking, 0.0).cumsum()
+    return int(np.searchsorted(room, draw * room[-1], side="right")) if room[-1] > 0 else int(np.argmax(lacking))
+
+
+def _rank_keys(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Positions sorted by a hash of (seed, key)."""
+    return np.argsort(_mix_hash(keys, seed), kind="stable")
+
+
+def _mix_hash(keys: np.ndarray, seed: int) -> np.ndarray:
+    """A 64-bit hash of (seed, key): splitmix64's finalizer, a bijection of 64 bits.
+
+    Source: Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014 (constants of Stafford's Mix13).
+    """
+    start = np.random.Generator(np.random.PCG64(seed)).integers(0, 2**64, dtype=np.uint64)
+    mixed = keys.astype(np.uint64) + start
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    hashed: np.ndarray = mixed ^ (mixed >> np.uint64(31))
+    return hashed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training_lens.preparation.splitting import (
+from training_lens.preparation.selection import (
     split_counts,
     split_groups,
     split_random,
