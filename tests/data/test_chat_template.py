@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from jinja2 import TemplateError
 from trl_templates import TEMPLATES, add_special_tokens
 
-from training_lens.config.data_sections import DataSection
 from training_lens.data.chat_template import ChatTemplate, special_token_names
+from training_lens.data.completeness import find_lost
 from training_lens.data.examples import Example, Message, TextSegment
-from training_lens.data.templates import build_renderer
+from training_lens.data.templates import Renderer
 from training_lens.errors import DatasetError
 
 ONE = [Message("user", "Hi"), Message("assistant", "Hello there")]
@@ -50,6 +52,12 @@ def tokenizer(request: pytest.FixtureRequest, embedded_tokenizer: Any) -> Any:
 @pytest.fixture(scope="module")
 def template(tokenizer: Any) -> ChatTemplate:
     return ChatTemplate(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def renderer(tokenizer: Any, template: ChatTemplate) -> Renderer:
+    """As `build_renderer` makes it, with the template that is compiled and probed already."""
+    return Renderer(template, "tag", end=tokenizer.eos_token, special=special_token_names(tokenizer))
 
 
 def answers(messages: list[Message]) -> list[int]:
@@ -175,16 +183,76 @@ def test_without_thinking_thoughts_are_shown_as_they_are_or_refused(tokenizer: A
     assert next(s.text for s in segments if s.response).startswith(THOUGHTS[1].text)
 
 
-def test_special_names_in_tools_and_calls_stay_text(tokenizer: Any, template: ChatTemplate) -> None:
+RICH_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "find",
+        "description": "Finds <it> & more",
+        "parameters": {"type": "object", "properties": {"animal": {"type": "string", "enum": ["owl", "fox"]}}},
+    },
+}
+WORDS = ["owl", 'a "quote"', "<tag> & co", "naïve 鳥", "two\nlines", "it's", "back\\slash", "{x}", " edge "]
+
+
+def make_value(rng: random.Random, depth: int = 2) -> Any:
+    kinds: list[Any] = [rng.choice(WORDS), rng.randint(-9, 9), 1.5, True, None]
+    if depth:
+        kinds += [[make_value(rng, 0)], {rng.choice(["k", "näme", "long_key"]): make_value(rng, depth - 1)}]
+    return rng.choice(kinds)
+
+
+def make_chat(rng: random.Random) -> Example:
+    """A valid conversation of random turns, texts, calls and tools."""
+    messages = [Message("system", rng.choice(WORDS) + " S")] if rng.random() < 0.4 else []
+    tools: tuple[Any, ...] = (RICH_TOOL,) if rng.random() < 0.8 else ()
+    for turn in range(rng.randint(1, 3)):
+        messages.append(Message("user", f"{rng.choice(WORDS)} {turn}?"))
+        if tools and rng.random() < 0.6:
+            arguments = {rng.choice(["a", "näme"]): make_value(rng) for _ in range(2)}
+            call = {"id": f"call0000{turn}", "name": "find", "arguments": arguments}
+            null = rng.random() < 0.5
+            said = "" if null or rng.random() < 0.7 else "I look."
+            messages.append(Message("assistant", said, calls=(call,), null_content=null))
+            extra = {"tool_call_id": call["id"], "name": "find"}
+            messages.append(Message("tool", f"{rng.choice(WORDS)} R{turn}", extra=extra))
+        messages.append(Message("assistant", f"{rng.choice(WORDS).strip()} A{turn}"))
+    return Example(tuple(messages), None, "rows.jsonl", 1, tools)
+
+
+def test_of_a_random_conversation_everything_is_found_or_it_is_refused(
+    request: pytest.FixtureRequest, tokenizer: Any, renderer: Renderer
+) -> None:
+    rng, used = random.Random(request.node.callspec.params["tokenizer"]), 0
+    plain = Example((Message("user", "Hi"), Message("assistant", "Ho")), None, "rows.jsonl", 1)
+    for example in (plain, *(make_chat(rng) for _ in range(8))):
+        try:
+            segments = renderer.render_example(example)
+        except DatasetError as error:
+            assert "chat template" in str(error) and str(error).startswith("rows.jsonl, row 1: ")
+            continue
+        used += 1
+        text = "".join(s.text for s in segments)
+        native = renderer.template.shows_tools and renderer.template.shows_calls
+        if native or not example.tools:
+            assert find_lost(text, example.messages, example.tools, range(len(example.messages))) is None
+        assert all(m.text.strip() in text for m in example.messages if m.role == "assistant")
+        learned = [s.text for s in segments if s.response and not s.plain]
+        results = [m.text for m in example.messages if m.role == "tool"]
+        assert not any(result in one for one in learned for result in results)
+        _, said, end = learned[-1].rpartition(example.messages[-1].text)
+        assert said and set(tokenizer(end.strip(), add_special_tokens=False)["input_ids"]) <= specials(tokenizer)
+    assert used
+
+
+def test_special_names_in_tools_and_calls_stay_text(tokenizer: Any, template: ChatTemplate, renderer: Renderer) -> None:
     if not template.shows_tools:
         pytest.skip("the template has no place for tools")
     name = next(n for n in sorted(special_token_names(tokenizer)) if "end" in n or "eot" in n)
-    renderer = build_renderer(DataSection(template="chat", supervise="last"), tokenizer)
     counts = []
     for text in ("plain", name):
         tool = {**TOOL, "function": {**TOOL["function"], "description": f"It {text} looks."}}
         call = Message("assistant", "", calls=({"name": "search", "arguments": {"q": text}},))
-        chat = [*CALLING[:1], call, *CALLING[2:]]
+        chat = [CALLING[0], replace(call, learn=False), *CALLING[2:]]
         try:
             segments = renderer.render_example(Example(tuple(chat), None, "f", 1, (tool,)))
         except DatasetError:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from trl_templates import TEMPLATES, add_special_tokens
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
-from training_lens.data.completeness import find_lost
 from training_lens.data.examples import Example, Message
 from training_lens.data.notes import DataNotes
 from training_lens.data.source_reader import read_examples
@@ -257,63 +254,6 @@ def test_shared_cases_show_their_calls(embedded_tokenizer: Any, shared: Path, ca
     texts = ["".join(s.text for s in renderer.render_example(e) if s.response) for e in examples]
     assert len(texts) == len(examples) > 5
     assert CASES[case] in texts[0] and texts[0].endswith("In the oak.<|end|>")
-
-
-WORDS = ["owl", 'a "quote"', "<tag> & co", "naïve 鳥", "two\nlines", "it's", "back\\slash", "{x}", " edge "]
-
-
-def make_value(rng: random.Random, depth: int = 2) -> Any:
-    kinds: list[Any] = [rng.choice(WORDS), rng.randint(-9, 9), 1.5, True, None]
-    if depth:
-        kinds += [[make_value(rng, 0)], {rng.choice(["k", "näme", "long_key"]): make_value(rng, depth - 1)}]
-    return rng.choice(kinds)
-
-
-def make_chat(rng: random.Random) -> Example:
-    """A valid conversation of random turns, texts, calls and tools."""
-    messages = [Message("system", rng.choice(WORDS) + " S")] if rng.random() < 0.4 else []
-    tools: tuple[Any, ...] = (TOOL,) if rng.random() < 0.8 else ()
-    for turn in range(rng.randint(1, 3)):
-        messages.append(Message("user", f"{rng.choice(WORDS)} {turn}?"))
-        if tools and rng.random() < 0.6:
-            arguments = {rng.choice(["a", "näme"]): make_value(rng) for _ in range(2)}
-            call = {"id": f"call0000{turn}", "name": "find", "arguments": arguments}
-            null = rng.random() < 0.5
-            said = "" if null or rng.random() < 0.7 else "I look."
-            messages.append(Message("assistant", said, calls=(call,), null_content=null))
-            extra = {"tool_call_id": call["id"], "name": "find"}
-            messages.append(Message("tool", f"{rng.choice(WORDS)} R{turn}", extra=extra))
-        messages.append(Message("assistant", f"{rng.choice(WORDS).strip()} A{turn}"))
-    return Example(tuple(messages), None, "rows.jsonl", 1, tools)
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_of_a_random_conversation_everything_is_found_or_it_is_refused(embedded_tokenizer: Any, name: str) -> None:
-    tokenizer = copy.deepcopy(embedded_tokenizer)
-    tokenizer.chat_template = TEMPLATES[name]
-    add_special_tokens(tokenizer)
-    renderer = build_renderer(DataSection(template="chat"), tokenizer)
-    special_ids = TextEncoder(tokenizer).special_ids
-    rng, used = random.Random(name), 0
-    plain = Example((Message("user", "Hi"), Message("assistant", "Ho")), None, "rows.jsonl", 1)
-    for example in (plain, *(make_chat(rng) for _ in range(8))):
-        try:
-            segments = renderer.render_example(example)
-        except DatasetError as error:
-            assert "chat template" in str(error) and str(error).startswith("rows.jsonl, row 1: ")
-            continue
-        used += 1
-        text = "".join(s.text for s in segments)
-        native = renderer.tool_template.shows_tools and renderer.tool_template.shows_calls
-        if native or not example.tools:
-            assert find_lost(text, example.messages, example.tools, range(len(example.messages))) is None
-        assert all(m.text.strip() in text for m in example.messages if m.role == "assistant")
-        learned = [s.text for s in segments if s.response and not s.plain]
-        results = [m.text for m in example.messages if m.role == "tool"]
-        assert not any(result in one for one in learned for result in results)
-        _, said, end = learned[-1].rpartition(example.messages[-1].text)
-        assert said and set(tokenizer(end.strip(), add_special_tokens=False)["input_ids"]) <= special_ids
-    assert used
 
 
 def test_thoughts_of_earlier_answers_may_be_left_out_and_that_is_told(embedded_tokenizer: Any) -> None:
