@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
+from training_lens.config.data_sections import DataSection
 from training_lens.data.notes import (
     MORE_KEYS,
     MORE_KINDS,
@@ -14,6 +18,8 @@ from training_lens.data.notes import (
     list_rows,
     strip_location,
 )
+from training_lens.data.source_reader import read_usable_examples
+from training_lens.data.sources import expand_sources
 from training_lens.errors import DatasetError
 
 
@@ -35,10 +41,14 @@ def test_ever_new_keys_and_kinds_do_not_grow_the_report() -> None:
     assert bad[MORE_KINDS].message == f"message {MOST_KINDS}"
 
 
-def test_end_marks_are_counted_over_all_sources() -> None:
+def test_end_marks_are_counted_over_all_sources(write_rows: Callable[..., Path]) -> None:
     notes = DataNotes()
-    for source, mark in (("a", "</s>"), ("b", "</s>"), ("b", "<eos>")):
-        notes.add_end_mark(source, mark)
+    for name, answers in (("a.jsonl", ["b</s>"]), ("b.jsonl", ["b </s>", "c<eos>", "d"])):
+        path = write_rows([{"question": "a", "answer": answer} for answer in answers], name)
+        (source,) = expand_sources([str(path)], "data.train")
+        assert [e.messages[1].text.strip() for e in read_usable_examples(source, DataSection(), notes)] == [
+            answer[0] for answer in answers
+        ]
     assert notes.end_marks == {"</s>": 2, "<eos>": 1}
 
 

@@ -338,6 +338,8 @@ def test_records_in_one_list_become_rows_unless_the_holder_is_a_row_itself(write
     assert read_file([{"question": "x", "answer": "y", "items": topics[0]["items"]}] * 2) == [("x", "y")] * 2
     with pytest.raises(DatasetError, match="no prompt found among its fields"):  # which of the two lists?
         read_file([{"items": topics[0]["items"], "more": topics[1]["items"]}] * 2)
+    with pytest.raises(DatasetError, match="no prompt found among its fields"):  # they may be one chat
+        read_file([{"turns": topics[0]["items"]}] * 2)
 
 
 def test_an_unanswerable_question_of_squad_names_its_kind() -> None:

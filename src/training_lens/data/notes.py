@@ -29,32 +29,34 @@ class BadRows:
     rows: list[int] = field(default_factory=list)
 
 
+@dataclass
 class DataNotes:
     """Collects remarks, ignored keys and bad rows by source, for the split's report.
 
     Memory is bounded, except for the numbers of bad rows. One thread may read rows while another tokenizes: each
     method changes only one entry, and rows may be reported in any order.
+
+    `mappings`: how each source's fields are read ('question -> answer'). `remarks`: source -> sentence -> count, in the
+    order of first use. `ignored_keys`: source -> key that nothing reads -> count. `end_marks`: literal end mark removed
+    from answers of any source -> count. `bad_rows`: source -> kind -> bad rows.
     """
 
-    def __init__(self) -> None:
-        self.mappings: dict[str, str] = {}  # how each source's fields are read: 'question -> answer'
-        self._remarks: dict[str, Counter[str]] = {}
-        self._ignored: dict[str, Counter[str]] = {}
-        self._marks: dict[str, Counter[str]] = {}
-        self._bad: dict[str, dict[str, BadRows]] = {}
+    mappings: dict[str, str] = field(default_factory=dict)
+    remarks: dict[str, dict[str, int]] = field(default_factory=dict)
+    ignored_keys: dict[str, dict[str, int]] = field(default_factory=dict)
+    end_marks: Counter[str] = field(default_factory=Counter)
+    bad_rows: dict[str, dict[str, BadRows]] = field(default_factory=dict)
 
     def add_remark(self, source: str, sentence: str) -> None:
         """Add a sentence about a source; equal ones are reported once, with a count."""
-        self._remarks.setdefault(source, Counter())[sentence] += 1
+        counts = self.remarks.setdefault(source, {})
+        counts[sentence] = counts.get(sentence, 0) + 1
 
     def ignore_key(self, source: str, key_path: str) -> None:
         """Count a key that nothing reads, such as 'meta.score' or 'messages[].emotion'."""
-        counts = self._ignored.setdefault(source, Counter())
-        counts[key_path if key_path in counts or len(counts) < MOST_KEYS else MORE_KEYS] += 1
-
-    def add_end_mark(self, source: str, mark: str) -> None:
-        """Count a literal end mark removed from an answer."""
-        self._marks.setdefault(source, Counter())[mark] += 1
+        counts = self.ignored_keys.setdefault(source, {})
+        key = key_path if key_path in counts or len(counts) < MOST_KEYS else MORE_KEYS
+        counts[key] = counts.get(key, 0) + 1
 
     def add_bad_row(self, source: str, row_number: int, kind: str, message: str) -> None:
         """Note a row that cannot be used.
@@ -63,37 +65,17 @@ class DataNotes:
             kind: groups rows with the same reason.
             message: the error of this row; the first one of each kind is shown.
         """
-        kinds = self._bad.setdefault(source, {})
+        kinds = self.bad_rows.setdefault(source, {})
         kind = kind if kind in kinds or len(kinds) < MOST_KINDS else MORE_KINDS
         kinds.setdefault(kind, BadRows(message)).rows.append(row_number)
         if len(kinds[kind].rows) > BAD_ROWS:
             raise DatasetError(f"{message} So it is with over {BAD_ROWS:,} rows of {source}.")
 
     @property
-    def remarks(self) -> dict[str, dict[str, int]]:
-        """Source -> sentence -> count, in the order of first use."""
-        return {source: dict(counts) for source, counts in self._remarks.items()}
-
-    @property
-    def ignored_keys(self) -> dict[str, dict[str, int]]:
-        """Source -> key that nothing reads -> count."""
-        return {source: dict(counts) for source, counts in self._ignored.items()}
-
-    @property
-    def end_marks(self) -> dict[str, int]:
-        """Literal end mark removed from answers of any source -> count."""
-        return dict(sum(self._marks.values(), Counter[str]()))
-
-    @property
-    def bad_rows(self) -> dict[str, dict[str, BadRows]]:
-        """Source -> kind -> bad rows."""
-        return self._bad
-
-    @property
     def bad_row_reasons(self) -> dict[str, dict[str, list[int]]]:
         """Source -> reason, worded as for the first such row -> row numbers."""
         found: dict[str, dict[str, list[int]]] = {}
-        for source, kinds in self._bad.items():
+        for source, kinds in self.bad_rows.items():
             reasons = found.setdefault(source, {})
             for bad in kinds.values():
                 reason = strip_location(bad.message, source, bad.rows[0])

@@ -69,8 +69,7 @@ def read_usable_examples(source: DataSource, data: DataSection, notes: DataNotes
             yield example
             continue
         stripped, marks = strip_end_marks(example)
-        for mark in marks:
-            notes.add_end_mark(source.name, mark)
+        notes.end_marks.update(marks)
         yield stripped
 
 

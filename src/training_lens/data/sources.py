@@ -34,6 +34,8 @@ MANIFEST, MADE_BY = "manifest.json", "training-lens prepare"  # the manifest of 
 _HUB_SPEC = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[^:]+))?(:(?P<split>\w+))?")
 
 FLATTENED = "each record of '{}' is a row, with the fields around it, numbered from 1"
+# Records under such a name may be turns of one chat, which each on its own would lose what was said before.
+CHAT_NAME = re.compile("turn|dialog|round|chat|conversation|history|exchange", re.IGNORECASE)
 # The names of fields that make an object a row, rather than a holder of rows.
 PROMPT_NAMES = frozenset(name for meaning in ("instruction", "messages", "text") for name in ALIASES[meaning])
 
@@ -247,7 +249,7 @@ def _flatten_records(
 
 def _find_records(values: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys that lead through lists to records with a prompt, if only one list does; else ()."""
-    nested = {key: items for key, items in values.items() if _holds_objects(items)}
+    nested = {key: items for key, items in values.items() if _holds_objects(items) and not CHAT_NAME.search(key)}
     if not nested or any(_is_prompt_name(key) for key in values):
         return ()
     paths = []

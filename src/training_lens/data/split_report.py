@@ -130,7 +130,7 @@ class SplitCounter:
             characters=self.coverage.characters,
             unknown_characters=dict(self.coverage.unknown.most_common()),
             special_text=dict(self.special_text.most_common()),
-            end_marks=self.notes.end_marks,
+            end_marks=dict(self.notes.end_marks),
             remarks=self.notes.remarks,
             ignored_keys=self.notes.ignored_keys,
             bad_rows=self.notes.bad_row_reasons,
