@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from training_lens.config.data_sections import CsvSection, DataSection
+from training_lens.config.data_sections import DataSection
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Message
 from training_lens.data.source_reader import read_examples
@@ -311,7 +311,7 @@ def test_rows_with_earlier_turns_and_tools_are_asked_as_they_are_trained(
         trained = write_rows([{**form, **around, **answer}], "trained.jsonl")
         (example,) = read_examples([str(trained)], "data.train", DataSection(train=[str(trained)]))
         source = input_file(str(write_rows([{**form, **around, **(answer if has_answer else {})}], "asked.jsonl")))
-        rows = read_lines(source, CsvSection())
+        rows = read_lines(source, DataSection())
         (question,), _ = PromptReader(session, rows, source, None, "").read_prompts(rows)
         assert question.ids == session.encoder.encode_prompt(session.renderer.render_example_prompt(example))
         assert question.expected == ("There." if has_answer else None)

@@ -26,16 +26,11 @@ def read_keys(source: DataSource, data: DataSection) -> dict[str, int]:
     """
     rule = BadRowRule.from_data(data, DataNotes())
     on_bad_row = partial(rule.record_bad_row, source.name) if rule.skips else None
-    keys = collect_keys(source.read_rows(data.csv, on_bad_row, named_fields=_list_named_fields(data)))
+    keys = collect_keys(source.read_rows(data, on_bad_row))
     if not keys:
         refuse_unusable_sources(rule.notes, {})
         raise DatasetError(f"{source.name}: holds no rows.")
     return keys
-
-
-def _list_named_fields(data: DataSection) -> list[str]:
-    """The first names of the fields that the settings name, dotted or not."""
-    return [key.split(".")[0] for _, key in data.fields if key]
 
 
 def read_usable_rows(
@@ -49,8 +44,7 @@ def read_usable_rows(
     rule = BadRowRule.from_data(data, notes)
     on_bad_row = partial(rule.record_bad_row, source.name) if rule.skips else None
     reader = RowReader(mapping, data, source.name, notes)
-    remark = partial(notes.add_remark, source.name)
-    for row in source.read_rows(data.csv, on_bad_row, remark, _list_named_fields(data)):
+    for row in source.read_rows(data, on_bad_row, partial(notes.add_remark, source.name)):
         example = rule.try_row(source.name, row.number, partial(reader.read_row, row))
         if example is not None:
             yield row, example

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens import embedded
-from training_lens.config.data_sections import CsvSection
+from training_lens.config.data_sections import DataSection
 from training_lens.data.examples import Row
 from training_lens.data.file_readers import FORMATS, detect_format, read_file_rows
 from training_lens.data.row_keys import ALIASES, plain_name
@@ -55,28 +55,28 @@ class DataSource:
 
     def read_rows(
         self,
-        csv: CsvSection | None = None,
+        data: DataSection | None = None,
         on_bad_row: OnBadRow | None = None,
         add_remark: Callable[[str], None] = ignore_remark,
-        named_fields: Collection[str] = (),
     ) -> Iterator[Row]:
         """The rows in order, streamed (except JSON that is not JSON Lines); nested records become rows.
 
         Args:
-            csv, on_bad_row, add_remark: as in `SourceFile`; by default the delimiter is detected.
-            named_fields: fields that the user named; a row that has one holds no rows.
+            data: how tables are read, and the fields that the user named: a row that has one holds no rows.
+            on_bad_row, add_remark: as in `SourceFile`.
 
         Raises:
             DatasetError: as `file_readers.read_file_rows`.
         """
+        data = data or DataSection()
         if self.table is None:
-            rows = read_file_rows(SourceFile(self.files[0], csv or CsvSection(), on_bad_row, add_remark))
+            rows = read_file_rows(SourceFile(self.files[0], data.csv, on_bad_row, add_remark))
             moved = self.name != str(self.files[0])
             rows = (replace(row, file=self.name) for row in rows) if moved else rows
         else:
             values = iterate_arrow_rows(self.table.with_format("arrow").iter(1000))
             rows = (Row(self.name, number, value) for number, value in enumerate(values, 1))
-        return _flatten_records(rows, add_remark, named_fields)
+        return _flatten_records(rows, add_remark, [key.split(".")[0] for _, key in data.fields if key])
 
     @property
     def size_bytes(self) -> int:

@@ -65,7 +65,7 @@ def answer_file(
         DatasetError: no row can be answered.
         ConfigurationError: `output` does not hold the start of what would be written now; it is left as it is.
     """
-    rows = read_lines(source, session.config.data.csv)
+    rows = read_lines(source, session.config.data)
     lines = _AnswerLines(Path(output))
     reader = PromptReader(session, rows, source, domain, _describe_answerer(session, settings, base))
     passed_over: list[SkippedRow] = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from training_lens.config.data_sections import CsvSection, DataSection, DomainSection, FieldsSection
+from training_lens.config.data_sections import DataSection, DomainSection, FieldsSection
 from training_lens.data.examples import Example, Message, Row
 from training_lens.data.fields import FieldMapping, collect_keys, domain_from_file, find_mapping, has_field
 from training_lens.data.notes import DataNotes, strip_location
@@ -176,14 +176,14 @@ class PromptReader:
         return example, last if has_answer else None
 
 
-def read_lines(source: DataSource, csv: CsvSection) -> list[Row | SkippedRow]:
+def read_lines(source: DataSource, data: DataSection) -> list[Row | SkippedRow]:
     """The source's rows; one that cannot be read is skipped."""
     items: list[Row | SkippedRow] = []
 
     def skip_row(number: int, error: DatasetError) -> None:
         items.append(SkippedRow(number, strip_location(str(error), source.name, number)))
 
-    for row in source.read_rows(csv, skip_row, lambda sentence: logger.info("%s: %s", source.name, sentence)):
+    for row in source.read_rows(data, skip_row, lambda sentence: logger.info("%s: %s", source.name, sentence)):
         items.append(row)
     return items
 
