@@ -6,12 +6,12 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import IO, Any
 
-from training_lens.config.data_sections import CSV_CHARACTERS
+from training_lens.config.data_sections import CSV_CHARACTERS, CsvSection
 from training_lens.data.encodings import find_encoding
 from training_lens.data.examples import Row
 from training_lens.data.row_keys import ALIASES
@@ -27,22 +27,13 @@ CLEARLY = 0.1  # margin in the share of fitting rows that decides between two de
 _SEP_LINE = re.compile(r'"?sep=(.)"?[;,\t|]*(\r\n|\n|\r)', re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """The CSV dialect of a table."""
-
-    delimiter: str
-    quotechar: str | None
-    escapechar: str | None
-    skip_spaces: bool = False
-
-    def open_reader(self, lines: Any) -> Any:
-        """A csv reader of the lines; it refuses broken quotes."""
-        quoting: Any = csv.QUOTE_NONE if self.quotechar is None else csv.QUOTE_MINIMAL
-        return csv.reader(
-            lines, delimiter=self.delimiter, quotechar=self.quotechar, escapechar=self.escapechar, quoting=quoting,
-            skipinitialspace=self.skip_spaces, strict=True,
-        )  # fmt: skip
+def _open_reader(settings: CsvSection, delimiter: str, lines: Iterable[str], skip_spaces: bool = False) -> Any:
+    """A csv reader of the lines; it refuses broken quotes."""
+    quoting: Any = csv.QUOTE_NONE if settings.quotechar is None else csv.QUOTE_MINIMAL
+    return csv.reader(
+        lines, delimiter=delimiter, quotechar=settings.quotechar, escapechar=settings.escapechar, quoting=quoting,
+        skipinitialspace=skip_spaces, strict=True,
+    )  # fmt: skip
 
 
 def read_csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[Row]:
@@ -64,32 +55,31 @@ def read_csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[R
 
     text = io.TextIOWrapper(file, encoding=find_encoding(source, file), newline="")
     try:
-        dialect, start = _find_dialect(source, text, usual)
+        delimiter, skip_spaces, has_sep_line = _find_dialect(source, text, usual)
         text.seek(0)
-        if start:
-            text.readline()  # the sep= line, which a spreadsheet does not show
-        yield from _read_table(source, dialect.open_reader(read_bounded_lines()))
+        if has_sep_line:
+            text.readline()  # which a spreadsheet does not show
+        yield from _read_table(source, _open_reader(source.csv, delimiter, read_bounded_lines(), skip_spaces))
     finally:
         text.detach()
 
 
-def _find_dialect(source: SourceFile, text: IO[str], usual: str) -> tuple[Dialect, int]:
-    """The dialect, and the number of lines before the header."""
-    sample, settings = text.read(SAMPLE_CHARACTERS), source.csv
+def _find_dialect(source: SourceFile, text: IO[str], usual: str) -> tuple[str, bool, bool]:
+    """The delimiter, whether a space follows each one, and whether a sep= line stands before the header."""
+    sample, configured = text.read(SAMPLE_CHARACTERS), source.csv.delimiter
     is_cut = len(sample) == SAMPLE_CHARACTERS
     sep = _SEP_LINE.match(sample)
     table = sample[sep.end() :] if sep else sample
-    delimiter = settings.delimiter or (sep[1] if sep else None) or _find_delimiter(source, table, is_cut, usual)
-    if sep:
+    delimiter = configured or (sep[1] if sep else None) or _find_delimiter(source, table, is_cut, usual)
+    if sep and configured is None:
         source.add_remark(f"its first line sets the delimiter {_describe_delimiter(sep[1])}")
-    elif delimiter != usual and settings.delimiter is None:
+    elif delimiter != usual and configured is None:
         source.add_remark(f"its delimiter is {_describe_delimiter(delimiter)}")
-    dialect = Dialect(delimiter, settings.quotechar, settings.escapechar)
-    header = next((row for row in _read_sample_rows(dialect, table) if any(row)), [])
+    header = next((row for row in _read_sample_rows(source, delimiter, table) if any(row)), [])
     spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
     if spaced and delimiter != " ":
         source.add_remark("a space follows each delimiter of its first row; spaces before cells are set aside")
-    return replace(dialect, skip_spaces=spaced), int(bool(sep))
+    return delimiter, spaced, sep is not None
 
 
 def _describe_delimiter(delimiter: str) -> str:
@@ -137,8 +127,7 @@ def _find_delimiter(source: SourceFile, table: str, is_cut: bool, usual: str) ->
 def _try_delimiter(source: SourceFile, table: str, is_cut: bool, delimiter: str) -> _Candidate | None:
     if delimiter in (source.csv.quotechar, source.csv.escapechar):
         return None
-    dialect = Dialect(delimiter, source.csv.quotechar, source.csv.escapechar)
-    rows = list(islice(_read_sample_rows(dialect, table), SAMPLE_ROWS))
+    rows = list(islice(_read_sample_rows(source, delimiter, table), SAMPLE_ROWS))
     if is_cut and len(rows) < SAMPLE_ROWS:
         rows = rows[:-1]  # the last one's end is missing
     rows = [row for row in rows if any(row)]
@@ -149,9 +138,9 @@ def _try_delimiter(source: SourceFile, table: str, is_cut: bool, delimiter: str)
     return _Candidate(delimiter, rows[0], fitting)
 
 
-def _read_sample_rows(dialect: Dialect, table: str) -> Iterator[list[str]]:
+def _read_sample_rows(source: SourceFile, delimiter: str, table: str) -> Iterator[list[str]]:
     """The rows of a sample; a broken row counts as one cell."""
-    reader = dialect.open_reader(io.StringIO(table, newline=""))
+    reader = _open_reader(source.csv, delimiter, io.StringIO(table, newline=""))
     while True:
         try:
             yield next(reader)

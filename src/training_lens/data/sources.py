@@ -20,7 +20,7 @@ from training_lens.data.source_file import OnBadRow, SourceFile, ignore_remark
 from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.arrow_rows import iterate_arrow_rows
 from training_lens.utils.files import hash_file
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import suggest_path
 from training_lens.utils.hub_access import require_hub
 from training_lens.utils.integrity import read_sealed
 from training_lens.utils.limits import RECORD_BYTES, read_bytes
@@ -166,9 +166,7 @@ def _describe_missing(spec: str, path: Path) -> str:
         return f"'{spec}' is not there: no folder '{path.parent}'. Relative paths start at {Path.cwd()}.{hub}"
     if path.exists():
         return f"'{spec}' is a device or pipe, and data is read more than once. Write it to a file."
-    close = nearest_name(path.name, [p.name for p in path.parent.iterdir()])
-    hint = f" Did you mean '{path.parent / close}'?" if close else ""
-    return f"'{spec}' is not there.{hint}"
+    return f"'{spec}' is not there.{suggest_path(path)}"
 
 
 def _load_from_disk(folder: Path, split: str, entry: int, key: str) -> DataSource:
