@@ -24,7 +24,7 @@ from training_lens.inference.session import LoadedModel, Session, build_session,
 from training_lens.models.adapters import attach, trainable_parameters
 from training_lens.models.fast.decoding_layers import DecodingAttention
 from training_lens.models.fast.engine import Engine
-from training_lens.models.fast.fused_linear import DecodingLinear
+from training_lens.models.fast.fused_linear import FusedLinear
 
 SETTINGS = InferenceSection(max_new_tokens=12)
 TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}
@@ -142,14 +142,14 @@ def test_what_listens_to_the_model_is_not_copied() -> None:
 def test_an_adapter_is_merged_where_that_loses_nothing_of_it() -> None:
     session = adapted()
     made = subject.build_decoder(session.model, False, torch.tensor([prompt(session)]))
-    products = [module for module in made.model.modules() if isinstance(module, DecodingLinear)]
-    assert products and all(product.down is None for product in products)
+    products = [module for module in made.model.modules() if isinstance(module, FusedLinear)]
+    assert products and not any(product.has_adapter for product in products)
 
 
 def test_an_adapter_that_rounding_would_lose_stays_beside_the_weights(told: pytest.LogCaptureFixture) -> None:
     session = adapted("bf16", size=1e-4)
     made = subject.build_decoder(session.model, False, torch.tensor([prompt(session)]))
-    products = [module for module in made.model.modules() if isinstance(module, DecodingLinear)]
+    products = [module for module in made.model.modules() if isinstance(module, FusedLinear)]
     assert any(product.has_adapter for product in products)
     subject.build_decoder(session.model, False, torch.tensor([prompt(session)]))
     (line,) = [record.getMessage() for record in told.records]
@@ -197,7 +197,7 @@ def test_without_memory_for_copies_the_model_decodes_with_its_own_layers(monkeyp
     monkeypatch.setattr(subject, "available_bytes", lambda _device: 0)
     assert answer_ids(session, [ids], SETTINGS) == [wanted]
     made = session.decoders.get_decoder(session.model, False, ids)
-    assert made and not any(isinstance(module, DecodingAttention | DecodingLinear) for module in made.model.modules())
+    assert made and not any(isinstance(module, DecodingAttention | FusedLinear) for module in made.model.modules())
 
 
 def test_a_sample_is_what_generate_draws_from_the_same_seed() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from training_lens.models.fast.decoding_layers import RotaryAngles
-from training_lens.models.fast.fused_linear import DecodingLinear, LinearWeights, read_linear
+from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.tolerance import relative_error
 
 
@@ -38,22 +38,24 @@ def test_an_adapter_beside_bf16_weights_is_as_exact_as_pefts(share: float, toget
     with torch.no_grad():
         layer = adapted_linear(share)
         x = torch.randn(2000, 64).bfloat16()
-        wanted, product = exact(layer, x), DecodingLinear([read_linear(layer)])
+        wanted, product = exact(layer, x), FusedLinear([layer], decodes=True)
         found = torch.cat([product(some) for some in x.split(together)])
         assert found.dtype == torch.bfloat16
         assert relative_error(found, wanted) <= 1.001 * relative_error(layer(x), wanted)
         assert (found == layer(x)).float().mean() > 0.995
 
 
-def test_adapters_of_some_of_the_layers_stay_with_theirs() -> None:
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("dora", [False, True])
+@torch.no_grad()
+def test_adapters_of_some_of_the_layers_stay_with_theirs(dora: bool) -> None:
     torch.manual_seed(0)
-    plain, other = (LinearWeights(torch.randn(5, 12), torch.randn(5)) for _ in range(2))
-    adapted = LinearWeights(torch.randn(7, 12), None, torch.randn(3, 12), torch.randn(7, 3))
+    parts = nn.ModuleDict({"a": nn.Linear(12, 5), "b": nn.Linear(12, 7, bias=False), "c": nn.Linear(12, 5)})
+    config = LoraConfig(r=3, target_modules=["b"], init_lora_weights=False, use_dora=dora)
+    layers = list(get_peft_model(parts, config).base_model.model.values())
     x = torch.randn(4, 12)
-    assert adapted.down is not None and adapted.up is not None
-    middle = x @ (adapted.weight + adapted.up @ adapted.down).T
-    wanted = torch.cat([x @ plain.weight.T + plain.bias, middle, x @ other.weight.T + other.bias], dim=-1)
-    torch.testing.assert_close(DecodingLinear([plain, adapted, other])(x), wanted)
+    wanted = torch.cat([layer(x) for layer in layers], -1)
+    torch.testing.assert_close(FusedLinear(layers, decodes=True)(x), wanted)
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -70,11 +72,10 @@ def test_positions_turn_as_in_transformers(rows: int) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 64, 65])
 def test_few_rows_and_many_are_those_of_the_weights(rows: int) -> None:
     torch.manual_seed(0)
-    parts = [LinearWeights(torch.randn(out, 64).bfloat16(), torch.randn(out).bfloat16()) for out in (8, 12)]
+    layers = [nn.Linear(64, out, dtype=torch.bfloat16) for out in (8, 12)]
     x = torch.randn(rows, 3, 64).bfloat16()
-    found = DecodingLinear(parts)(x)
+    with torch.no_grad():
+        found = FusedLinear(layers, decodes=True)(x)
+        wanted = [nn.functional.linear(x.double(), p.weight.double(), p.bias.double()) for p in layers]
     assert found.shape == (rows, 3, 20)
-    wanted = [
-        torch.nn.functional.linear(x.double(), p.weight.double(), p.bias.double()) for p in parts if p.bias is not None
-    ]
     torch.testing.assert_close(found.double(), torch.cat(wanted, -1), rtol=2**-7, atol=1e-4)

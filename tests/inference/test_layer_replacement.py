@@ -9,7 +9,7 @@ import torch
 from random_models import random_model
 
 from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingMLP, DecodingNorm
-from training_lens.models.fast.fused_linear import DecodingLinear
+from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.layer_replacement import replace_layers
 from training_lens.models.fast.tolerance import relative_error
 
@@ -61,8 +61,8 @@ def test_a_layer_that_says_something_else_stays(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_product_that_is_right_for_few_rows_alone_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = random_model("Llama", torch.bfloat16), torch.arange(24)[None]
-    right = DecodingLinear.apply_to_many_rows
-    monkeypatch.setattr(DecodingLinear, "apply_to_many_rows", lambda self, x: 2 * right(self, x))
+    right = FusedLinear.apply_to_many_rows
+    monkeypatch.setattr(FusedLinear, "apply_to_many_rows", lambda self, x: 2 * right(self, x))
     with torch.inference_mode():
         replace_layers(model, ids)
     assert count(model, DecodingAttention) == count(model, DecodingMLP) == 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingMLP, DecodingNorm, RotaryAngles
-from training_lens.models.fast.fused_linear import DecodingLinear
+from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.kv_cache import FULL, SLIDING
 from training_lens.models.model_classes import decoder_of
 
@@ -46,7 +46,7 @@ class DecoderStack:
     rotary: Any
     blocks: tuple[DecoderBlock, ...]
     norm: DecodingNorm
-    head: DecodingLinear
+    head: FusedLinear
 
     def logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """As `Decoder.logits`."""
@@ -73,7 +73,7 @@ def build_stack(model: Any, windows: Sequence[int | None]) -> DecoderStack | Non
     known = type(children["embed_tokens"]) is nn.Embedding and isinstance(children["norm"], DecodingNorm)
     found = [_build_block(layer, window) for layer, window in zip(children["layers"], windows, strict=False)]
     plain = tuple(block for block in found if block)
-    if not known or not isinstance(head, DecodingLinear) or len(plain) < len(children["layers"]):
+    if not known or not isinstance(head, FusedLinear) or len(plain) < len(children["layers"]):
         return None
     return DecoderStack(children["embed_tokens"], children["rotary_emb"], plain, children["norm"], head)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training_lens.models.fast.fused_linear import DecodingLinear
+from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.kernels import activation_name, rotate_heads
 from training_lens.models.fast.kv_cache import SlotCache
 from training_lens.models.fast.layer_spec import AttentionSpec, NormSpec, Rotary, split_heads
@@ -47,7 +47,7 @@ class DecodingNorm(nn.Module):
 class DecodingMLP(nn.Module):
     """down(act(gate x) * up x), gate and up as one product."""
 
-    def __init__(self, gate_up: DecodingLinear, down: DecodingLinear, act: Any) -> None:
+    def __init__(self, gate_up: FusedLinear, down: FusedLinear, act: Any) -> None:
         super().__init__()
         self.gate_up, self.down, self.act = gate_up, down, act
         self._name = activation_name(act)
@@ -71,7 +71,7 @@ class DecodingAttention(nn.Module):
     """
 
     def __init__(
-        self, qkv: DecodingLinear, out: DecodingLinear, spec: AttentionSpec, norms: Sequence[Any], layer_idx: int
+        self, qkv: FusedLinear, out: FusedLinear, spec: AttentionSpec, norms: Sequence[Any], layer_idx: int
     ) -> None:
         super().__init__()
         self.qkv, self.out, self.spec, self.layer_idx = qkv, out, spec, layer_idx

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training_lens.models.fast.layer_spec import MLPSpec, NormSpec
+from training_lens.models.fast.layer_spec import MLPSpec, NormSpec, UnknownLayerError
 from training_lens.models.fast.module_kernels import (
     PROBE_TOKENS,
     AttentionKernel,
@@ -85,12 +85,11 @@ def _install_kernel(module: Any, kind: Any, spec: Any) -> str:
     """Let a kernel compute a module's calls; or else, why not."""
     if "forward" in module.__dict__:
         return f"{type(module).__name__} has a forward of its own"
-    refusal: str = kind.refusal(module, spec)
-    if refusal:
-        return refusal
     try:
         kernel = kind(module, spec)
         matches = kernel.matches_module()
+    except UnknownLayerError as reason:
+        return str(reason)
     except (TypeError, ValueError, RuntimeError, LookupError):  # a module of that name which takes other arguments
         return f"{type(module).__name__} takes something else"
     if not matches:
@@ -103,14 +102,15 @@ def _install_attention(model: Any, layers: RecognizedLayers, report: InstalledKe
     """All attentions, or none: packed sequences go through every one of them."""
     report.skipped.update(layers.refusals.values())
     count = len(layers.attentions)
-    refusals = (AttentionKernel.refusal(module, spec) for module, spec in layers.attentions.items())
-    refusal = unpackable_layers(model) or layers.attention_refusal or next(filter(None, refusals), "")
-    if refusal:
-        if refusal not in report.skipped:
-            report.skipped[refusal] = max(1, count)
+    try:
+        if refusal := unpackable_layers(model) or layers.attention_refusal:
+            raise UnknownLayerError(refusal)
+        kernels = [AttentionKernel(module, spec) for module, spec in layers.attentions.items()]
+    except UnknownLayerError as reason:
+        report.skipped.setdefault(str(reason), max(1, count))
         return
-    for module, spec in layers.attentions.items():
-        module.forward = AttentionKernel(module, spec)
+    for kernel in kernels:
+        kernel.module.forward = kernel
     if is_packing_exact(model):
         report.installed["attention"] = count
     else:

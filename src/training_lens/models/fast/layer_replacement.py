@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingMLP, DecodingNorm
-from training_lens.models.fast.fused_linear import DecodingLinear, read_linear
+from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.layer_spec import (
     AttentionSpec,
     LayerSpec,
@@ -100,8 +100,7 @@ def _replace_layer(model: Any, name: str, specs: Specs, call: LayerCall | None) 
     try:
         layer = _build_layer(module, specs)
         found = layer(*call.given, **call.options)
-        linears = [part for part in layer.modules() if isinstance(part, DecodingLinear)]
-        consistent = all(map(_is_same_for_few_rows, linears))
+        consistent = all(part.gives_same_for_few_rows() for part in layer.modules() if isinstance(part, FusedLinear))
     except UnknownLayerError as reason:
         return str(reason)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -115,24 +114,20 @@ def _replace_layer(model: Any, name: str, specs: Specs, call: LayerCall | None) 
     return ""
 
 
-def _is_same_for_few_rows(linear: DecodingLinear) -> bool:
-    """Whether few rows, which have a kernel of their own, give what many rows do."""
-    if linear.few is None:
-        return True
-    x = torch.linspace(-2, 3, linear.width, dtype=linear.weight.dtype)[None]
-    return is_close(linear.apply_to_many_rows(x), linear.few(x))
-
-
 def _build_layer(module: Any, specs: Specs) -> nn.Module:
     spec = specs.get(module)
     if isinstance(spec, NormSpec):
         return DecodingNorm(module.weight + 1 if spec.adds_one else module.weight, spec)
     if isinstance(spec, MLPSpec):
-        gate_up = DecodingLinear([read_linear(getattr(module, name)) for name in spec.gate_up])
-        return DecodingMLP(gate_up, DecodingLinear([read_linear(module.down_proj)]), activation_of(module))
+        gate_up = _fuse_projections(module, spec.gate_up)
+        return DecodingMLP(gate_up, _fuse_projections(module, ["down_proj"]), activation_of(module))
     if isinstance(spec, AttentionSpec):
-        qkv = DecodingLinear([read_linear(getattr(module, name)) for name in spec.projections])
+        qkv = _fuse_projections(module, spec.projections)
         norms = [module.q_norm, module.k_norm] if spec.qk_norm else []
         norms = [_build_layer(norm, specs) if norm in specs else norm for norm in norms]
-        return DecodingAttention(qkv, DecodingLinear([read_linear(module.o_proj)]), spec, norms, module.layer_idx)
-    return DecodingLinear([read_linear(module)])
+        return DecodingAttention(qkv, _fuse_projections(module, ["o_proj"]), spec, norms, module.layer_idx)
+    return FusedLinear([module], decodes=True)
+
+
+def _fuse_projections(module: Any, names: Sequence[str]) -> FusedLinear:
+    return FusedLinear([getattr(module, name) for name in names], decodes=True)

@@ -13,7 +13,14 @@ from torch.nn.functional import layer_norm
 
 from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.kernels import apply_gate, apply_rotary, rms_norm
-from training_lens.models.fast.layer_spec import AttentionSpec, MLPSpec, NormSpec, activation_of, split_heads
+from training_lens.models.fast.layer_spec import (
+    AttentionSpec,
+    MLPSpec,
+    NormSpec,
+    UnknownLayerError,
+    activation_of,
+    split_heads,
+)
 from training_lens.models.fast.packed_attention import PackedSequences, packed_attention
 from training_lens.models.fast.tolerance import is_close
 
@@ -21,7 +28,11 @@ PROBE_TOKENS = 6  # of the random input on which a module and its kernel are com
 
 
 class ModuleKernel:
-    """What computes a module's calls in its place; `plain` is the module's own forward."""
+    """What computes a module's calls in its place; `plain` is the module's own forward.
+
+    Raises:
+        UnknownLayerError: it cannot compute this module.
+    """
 
     def __init__(self, module: Any) -> None:
         self.module, self.plain = module, module.forward
@@ -57,13 +68,10 @@ def _frozen_dtype(module: Any) -> torch.dtype:
 class NormKernel(ModuleKernel):
     """RMSNorm, whose weight Gemma counts from 1 and multiplies before it rounds, or LayerNorm; with a frozen weight."""
 
-    @staticmethod
-    def refusal(module: Any, _spec: NormSpec) -> str:
-        """Why the module keeps its own forward; empty where the kernel can be tried."""
-        return f"{type(module).__name__} without a frozen weight" if module.weight.requires_grad else ""
-
     def __init__(self, module: Any, spec: NormSpec) -> None:
         super().__init__(module)
+        if module.weight.requires_grad:
+            raise UnknownLayerError(f"{type(module).__name__} without a frozen weight")
         self._spec = spec
 
     @property
@@ -90,11 +98,6 @@ class LinearKernel(ModuleKernel):
         """Whether PEFT adapts the module."""
         return hasattr(module, "get_base_layer") and hasattr(module, "lora_A")
 
-    @staticmethod
-    def refusal(module: Any, _spec: None = None) -> str:
-        """Why the module keeps its own forward; empty where the kernel can be tried."""
-        return FusedLinear.refusal([module])
-
     def __init__(self, module: Any, _spec: None = None) -> None:
         super().__init__(module)
         self._linear = FusedLinear([module])
@@ -104,17 +107,11 @@ class LinearKernel(ModuleKernel):
         return int(self.module.in_features)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(x) if self._linear.is_ready else self.plain(x)
+        return self._linear(x) if self._linear.is_ready else self.plain(x)  # type: ignore[no-any-return]
 
 
 class MLPKernel(ModuleKernel):
     """A gated MLP, down(a(gate(x)) * up(x)), with fused gate and up projections."""
-
-    @staticmethod
-    def refusal(module: Any, spec: MLPSpec) -> str:
-        """Why the module keeps its own forward; empty where the kernel can be tried."""
-        gate_up = [getattr(module, name) for name in spec.gate_up]
-        return FusedLinear.refusal(gate_up) or FusedLinear.refusal([module.down_proj])
 
     def __init__(self, module: Any, spec: MLPSpec) -> None:
         super().__init__(module)
@@ -131,9 +128,9 @@ class MLPKernel(ModuleKernel):
             return self.plain(x)  # type: ignore[no-any-return]
         gate_up = self._gate_up(x)
         if self._activation is not None:
-            return self._down(apply_gate(gate_up, self._activation))
+            return self._down(apply_gate(gate_up, self._activation))  # type: ignore[no-any-return]
         gate, up = gate_up.chunk(2, -1)
-        return self._down(activation_of(self.module)(gate) * up)
+        return self._down(activation_of(self.module)(gate) * up)  # type: ignore[no-any-return]
 
 
 def can_fuse(linear: FusedLinear) -> bool:
@@ -144,12 +141,6 @@ def can_fuse(linear: FusedLinear) -> bool:
 
 class AttentionKernel(ModuleKernel):
     """Attention of packed sequences; all other calls are the module's own."""
-
-    @staticmethod
-    def refusal(module: Any, spec: AttentionSpec) -> str:
-        """Why the module cannot attend to packed sequences; empty where it can be tried."""
-        projections = [getattr(module, name) for name in spec.projections]
-        return FusedLinear.refusal(projections) or FusedLinear.refusal([module.o_proj])
 
     def __init__(self, module: Any, spec: AttentionSpec) -> None:
         super().__init__(module)
