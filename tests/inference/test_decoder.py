@@ -22,8 +22,8 @@ from training_lens.inference import decoder as subject
 from training_lens.inference.generator import answer
 from training_lens.inference.session import LoadedModel, Session, build_session, open_session
 from training_lens.models.adapters import attach, trainable_parameters
-from training_lens.models.fast.decoding_layers import DecodingAttention
 from training_lens.models.fast.engine import Engine
+from training_lens.models.fast.fused_layers import DecodingAttention
 from training_lens.models.fast.fused_linear import FusedLinear
 
 SETTINGS = InferenceSection(max_new_tokens=12)

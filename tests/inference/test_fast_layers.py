@@ -8,8 +8,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from training_lens.models.fast.decoding_layers import RotaryAngles
+from training_lens.models.fast.fused_layers import flatten_angles, rotate_projections
 from training_lens.models.fast.fused_linear import FusedLinear
+from training_lens.models.fast.layer_spec import AttentionSpec
+from training_lens.models.fast.native.attention_kernels import ScoreSpec
 from training_lens.models.fast.tolerance import relative_error
 
 
@@ -62,11 +64,14 @@ def test_adapters_of_some_of_the_layers_stay_with_theirs(dora: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_positions_turn_as_in_transformers(rows: int) -> None:
     torch.manual_seed(0)
-    x = torch.randn(2, 5, 4, 8)[:, :, :3]  # (rows, length, heads, size), between others
+    spec = AttentionSpec(("qkv_proj",), 3, 1, 8, ScoreSpec(1.0), None, "halves")
+    fused = torch.randn(2, 5, 5 * 8)  # (rows, length, heads of queries, keys and values)
     half = torch.randn(rows, 5, 4)
     cos, sin = (torch.cat([t, t], dim=-1) for t in (half.cos(), half.sin()))
-    wanted, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
-    torch.testing.assert_close(RotaryAngles(cos, sin).rotate(x, "halves"), wanted)
+    q, k, v = fused.unflatten(-1, (5, 8)).split([3, 1, 1], 2)
+    wanted = *apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2), v
+    found = rotate_projections(fused.flatten(0, 1), spec, None, *flatten_angles((cos, sin), 2))
+    torch.testing.assert_close(found, tuple(part.flatten(0, 1) for part in wanted))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 64, 65])

@@ -53,6 +53,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, sliding window": ("Qwen3Config", SIZES | WINDOWED | {"use_sliding_window": True}),
     "gemma2": ("Gemma2Config", GEMMA),
     "gemma3": ("Gemma3TextConfig", GEMMA),
+    "olmo2": ("Olmo2Config", SIZES),
+    "cohere": ("CohereConfig", SIZES | {"use_qk_norm": True, "logit_scale": 0.5}),
     "gpt2, absolute positions": ("GPT2Config", GPT2_SIZES | {"initializer_range": 0.5, "eos_token_id": 5}),
 }
 Ids = list[list[int]]

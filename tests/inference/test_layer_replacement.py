@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_models import random_model
 
-from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingMLP, DecodingNorm
+from training_lens.models.fast.fused_layers import DecodingAttention, DecodingNorm, FusedMLP
 from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.layer_replacement import replace_layers
 from training_lens.models.fast.tolerance import relative_error
@@ -30,7 +30,7 @@ def test_scores_are_what_they_were(kind: str) -> None:
         replace_layers(model, ids)
         assert relative_error(model(input_ids=ids).logits, wanted) < 1e-5
     if kind in KNOWN:
-        assert (count(model, DecodingAttention), count(model, DecodingMLP)) == (LAYERS, LAYERS) and count(
+        assert (count(model, DecodingAttention), count(model, FusedMLP)) == (LAYERS, LAYERS) and count(
             model, DecodingNorm
         ) > LAYERS
 
@@ -42,7 +42,7 @@ def test_in_bf16_weights_are_joined_without_a_change_of_the_product() -> None:
     with torch.inference_mode():
         wanted = torch.cat([layer.mlp.gate_proj(x), layer.mlp.up_proj(x)], dim=-1)
         replace_layers(model, ids)
-        assert isinstance(layer.mlp, DecodingMLP) and torch.equal(layer.mlp.gate_up(x), wanted)
+        assert isinstance(layer.mlp, FusedMLP) and torch.equal(layer.mlp.gate_up(x), wanted)
 
 
 def test_a_layer_that_says_something_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,4 +65,4 @@ def test_a_product_that_is_right_for_few_rows_alone_is_not_taken(monkeypatch: py
     monkeypatch.setattr(FusedLinear, "apply_to_many_rows", lambda self, x: 2 * right(self, x))
     with torch.inference_mode():
         replace_layers(model, ids)
-    assert count(model, DecodingAttention) == count(model, DecodingMLP) == 0
+    assert count(model, DecodingAttention) == count(model, FusedMLP) == 0

@@ -10,8 +10,7 @@ from pairwise import pairwise  # type: ignore[import-not-found]
 from torch import Tensor
 
 from training_lens.models.fast import packed_attention
-from training_lens.models.fast.native.attention_kernels import ScoreSpec
-from training_lens.models.fast.packed_attention import PackedSequences
+from training_lens.models.fast.native.attention_kernels import PackedSequences, ScoreSpec
 
 attend = jaxtyped(typechecker=beartype)(packed_attention.packed_attention)
 LENGTHS = PackedSequences((4, 1, 6))
@@ -82,7 +81,7 @@ def test_packed_sequences_count_positions_from_each_example() -> None:
     device = torch.device("cpu")
     assert LENGTHS.position_ids(device).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5]]
     assert LENGTHS.cu_seqlens(device).tolist() == [0, 4, 5, 11]
-    assert LENGTHS.spans == ((0, 4), (4, 5), (5, 11))
+    assert LENGTHS.spans == [(0, 4), (4, 5), (5, 11)]
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])

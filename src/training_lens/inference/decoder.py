@@ -20,6 +20,7 @@ from training_lens.models.copies import copy_base, copy_merged, copy_sharing_wei
 from training_lens.models.fast.decoder_stack import build_stack
 from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
 from training_lens.models.fast.layer_replacement import replace_layers
+from training_lens.models.fast.layer_spec import UnknownLayerError
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close, relative_error
 from training_lens.models.model_classes import unwrap_adapter
 from training_lens.models.quantization import is_quantized
@@ -119,10 +120,15 @@ def build_decoder(model: Any, base: bool, ids: Tensor) -> Decoder:
     copied = _copy_for_decoding(model, base, ids, wanted)
     keeps_last = "logits_to_keep" in inspect.signature(type(copied).forward).parameters
     decoder = Decoder(copied, windows, keeps_last, copied.dtype, ids.device)
+    refusals = ["there is no memory for copies of the weights"]
     if _has_memory_for_copy(copied, ids.device):
-        replace_layers(copied, ids)
+        refusals = replace_layers(copied, ids)
     _verify_decoding(decoder, ids, wanted)
-    return _add_stack(decoder, ids[0].tolist())
+    try:
+        return _add_stack(decoder, ids[0].tolist())
+    except UnknownLayerError as reason:
+        log_once(f"answers come layer by layer from {type(copied).__name__}: {'; '.join([*refusals, str(reason)])}")
+        return decoder
 
 
 def _attention_windows(model: Any) -> tuple[int | None, ...]:
@@ -205,21 +211,22 @@ def _verify_decoding(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
 
 
 def _add_stack(decoder: Decoder, tokens: list[int]) -> Decoder:
-    """The decoder with its own forward pass through the layers, where that gives the logits of its modules."""
-    stack = build_stack(decoder.model, decoder.windows)
-    if stack is None:
-        return decoder
-    faster, count = replace(decoder, stack=stack), min(DECODED_TOKENS, len(tokens) - 1)
+    """The decoder with its own forward pass through the layers, which gives the logits of its modules.
+
+    Raises:
+        UnknownLayerError: the model has other parts, or the logits differ.
+    """
+    faster = replace(decoder, stack=build_stack(decoder.model, decoder.windows))
+    count = min(DECODED_TOKENS, len(tokens) - 1)
     try:
         found = _decode_probe(faster, tokens, count)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        logger.debug(
-            "%s looks like a plain decoder, and is none: %s", type(decoder.model).__name__, describe_error(error)
-        )
-        return decoder
-    return faster if is_close(found, _decode_probe(decoder, tokens, count), STACK_ROUNDINGS) else decoder
+        raise UnknownLayerError(f"its parts are called in another way ({describe_error(error)})") from error
+    if not is_close(found, _decode_probe(decoder, tokens, count), STACK_ROUNDINGS):
+        raise UnknownLayerError("it computes more than its parts do")
+    return faster
 
 
 def _decode_probe(decoder: Decoder, tokens: list[int], count: int) -> Tensor:

@@ -7,13 +7,12 @@ import torch
 from pairwise import pairwise  # type: ignore[import-not-found]
 from torch import Tensor
 
+from training_lens.models.fast.kv_cache import Columns, SlotLayer
 from training_lens.models.fast.native import library as calls
 from training_lens.models.fast.native.attention_kernels import ScoreSpec
 from training_lens.models.fast.native.decoding_kernels import (
-    CachedTokens,
     FewRowsLinear,
     LoRABranches,
-    NewestTokens,
     attend_newest_tokens,
 )
 
@@ -25,9 +24,15 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Of (rows, heads, size): the halves of the first angles of each head."""
+def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Of (rows, heads, size): the halves of the first angles of each head, or neighbours."""
     first, second, rest = x.tensor_split([cos.shape[1] // 2, cos.shape[1]], dim=-1)
+    if interleaved:
+        first, second = x[..., : cos.shape[1] : 2], x[..., 1 : cos.shape[1] : 2]
+        cos, sin = (t[:, None, ::2] for t in (cos, sin))
+        return torch.cat(
+            [torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2), rest], -1
+        )
     cos, sin = (t[:, None, : first.shape[-1]] for t in (cos, sin))
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
@@ -49,15 +54,16 @@ EXACTNESS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.04}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size", "window", "softcap"),
-    pairwise(list(EXACTNESS), [20, 64, 80, 128], [None, 1, 9, 100], [None, 0.8]),
+    ("dtype", "size", "window", "softcap", "interleaved"),
+    pairwise(list(EXACTNESS), [20, 64, 80, 128], [None, 1, 9, 100], [None, 0.8], [False, True]),
 )
 def test_the_newest_token_sees_its_rows_columns_alone(
-    dtype: torch.dtype, size: int, window: int | None, softcap: float | None
+    dtype: torch.dtype, size: int, window: int | None, softcap: float | None, interleaved: bool
 ) -> None:
     most, scores = EXACTNESS[dtype], ScoreSpec(0.3, window, softcap)
     together, keys, values = drawn(3, 8, size, seed=0), drawn(3, 2, 48, size, seed=1), drawn(3, 2, 48, size, seed=2)
-    angles = drawn(3, size // 2, seed=3).repeat(1, 2) if size != 80 else drawn(3, 16, seed=3).repeat(1, 2)
+    angles = drawn(3, 16 if size == 80 else size // 2, seed=3)
+    angles = angles.repeat_interleave(2, 1) if interleaved else angles.repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     query, key, value = together.to(dtype).split([4, 2, 2], dim=1)
     keys, values = keys.to(dtype), values.to(dtype)
@@ -65,11 +71,16 @@ def test_the_newest_token_sees_its_rows_columns_alone(
     for row, start in enumerate(first.tolist()):  # what it must not read
         keys[row, :, :start], values[row, :, :start] = torch.nan, torch.nan
     keys[:, :, END - 1 :], values[:, :, END - 1 :] = torch.nan, torch.nan
-    newest, cached = NewestTokens(query, key, value, cos, sin), CachedTokens(keys, values, first, END)
-    found = attend_newest_tokens(newest, cached, scores)
-    torch.testing.assert_close(keys[:, :, END - 1].double(), turned(key.double(), cos, sin), rtol=0, atol=most)
+    columns = Columns(3, 48, window)
+    columns.seen, columns.end = first, END
+    layer = SlotLayer(columns, windowed=False)
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    found = attend_newest_tokens((query, key, value), (cos, sin), interleaved, layer, scores)
+    torch.testing.assert_close(
+        keys[:, :, END - 1].double(), turned(key.double(), cos, sin, interleaved), rtol=0, atol=most
+    )
     assert torch.equal(values[:, :, END - 1], value) and keys[:, :, END:].isnan().all()
-    wanted = row_by_row(turned(query.double(), cos, sin), keys.double(), values.double(), first, scores)
+    wanted = row_by_row(turned(query.double(), cos, sin, interleaved), keys.double(), values.double(), first, scores)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=most)
 
 

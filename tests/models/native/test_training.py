@@ -50,6 +50,17 @@ def test_rotary_positions_of_bf16_round_where_transformers_does() -> None:
     assert torch.equal(found, wanted)
 
 
+def test_neighbours_of_bf16_round_where_cohere_does() -> None:
+    from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as apply_to_neighbours
+
+    q, angles = drawn(5, 4, 64), (torch.rand(5, 32) * 6).repeat_interleave(2, -1)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    wanted, _ = apply_to_neighbours(q.transpose(0, 1)[None], q.transpose(0, 1)[None], cos[None], sin[None])
+    found = torch.empty_like(q)
+    training.rotate_heads(q, cos, sin, 1.0, found, interleaved=True)
+    assert same(found, wanted[0].transpose(0, 1)) > 0.999
+
+
 def by_tanh(x: Tensor) -> Tensor:
     """GELU as x sigmoid(2 u), which 0.5 x (1 + tanh u) is; torch computes the latter, and has no digits far below 0."""
     return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x**3))

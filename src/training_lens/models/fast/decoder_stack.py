@@ -1,12 +1,12 @@
-"""A whole pass of a plain decoder through decoding's layers, without what transformers does between its own.
+"""A whole pass of a decoder through decoding's layers, without what transformers does between its own.
 
-A plain decoder is x + attention(norm x), then x + mlp(norm x), block by block, and the output layer of a last norm. Its
-parts say whether a model may be one; whether it does more (scaled embeddings or sums, say), `decoder` finds out by
-comparing the logits.
+A block adds an attention's output and an MLP's to the residual stream; which norms stand before and after each is known
+by the names of its parts. Whether a model does more than its parts say, `decoder` finds out by comparing the logits.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,78 +14,118 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
-from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingMLP, DecodingNorm, RotaryAngles
+from training_lens.models.fast.fused_layers import Angles, DecodingAttention, DecodingNorm, FusedMLP, flatten_angles
 from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.kv_cache import FULL, SLIDING
+from training_lens.models.fast.layer_spec import UnknownLayerError
 from training_lens.models.model_classes import decoder_of
 
-PARTS = {
-    "input_layernorm": DecodingNorm,
-    "self_attn": DecodingAttention,
-    "post_attention_layernorm": DecodingNorm,
-    "mlp": DecodingMLP,
-}
+NORM_PLACES = (  # names of the norms before attention, after it, before the MLP, and after that; "" for none
+    ("input_layernorm", "", "post_attention_layernorm", ""),  # Llama
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),  # Gemma
+    ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),  # OLMo 2
+    ("input_layernorm", "", "", ""),  # Cohere: attention and MLP take the same input
+)
 
 
 @dataclass(frozen=True)
 class DecoderBlock:
-    """x + attention(norm x), then the same with the MLP. `kind` is that of its mask."""
+    """One layer of a decoder; `norms` stand where `NORM_PLACES` says, `kind` is that of its mask.
 
-    before: DecodingNorm
+    The branches' outputs are multiplied by `factor` before they are added.
+    """
+
+    norms: tuple[DecodingNorm | None, ...]
     attention: DecodingAttention
-    between: DecodingNorm
-    mlp: DecodingMLP
+    mlp: FusedMLP
     kind: str
+    factor: float
+
+    def add_branches(self, x: Tensor, angles: Angles, mask: Tensor | None, cache: Cache) -> None:
+        """Add the outputs of attention and MLP to x, (rows, tokens, hidden), in place."""
+        before, after, between, behind = self.norms
+        given = before(x) if before else x
+        is_parallel = before is not None and after is between is behind is None
+        self._add(x, self.attention.attend(given, angles, mask, cache), after)
+        if not is_parallel:
+            given = between(x) if between else x
+        self._add(x, self.mlp(given), behind)
+
+    def _add(self, x: Tensor, branch: Tensor, norm: DecodingNorm | None) -> None:
+        if norm:
+            branch = norm(branch)
+        x.add_(branch if self.factor == 1 else branch * self.factor)
 
 
 @dataclass(frozen=True)
 class DecoderStack:
-    """The blocks between embedding and output layer. `rotary` gives cosines and sines of positions."""
+    """The blocks between embedding and output layer. `rotary` gives cosines and sines of positions.
+
+    Embeddings and logits may be multiplied by a factor, and logits capped: softcap tanh(logits / softcap).
+    """
 
     embed: nn.Embedding
     rotary: Any
     blocks: tuple[DecoderBlock, ...]
     norm: DecodingNorm
     head: FusedLinear
+    embedding_factor: float
+    logit_factor: float
+    softcap: float | None
 
     def logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """As `Decoder.logits`."""
         x = self.embed(ids)  # (rows, tokens, hidden)
-        angles = RotaryAngles(*self.rotary(x, positions))
+        if self.embedding_factor != 1:
+            x = x * self.embedding_factor
+        kinds = dict.fromkeys(block.kind for block in self.blocks)
+        if "layer_type" in inspect.signature(self.rotary.forward).parameters:
+            angles = {kind: flatten_angles(self.rotary(x, positions, kind), len(ids)) for kind in kinds}
+        else:
+            angles = dict.fromkeys(kinds, flatten_angles(self.rotary(x, positions), len(ids)))
         for block in self.blocks:
-            mask = None if masks is None else masks[block.kind]
-            x.add_(block.attention.attend(block.before(x), angles, mask, cache))
-            x.add_(block.mlp(block.between(x)))
+            block.add_branches(x, angles[block.kind], None if masks is None else masks[block.kind], cache)
         scores: Tensor = self.head(self.norm(x[:, -1]))
-        return scores
+        if self.logit_factor != 1:
+            scores = scores * self.logit_factor
+        return scores if self.softcap is None else (scores / self.softcap).tanh() * self.softcap
 
 
-def build_stack(model: Any, windows: Sequence[int | None]) -> DecoderStack | None:
-    """The stack of a model whose layers were replaced; None where it has other parts, or hooks.
+def build_stack(model: Any, windows: Sequence[int | None]) -> DecoderStack:
+    """The stack of a model whose layers were replaced.
 
     Args:
         windows: of each layer, None for one that sees all.
+
+    Raises:
+        UnknownLayerError: it has other parts, or hooks.
     """
-    decoder, head = decoder_of(model), model.get_output_embeddings()
+    decoder, head, config = decoder_of(model), model.get_output_embeddings(), model.config.get_text_config()
     children = dict(decoder.named_children())
-    if children.keys() != {"embed_tokens", "layers", "norm", "rotary_emb"} or any(map(_is_hooked, model.modules())):
-        return None
-    known = type(children["embed_tokens"]) is nn.Embedding and isinstance(children["norm"], DecodingNorm)
-    found = [_build_block(layer, window) for layer, window in zip(children["layers"], windows, strict=False)]
-    plain = tuple(block for block in found if block)
-    if not known or not isinstance(head, FusedLinear) or len(plain) < len(children["layers"]):
-        return None
-    return DecoderStack(children["embed_tokens"], children["rotary_emb"], plain, children["norm"], head)
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules()):
+        raise UnknownLayerError("modules with hooks or a forward of their own")
+    if children.keys() != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        raise UnknownLayerError(f"a {type(decoder).__name__} of other parts than embedding, layers, norm and rotary")
+    if not isinstance(children["norm"], DecodingNorm) or not isinstance(head, FusedLinear):
+        raise UnknownLayerError("a last norm or an output layer that decodes by itself")
+    blocks = [_build_block(layer, window) for layer, window in zip(children["layers"], windows, strict=True)]
+    return DecoderStack(
+        children["embed_tokens"], children["rotary_emb"], tuple(blocks), children["norm"], head,
+        embedding_factor=getattr(decoder, "embedding_multiplier", 1.0),
+        logit_factor=getattr(model, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )  # fmt: skip
 
 
-def _build_block(layer: Any, window: int | None) -> DecoderBlock | None:
+def _build_block(layer: Any, window: int | None) -> DecoderBlock:
     children = {name: child for name, child in layer.named_children() if type(child) is not nn.Dropout}
-    if children.keys() != PARTS.keys() or not all(isinstance(children[name], kind) for name, kind in PARTS.items()):
-        return None
-    before, attention, between, mlp = (children[name] for name in PARTS)
-    return DecoderBlock(before, attention, between, mlp, FULL if window is None else SLIDING)
-
-
-def _is_hooked(module: Any) -> bool:
-    """Whether its call does more than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
+    places = next((places for places in NORM_PLACES if {*filter(None, places)} == children.keys()), None)
+    if places is None:
+        raise UnknownLayerError(f"a {type(layer).__name__} of unknown parts")
+    norms = tuple(children[name] if name else None for name in places)
+    known = all(norm is None or isinstance(norm, DecodingNorm) for norm in norms)
+    if not (known and isinstance(attention, DecodingAttention) and isinstance(mlp, FusedMLP)):
+        raise UnknownLayerError(f"a {type(layer).__name__} with parts that decode by themselves")
+    kind = FULL if window is None else SLIDING
+    return DecoderBlock(norms, attention, mlp, kind, getattr(layer, "residual_multiplier", 1.0))

@@ -15,7 +15,7 @@ from training_lens.errors import ModelLoadingError
 from training_lens.models.fast.install import InstalledKernels, forward_packed, install_kernels
 from training_lens.models.fast.losses import linear_nll, nll
 from training_lens.models.fast.module_kernels import PROBE_TOKENS
-from training_lens.models.fast.packed_attention import PackedSequences
+from training_lens.models.fast.native.attention_kernels import PackedSequences
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 from training_lens.models.model_classes import decoder_of, unwrap_adapter
 from training_lens.models.quantization import is_quantized
@@ -88,7 +88,9 @@ class Engine:
         wanted = input_ids[rows, columns + 1]
         input_ids, rows, columns, wanted = (move_to_device(t, self._device) for t in (input_ids, rows, columns, wanted))
         kind = self._device.type
-        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self._needs_no_autocast(kind)):
+        # Where the base has autocast's dtype and kernels cast the rest, autocast would only add casts.
+        adds_nothing = not self.kernels.skipped and self._dtypes == {torch.get_autocast_dtype(kind)}
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not adds_nothing):
             return self._target_nll(self._hidden_states(input_ids, packed, padded_lengths)[rows, columns], wanted)
 
     def _hidden_states(
@@ -103,11 +105,6 @@ class Engine:
         self._output = type(output)
         states: Tensor = output[0]
         return states
-
-    def _needs_no_autocast(self, device: str) -> bool:
-        """Whether the base has autocast's dtype and kernels cast the rest: autocast would only add casts."""
-        wanted = torch.get_autocast_dtype(device)
-        return not self.kernels.skipped and self._dtypes == {wanted}
 
     def _target_nll(self, states: Tensor, targets: Tensor) -> Tensor:
         if self._head_is_plain:

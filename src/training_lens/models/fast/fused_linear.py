@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ class FusedLinear(nn.Module):
     Of each layer y = g (x W^T + s (x A^T) B^T) + b, with DoRA's g = m / |W + s B A| (arXiv 2402.09353), else 1.
 
     In training the layers' weights lie in one tensor, one below the other; the layers keep their parameters, as parts
-    of that tensor, and nothing is held twice. Adapters are read at every call, and get gradients.
+    of that tensor, and nothing is held twice. Weights in 4 bits stay as they are, and are dequantized in every pass, as
+    bitsandbytes does. Adapters are read at every call, and get gradients.
 
     Args:
         layers: plain layers, or PEFT's with LoRA or DoRA.
@@ -49,54 +51,79 @@ class FusedLinear(nn.Module):
         if reason := _fusion_refusal(layers, decodes):
             raise UnknownLayerError(reason)
         self._bases = [_base_layer(layer) for layer in layers]
-        weights = [_weight_matrix(base) for base in self._bases]
-        self.sizes, self.input_width = tuple(map(len, weights)), weights[0].shape[1]
+        self.sizes = tuple(_weight_shape(base)[0] for base in self._bases)
+        self.input_width = _weight_shape(self._bases[0])[1]
         self.bias = _concatenate_biases(self._bases)
         self.layers, self.decodes = tuple(layers), decodes
+        self.weight: Any = None  # (sum of out, in), except where the layers hold 4 bits
         if decodes:
-            self._prepare_decoding(layers, weights)
+            self._prepare_decoding(layers, [_weight_matrix(base) for base in self._bases])
             self.layers, self._bases = (), []  # what is not read any more is not kept
-        else:
-            self.weight = self._share_weights(weights)
+        elif not _is_4bit(self._bases[0]):
+            self.weight = self._share_weights([_weight_matrix(base) for base in self._bases])
+        self._addresses = [base.weight.data_ptr() for base in self._bases]
 
     @property
     def is_ready(self) -> bool:
         """Whether the layers still hold the fused weights, and each has at most one active adapter, unmerged."""
-        pointers = [_weight_matrix(base).data_ptr() for base in self._bases]
-        starts = [part.data_ptr() for part in self.weight.split(self.sizes)]
-        return pointers == starts and not any(_has_mixed_adapters(layer) for layer in self.layers)
+        addresses = [base.weight.data_ptr() for base in self._bases]
+        return addresses == self._addresses and not any(_has_mixed_adapters(layer) for layer in self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs, in training in the dtype of the computation: autocast's, else the weights'."""
         if self.decodes:
             return self._decode(x)
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_dtype(self._bases[0])
+        weight = partial(self._form_weight, dtype) if self.weight is None else self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
         branches = [_active_branch(layer) for layer in self.layers]
         x = x.to(dtype)
         with torch.autocast(device, enabled=False):
-            if all(branch is None for branch in branches):
+            if isinstance(weight, Tensor) and all(branch is None for branch in branches):
                 return nn.functional.linear(x, weight, bias)
             return self._apply_adapters(x, weight, bias, self._fill_branches(branches, x))
 
-    def _apply_adapters(self, x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[LoRABranch]) -> Tensor:
+    def _form_weight(self, dtype: torch.dtype) -> Tensor:
+        """Weights in 4 bits as one tensor of this dtype."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        parts = [dequantize_4bit(base.weight.data, base.weight.quant_state) for base in self._bases]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype)
+
+    def _apply_adapters(
+        self, x: Tensor, weight: Tensor | Callable[[], Tensor], bias: Tensor | None, branches: Sequence[LoRABranch]
+    ) -> Tensor:
         factors, scales = [(b.down, b.up) for b in branches], [b.scale for b in branches]
         dropout = _dropout_rate(self.layers)
         dropped = nn.functional.dropout(x, dropout) if dropout else None
-        gains = _dora_gains(self.weight.split(self.sizes), branches)
+        gains = self._dora_gains(branches)
         if gains is None:
             return lora_linear(x, weight, bias, factors, scales, dropped)
         if dropped is None:
             return scale_outputs(lora_linear(x, weight, None, factors, scales), gains, bias)
         # PEFT's DoRA scales the base's product of the inputs that dropout kept, and not that of the others.
-        rest = nn.functional.linear(x - dropped, weight, bias)
+        nothing = [(branch.down, branch.up) for branch in self._fill_branches([None] * len(branches), x)]
+        rest = lora_linear(x - dropped, weight, bias, nothing, scales)
         return rest + scale_outputs(lora_linear(dropped, weight, None, factors, scales), gains)
 
     def _fill_branches(self, branches: Sequence[LoRABranch | None], x: Tensor) -> list[LoRABranch]:
         """The adapter of each layer; of rank 0 for one without."""
         empty = [LoRABranch(x.new_empty(0, self.input_width), x.new_empty(size, 0), 1.0) for size in self.sizes]
         return [branch or none for branch, none in zip(branches, empty, strict=True)]
+
+    def _dora_gains(self, branches: Sequence[LoRABranch]) -> Tensor | None:
+        """DoRA's scale of each output, m / |W + s B A|, 1 for layers without DoRA; None where no layer has it."""
+        if all(branch.magnitude is None for branch in branches):
+            return None
+        dense = self._form_weight(weight_dtype(self._bases[0])) if self.weight is None else self.weight
+        gains = [
+            dense.new_ones(len(part), dtype=torch.float32)
+            if branch.magnitude is None
+            else branch.magnitude / row_norms(part, branch.down, branch.up, branch.scale)
+            for part, branch in zip(dense.split(self.sizes), branches, strict=True)
+        ]
+        return torch.cat(gains)
 
     def _share_weights(self, weights: Sequence[Tensor]) -> Tensor:
         if len(weights) == 1:
@@ -110,7 +137,8 @@ class FusedLinear(nn.Module):
     def _prepare_decoding(self, layers: Sequence[Any], weights: Sequence[Tensor]) -> None:
         branches = [_active_branch(layer) for layer in layers]
         self.weight = torch.cat(list(weights))
-        self.gains = _dora_gains(weights, self._fill_branches(branches, self.weight))
+        filled = self._fill_branches(branches, self.weight)
+        self.gains = self._dora_gains(filled)
         self._product_bias = self.bias if self.gains is None else None  # DoRA's factor does not scale a bias
         plain = [weight.detach() for weight in weights]
         can_multiply = FewRowsLinear.can_compute(plain, self._product_bias)
@@ -118,7 +146,6 @@ class FusedLinear(nn.Module):
         self.has_adapter = any(branch is not None for branch in branches)
         self._branches = self._down = self._up = None
         if self.has_adapter:
-            filled = self._fill_branches(branches, self.weight)
             factors = [(branch.down, branch.scale * branch.up.float()) for branch in filled]
             if can_compute(self.weight):
                 self._branches = LoRABranches(factors, self.weight.dtype)
@@ -171,28 +198,18 @@ def _concatenate_biases(bases: Sequence[Any]) -> Tensor | None:
         return bases[0].bias.detach()  # type: ignore[no-any-return]
     return torch.cat(
         [
-            base.weight.new_zeros(len(_weight_matrix(base))) if base.bias is None else base.bias.detach()
+            torch.zeros(_weight_shape(base)[0], dtype=weight_dtype(base), device=base.weight.device)
+            if base.bias is None
+            else base.bias.detach()
             for base in bases
         ]
     )
 
 
-def _dora_gains(weights: Sequence[Tensor], branches: Sequence[LoRABranch]) -> Tensor | None:
-    """DoRA's scale of each output, m / |W + s B A|, 1 for layers without DoRA; None where no layer has it."""
-    if all(branch.magnitude is None for branch in branches):
-        return None
-    return torch.cat([
-        torch.ones(len(weight), device=weight.device)
-        if branch.magnitude is None
-        else branch.magnitude / row_norms(weight, branch.down, branch.up, branch.scale)
-        for weight, branch in zip(weights, branches, strict=True)
-    ])  # fmt: skip
-
-
 def _fusion_refusal(layers: Sequence[Any], decodes: bool) -> str:
     """Why these layers cannot be fused; empty where they can."""
     for layer in layers:
-        if reason := _layer_refusal(layer):
+        if reason := _layer_refusal(layer, decodes):
             return reason
         if decodes and _has_mixed_adapters(layer):
             return "several adapters at once, or a merged one"
@@ -206,26 +223,43 @@ def _base_layer(layer: Any) -> Any:
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
+def _is_4bit(base: Any) -> bool:
+    return getattr(base.weight, "quant_state", None) is not None
+
+
+def weight_dtype(layer: Any) -> torch.dtype:
+    """The dtype of a linear layer's weights; of those in 4 bits, that which they are computed in."""
+    dtype: torch.dtype = layer.weight.dtype
+    return (layer.compute_dtype or layer.weight.quant_state.dtype) if _is_4bit(layer) else dtype
+
+
+def _weight_shape(base: Any) -> tuple[int, int]:
+    """(out, in)."""
+    out, width = base.weight.quant_state.shape if _is_4bit(base) else _weight_matrix(base).shape
+    return out, width
+
+
 def _weight_matrix(base: Any) -> Tensor:
     """The weight as (out, in); Conv1D keeps it as (in, out)."""
     weight: Tensor = base.weight
     return weight if isinstance(base, nn.Linear) else weight.T
 
 
-def _layer_refusal(layer: Any) -> str:
+def _layer_refusal(layer: Any, decodes: bool) -> str:
     """Why a layer's formula is not known; empty where it is."""
-    from peft.tuners.lora import Linear
+    from peft.tuners import lora
     from peft.tuners.lora.variants import DoraLinearVariant
     from transformers.pytorch_utils import Conv1D
 
     base = _base_layer(layer)
-    if type(base) is not nn.Linear and not isinstance(base, Conv1D):
+    is_quantized = type(base).__name__ == "Linear4bit" and _is_4bit(base)
+    if is_quantized and decodes:
+        return "base weights in 4 bits"
+    if not is_quantized and type(base) is not nn.Linear and not isinstance(base, Conv1D):
         return f"a base of type {type(base).__name__}"
-    if not base.weight.is_floating_point():
-        return "base weights that are quantized"
     if layer is base:
         return ""
-    if type(layer) is not Linear:
+    if type(layer) is not (getattr(lora, "Linear4bit", None) if is_quantized else lora.Linear):
         return f"adapters of type {type(layer).__name__}"
     for variant in layer.lora_variant.values():
         if type(variant) is not DoraLinearVariant:

@@ -22,7 +22,7 @@ from training_lens.models.fast.module_kernels import (
     ModuleKernel,
     NormKernel,
 )
-from training_lens.models.fast.packed_attention import PackedSequences
+from training_lens.models.fast.native.attention_kernels import PackedSequences
 from training_lens.models.fast.recognition import RecognizedLayers, recognize_layers
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 from training_lens.models.model_classes import decoder_of
@@ -40,13 +40,6 @@ class InstalledKernels:
         """Whether sequences can be packed, so that nothing is padded."""
         return self.installed["attention"] > 0
 
-    def count(self, kind: str, refusal: str) -> None:
-        """Note one more module of the kind, or why it keeps its own forward."""
-        if refusal:
-            self.skipped[refusal] += 1
-        else:
-            self.installed[kind] += 1
-
     def __str__(self) -> str:
         done = ", ".join(f"{count} {kind}" for kind, count in self.installed.items() if count) or "nothing"
         left = "".join(f"; {count} as they are ({why})" for why, count in self.skipped.items())
@@ -57,14 +50,18 @@ def install_kernels(model: Any) -> InstalledKernels:
     """Let kernels compute what they can of a PEFT model, in place; `uninstall_kernels` takes it back."""
     report, layers = InstalledKernels(), recognize_layers(model)
     _install_attention(model, layers, report)
-    for module, spec in layers.specs.items():
-        if isinstance(spec, MLPSpec):
-            report.count("gated MLPs", _install_kernel(module, MLPKernel, spec))
-    for module in filter(LinearKernel.fits, list(model.modules())):
-        report.count("adapted layers", _install_kernel(module, LinearKernel, None))
-    for module, spec in layers.specs.items():
-        if isinstance(spec, NormSpec):
-            report.count("norms", _install_kernel(module, NormKernel, spec))
+    adapted = [m for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A")]
+    modules_by_kind: dict[str, tuple[Any, list[tuple[Any, Any]]]] = {
+        "gated MLPs": (MLPKernel, [(m, spec) for m, spec in layers.specs.items() if isinstance(spec, MLPSpec)]),
+        "adapted layers": (LinearKernel, [(m, None) for m in adapted]),
+        "norms": (NormKernel, [(m, spec) for m, spec in layers.specs.items() if isinstance(spec, NormSpec)]),
+    }
+    for kind, (kernel, modules) in modules_by_kind.items():
+        for module, spec in modules:
+            if refusal := _install_kernel(module, kernel, spec):
+                report.skipped[refusal] += 1
+            else:
+                report.installed[kind] += 1
     return report
 
 

@@ -42,7 +42,7 @@ def activation_name(activation: Any) -> str | None:
 
 def lora_linear(
     x: Float[Tensor, "*tokens width"],
-    weight: Float[Tensor, "out width"],
+    weight: Float[Tensor, "out width"] | Callable[[], Tensor],
     bias: Float[Tensor, " out"] | None,
     factors: Sequence[tuple[Tensor, Tensor]],
     scales: Sequence[float],
@@ -55,6 +55,7 @@ def lora_linear(
     dB = s dy^T (A x), dA = (s dy B)^T x, dx = dy W + (s dy B) A (arXiv 2106.09685, eq. 3).
 
     Args:
+        weight: or a function that forms it, called again for the backward pass.
         factors: A_i (rank, width) and B_i (out_i, rank) of each, of any floating dtype; cast to that of `x` here.
         scales: s_i of each.
         dropped: what the branch sees in place of x, under dropout.
@@ -69,19 +70,19 @@ def lora_linear(
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, scales: Any, *factors: Tensor
+        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Any, bias: Tensor | None, scales: Any, *factors: Tensor
     ) -> Tensor:
         downs, ups = factors[::2], factors[1::2]
         down = torch.cat(downs).to(x.dtype)  # (ranks, width)
         scaled = [(up * scale).to(x.dtype) for up, scale in zip(ups, scales, strict=True)]
         given = x if dropped is None else dropped
         low = given @ down.T  # (tokens, ranks)
-        y = linear(x, weight, bias)
-        for part, into, up in zip(
-            low.split(_branch_ranks(ups), 1), y.split(_output_sizes(ups), 1), scaled, strict=True
-        ):
+        y = linear(x, weight() if callable(weight) else weight, bias)
+        outs, ranks = _branch_sizes(ups)
+        for part, into, up in zip(low.split(ranks, 1), y.split(outs, 1), scaled, strict=True):
             into.addmm_(part, up.T)
-        ctx.save_for_backward(given, weight, down, low, *scaled)
+        ctx.form_weight = weight if callable(weight) else None
+        ctx.save_for_backward(given, None if ctx.form_weight else weight, down, low, *scaled)
         ctx.scales, ctx.dropped = scales, dropped is not None
         ctx.dtypes = [factor.dtype for factor in factors]
         return y
@@ -90,26 +91,24 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         given, weight, down, low, *ups = ctx.saved_tensors
-        dys = dy.split(_output_sizes(ups), 1)
+        outs, ranks = _branch_sizes(ups)
+        dys = dy.split(outs, 1)
         dlow = torch.cat([part @ up for part, up in zip(dys, ups, strict=True)], 1)  # (tokens, ranks)
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dx = dy @ (weight if ctx.form_weight is None else ctx.form_weight()) if ctx.needs_input_grad[0] else None
         dropped = dlow @ down if ctx.dropped else None
         if dx is not None and dropped is None:
             dx.addmm_(dlow, down)
-        downs = (dlow.T @ given).split(_branch_ranks(ups))
-        parts = zip(dys, low.split(_branch_ranks(ups), 1), ctx.scales, strict=True)
+        downs = (dlow.T @ given).split(ranks)
+        parts = zip(dys, low.split(ranks, 1), ctx.scales, strict=True)
         dups = ((seen.T @ part).T.mul_(scale) for part, seen, scale in parts)  # in this order the product is faster
         pairs = zip(downs, dups, strict=True)
         grads = zip((grad for pair in pairs for grad in pair), ctx.dtypes, ctx.needs_input_grad[5:], strict=True)
         return dx, dropped, None, None, None, *(grad.to(dtype) if needed else None for grad, dtype, needed in grads)
 
 
-def _output_sizes(ups: Sequence[Tensor]) -> list[int]:
-    return [up.shape[0] for up in ups]
-
-
-def _branch_ranks(ups: Sequence[Tensor]) -> list[int]:
-    return [up.shape[1] for up in ups]
+def _branch_sizes(ups: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Outputs and rank of each branch."""
+    return [up.shape[0] for up in ups], [up.shape[1] for up in ups]
 
 
 @torch.no_grad()
@@ -169,23 +168,29 @@ def rms_norm(
     rounded once, as Gemma's. Kept: x, and a float for each token. Gradient: dx = (g - n mean(g n)) / rms, with g = w dy
     and n the quotient.
     """
-    y: Tensor = _RMSNormFunction.apply(x, weight, eps)
-    return y
+    if x.requires_grad:
+        y: Tensor = _RMSNormFunction.apply(x, weight, eps)
+        return y
+    return _compute_rms_norm(x, weight, eps)[0]
+
+
+def _compute_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and 1 / rms of each token."""
+    if _has_native_norm(x, weight):
+        return native.rms_norm(x, weight, eps)
+    sums = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sum_dtype(x))  # one pass, no wider copy
+    scale = sums.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*tokens, 1)
+    if weight.dtype != x.dtype:
+        return torch.mul(x, scale).mul_(weight).to(x.dtype), scale
+    return _multiply_rounded(x, scale).mul_(weight), scale
 
 
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if _has_native_norm(x, weight):
-            y, scale = native.rms_norm(x, weight, eps)
-            ctx.save_for_backward(x, weight, scale)
-            return y
-        sums = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sum_dtype(x))  # one pass, no wider copy
-        scale = sums.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*tokens, 1)
+        y, scale = _compute_rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        if weight.dtype != x.dtype:
-            return torch.mul(x, scale).mul_(weight).to(x.dtype)
-        return _multiply_rounded(x, scale).mul_(weight)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -217,8 +222,13 @@ def apply_gate(gate_up: Float[Tensor, "*tokens twice"], activation: str = "silu"
     Args:
         activation: a name in `ACTIVATIONS`.
     """
-    y: Tensor = _ApplyGate.apply(gate_up, activation)
-    return y
+    if gate_up.requires_grad:
+        y: Tensor = _ApplyGate.apply(gate_up, activation)
+        return y
+    if _has_native_gate(gate_up, activation):
+        return native.apply_gate(gate_up, activation)
+    gate, up = gate_up.chunk(2, -1)
+    return ACTIVATIONS[activation][0](gate).mul_(up)
 
 
 class _ApplyGate(torch.autograd.Function):
@@ -266,8 +276,10 @@ def apply_rotary(
             are rotated, and the others left.
         interleaved: pairs are neighbours, as in Cohere's models; else a pair is at one place of both halves.
     """
-    y: Tensor = _ApplyRotary.apply(x, cos, sin, interleaved)
-    return y
+    if x.requires_grad:
+        y: Tensor = _ApplyRotary.apply(x, cos, sin, interleaved)
+        return y
+    return rotate_heads(x, cos, sin, 1.0, interleaved)
 
 
 class _ApplyRotary(torch.autograd.Function):
@@ -287,8 +299,8 @@ class _ApplyRotary(torch.autograd.Function):
 def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, direction: float, interleaved: bool = False) -> Tensor:
     """`apply_rotary` without autograd, forth or (`direction` -1) back."""
     y = torch.empty_like(x)
-    if not interleaved and can_compute(x, cos, sin) and are_heads_adjacent(x):
-        native.rotate_heads(x, cos, sin, direction, y)
+    if can_compute(x, cos, sin) and are_heads_adjacent(x):
+        native.rotate_heads(x, cos, sin, direction, y, interleaved)
         return y
     rotated = cos.shape[-1]
     (x1, x2), (y1, y2) = (_split_pairs(t[..., :rotated], interleaved) for t in (x, y))

@@ -6,15 +6,13 @@ and stands in only where its result is the same up to rounding; every other laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingMLP, DecodingNorm
+from training_lens.models.fast.fused_layers import DecodingAttention, DecodingNorm, FusedMLP
 from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.layer_spec import (
     AttentionSpec,
@@ -22,27 +20,15 @@ from training_lens.models.fast.layer_spec import (
     MLPSpec,
     NormSpec,
     UnknownLayerError,
-    activation_of,
 )
 from training_lens.models.fast.recognition import recognize_layers
 from training_lens.models.fast.tolerance import is_close
-from training_lens.utils.logging import get_logger
 
-logger = get_logger(__name__)
 Specs = dict[Any, LayerSpec]
 
 
-@dataclass(frozen=True)
-class LayerCall:
-    """One call of a layer."""
-
-    given: tuple[Any, ...]
-    options: dict[str, Any]
-    result: Any
-
-
-def replace_layers(model: Any, ids: Tensor) -> int:
-    """Put decoding's layers into `model`, in place; how many of its layers were replaced.
+def replace_layers(model: Any, ids: Tensor) -> list[str]:
+    """Put decoding's layers into `model`, in place; why others of its layers decode by themselves.
 
     Cost: a pass over `ids`, one of a few tokens, and each replaced layer once more.
 
@@ -53,53 +39,41 @@ def replace_layers(model: Any, ids: Tensor) -> int:
     layers = recognize_layers(model)
     head = model.get_output_embeddings()
     known = {name for name, module in model.named_modules() if module in layers.specs or module is head}
-    names = [name for name, _ in model.named_modules() if name in known and not known.intersection(_parents(name))]
-    with _record_calls(model, names) as calls:
-        model(input_ids=ids, use_cache=False)
-    refusals = dict.fromkeys(layers.refusals.values())
-    replaced = 0
-    for name in names:
-        if reason := _replace_layer(model, name, layers.specs, calls.get(name)):
-            refusals[reason] = None
-        else:
-            replaced += 1
-    if refusals:
-        logger.debug("layers that decode by themselves: %s", "; ".join(refusals))
-    return replaced
+    inside = tuple(f"{name}." for name in known)  # of a layer that is replaced whole
+    names = [name for name, _ in model.named_modules() if name in known and not name.startswith(inside)]
+    calls = _record_calls(model, ids, names)
+    reasons = [_replace_layer(model, name, layers.specs, calls.get(name)) for name in names]
+    return list(dict.fromkeys(filter(None, [*layers.refusals.values(), *reasons])))
 
 
-def _parents(name: str) -> Iterator[str]:
-    while name := name.rpartition(".")[0]:
-        yield name
-
-
-@contextmanager
-def _record_calls(model: Any, names: Sequence[str]) -> Iterator[dict[str, LayerCall]]:
-    """Within the block the calls of these modules are noted."""
-    calls: dict[str, LayerCall] = {}
+def _record_calls(model: Any, ids: Tensor, names: Sequence[str]) -> dict[str, tuple[Any, Any, Any]]:
+    """Arguments, keyword arguments and result of each of these modules in a pass over `ids`."""
+    calls: dict[str, tuple[Any, Any, Any]] = {}
     handles = []
     for name in names:
 
         def note(_module: Any, given: Any, options: Any, result: Any, name: str = name) -> None:
-            calls[name] = LayerCall(given, options, result)
+            calls[name] = given, options, result
 
         handles.append(model.get_submodule(name).register_forward_hook(note, with_kwargs=True))
     try:
-        yield calls
+        model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+    return calls
 
 
-def _replace_layer(model: Any, name: str, specs: Specs, call: LayerCall | None) -> str:
+def _replace_layer(model: Any, name: str, specs: Specs, call: tuple[Any, Any, Any] | None) -> str:
     """Replace one module where the result is the same; else, why not."""
     module = model.get_submodule(name)
     kind = type(module).__name__
     if call is None:
         return f"{kind} is not called"
+    given, options, result = call
     try:
         layer = _build_layer(module, specs)
-        found = layer(*call.given, **call.options)
+        found = layer(*given, **options)
         consistent = all(part.gives_same_for_few_rows() for part in layer.modules() if isinstance(part, FusedLinear))
     except UnknownLayerError as reason:
         return str(reason)
@@ -107,7 +81,7 @@ def _replace_layer(model: Any, name: str, specs: Specs, call: LayerCall | None) 
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return f"{kind} takes something else"
-    found, expected = (x[0] if isinstance(x, tuple) else x for x in (found, call.result))
+    found, expected = (x[0] if isinstance(x, tuple) else x for x in (found, result))
     if not (consistent and is_close(found, expected)):
         return f"{kind} computes something else"
     model.set_submodule(name, layer)
@@ -117,17 +91,10 @@ def _replace_layer(model: Any, name: str, specs: Specs, call: LayerCall | None) 
 def _build_layer(module: Any, specs: Specs) -> nn.Module:
     spec = specs.get(module)
     if isinstance(spec, NormSpec):
-        return DecodingNorm(module.weight + 1 if spec.adds_one else module.weight, spec)
+        return DecodingNorm(module.weight, spec)
     if isinstance(spec, MLPSpec):
-        gate_up = _fuse_projections(module, spec.gate_up)
-        return DecodingMLP(gate_up, _fuse_projections(module, ["down_proj"]), activation_of(module))
+        return FusedMLP(module, spec, decodes=True)
     if isinstance(spec, AttentionSpec):
-        qkv = _fuse_projections(module, spec.projections)
         norms = [module.q_norm, module.k_norm] if spec.qk_norm else []
-        norms = [_build_layer(norm, specs) if norm in specs else norm for norm in norms]
-        return DecodingAttention(qkv, _fuse_projections(module, ["o_proj"]), spec, norms, module.layer_idx)
+        return DecodingAttention(module, spec, [_build_layer(n, specs) if n in specs else n for n in norms])
     return FusedLinear([module], decodes=True)
-
-
-def _fuse_projections(module: Any, names: Sequence[str]) -> FusedLinear:
-    return FusedLinear([getattr(module, name) for name in names], decodes=True)

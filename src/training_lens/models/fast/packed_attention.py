@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,34 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from training_lens.models.fast.native.attention_kernels import PackedAttentionCall, PackedLayout, ScoreSpec
+from training_lens.models.fast.native.attention_kernels import PackedAttentionCall, PackedSequences, ScoreSpec
 from training_lens.models.fast.native.library import can_compute
-from training_lens.utils.devices import move_to_device
-
-
-@dataclass(frozen=True)
-class PackedSequences:
-    """The lengths of the examples in a packed row, in order."""
-
-    lengths: tuple[int, ...]
-
-    @cached_property
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """Where each begins and ends."""
-        return tuple(pairwise(accumulate(self.lengths, initial=0)))
-
-    @cached_property
-    def layout(self) -> PackedLayout:
-        """What the kernels in C take."""
-        return PackedLayout(self.lengths)
-
-    def position_ids(self, device: torch.device) -> Tensor:
-        """(1, tokens) int64: each token's place in its example."""
-        return move_to_device(torch.cat([torch.arange(length) for length in self.lengths])[None], device)
-
-    def cu_seqlens(self, device: torch.device) -> Tensor:
-        """(examples + 1,) int32: the first token of each, and the end."""
-        return move_to_device(torch.tensor([0, *(end for _, end in self.spans)], dtype=torch.int32), device)
 
 
 def packed_attention(
@@ -69,10 +40,10 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scores: ScoreSpec
     ) -> Tensor:
-        call = PackedAttentionCall(query, key, value, packed.layout, scores)
+        call = PackedAttentionCall(query, key, value, packed, scores)
         out, sums = call.attend()
         ctx.save_for_backward(query, key, value, out, sums)
-        ctx.settings = packed.layout, scores
+        ctx.settings = packed, scores
         return out
 
     @staticmethod
@@ -105,40 +76,41 @@ def _attend_each_example(
     for start, end in packed.spans:
         q, k, v = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))  # (1, heads, tokens, size)
         narrow = scores.window is not None and scores.window < end - start
-        mask = causal_mask(end - start, scores.window, query.device) if narrow or scores.softcap else None
-        if scores.softcap is None:
-            out = scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, scale=scores.scale, enable_gqa=True
-            )
-        else:
-            assert mask is not None
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-            out = attend_with_softcap(q, k, v, mask, scores)
-        attended.append(out[0].transpose(0, 1))
+        mask = causal_mask(end - start, scores.window, query.device) if narrow else None
+        attended.append(attend_by_torch(q, k, v, mask, scores)[0].transpose(0, 1))
     return torch.cat(attended)
 
 
-def attend_with_softcap(
+def attend_by_torch(
     query: Float[Tensor, "rows heads tokens size"],
-    key: Float[Tensor, "rows heads keys size"],
-    value: Float[Tensor, "rows heads keys size"],
+    key: Float[Tensor, "rows groups keys size"],
+    value: Float[Tensor, "rows groups keys size"],
     mask: Tensor | None,
     scores: ScoreSpec,
 ) -> Float[Tensor, "rows heads tokens size"]:
-    """softmax(softcap tanh(scale q k^T / softcap)) v by torch.
+    """softmax(s) v by torch; `ScoreSpec` defines s, but for its window, which the mask has.
 
     Args:
-        mask: added to the scores, or (bool) true where a key is seen; None: all are.
+        mask: added to the scores, or (bool) true where a key is seen; None: causal.
     """
-    cap = scores.softcap
-    assert cap is not None, "there is a softcap"
+    (rows, heads, length, size), groups = query.shape, key.shape[1]
+    if length == 1:  # the heads that share a key stand where several tokens would: no key is copied
+        query = query.reshape(rows, groups, heads // groups, size)
+    elif heads > groups:
+        key, value = (x.repeat_interleave(heads // groups, 1) for x in (key, value))
+    is_causal, cap = mask is None and length > 1, scores.softcap
+    if cap is None:
+        attended = scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scores.scale)
+        return attended.reshape(rows, heads, length, size)
+    if is_causal:
+        mask = causal_mask(length, None, query.device)
     weights = cap * torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * scores.scale / cap)
     if mask is not None and mask.dtype == torch.bool:
         weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
     elif mask is not None:
         weights = weights + mask
     wide = torch.promote_types(value.dtype, torch.float32)
-    return torch.matmul(weights.softmax(-1, dtype=wide).to(value.dtype), value)
+    return torch.matmul(weights.softmax(-1, dtype=wide).to(value.dtype), value).reshape(rows, heads, length, size)
 
 
 def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training_lens.models.fast.kernels import activation_name, rotate_heads
+from training_lens.models.fast.fused_layers import rotate_projections
+from training_lens.models.fast.kernels import activation_name
 from training_lens.models.fast.layer_spec import (
     ACTIVATIONS,
     AttentionSpec,
@@ -27,12 +28,10 @@ from training_lens.models.fast.layer_spec import (
     UnknownLayerError,
     activation_of,
     normalize,
-    split_heads,
 )
 from training_lens.models.fast.native.attention_kernels import ScoreSpec
 from training_lens.models.fast.tolerance import is_close, relative_error
 from training_lens.models.model_classes import decoder_of
-from training_lens.models.quantization import is_quantized
 
 RECORDER = "training_lens_recorder"  # the attention function under which transformers calls ours
 PROBE_IDS = ((2, 3, 4, 5),)
@@ -199,17 +198,14 @@ def recognize_attention(module: Any, call: AttentionCall | None) -> AttentionSpe
         raise UnknownLayerError("attention with more than projections and norms")
     if getattr(module, "attention_dropout", 0.0):
         raise UnknownLayerError("attention with dropout")
-    if call.value.shape != call.key.shape or _unknown_options(call):
+    unknown = {k for k, v in call.options.items() if v is not None and v is not False} - {*KNOWN_OPTIONS}
+    if call.value.shape != call.key.shape or unknown:
         raise UnknownLayerError("attention with more than scale, window and softcap")
     candidates = _candidate_specs(module, names, call)
-    error, best = min((_query_key_error(module, spec, call), i) for i, spec in enumerate(candidates))
-    if error == float("inf") or not _matches(module, candidates[best], call):
+    (_, is_same), best = min((_compare_projections(module, spec, call), i) for i, spec in enumerate(candidates))
+    if not is_same:
         raise UnknownLayerError("attention whose queries and keys are formed otherwise")
     return candidates[best]
-
-
-def _unknown_options(call: AttentionCall) -> list[str]:
-    return [k for k, v in call.options.items() if k not in KNOWN_OPTIONS and v is not None and v is not False]
 
 
 def _candidate_specs(module: Any, names: tuple[str, ...], call: AttentionCall) -> list[AttentionSpec]:
@@ -218,49 +214,32 @@ def _candidate_specs(module: Any, names: tuple[str, ...], call: AttentionCall) -
         float(options.get("scaling") or size**-0.5), options.get("sliding_window"), options.get("softcap")
     )
     rotaries: tuple[Rotary | None, ...] = ("halves", "interleaved", None)
-    kinds = product(_possible_qk_norms(module, heads * size), rotaries)
-    return [AttentionSpec(names, heads, groups, size, scores, qk_norm, rotary) for qk_norm, rotary in kinds]
+    qk_norm: QKNorm | None = None
+    if _has_child(module, "q_norm") and _has_child(module, "k_norm"):
+        qk_norm = "width" if module.q_norm.weight.shape == (heads * size,) else "head"
+    return [AttentionSpec(names, heads, groups, size, scores, qk_norm, rotary) for rotary in rotaries]
 
 
-def _possible_qk_norms(module: Any, width: int) -> tuple[QKNorm | None, ...]:
-    if not (_has_child(module, "q_norm") and _has_child(module, "k_norm")):
-        return (None,)
-    weight = getattr(module.q_norm, "weight", None)
-    return ("width",) if isinstance(weight, Tensor) and weight.shape == (width,) else ("head",)
-
-
-def _query_key_error(module: Any, spec: AttentionSpec, call: AttentionCall) -> float:
+def _compare_projections(module: Any, spec: AttentionSpec, call: AttentionCall) -> tuple[float, bool]:
+    """The error of queries and keys by the module's own parts, and whether they and values are those of the call."""
+    wanted = (call.query, call.key, call.value)
     try:
-        query, key, _ = project_heads(module, spec, call.hidden, call.cos, call.sin)
+        fused = torch.cat([getattr(module, name).forward(call.hidden) for name in spec.projections], -1)  # past hooks
+        found = rotate_projections(fused, spec, module, call.cos, call.sin)
+        errors = [relative_error(a, b) for a, b in zip(found, wanted, strict=True)]
     except (TypeError, ValueError, RuntimeError):  # sizes that do not fit
-        return float("inf")
-    return relative_error(query, call.query) + relative_error(key, call.key)
-
-
-def _matches(module: Any, spec: AttentionSpec, call: AttentionCall) -> bool:
-    found = project_heads(module, spec, call.hidden, call.cos, call.sin)
-    return all(is_close(a, b) for a, b in zip(found, (call.query, call.key, call.value), strict=True))
-
-
-def project_heads(
-    module: Any, spec: AttentionSpec, x: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of (tokens, width) by the module's own parts, each (tokens, heads, size)."""
-    fused = torch.cat([getattr(module, name).forward(x) for name in spec.projections], -1)  # past any hooks
-    query, key, value = split_heads(fused, spec, module)
-    if spec.rotary is not None:
-        query, key = (rotate_heads(part, cos, sin, 1.0, spec.rotary == "interleaved") for part in (query, key))
-    return query, key, value
+        return float("inf"), False
+    return errors[0] + errors[1], all(map(is_close, found, wanted))
 
 
 def record_attentions(model: Any) -> dict[Any, AttentionCall | None]:
     """What each attention of the decoder gives to the function that attends, in a pass in which none attends.
 
-    None for an attention that calls no such function, and for all where the pass fails or the weights are quantized.
+    None for an attention that calls no such function, and for all where the pass fails or weights are in 8 bits.
     """
     modules = list(filter(_is_attention, decoder_of(model).modules()))
     calls: dict[Any, AttentionCall | None] = dict.fromkeys(modules)
-    if is_quantized(model):  # no kernel reads them, and a pass may change their form
+    if any(hasattr(module, "init_8bit_state") for module in model.modules()):  # no kernel reads them
         return calls
     given: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
 

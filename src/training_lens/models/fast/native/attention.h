@@ -76,22 +76,37 @@ static WIDE NAME(dot)(const NUMBER *x, const NUMBER *y, int64_t count) {
     return sum;
 }
 
-/* What a worker does at a time: an example, and a group of heads that share keys and values. */
+/* Workers share items out, an example and a group of heads each: worker w takes those at w, w + workers, ... of `order`.
+ * Query, out and dout are (tokens, heads, size), key and value (tokens, groups, size), `out`, `dout` and `sums` dense. */
+struct NAME(attend_call) {
+    const NUMBER *query, *key, *value;
+    NUMBER *out;
+    WIDE *sums;                    /* (heads, tokens), the logarithms of the weights' sums */
+    WIDE *scratch;                 /* (workers, scratch_stride) */
+    const int64_t *bounds, *order; /* (examples + 1), (items) */
+    const NUMBER *dout;            /* from here on of the backward pass alone */
+    NUMBER *dquery, *dkey, *dvalue;
+    int64_t tokens, heads, groups, size, window, workers, items; /* window 0: none */
+    int64_t query_stride, key_stride, value_stride, scratch_stride, gradient_stride;
+    double scale, softcap; /* softcap 0: none */
+};
+
+/* What a worker does at a time. */
 struct NAME(item) {
     int64_t start, length, filled, group, heads, shared, size, wide, window;
     WIDE scale, softcap, *scratch;
     const NUMBER *key, *value;
 };
 
-static struct NAME(item) NAME(item_of)(const struct call *c, int64_t worker, int64_t which) {
-    const int64_t groups = c->of[2], example = which / groups, group = which % groups, size = c->of[3];
-    const int64_t *bounds = c->at[6], start = bounds[example], length = bounds[example + 1] - start;
+static struct NAME(item) NAME(item_of)(const struct NAME(attend_call) *c, int64_t worker, int64_t which) {
+    const int64_t example = which / c->groups, group = which % c->groups, size = c->size;
+    const int64_t start = c->bounds[example], length = c->bounds[example + 1] - start;
     return (struct NAME(item)){
-        .start = start, .length = length, .filled = FILLED(length), .group = group, .heads = c->of[1],
-        .shared = c->of[1] / groups, .size = size, .wide = FILLED(size), .window = c->of[4],
-        .scale = (WIDE)c->by[0], .softcap = (WIDE)c->by[1], .scratch = (WIDE *)c->at[5] + worker * c->of[10],
-        .key = (const NUMBER *)c->at[1] + start * c->of[6] + group * size,
-        .value = (const NUMBER *)c->at[2] + start * c->of[7] + group * size,
+        .start = start, .length = length, .filled = FILLED(length), .group = group, .heads = c->heads,
+        .shared = c->heads / c->groups, .size = size, .wide = FILLED(size), .window = c->window,
+        .scale = (WIDE)c->scale, .softcap = (WIDE)c->softcap, .scratch = c->scratch + worker * c->scratch_stride,
+        .key = c->key + start * c->key_stride + group * size,
+        .value = c->value + start * c->value_stride + group * size,
     };
 }
 
@@ -123,30 +138,25 @@ static void NAME(scores)(
     }
 }
 
-/* Workers, of[8] of them, share of[9] items out: worker w takes those at w, w + of[8], ... of `order`. What is read
- * lies as (tokens, heads or groups, size), a token's numbers of[5..7] from the next one's; out (tokens, heads, size) and
- * sums (heads, tokens) WIDE, the logarithms of the weights' sums, are dense.
- * at: query, key, value, out, sums, scratch (workers, of[10]) WIDE, bounds (examples + 1) int64, order (items) int64;
- * of: tokens, heads, groups, size, window (0: none), the strides of query, key and value, workers, items, scratch;
- * by: scale, softcap (0: none). */
-void NAME(attend)(int64_t begin, int64_t end, const struct call *c) {
+/* out = softmax(scores) value. */
+void NAME(attend)(int64_t begin, int64_t end, const struct NAME(attend_call) *c) {
     for (int64_t worker = begin; worker < end; worker++)
-        for (int64_t turn = worker; turn < c->of[9]; turn += c->of[8]) {
-            const struct NAME(item) it = NAME(item_of)(c, worker, ((const int64_t *)c->at[7])[turn]);
+        for (int64_t turn = worker; turn < c->items; turn += c->workers) {
+            const struct NAME(item) it = NAME(item_of)(c, worker, c->order[turn]);
             WIDE *keys = it.scratch, *values = keys + it.filled * it.size, *query = values + it.filled * it.wide;
             WIDE *scores = query + BLOCK * it.size, *mixed = scores + BLOCK * it.filled;
-            NAME(turned_panels)(it.key, c->of[6], it.length, it.size, keys);
-            NAME(panels)(it.value, c->of[7], it.length, it.filled, it.size, values);
+            NAME(turned_panels)(it.key, c->key_stride, it.length, it.size, keys);
+            NAME(panels)(it.value, c->value_stride, it.length, it.filled, it.size, values);
             for (int64_t head = it.group * it.shared; head < (it.group + 1) * it.shared; head++)
                 for (int64_t from = 0; from < it.length; from += BLOCK) {
                     const struct NAME(block) b = NAME(block_of)(&it, from);
                     const int64_t token = it.start + from;
-                    const NUMBER *q = (const NUMBER *)c->at[0] + token * c->of[5] + head * it.size;
-                    NUMBER *out = (NUMBER *)c->at[3] + (token * it.heads + head) * it.size;
-                    WIDE *sums = (WIDE *)c->at[4] + head * c->of[0] + token;
+                    const NUMBER *q = c->query + token * c->query_stride + head * it.size;
+                    NUMBER *out = c->out + (token * it.heads + head) * it.size;
+                    WIDE *sums = c->sums + head * c->tokens + token;
                     const WIDE scale = it.softcap > 0 ? 1 : it.scale;
                     WIDE shares[BLOCK];
-                    NAME(widened)(q, c->of[5], b.rows, it.size, query);
+                    NAME(widened)(q, c->query_stride, b.rows, it.size, query);
                     NAME(scores)(&it, &b, query, keys, scores);
                     for (int64_t row = 0; row < BLOCK; row++) {
                         const WIDE top = scale * NAME(top)(scores + row * it.filled, b.high - b.low);
@@ -163,33 +173,32 @@ void NAME(attend)(int64_t begin, int64_t end, const struct call *c) {
         }
 }
 
-/* As `attend`, and back: dout is dense as out is, of dquery, dkey and dvalue a token's numbers lie of[11] from the next
- * one's. at: further dout, dquery, dkey, dvalue. */
-void NAME(attend_back)(int64_t begin, int64_t end, const struct call *c) {
+/* dquery, dkey and dvalue from dout, and from what `attend` gave. */
+void NAME(attend_back)(int64_t begin, int64_t end, const struct NAME(attend_call) *c) {
     for (int64_t worker = begin; worker < end; worker++)
-        for (int64_t turn = worker; turn < c->of[9]; turn += c->of[8]) {
-            const struct NAME(item) it = NAME(item_of)(c, worker, ((const int64_t *)c->at[7])[turn]);
+        for (int64_t turn = worker; turn < c->items; turn += c->workers) {
+            const struct NAME(item) it = NAME(item_of)(c, worker, c->order[turn]);
             const int64_t narrow = it.filled * it.size, wide = it.filled * it.wide;
             WIDE *keys = it.scratch, *values = keys + narrow, *plain_keys = values + narrow;
             WIDE *dkeys = plain_keys + wide, *dvalues = dkeys + wide, *query = dvalues + wide;
             WIDE *dout = query + BLOCK * it.size, *queries = dout + BLOCK * it.size, *douts = queries + BLOCK * it.wide;
             WIDE *weights = douts + BLOCK * it.wide, *dscores = weights + BLOCK * it.filled;
             WIDE *dquery = dscores + BLOCK * it.filled;
-            NAME(turned_panels)(it.key, c->of[6], it.length, it.size, keys);
-            NAME(turned_panels)(it.value, c->of[7], it.length, it.size, values);
-            NAME(panels)(it.key, c->of[6], it.length, it.filled, it.size, plain_keys);
+            NAME(turned_panels)(it.key, c->key_stride, it.length, it.size, keys);
+            NAME(turned_panels)(it.value, c->value_stride, it.length, it.size, values);
+            NAME(panels)(it.key, c->key_stride, it.length, it.filled, it.size, plain_keys);
             memset(dkeys, 0, (size_t)(2 * wide) * sizeof *dkeys);
             for (int64_t head = it.group * it.shared; head < (it.group + 1) * it.shared; head++)
                 for (int64_t from = 0; from < it.length; from += BLOCK) {
                     const struct NAME(block) b = NAME(block_of)(&it, from);
                     const int64_t token = it.start + from, seen = b.high - b.low, dense = it.heads * it.size;
-                    const NUMBER *q = (const NUMBER *)c->at[0] + token * c->of[5] + head * it.size;
-                    const NUMBER *out = (const NUMBER *)c->at[3] + token * dense + head * it.size;
-                    const NUMBER *dy = (const NUMBER *)c->at[8] + token * dense + head * it.size;
-                    const WIDE *sums = (const WIDE *)c->at[4] + head * c->of[0] + token;
-                    NAME(widened)(q, c->of[5], b.rows, it.size, query);
+                    const NUMBER *q = c->query + token * c->query_stride + head * it.size;
+                    const NUMBER *out = c->out + token * dense + head * it.size;
+                    const NUMBER *dy = c->dout + token * dense + head * it.size;
+                    const WIDE *sums = c->sums + head * c->tokens + token;
+                    NAME(widened)(q, c->query_stride, b.rows, it.size, query);
                     NAME(widened)(dy, dense, b.rows, it.size, dout);
-                    NAME(panels)(q, c->of[5], b.rows, BLOCK, it.size, queries);
+                    NAME(panels)(q, c->query_stride, b.rows, BLOCK, it.size, queries);
                     NAME(panels)(dy, dense, b.rows, BLOCK, it.size, douts);
                     NAME(scores)(&it, &b, query, keys, weights);
                     NAME(product)(BLOCK, seen, it.size, dout, it.size, 1, values + b.low * it.size,
@@ -215,12 +224,12 @@ void NAME(attend_back)(int64_t begin, int64_t end, const struct call *c) {
                                   dvalues + b.low * it.wide, it.wide, 1);
                     NAME(product)(seen, it.wide, BLOCK, dscores, 1, it.filled, queries, BLOCK * COLUMNS,
                                   dkeys + b.low * it.wide, it.wide, 1);
-                    NUMBER *into = (NUMBER *)c->at[9] + token * c->of[11] + head * it.size;
-                    NAME(narrowed)(dquery, it.wide, b.rows, it.size, into, c->of[11]);
+                    NUMBER *into = c->dquery + token * c->gradient_stride + head * it.size;
+                    NAME(narrowed)(dquery, it.wide, b.rows, it.size, into, c->gradient_stride);
                 }
-            const int64_t into = it.start * c->of[11] + it.group * it.size;
-            NAME(narrowed)(dkeys, it.wide, it.length, it.size, (NUMBER *)c->at[10] + into, c->of[11]);
-            NAME(narrowed)(dvalues, it.wide, it.length, it.size, (NUMBER *)c->at[11] + into, c->of[11]);
+            const int64_t into = it.start * c->gradient_stride + it.group * it.size;
+            NAME(narrowed)(dkeys, it.wide, it.length, it.size, c->dkey + into, c->gradient_stride);
+            NAME(narrowed)(dvalues, it.wide, it.length, it.size, c->dvalue + into, c->gradient_stride);
         }
 }
 

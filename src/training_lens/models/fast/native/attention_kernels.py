@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training_lens.models.fast.native.library import are_heads_adjacent, call_kernel, sum_dtype
+from training_lens.models.fast.native.library import KernelCall, are_heads_adjacent, define_call, run_kernel, sum_dtype
+from training_lens.utils.devices import move_to_device
 
 BLOCK, COLUMNS = 32, 32  # of attention.h
 
 
 @dataclass(frozen=True)
-class PackedLayout:
-    """The lengths of packed sequences, and the order in which they are best computed."""
+class PackedSequences:
+    """Sequences that lie one behind the other in one row, without padding: their lengths, in order."""
 
     lengths: tuple[int, ...]
 
     @cached_property
-    def cu_seqlens(self) -> Tensor:
+    def bounds(self) -> Tensor:
         """(sequences + 1,) int64: the first token of each, and the end."""
         return torch.tensor(list(accumulate(self.lengths, initial=0)))
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each begins and ends."""
+        return list(pairwise(self.bounds.tolist()))
+
+    def position_ids(self, device: torch.device) -> Tensor:
+        """(1, tokens) int64: each token's place in its sequence."""
+        return move_to_device(torch.cat([torch.arange(length) for length in self.lengths])[None], device)
+
+    def cu_seqlens(self, device: torch.device) -> Tensor:
+        """The `bounds` on a device, int32."""
+        return move_to_device(self.bounds.int(), device)
+
     def work_order(self, groups: int) -> Tensor:
-        """(sequences * groups,) int64: pairs of both, the longest first; workers take them in turn."""
+        """(sequences * groups,) int64: pairs of both in the order in which workers take them, the longest first."""
         longest = torch.tensor(self.lengths).argsort(descending=True, stable=True)
         return (longest[:, None] * groups + torch.arange(groups)).flatten()
 
@@ -45,6 +59,15 @@ class ScoreSpec:
     softcap: float | None = None
 
 
+ATTENTION_FIELDS = (
+    "query key value out sums scratch bounds order dout dquery dkey dvalue",
+    "tokens heads groups size window workers items query_stride key_stride value_stride scratch_stride gradient_stride",
+    "scale softcap",
+)
+AttendCall = define_call("attend", *ATTENTION_FIELDS)
+AttendBackCall = define_call("attend_back", *ATTENTION_FIELDS)
+
+
 class PackedAttentionCall:
     """One call of the kernels in C for causal attention of packed sequences.
 
@@ -53,11 +76,11 @@ class PackedAttentionCall:
         key, value: (tokens, groups, size).
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: ScoreSpec) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scores: ScoreSpec) -> None:
         self.query, self.key, self.value = (_make_heads_adjacent(t) for t in (query, key, value))
-        self.layout, self.scores = layout, scores
+        self.packed, self.scores = packed, scores
         self.heads, self.groups = query.shape[1], key.shape[1]
-        self._items = len(layout.lengths) * self.groups
+        self._items = len(packed.lengths) * self.groups
         self._workers = min(torch.get_num_threads(), self._items)
 
     def attend(self) -> tuple[Float[Tensor, "tokens heads size"], Float[Tensor, "heads tokens"]]:
@@ -67,7 +90,10 @@ class PackedAttentionCall:
         """
         out = torch.empty_like(self.query, memory_format=torch.contiguous_format)
         sums = self.query.new_empty(self.heads, len(self.query), dtype=sum_dtype(self.query))
-        self._call("attend", self._scratch((1, 1), (1, 1), 1), out, sums)
+        nothing = dict.fromkeys(("dout", "dquery", "dkey", "dvalue"))
+        self._run(
+            AttendCall, out=out, sums=sums, scratch=self._scratch((1, 1), (1, 1), 1), gradient_stride=0, **nothing
+        )
         return out, sums
 
     def attend_backward(self, dout: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,31 +101,26 @@ class PackedAttentionCall:
         tokens, _, size = self.query.shape
         fused = self.query.new_empty(tokens, self.heads + 2 * self.groups, size)
         dquery, dkey, dvalue = fused.split([self.heads, self.groups, self.groups], 1)
-        gradients = (dout.contiguous(), dquery, dkey, dvalue)
-        self._call("attend_back", self._scratch((2, 3), (2, 3), 2), out, sums, gradients, (fused.stride(0),))
+        self._run(
+            AttendBackCall, out=out, sums=sums, scratch=self._scratch((2, 3), (2, 3), 2), dout=dout.contiguous(),
+            dquery=dquery, dkey=dkey, dvalue=dvalue, gradient_stride=fused.stride(0),
+        )  # fmt: skip
         return dquery, dkey, dvalue
 
-    def _call(
-        self,
-        kernel: str,
-        scratch: Tensor,
-        out: Tensor,
-        sums: Tensor,
-        gradients: Sequence[Tensor] = (),
-        of: tuple[int, ...] = (),
-    ) -> None:
+    def _run(self, kind: type[KernelCall], scratch: Tensor, **values: Any) -> None:
         tokens, heads, size = self.query.shape
-        strides = (t.stride(0) for t in (self.query, self.key, self.value))
-        window, softcap = self.scores.window or 0, self.scores.softcap or 0.0
-        sizes = (tokens, heads, self.groups, size, window, *strides, self._workers, self._items, scratch.shape[1])
-        order = self.layout.work_order(self.groups)
-        read = (self.query, self.key, self.value, out, sums, scratch, self.layout.cu_seqlens, order)
-        settings = (self.scores.scale, softcap)
-        call_kernel(kernel, self.query.dtype, self._workers, (*read, *gradients), (*sizes, *of), settings)
+        call = kind(
+            query=self.query, key=self.key, value=self.value, scratch=scratch, bounds=self.packed.bounds,
+            order=self.packed.work_order(self.groups), tokens=tokens, heads=heads, groups=self.groups, size=size,
+            window=self.scores.window or 0, workers=self._workers, items=self._items,
+            query_stride=self.query.stride(0), key_stride=self.key.stride(0), value_stride=self.value.stride(0),
+            scratch_stride=scratch.shape[1], scale=self.scores.scale, softcap=self.scores.softcap or 0.0, **values,
+        )  # fmt: skip
+        run_kernel(call, self.query.dtype, self._workers)
 
     def _scratch(self, by_key: tuple[int, int], by_query: tuple[int, int], by_pair: int) -> Tensor:
         """Memory of each worker: so many numbers for each key and query, times a head's size, plain and rounded up."""
-        keys, size = _round_up(max(self.layout.lengths)), self.query.shape[2]
+        keys, size = _round_up(max(self.packed.lengths)), self.query.shape[2]
         widths = (size, _round_up(size))
         one = sum(keys * count * width for count, width in zip(by_key, widths, strict=True))
         one += sum(BLOCK * count * width for count, width in zip(by_query, widths, strict=True))

@@ -87,36 +87,46 @@ static inline __attribute__((always_inline)) void NAME(newest)(
         }
 }
 
+struct NAME(attend_newest_call) {
+    const NUMBER *query, *key, *value; /* (rows, heads or groups, size) */
+    const NUMBER *cosine, *sine;       /* (rows, angles) */
+    NUMBER *keys, *values;             /* (rows, groups, columns, size) */
+    const int64_t *first;              /* (rows) */
+    NUMBER *y;                         /* (rows, heads, size) */
+    int64_t heads, groups, size, angles, interleaved;
+    int64_t end, window;                            /* end: the column behind the newest; window 0: none */
+    int64_t query_stride, key_stride, value_stride; /* of a row */
+    int64_t cache_row_stride, cache_group_stride;
+    double scale, softcap; /* softcap 0: none */
+};
+
 /* Rows times groups of heads that share keys and values, each row's newest token: k is turned, k and v become the column
- * of the newest, and y = softmax(by[0] q k^T) v of the turned q (capped by by[1], if that is not 0), over the columns from the row's first one, or from where
- * the window begins, to the newest.
- * at: q (rows, heads, size), k and v (rows, groups, size), cos (rows, angles), sin, keys and values (rows, groups,
- * columns, size), first (rows) int64, y (rows, heads, size);
- * of: heads, groups, size, angles, the column behind the newest, window (0: none), the strides of a row of q, of k, of
- * v, of a row of keys and values, and of a group of theirs. */
-void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t heads = c->of[0], groups = c->of[1], size = c->of[2], angles = c->of[3], behind = c->of[4];
-    const int64_t window = c->of[5], shared = heads / groups, half = angles / 2;
-    const WIDE softcap = (WIDE)c->by[1];
+ * of the newest, and y = softmax(s) v of the turned q, with s = scale q k^T, capped, over the columns from the row's
+ * first one, or from where the window begins, to the newest. */
+void NAME(attend_newest)(int64_t begin, int64_t end, const struct NAME(attend_newest_call) *c) {
+    const int64_t heads = c->heads, groups = c->groups, size = c->size, angles = c->angles, behind = c->end;
+    const int64_t window = c->window, shared = heads / groups, half = angles / 2;
+    const WIDE softcap = (WIDE)c->softcap;
     NUMBER turned[size];
     WIDE q[QUAD * size], *weights = malloc(sizeof *weights * (size_t)(QUAD * behind)); /* a stack may be too small */
     if (!weights) abort();
     for (int64_t item = begin; item < end; item++) {
-        const int64_t row = item / groups, group = item % groups, own = ((const int64_t *)c->at[7])[row];
+        const int64_t row = item / groups, group = item % groups, own = c->first[row];
         const int64_t first = window && behind - window > own ? behind - window : own, count = behind - first;
-        const int64_t cached = row * c->of[9] + group * c->of[10] + first * size, newest = (count - 1) * size;
-        const NUMBER *cosine = (const NUMBER *)c->at[3] + row * angles, *sine = (const NUMBER *)c->at[4] + row * angles;
-        NUMBER *keys = (NUMBER *)c->at[5] + cached, *values = (NUMBER *)c->at[6] + cached;
-        NAME(turn)((const NUMBER *)c->at[1] + row * c->of[7] + group * size, cosine, sine, 1, half, size, keys + newest);
-        memcpy(values + newest, (const NUMBER *)c->at[2] + row * c->of[8] + group * size, (size_t)size * sizeof *values);
+        const int64_t cached = row * c->cache_row_stride + group * c->cache_group_stride + first * size, newest = (count - 1) * size;
+        const NUMBER *cosine = c->cosine + row * angles, *sine = c->sine + row * angles;
+        NUMBER *keys = c->keys + cached, *values = c->values + cached;
+        NAME(turn)(c->key + row * c->key_stride + group * size, cosine, sine, 1, half, size,
+                   c->interleaved, keys + newest);
+        memcpy(values + newest, c->value + row * c->value_stride + group * size, (size_t)size * sizeof *values);
         for (int64_t head = group * shared; head < (group + 1) * shared; head += QUAD) {
             const int64_t together = (group + 1) * shared - head < QUAD ? (group + 1) * shared - head : QUAD;
-            const NUMBER *query = (const NUMBER *)c->at[0] + row * c->of[6] + head * size;
+            const NUMBER *query = c->query + row * c->query_stride + head * size;
             for (int64_t of = 0; of < together; of++) {
-                NAME(turn)(query + of * size, cosine, sine, 1, half, size, turned);
-                for (int64_t i = 0; i < size; i++) q[of * size + i] = (WIDE)c->by[0] * GET(turned[i]);
+                NAME(turn)(query + of * size, cosine, sine, 1, half, size, c->interleaved, turned);
+                for (int64_t i = 0; i < size; i++) q[of * size + i] = (WIDE)c->scale * GET(turned[i]);
             }
-            NUMBER *y = (NUMBER *)c->at[8] + (row * heads + head) * size;
+            NUMBER *y = c->y + (row * heads + head) * size;
             const int usual = sizeof(WIDE) == sizeof(float); /* double is for tests */
             if (usual && size == 64) BY_QUADS(NAME(newest), together, q, keys, values, count, 64, softcap, weights, y);
             else if (usual && size == 128) BY_QUADS(NAME(newest), together, q, keys, values, count, 128, softcap, weights, y);
@@ -152,34 +162,40 @@ static inline __attribute__((always_inline)) void NAME(raise)(
 
 static inline int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
+struct NAME(branches_call) {
+    const NUMBER *x;           /* (rows, width) */
+    NUMBER *y;                 /* (rows, outs) */
+    const WIDE *down, *up;     /* A^T (width, ranks), B^T (blocks, rank, WIDTH) */
+    const int64_t *block_info; /* (blocks, 3): the first column, how many, and the first of their ranks in A */
+    int64_t rows, width, outs, ranks, blocks, rank, panel; /* ranks: a multiple of 16; panel: rows of an item */
+};
+
 /* `rows` rows, one of 8, 4, 2 and 1: see `branches`. */
 static inline __attribute__((always_inline)) void NAME(branch)(
-    int64_t rows, const NUMBER *x, NUMBER *y, WIDE *low, const struct call *c) {
-    const int64_t width = c->of[1], outs = c->of[2], ranks = c->of[3], rank = c->of[5];
-    const WIDE *down = c->at[2], *up = c->at[3];
+    int64_t rows, const NUMBER *x, NUMBER *y, WIDE *low, const struct NAME(branches_call) *c) {
+    const int64_t width = c->width, outs = c->outs, ranks = c->ranks, rank = c->rank;
+    const WIDE *down = c->down, *up = c->up;
     int64_t r = 0;
     for (; r + COLUMNS <= ranks; r += COLUMNS)
         NAME(lower)(rows, PARTS, width, ranks, x, down + r, low + r);
     for (; r < ranks; r += LANES) NAME(lower)(rows, 1, width, ranks, x, down + r, low + r);
-    for (int64_t block = 0; block < c->of[4]; block++) {
-        const int64_t *is = (const int64_t *)c->at[4] + 3 * block;
+    for (int64_t block = 0; block < c->blocks; block++) {
+        const int64_t *is = c->block_info + 3 * block;
         for (int64_t i = 0; i < is[1]; i += COLUMNS)
             NAME(raise)(rows, rank, ranks, outs, NAME(least)(is[1] - i, COLUMNS), low + is[2],
                         up + block * rank * WIDTH + i, y + is[0] + i);
     }
 }
 
-/* Panels of rows: y += (x A^T) B^T, rounded once, of all layers whose outputs lie side by side, each with so many ranks.
- * at: x (rows, width), y (rows, outs), A^T (width, ranks) WIDE, B^T (blocks, rank, WIDTH) WIDE, what the blocks are
- * (blocks, 3) int64: the first column, how many, and the first of their ranks in A; of: rows, width, outs, ranks, a
- * multiple of 16, blocks, rank, rows of a panel. */
-void NAME(branches)(int64_t begin, int64_t end, const struct call *c) {
-    WIDE low[TILE * c->of[3]];
+/* Panels of rows: y += (x A^T) B^T, rounded once, of all layers whose outputs lie side by side, each with so many
+ * ranks. */
+void NAME(branches)(int64_t begin, int64_t end, const struct NAME(branches_call) *c) {
+    WIDE low[TILE * c->ranks];
     for (int64_t item = begin; item < end; item++) {
-        const int64_t behind = NAME(least)((item + 1) * c->of[6], c->of[0]);
-        for (int64_t row = item * c->of[6], rows; row < behind; row += rows) {
-            const NUMBER *x = (const NUMBER *)c->at[0] + row * c->of[1];
-            NUMBER *y = (NUMBER *)c->at[1] + row * c->of[2];
+        const int64_t behind = NAME(least)((item + 1) * c->panel, c->rows);
+        for (int64_t row = item * c->panel, rows; row < behind; row += rows) {
+            const NUMBER *x = c->x + row * c->width;
+            NUMBER *y = c->y + row * c->outs;
             if (behind - row >= 8) NAME(branch)(rows = 8, x, y, low, c);
             else if (behind - row >= 4) NAME(branch)(rows = 4, x, y, low, c);
             else if (behind - row >= 2) NAME(branch)(rows = 2, x, y, low, c);

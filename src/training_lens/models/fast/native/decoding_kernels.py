@@ -1,62 +1,70 @@
-"""What decoding computes by kernels in C; `calls.can_compute` says whether they take a tensor."""
+"""What decoding computes by kernels in C; `library.can_compute` says whether they take a tensor."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
 from training_lens.models.fast.native.attention_kernels import ScoreSpec
-from training_lens.models.fast.native.library import GRAIN, call_kernel, can_compute, has_kernel
+from training_lens.models.fast.native.library import (
+    GRAIN,
+    can_compute,
+    define_call,
+    has_kernel,
+    run_kernel,
+)
+
+MOST_LAYERS = 8  # of products.h
 
 
-class NewestTokens(NamedTuple):
-    """One token of each row, for attention: (rows, heads or groups, size), a row's heads adjacent.
-
-    cos, sin: (rows, rotated), dense; `rotated` numbers of a head are rotated by halves, none where it is 0.
-    """
-
-    query: Float[Tensor, "rows heads size"]
-    key: Float[Tensor, "rows groups size"]
-    value: Float[Tensor, "rows groups size"]
-    cos: Float[Tensor, "rows rotated"]
-    sin: Float[Tensor, "rows rotated"]
-
-
-class CachedTokens(NamedTuple):
-    """A KV cache of which rows see the columns from `first` (rows,) int64 to `end` - 1, which is the newest token's.
-
-    keys, values: (rows, groups, columns, size), dense, of one shape.
-    """
-
-    keys: Float[Tensor, "rows groups columns size"]
-    values: Float[Tensor, "rows groups columns size"]
-    first: Int[Tensor, " rows"]
-    end: int
+AttendNewestCall = define_call(
+    "attend_newest",
+    pointers="query key value cosine sine keys values first y",
+    sizes="heads groups size angles interleaved end window "
+    "query_stride key_stride value_stride cache_row_stride cache_group_stride",
+    numbers="scale softcap",
+)
+FewRowsCall = define_call("few_rows", f"x y firsts bias weights[{MOST_LAYERS}]", "rows width outs layers")
+BranchesCall = define_call("branches", "x y down up block_info", "rows width outs ranks blocks rank panel")
 
 
 def attend_newest_tokens(
-    newest: NewestTokens, cached: CachedTokens, scores: ScoreSpec
+    heads: tuple[Tensor, Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
+    interleaved: bool,
+    layer: Any,
+    scores: ScoreSpec,
 ) -> Float[Tensor, "rows heads size"]:
-    """Write each row's newest token into the cache, and give its softmax(s) v; `ScoreSpec` defines s.
+    """Write each row's newest token into a KV cache, and give its softmax(s) v; `ScoreSpec` defines s.
 
     Queries and keys are rotated first. Keys and values are read once for all heads that share them, and only columns
     that a row sees.
+
+    Args:
+        heads: query, key and value of one token of each row, (rows, heads or groups, size), a row's heads adjacent.
+        angles: cosines and sines of `apply_rotary`, (rows, rotated), dense; `rotated` 0: none is rotated.
+        layer: a `kv_cache.SlotLayer`; its rows see the columns from `columns.seen` to the newest one.
     """
-    query, (rows, heads, size), groups = newest.query, newest.query.shape, cached.keys.shape[1]
+    query, key, value = heads
+    keys, values = layer.allocate(key, value)  # (rows, groups, columns, size)
+    (rows, head_count, size), groups, end = query.shape, keys.shape[1], layer.columns.end
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    strides = (t.stride(0) for t in (query, newest.key, newest.value))
-    sizes = (heads, groups, size, newest.cos.shape[-1], cached.end, scores.window or 0)
-    of = (*sizes, *strides, cached.keys.stride(0), cached.keys.stride(1))
-    given = (query, newest.key, newest.value, newest.cos, newest.sin, cached.keys, cached.values, cached.first, out)
-    most = 2 * (heads // groups) * size * cached.end  # products of an item, also of columns that the row does not see
-    settings = (scores.scale, scores.softcap or 0.0)
-    call_kernel("attend_newest", query.dtype, rows * groups, given, of, settings, min(most, GRAIN))
+    call = AttendNewestCall(
+        query=query, key=key, value=value, cosine=angles[0], sine=angles[1], keys=keys, values=values,
+        first=layer.columns.seen, y=out, heads=head_count, groups=groups, size=size, angles=angles[0].shape[-1],
+        interleaved=interleaved, end=end, window=scores.window or 0, query_stride=query.stride(0),
+        key_stride=key.stride(0), value_stride=value.stride(0), cache_row_stride=keys.stride(0),
+        cache_group_stride=keys.stride(1), scale=scores.scale, softcap=scores.softcap or 0.0,
+    )  # fmt: skip
+    most = 2 * (head_count // groups) * size * end  # products of an item, also of columns that the row does not see
+    run_kernel(call, query.dtype, rows * groups, min(most, GRAIN))
     return out
 
 
@@ -71,18 +79,19 @@ class FewRowsLinear:
     """
 
     MOST = 64  # rows; more are better left to oneDNN
-    OUTS, WIDTH, LAYERS = 4, 32, 8  # multiples of what products.h takes, and how many layers at most
+    OUTS, WIDTH = 4, 32  # multiples of what products.h takes
 
     def __init__(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         self._weights, self._bias = tuple(weights), bias
         *firsts, self._outs = accumulate(map(len, weights), initial=0)
         self._firsts = torch.tensor(firsts)
+        self._addresses = (ctypes.c_void_p * MOST_LAYERS)(*(weight.data_ptr() for weight in weights))
 
     @classmethod
     def can_compute(cls, weights: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether there is a kernel for them on this processor."""
         tensors = [*weights] if bias is None else [*weights, bias]
-        kernel = len(weights) <= cls.LAYERS and can_compute(*tensors) and has_kernel("few_rows", weights[0].dtype)
+        kernel = len(weights) <= MOST_LAYERS and can_compute(*tensors) and has_kernel("few_rows", weights[0].dtype)
         whole = all(len(w) % cls.OUTS == 0 and w.shape[1] % cls.WIDTH == 0 for w in weights)
         return kernel and whole and all(t.is_contiguous() for t in tensors)
 
@@ -96,9 +105,11 @@ class FewRowsLinear:
         if x.shape[-1] != width or x.dtype != dtype:
             raise ValueError(f"rows of {x.shape[-1]} {x.dtype} for weights of {width} {dtype}")
         y, rows = x.new_empty(*x.shape[:-1], self._outs), x.numel() // width
-        of = (rows, width, self._outs, len(self._weights))
-        at = (x.contiguous(), y, self._firsts, self._bias, *self._weights)
-        call_kernel("few_rows", dtype, self._outs // self.OUTS, at, of, size=self.OUTS * width * rows)
+        call = FewRowsCall(
+            x=x.contiguous(), y=y, firsts=self._firsts, bias=self._bias, weights=self._addresses, rows=rows,
+            width=width, outs=self._outs, layers=len(self._weights),
+        )  # fmt: skip
+        run_kernel(call, dtype, self._outs // self.OUTS, self.OUTS * width * rows)
         return y
 
 
@@ -131,8 +142,8 @@ class LoRABranches:
         """Add them to y, which is dense; x of the same dtype."""
         (rows, outs), (width, ranks), (blocks, rank, _) = y.shape, self._down.shape, self._up.shape
         panel = min(-(-rows // torch.get_num_threads()), self.TILE)
-        at = (x.contiguous(), y, self._down, self._up, self._blocks)
-        one = panel * (ranks * width + rank * outs)
-        call_kernel(
-            "branches", x.dtype, -(-rows // panel), at, (rows, width, outs, ranks, blocks, rank, panel), size=one
-        )
+        call = BranchesCall(
+            x=x.contiguous(), y=y, down=self._down, up=self._up, block_info=self._blocks, rows=rows, width=width,
+            outs=outs, ranks=ranks, blocks=blocks, rank=rank, panel=panel,
+        )  # fmt: skip
+        run_kernel(call, x.dtype, -(-rows // panel), panel * (ranks * width + rank * outs))

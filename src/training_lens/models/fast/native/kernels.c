@@ -3,19 +3,15 @@
  * Every kernel computes items [begin, end) of a call (rows, tokens or heads), so that torch's threads can share them,
  * and no item's result depends on how they are shared. Numbers are float, double or bfloat16; bfloat16 is computed in
  * float and rounded to nearest even, where torch and transformers round. `kernels.h` has the kernels, once a type.
+ *
+ * The arguments of a kernel are a struct beside it; a class of Python has the same fields in the same order. Strides are
+ * numbers, not bytes.
  */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* The arguments of any kernel; which stands for what is said at the kernel. */
-struct call {
-    void *at[12];
-    int64_t of[12];
-    double by[2];
-};
 
 enum activation { SILU, GELU_TANH };
 

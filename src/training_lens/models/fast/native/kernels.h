@@ -9,21 +9,29 @@ typedef WIDE NAME(vector) __attribute__((vector_size(64), aligned(sizeof(WIDE)),
 typedef WIDE NAME(half) __attribute__((vector_size(32), aligned(sizeof(WIDE)), may_alias));
 typedef WIDE NAME(quarter) __attribute__((vector_size(16), aligned(sizeof(WIDE)), may_alias));
 
-/* Rows: y = w x / sqrt(mean(x^2) + by[0]), the quotient rounded before the weight; by a WIDE weight, rounded once.
- * at: x (rows, width), weight (width), y, scale (rows) WIDE; of: width, whether the weight is WIDE. */
-void NAME(norm)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t width = c->of[0];
-    const NUMBER *weight = c->at[1];
-    const WIDE *wide = c->at[1];
+struct NAME(norm_call) {
+    const NUMBER *x;    /* (rows, width) */
+    const void *weight; /* (width), WIDE or NUMBER */
+    NUMBER *y;
+    WIDE *scale; /* (rows) */
+    int64_t width, has_wide_weight;
+    double epsilon;
+};
+
+/* Rows: y = w x / sqrt(mean(x^2) + epsilon), the quotient rounded before the weight; by a WIDE weight, rounded once. */
+void NAME(norm)(int64_t begin, int64_t end, const struct NAME(norm_call) *c) {
+    const int64_t width = c->width;
+    const NUMBER *weight = c->weight;
+    const WIDE *wide = c->weight;
     for (int64_t row = begin; row < end; row++) {
-        const NUMBER *x = (const NUMBER *)c->at[0] + row * width;
-        NUMBER *y = (NUMBER *)c->at[2] + row * width;
+        const NUMBER *x = c->x + row * width;
+        NUMBER *y = c->y + row * width;
         WIDE squares = 0;
         #pragma omp simd reduction(+ : squares)
         for (int64_t i = 0; i < width; i++) squares += GET(x[i]) * GET(x[i]);
-        const WIDE scale = 1 / (WIDE)sqrt(squares / width + (WIDE)c->by[0]);
-        ((WIDE *)c->at[3])[row] = scale;
-        if (c->of[1]) {
+        const WIDE scale = 1 / (WIDE)sqrt(squares / width + (WIDE)c->epsilon);
+        c->scale[row] = scale;
+        if (c->has_wide_weight) {
             #pragma omp simd
             for (int64_t i = 0; i < width; i++) y[i] = PUT(GET(x[i]) * scale * wide[i]);
         } else {
@@ -33,18 +41,25 @@ void NAME(norm)(int64_t begin, int64_t end, const struct call *c) {
     }
 }
 
-/* Rows: dx = scale (w dy - x scale^2 mean(w dy x)).
- * at: dy (rows, width), x, weight (width), scale (rows) WIDE, dx; of: width, whether the weight is WIDE. */
-void NAME(norm_back)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t width = c->of[0];
-    const NUMBER *narrow = c->at[2];
-    const WIDE *wide = c->at[2];
+struct NAME(norm_back_call) {
+    const NUMBER *dy, *x;
+    const void *weight;
+    const WIDE *scale; /* what `norm` gave */
+    NUMBER *dx;
+    int64_t width, has_wide_weight;
+};
+
+/* Rows: dx = scale (w dy - x scale^2 mean(w dy x)). */
+void NAME(norm_back)(int64_t begin, int64_t end, const struct NAME(norm_back_call) *c) {
+    const int64_t width = c->width;
+    const NUMBER *narrow = c->weight;
+    const WIDE *wide = c->weight;
     WIDE weight[width];
-    for (int64_t i = 0; i < width; i++) weight[i] = c->of[1] ? wide[i] : GET(narrow[i]);
+    for (int64_t i = 0; i < width; i++) weight[i] = c->has_wide_weight ? wide[i] : GET(narrow[i]);
     for (int64_t row = begin; row < end; row++) {
-        const NUMBER *dy = (const NUMBER *)c->at[0] + row * width, *x = (const NUMBER *)c->at[1] + row * width;
-        const WIDE scale = ((const WIDE *)c->at[3])[row];
-        NUMBER *dx = (NUMBER *)c->at[4] + row * width;
+        const NUMBER *dy = c->dy + row * width, *x = c->x + row * width;
+        const WIDE scale = c->scale[row];
+        NUMBER *dx = c->dx + row * width;
         WIDE along = 0;
         #pragma omp simd reduction(+ : along)
         for (int64_t i = 0; i < width; i++) along += GET(dy[i]) * weight[i] * GET(x[i]);
@@ -65,12 +80,18 @@ static inline WIDE NAME(share_slope)(WIDE x, WIDE share, int64_t activation) {
     return share * (1 - share) * (activation == SILU ? 1 : twice);
 }
 
-/* Rows: y = a(gate) up, a(gate) rounded. at: gate_up (rows, 2 width), y (rows, width); of: width, activation. */
-void NAME(gate)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t width = c->of[0], activation = c->of[1];
+struct NAME(gate_call) {
+    const NUMBER *gate_up; /* (rows, 2 width) */
+    NUMBER *y;             /* (rows, width) */
+    int64_t width, activation;
+};
+
+/* Rows: y = a(gate) up, a(gate) rounded. */
+void NAME(gate)(int64_t begin, int64_t end, const struct NAME(gate_call) *c) {
+    const int64_t width = c->width, activation = c->activation;
     for (int64_t row = begin; row < end; row++) {
-        const NUMBER *gate = (const NUMBER *)c->at[0] + 2 * row * width, *up = gate + width;
-        NUMBER *y = (NUMBER *)c->at[1] + row * width;
+        const NUMBER *gate = c->gate_up + 2 * row * width, *up = gate + width;
+        NUMBER *y = c->y + row * width;
         #pragma omp simd
         for (int64_t i = 0; i < width; i++) {
             const WIDE x = GET(gate[i]);
@@ -79,14 +100,19 @@ void NAME(gate)(int64_t begin, int64_t end, const struct call *c) {
     }
 }
 
-/* Rows: dgate = dy up a'(gate), dup = dy a(gate).
- * at: dy (rows, width), gate_up (rows, 2 width), dgate_up; of: width, activation. */
-void NAME(gate_back)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t width = c->of[0], activation = c->of[1];
+struct NAME(gate_back_call) {
+    const NUMBER *dy, *gate_up;
+    NUMBER *dgate_up;
+    int64_t width, activation;
+};
+
+/* Rows: dgate = dy up a'(gate), dup = dy a(gate). */
+void NAME(gate_back)(int64_t begin, int64_t end, const struct NAME(gate_back_call) *c) {
+    const int64_t width = c->width, activation = c->activation;
     for (int64_t row = begin; row < end; row++) {
-        const NUMBER *dy = (const NUMBER *)c->at[0] + row * width;
-        const NUMBER *gate = (const NUMBER *)c->at[1] + 2 * row * width, *up = gate + width;
-        NUMBER *dgate = (NUMBER *)c->at[2] + 2 * row * width, *dup = dgate + width;
+        const NUMBER *dy = c->dy + row * width;
+        const NUMBER *gate = c->gate_up + 2 * row * width, *up = gate + width;
+        NUMBER *dgate = c->dgate_up + 2 * row * width, *dup = dgate + width;
         #pragma omp simd
         for (int64_t i = 0; i < width; i++) {
             const WIDE x = GET(gate[i]), d = GET(dy[i]), share = NAME(share)(x, activation);
@@ -96,40 +122,60 @@ void NAME(gate_back)(int64_t begin, int64_t end, const struct call *c) {
     }
 }
 
-/* One head: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), every product rounded; what is behind both halves stays. */
+/* One head: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of pairs at one place of both halves, every product rounded,
+ * or of neighbours, rounded once; what is behind them stays. The angles stand as the pairs do. */
 static inline void NAME(turn)(
-    const NUMBER *x, const NUMBER *cosine, const NUMBER *sine, WIDE direction, int64_t half, int64_t width, NUMBER *y) {
-    #pragma omp simd
-    for (int64_t i = 0; i < half; i++) {
-        const WIDE a = GET(x[i]), b = GET(x[half + i]), k = GET(cosine[i]), s = direction * GET(sine[i]);
-        y[i] = PUT(ROUND(a * k) - ROUND(b * s));
-        y[half + i] = PUT(ROUND(b * k) + ROUND(a * s));
+    const NUMBER *x, const NUMBER *cosine, const NUMBER *sine, WIDE direction, int64_t half, int64_t width,
+    int64_t interleaved, NUMBER *y) {
+    if (interleaved) {
+        for (int64_t i = 0; i < 2 * half; i += 2) {
+            const WIDE a = GET(x[i]), b = GET(x[i + 1]), k = GET(cosine[i]), s = direction * GET(sine[i]);
+            y[i] = PUT(a * k - b * s);
+            y[i + 1] = PUT(b * k + a * s);
+        }
+    } else {
+        #pragma omp simd
+        for (int64_t i = 0; i < half; i++) {
+            const WIDE a = GET(x[i]), b = GET(x[half + i]), k = GET(cosine[i]), s = direction * GET(sine[i]);
+            y[i] = PUT(ROUND(a * k) - ROUND(b * s));
+            y[half + i] = PUT(ROUND(b * k) + ROUND(a * s));
+        }
     }
     if (2 * half < width) memcpy(y + 2 * half, x + 2 * half, (size_t)(width - 2 * half) * sizeof *x);
 }
 
-/* Tokens: `turn` of each head; by[0] -1: back. at: x, cos (tokens, angles), sin, y; of: heads, width of one, half of
- * what is turned of it, numbers from one token of x to the next, the same of y, angles. */
-void NAME(rotate)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t heads = c->of[0], width = c->of[1];
+struct NAME(rotate_call) {
+    const NUMBER *x, *cosine, *sine; /* x (tokens, heads, size), angles (tokens, rotated) */
+    NUMBER *y;
+    int64_t heads, size, rotated, x_stride, y_stride, interleaved; /* strides of a token */
+    double direction;                                              /* 1: forth, -1: back */
+};
+
+/* Tokens: `turn` of each head. */
+void NAME(rotate)(int64_t begin, int64_t end, const struct NAME(rotate_call) *c) {
     for (int64_t token = begin; token < end; token++) {
-        const NUMBER *cosine = (const NUMBER *)c->at[1] + token * c->of[5];
-        const NUMBER *sine = (const NUMBER *)c->at[2] + token * c->of[5];
-        for (int64_t head = 0; head < heads; head++) {
-            const NUMBER *x = (const NUMBER *)c->at[0] + token * c->of[3] + head * width;
-            NUMBER *y = (NUMBER *)c->at[3] + token * c->of[4] + head * width;
-            NAME(turn)(x, cosine, sine, (WIDE)c->by[0], c->of[2], width, y);
+        const NUMBER *cosine = c->cosine + token * c->rotated, *sine = c->sine + token * c->rotated;
+        for (int64_t head = 0; head < c->heads; head++) {
+            const NUMBER *x = c->x + token * c->x_stride + head * c->size;
+            NUMBER *y = c->y + token * c->y_stride + head * c->size;
+            NAME(turn)(x, cosine, sine, (WIDE)c->direction, c->rotated / 2, c->size, c->interleaved, y);
         }
     }
 }
 
-/* Rows: logits become the gradient of -log softmax(logits)[target], softmax - onehot.
- * at: logits (rows, classes), targets (rows) int64, losses (rows) WIDE; of: classes. */
-void NAME(nll)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t classes = c->of[0];
+struct NAME(nll_call) {
+    NUMBER *logits;         /* (rows, classes) */
+    const int64_t *targets; /* (rows) */
+    WIDE *losses;           /* (rows) */
+    int64_t classes;
+};
+
+/* Rows: logits become the gradient of -log softmax(logits)[target], softmax - onehot. */
+void NAME(nll)(int64_t begin, int64_t end, const struct NAME(nll_call) *c) {
+    const int64_t classes = c->classes;
     for (int64_t row = begin; row < end; row++) {
-        NUMBER *logits = (NUMBER *)c->at[0] + row * classes;
-        const int64_t target = ((const int64_t *)c->at[1])[row];
+        NUMBER *logits = c->logits + row * classes;
+        const int64_t target = c->targets[row];
         WIDE top = -INFINITY, sum = 0;
         #pragma omp simd reduction(max : top)
         for (int64_t i = 0; i < classes; i++) top = GET(logits[i]) > top ? GET(logits[i]) : top;
@@ -139,7 +185,7 @@ void NAME(nll)(int64_t begin, int64_t end, const struct call *c) {
         #pragma omp simd
         for (int64_t i = 0; i < classes; i++) logits[i] = PUT(EXP(GET(logits[i]) - top) / sum);
         logits[target] = PUT(EXP(chosen) / sum - 1);
-        ((WIDE *)c->at[2])[row] = (WIDE)log(sum) - chosen;
+        c->losses[row] = (WIDE)log(sum) - chosen;
     }
 }
 

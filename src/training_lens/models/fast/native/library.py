@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,10 +20,34 @@ TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "dou
 GRAIN = 2**15  # numbers that are worth a thread
 
 
-class CallArguments(ctypes.Structure):
-    """`struct call` of kernels.c."""
+class KernelCall(ctypes.Structure):
+    """The arguments of a kernel, in the order of its struct in C: `kernel` is its name, and the struct's.
 
-    _fields_ = (("at", ctypes.c_void_p * 12), ("of", ctypes.c_int64 * 12), ("by", ctypes.c_double * 2))
+    Args:
+        values: tensors in place of pointers, None for null; each field's. They live as long as the call.
+    """
+
+    kernel: ClassVar[str]
+
+    def __init__(self, **values: Any) -> None:
+        assert len(values) == len(self._fields_), "every field has a value"
+        self._values = values
+        super().__init__(**{
+            name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in values.items()
+        })  # fmt: skip
+
+
+def define_call(kernel: str, pointers: str, sizes: str = "", numbers: str = "") -> type[KernelCall]:
+    """The arguments of a kernel: pointers (`name[count]` for an array of them), then int64, then double.
+
+    Args:
+        kernel: its name; `struct KERNEL_call` of its source has the same fields.
+    """
+    fields: list[tuple[str, Any]] = []
+    for names, kind in ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (numbers, ctypes.c_double)):
+        for name, _, count in (name.rstrip("]").partition("[") for name in names.split()):
+            fields.append((name, kind * int(count) if count else kind))
+    return type(f"{kernel}_call", (KernelCall,), {"kernel": kernel, "_fields_": fields})
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,25 +94,15 @@ def has_kernel(kernel: str, dtype: torch.dtype) -> bool:
     return found is not None and dtype in TYPES and hasattr(found.kernels, f"{kernel}_{TYPES[dtype]}")
 
 
-def call_kernel(
-    kernel: str,
-    dtype: torch.dtype,
-    items: int,
-    at: Sequence[Tensor | None],
-    of: Sequence[int] = (),
-    by: Sequence[float] = (),
-    size: int = GRAIN,
-) -> None:
-    """Let a kernel compute `items` of `size` numbers each; the kernel's comment says what `at`, `of` and `by` hold.
+def run_kernel(call: KernelCall, dtype: torch.dtype, items: int, size: int = GRAIN) -> None:
+    """Let a kernel compute `items` of `size` numbers each.
 
     The caller checks that the tensors have the layout that the kernel reads.
     """
     found = load_library()
     assert found is not None, "callers ask can_compute first"
-    given = CallArguments(tuple(None if t is None else t.data_ptr() for t in at), tuple(of), tuple(by))
-    address = found.address(kernel, dtype)
-    failed = found.share(0, items, max(1, GRAIN // size), address, ctypes.addressof(given))
-    assert not failed, f"{kernel} raises nothing"
+    failed = found.share(0, items, max(1, GRAIN // size), found.address(call.kernel, dtype), ctypes.addressof(call))
+    assert not failed, f"{call.kernel} raises nothing"
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #define OUTS 4 /* outputs whose sums are in registers together, for as many rows */
+#define MOST_LAYERS 8
 
 /* The sums of 16 vectors: lane i has that of vector i. */
 static inline __attribute__((always_inline)) __m512 totals(const __m512 *of) {
@@ -39,27 +40,33 @@ static inline __attribute__((always_inline)) void few_rows(
     for (int64_t row = 0; row < rows; row++) memcpy(y + row * outs, rounded + OUTS * row, OUTS * sizeof *y);
 }
 
+struct few_rows_call_bfloat16 {
+    const uint16_t *x;                    /* (rows, width), one row at least, the width a multiple of 32 */
+    uint16_t *y;                          /* (rows, outs) */
+    const int64_t *firsts;                /* (layers): the first output of each, a multiple of OUTS */
+    const uint16_t *bias;                 /* (outs), or null */
+    const uint16_t *weights[MOST_LAYERS]; /* (., width) each */
+    int64_t rows, width, outs, layers;
+};
+
 /* OUTS outputs each, of layers whose outputs lie side by side: y = x W^T + b; the weights of the next are asked for
- * meanwhile.
- * at: x (rows, width), y (rows, outs), the first output of each layer (count) int64, bias (outs) or null, and the layers'
- * weights (., width); of: rows, at least 1, width, a multiple of 32, outs, count; every layer has a multiple of OUTS of
- * them. */
-void few_rows_bfloat16(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t rows = c->of[0], width = c->of[1], outs = c->of[2];
-    const int64_t *firsts = c->at[2], passes = (rows + OUTS - 1) / OUTS, share = OUTS * width / passes;
+ * meanwhile. */
+void few_rows_bfloat16(int64_t begin, int64_t end, const struct few_rows_call_bfloat16 *c) {
+    const int64_t rows = c->rows, width = c->width, outs = c->outs;
+    const int64_t *firsts = c->firsts, passes = (rows + OUTS - 1) / OUTS, share = OUTS * width / passes;
     for (int64_t out = OUTS * begin; out < OUTS * end; out += OUTS) {
-        int64_t layer = c->of[3] - 1;
+        int64_t layer = c->layers - 1;
         while (firsts[layer] > out) layer--;
-        const uint16_t *weight = (const uint16_t *)c->at[4 + layer] + (out - firsts[layer]) * width;
+        const uint16_t *weight = c->weights[layer] + (out - firsts[layer]) * width;
         __m512 bias = _mm512_setzero_ps();
-        if (c->at[3]) {
+        if (c->bias) {
             float numbers[OUTS];
-            for (int64_t i = 0; i < OUTS; i++) numbers[i] = get_bfloat16(((const uint16_t *)c->at[3])[out + i]);
+            for (int64_t i = 0; i < OUTS; i++) numbers[i] = get_bfloat16(c->bias[out + i]);
             bias = _mm512_broadcast_f32x4(_mm_loadu_ps(numbers));
         }
         for (int64_t row = 0; row < rows; row += OUTS) {
-            const uint16_t *x = (const uint16_t *)c->at[0] + row * width, *next = weight + OUTS * width + row / OUTS * share;
-            uint16_t *y = (uint16_t *)c->at[1] + row * outs + out;
+            const uint16_t *x = c->x + row * width, *next = weight + OUTS * width + row / OUTS * share;
+            uint16_t *y = c->y + row * outs + out;
             for (int64_t i = 0; i < share; i += 32) __builtin_prefetch(next + i);
             if (rows - row >= 4) few_rows(4, x, weight, width, bias, outs, y);
             else if (rows - row == 3) few_rows(3, x, weight, width, bias, outs, y);
@@ -70,3 +77,4 @@ void few_rows_bfloat16(int64_t begin, int64_t end, const struct call *c) {
 }
 
 #undef OUTS
+#undef MOST_LAYERS

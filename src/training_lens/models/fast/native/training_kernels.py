@@ -6,9 +6,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from training_lens.models.fast.native.library import call_kernel, sum_dtype
+from training_lens.models.fast.native.library import define_call, run_kernel, sum_dtype
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # `enum activation` of kernels.c
+
+
+NormCall = define_call("norm", "x weight y scale", "width has_wide_weight", "epsilon")
+NormBackCall = define_call("norm_back", "dy x weight scale dx", "width has_wide_weight")
+GateCall = define_call("gate", "gate_up y", "width activation")
+GateBackCall = define_call("gate_back", "dy gate_up dgate_up", "width activation")
+RotateCall = define_call("rotate", "x cosine sine y", "heads size rotated x_stride y_stride interleaved", "direction")
+NLLCall = define_call("nll", "logits targets losses", "classes")
 
 
 def rms_norm(
@@ -17,17 +25,18 @@ def rms_norm(
     """y = w x / sqrt(mean(x^2) + eps), and the factor of each token, in the dtype of sums."""
     x = x.contiguous()
     y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=sum_dtype(x))
-    width = x.shape[-1]
-    call_kernel("norm", x.dtype, scale.numel(), (x, weight, y, scale), (width, weight.dtype != x.dtype), (eps,), width)
+    width, has_wide_weight = x.shape[-1], weight.dtype != x.dtype
+    call = NormCall(x=x, weight=weight, y=y, scale=scale, width=width, has_wide_weight=has_wide_weight, epsilon=eps)
+    run_kernel(call, x.dtype, scale.numel(), width)
     return y, scale
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The gradient of x; `scale` as `rms_norm` gave it."""
     dy, x = dy.contiguous(), x.contiguous()
-    dx, width = torch.empty_like(x), x.shape[-1]
-    of = (width, weight.dtype != x.dtype)
-    call_kernel("norm_back", x.dtype, scale.numel(), (dy, x, weight, scale, dx), of, size=width)
+    dx, width, has_wide_weight = torch.empty_like(x), x.shape[-1], weight.dtype != x.dtype
+    call = NormBackCall(dy=dy, x=x, weight=weight, scale=scale, dx=dx, width=width, has_wide_weight=has_wide_weight)
+    run_kernel(call, x.dtype, scale.numel(), width)
     return dx
 
 
@@ -36,7 +45,8 @@ def apply_gate(gate_up: Float[Tensor, "*tokens twice"], activation: str) -> Floa
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     y = gate_up.new_empty((*gate_up.shape[:-1], width))
-    call_kernel("gate", y.dtype, y.numel() // width, (gate_up, y), (width, ACTIVATIONS[activation]), size=width)
+    call = GateCall(gate_up=gate_up, y=y, width=width, activation=ACTIVATIONS[activation])
+    run_kernel(call, y.dtype, y.numel() // width, width)
     return y
 
 
@@ -44,8 +54,8 @@ def apply_gate_backward(dy: Tensor, gate_up: Tensor, activation: str) -> Tensor:
     """The gradient of gate_up."""
     dy, gate_up = dy.contiguous(), gate_up.contiguous()
     grad, width = torch.empty_like(gate_up), dy.shape[-1]
-    of = (width, ACTIVATIONS[activation])
-    call_kernel("gate_back", dy.dtype, dy.numel() // width, (dy, gate_up, grad), of, size=width)
+    call = GateBackCall(dy=dy, gate_up=gate_up, dgate_up=grad, width=width, activation=ACTIVATIONS[activation])
+    run_kernel(call, dy.dtype, dy.numel() // width, width)
     return grad
 
 
@@ -55,13 +65,15 @@ def rotate_heads(
     sin: Float[Tensor, "tokens turned"],
     direction: float,
     y: Float[Tensor, "tokens heads width"],
+    interleaved: bool = False,
 ) -> None:
     """Rotary positions of x, forth (1) or back (-1), into y; in both, a token's heads lie one behind the other."""
-    heads, width = x.shape[1:]
-    cos, sin = cos.contiguous(), sin.contiguous()
-    turned = cos.shape[-1]
-    of = (heads, width, turned // 2, x.stride(0), y.stride(0), turned)
-    call_kernel("rotate", x.dtype, len(x), (x, cos, sin, y), of, (direction,), heads * width)
+    heads, size = x.shape[1:]
+    call = RotateCall(
+        x=x, cosine=cos.contiguous(), sine=sin.contiguous(), y=y, heads=heads, size=size, rotated=cos.shape[-1],
+        x_stride=x.stride(0), y_stride=y.stride(0), interleaved=interleaved, direction=direction,
+    )  # fmt: skip
+    run_kernel(call, x.dtype, len(x), heads * size)
 
 
 def write_nll_gradient(
@@ -70,5 +82,6 @@ def write_nll_gradient(
     """-log softmax(logits)[target] of each row, in the dtype of sums; the logits become its gradient."""
     losses = logits.new_empty(len(logits), dtype=sum_dtype(logits))
     classes = logits.shape[1]
-    call_kernel("nll", logits.dtype, len(logits), (logits, targets.contiguous(), losses), (classes,), size=classes)
+    call = NLLCall(logits=logits, targets=targets.contiguous(), losses=losses, classes=classes)
+    run_kernel(call, logits.dtype, len(logits), classes)
     return losses
