@@ -10,6 +10,7 @@ import pytest
 
 from training_lens.data.examples import Example, Message
 from training_lens.evaluation.comparison import (
+    LengthBuckets,
     ModelComparison,
     choose_samples,
     compare_control,
@@ -17,7 +18,6 @@ from training_lens.evaluation.comparison import (
     measure_forgetting,
 )
 from training_lens.evaluation.evaluator import TokenSums
-from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
 
 ROWS = 60

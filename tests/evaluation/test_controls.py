@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from training_lens.data.examples import Example, Message
-from training_lens.evaluation.controls import corrupt_prompts, shuffled_prompts, wrong_domains
+from training_lens.evaluation.comparison import corrupt_prompts, shuffled_prompts, wrong_domains
 
 
 def example(question: str, answer: str, domain: str | None = None) -> Example:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from training_lens.errors import ConfigurationError
-from training_lens.evaluation import length_bucketing
-from training_lens.evaluation.length_bucketing import LengthBuckets
+from training_lens.evaluation import comparison
+from training_lens.evaluation.comparison import LengthBuckets
 
 DRAW = np.random.default_rng(0)
 SETS = [
@@ -90,5 +90,5 @@ def test_limits_that_are_none_are_refused(limits: list[int]) -> None:
 
 
 def test_the_examples_of_the_docstrings_hold() -> None:
-    failed, tried = doctest.testmod(length_bucketing)
+    failed, tried = doctest.testmod(comparison)
     assert tried > 2 and not failed

@@ -16,8 +16,7 @@ from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.data.examples import Example, Message
 from training_lens.evaluation.run_evaluation import BrokenAdapterError, ModelEvaluator
-from training_lens.evaluation.training_record import read_training_record
-from training_lens.evaluation.training_verdict import assess_training
+from training_lens.evaluation.training_verdict import assess_training, read_training_record
 from training_lens.evaluation.verdict import Verdict
 from training_lens.inference.heldout_examples import validation_examples
 from training_lens.inference.session import Session, open_run, open_session

@@ -11,12 +11,10 @@ import pytest
 from training_lens.errors import ConfigurationError
 from training_lens.evaluation.answer_endings import Endings
 from training_lens.evaluation.comparison import ControlResult, ModelComparison, RowGroup
-from training_lens.evaluation.comparison_verdict import assess_comparison
+from training_lens.evaluation.comparison_verdict import assess_comparison, prompt_remark
 from training_lens.evaluation.metrics import AnswerScoring
 from training_lens.evaluation.own_metrics import AnswerMetric
-from training_lens.evaluation.remarks import prompt_remark
-from training_lens.evaluation.training_record import TrainingRecord, build_training_record
-from training_lens.evaluation.training_verdict import assess_training
+from training_lens.evaluation.training_verdict import TrainingRecord, assess_training, build_training_record
 from training_lens.evaluation.verdict import MeasuredChange, Remark, Verdict
 
 NAMES = ("the adapter", "its base")

@@ -10,8 +10,7 @@ import numpy as np
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.errors import CheckpointError
-from training_lens.evaluation.training_record import TrainingRecord, build_training_record
-from training_lens.evaluation.training_verdict import assess_training
+from training_lens.evaluation.training_verdict import TrainingRecord, assess_training, build_training_record
 from training_lens.evaluation.verdict import Verdict
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import read_sealed

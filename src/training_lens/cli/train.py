@@ -101,8 +101,7 @@ def _find_unfinished(screen: Screen, reference: str, settings: TrainingConfig) -
 
 def _read_verdict(summary: TrainingSummary) -> Verdict:
     """The verdict from the run's own validation."""
-    from training_lens.evaluation.training_record import read_training_record
-    from training_lens.evaluation.training_verdict import assess_training
+    from training_lens.evaluation.training_verdict import assess_training, read_training_record
     from training_lens.runs.run_folder import RunFolder
 
     return assess_training(read_training_record(RunFolder(Path(summary.run_dir))), summary.run_dir)

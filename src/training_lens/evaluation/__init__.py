@@ -17,7 +17,7 @@ from training_lens._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     {
         "training_lens.config.evaluation_sections": ("EvaluationSection",),
-        "training_lens.evaluation.comparison": ("ModelComparison", "RowGroup"),
+        "training_lens.evaluation.comparison": ("LengthBuckets", "ModelComparison", "RowGroup"),
         "training_lens.evaluation.evaluator": (
             "LossReport",
             "EvaluationOptions",
@@ -26,7 +26,6 @@ __getattr__, __dir__, __all__ = attach(
             "token_sums",
         ),
         "training_lens.evaluation.run_evaluation": ("ModelEvaluator", "EvaluationResult"),
-        "training_lens.evaluation.length_bucketing": ("LengthBuckets",),
         "training_lens.evaluation.metrics": ("CORPUS_METRICS", "ROW_METRICS", "AnswerScoring", "row_scores"),
         "training_lens.evaluation.own_metrics": ("AnswerMetric", "metric"),
         "training_lens.evaluation.reports": ("write_reports",),

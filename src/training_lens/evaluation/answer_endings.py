@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,9 +27,6 @@ class Endings:
     room: int
     longest: int
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def has_loop(token_ids: Sequence[int] | np.ndarray) -> bool:
     """Whether a cycle of at most 64 tokens is repeated four times or more in a row, over at least 12 tokens.
@@ -40,24 +36,13 @@ def has_loop(token_ids: Sequence[int] | np.ndarray) -> bool:
         (True, False)
     """
     ids = np.asarray(token_ids)
-    return any(
-        _longest_run(ids[period:] == ids[:-period]) >= _least_matches(period) for period in _possible_periods(len(ids))
-    )
-
-
-def _possible_periods(length: int) -> range:
-    return range(1, min(LONGEST_PERIOD, length // LEAST_REPEATS) + 1)
-
-
-def _least_matches(period: int) -> int:
-    """How many tokens in a row must equal those one period earlier."""
-    return max(period * (LEAST_REPEATS - 1), LEAST_LOOP_TOKENS - period)
-
-
-def _longest_run(equal: np.ndarray) -> int:
-    """The longest run of true values in a (tokens,) bool array."""
-    ends = np.flatnonzero(np.diff(np.concatenate([[False], equal, [False]]).astype(np.int8)))
-    return int((ends[1::2] - ends[::2]).max(initial=0))
+    for period in range(1, min(LONGEST_PERIOD, len(ids) // LEAST_REPEATS) + 1):
+        equal = np.concatenate([[False], ids[period:] == ids[:-period], [False]])  # to the token one period earlier
+        ends = np.flatnonzero(np.diff(equal.astype(np.int8)))  # where runs of equal tokens start and end, in turn
+        longest = (ends[1::2] - ends[::2]).max(initial=0)
+        if longest >= max(period * (LEAST_REPEATS - 1), LEAST_LOOP_TOKENS - period):
+            return True
+    return False
 
 
 def summarize_endings(

@@ -44,7 +44,8 @@ def word_splitter(tokenizer: str = DEFAULT_TOKENIZER) -> Callable[[str], list[st
     """A function that splits a text into lower-case words: `split_words`, or one of sacrebleu's tokenizers."""
     if tokenizer == DEFAULT_TOKENIZER:
         return split_words
-    return lambda text: _tokenized_words(text, tokenizer)
+    split = _sacrebleu_tokenizer(tokenizer)
+    return lambda text: [token for token in split(text.lower()).split() if any(map(_is_in_word, token))]
 
 
 def split_words(text: str) -> list[str]:
@@ -58,10 +59,6 @@ def split_words(text: str) -> list[str]:
     """
     composed = unicodedata.normalize("NFC", text.lower())
     return "".join(char if _is_in_word(char) else " " for char in composed).split()
-
-
-def _tokenized_words(text: str, tokenizer: str) -> list[str]:
-    return [token for token in _sacrebleu_tokenizer(tokenizer)(text.lower()).split() if any(map(_is_in_word, token))]
 
 
 @cache
@@ -91,7 +88,9 @@ def why_unscored(measure: str, reference: str, tokenizer: str = DEFAULT_TOKENIZE
     least = LEAST_WORDS.get(measure)
     if least is None:
         return None
-    if _unspaced_share(reference, tokenizer) > MOST_UNSPACED:
+    letters = [char for char in reference if char.isalpha()]
+    unspaced = sum(_unspaced_script(char) not in (None, *DIVIDED.get(tokenizer, ())) for char in letters)
+    if unspaced > MOST_UNSPACED * len(letters):
         return NO_SPACES
     return FEW_WORDS[least] if len(word_splitter(tokenizer)(reference)) < least else None
 
@@ -103,14 +102,6 @@ def count_unscored(references: Sequence[str], tokenizer: str = DEFAULT_TOKENIZER
     }
     reasons = {name: {why: n for why, n in found.items() if why is not None} for name, found in counts.items()}
     return {name: found for name, found in reasons.items() if found}
-
-
-def _unspaced_share(text: str, tokenizer: str) -> float:
-    """The share of a text's letters that belong to scripts without spaces that the tokenizer does not divide."""
-    divided = DIVIDED.get(tokenizer, ())
-    letters = [char for char in text if char.isalpha()]
-    unspaced = sum(script is not None and script not in divided for script in map(_unspaced_script, letters))
-    return unspaced / len(letters) if letters else 0.0
 
 
 @cache

@@ -1,23 +1,26 @@
-"""Two models on the same rows: measures of all rows, by length and by domain; differences with intervals.
+"""Two models on the same rows: measures of all rows, by length and by domain; differences with intervals; controls.
 
+A control is corrupted prompts over the same answers: what the adapter loses shows how much it uses the prompt.
 Pure: the scores of the models come in as values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
 
 from training_lens.data.examples import Example
+from training_lens.errors import ConfigurationError
 from training_lens.evaluation.answer_endings import Endings
-from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.model_scores import Bootstrap, Interval, Measures, ModelScores
 from training_lens.evaluation.verdict import ADAPTER_NAME
 
 BASE, ADAPTER = "base", "adapter"
+WRONG_DOMAIN, NO_DOMAIN, SHUFFLED_PROMPTS = "wrong_domain", "no_domain", "shuffled_prompts"
 SHOWN = 5  # most improved rows, and as many most worsened ones
 
 
@@ -39,7 +42,7 @@ class RowGroup:
     def as_json(self) -> dict[str, Any]:
         counts = {"rows": self.rows, "supervised_tokens": self.supervised_tokens}
         delta = {"delta": self.delta} if len(self.models) > 1 else {}
-        return {**counts, **self.models, **delta, "intervals": {n: list(v) for n, v in self.intervals.items()}}
+        return {**counts, **self.models, **delta, "intervals": self.intervals}
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,6 @@ class ControlResult:
     delta: Measures
     intervals: Mapping[str, Interval]
 
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "intervals": {n: list(v) for n, v in self.intervals.items()}}
-
 
 def compare_control(changed: ModelScores, adapter: ModelScores, bootstrap: Bootstrap) -> ControlResult:
     """The adapter on corrupted prompts against itself on the same rows with their own prompts."""
@@ -85,9 +85,6 @@ class Forgetting:
     adapter_loss: float
     delta: float
     interval: Interval | None
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "interval": list(self.interval) if self.interval else None}
 
 
 @dataclass(frozen=True)
@@ -129,22 +126,81 @@ class ModelComparison:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `compare --json` prints."""
+        plain = asdict(self)
+        del plain["whole"]
         return {
-            "models": dict(self.models),
+            "models": plain.pop("models"),
             **self.whole.as_json(),
-            "confidence": self.confidence,
+            **plain,
             "by_length": [{"tokens": label, **group.as_json()} for label, group in self.by_length.items()],
             "by_domain": {domain: group.as_json() for domain, group in self.by_domain.items()},
-            "controls": {name: c.as_json() for name, c in self.controls.items()},
-            "improved": [asdict(row) for row in self.improved],
-            "worsened": [asdict(row) for row in self.worsened],
-            "forgetting": self.forgetting.as_json() if self.forgetting else None,
-            "tasks": {model: {task: dict(m) for task, m in found.items()} for model, found in self.tasks.items()},
-            "labels": dict(self.labels),
-            "endings": {model: endings.as_json() for model, endings in self.endings.items()},
-            "unscored": {measure: dict(reasons) for measure, reasons in self.unscored.items()},
-            "number_reading": self.number_reading,
         }
+
+
+@dataclass(frozen=True)
+class LengthBuckets:
+    """Consecutive ranges of lengths in tokens, from 1 up: each example falls into exactly one.
+
+    `limits` are the longest length of each range, ascending. One more bucket takes what is longer than the last limit,
+    so every length has a bucket; without limits, there is one bucket for all.
+
+    Example:
+        >>> buckets = LengthBuckets.from_limits([64, 128])
+        >>> buckets.labels, buckets.assign(np.array([1, 64, 65, 900])).tolist()
+        (('1-64', '65-128', 'over 128'), [0, 0, 1, 2])
+    """
+
+    limits: tuple[int, ...]
+
+    @classmethod
+    def from_quantiles(cls, lengths: np.ndarray, count: int) -> LengthBuckets:
+        """At most `count` buckets of nearly equal size; none is empty.
+
+        The limits are the lengths nearest to i/count of the examples, i = 1 .. count - 1. Equal lengths share a bucket,
+        so there may be fewer buckets. The last bucket has no upper limit.
+
+        Args:
+            lengths: (examples,) tokens, integers from 1.
+            count: 1 or more.
+
+        Example:
+            >>> LengthBuckets.from_quantiles(np.array([5, 6, 7, 8, 20, 90]), 3).labels
+            ('1-6', '7-8', 'over 8')
+        """
+        values, examples = np.unique(lengths, return_counts=True)
+        cuts = np.cumsum(examples)[:-1]  # examples up to each length; none are longer than the longest
+        if not len(cuts):
+            return cls(())
+        ideal = len(lengths) * np.arange(1, count) / count
+        nearest = np.abs(cuts[:, None] - ideal).argmin(axis=0)  # (lengths, count - 1) -> (count - 1,)
+        return cls(tuple(np.unique(values[nearest]).tolist()))
+
+    @classmethod
+    def from_limits(cls, limits: Sequence[int]) -> LengthBuckets:
+        """Buckets up to the given lengths in tokens, inclusive, and one for what is longer.
+
+        Raises:
+            ConfigurationError: the limits are empty, not all positive, or not ascending.
+        """
+        if not limits or limits[0] < 1 or any(after <= before for before, after in pairwise(limits)):
+            raise ConfigurationError(
+                f"evaluation.length_buckets: {list(limits)} are no bucket limits; give lengths in tokens from 1 "
+                "up, each greater than the one before, such as [64,128,512]."
+            )
+        return cls(tuple(limits))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A name for each bucket: '65-128', '7' for a single length, 'over 128' for the last."""
+        if not self.limits:
+            return ("all",)
+        ranges = [(before + 1, limit) for before, limit in pairwise((0, *self.limits))]
+        closed = [f"{low}-{high}" if low < high else f"{high}" for low, high in ranges]
+        return (*closed, f"over {self.limits[-1]}")
+
+    def assign(self, lengths: np.ndarray) -> np.ndarray:
+        """The bucket of each example, an index into `labels`: (examples,) int64."""
+        return np.searchsorted(np.array(self.limits, dtype=np.int64), lengths, side="left").astype(np.int64)
 
 
 def compare_models(
@@ -161,43 +217,32 @@ def compare_models(
         lengths: tokens of each row, (rows,).
         described: a description of each model.
     """
-    bucket = buckets.assign(lengths)
-    domains = np.array([e.domain for e in examples], dtype=object)
-    named = sorted({e.domain for e in examples if e.domain is not None})
-    two = len(models) == 2 and models[ADAPTER].has_same_tokens(models[BASE])
-    moved = _rank_rows(examples, models) if two else []
-    labels = [(label, bucket == i) for i, label in enumerate(buckets.labels) if (bucket == i).any()]
+
+    def measure_part(rows: np.ndarray) -> RowGroup:
+        return _measure_group({name: scored.take(rows) for name, scored in models.items()}, bootstrap)
+
+    bucket, domains = buckets.assign(lengths), np.array([e.domain for e in examples], dtype=object)
+    moved: list[MovedRow] = []  # the most improved first
+    if len(models) == 2 and models[ADAPTER].has_same_tokens(models[BASE]):
+        base, adapter = (models[name].sums.nll / models[name].sums.tokens for name in (BASE, ADAPTER))
+        order = np.argsort(adapter - base, kind="stable")
+        moved = [MovedRow(examples[i].id, float(base[i]), float(adapter[i])) for i in order]
     return ModelComparison(
         described,
         _measure_group(models, bootstrap),
-        {label: _measure_group(_take_rows(models, rows), bootstrap) for label, rows in labels},
-        {domain: _measure_group(_take_rows(models, domains == domain), bootstrap) for domain in named},
+        {label: measure_part(bucket == i) for i, label in enumerate(buckets.labels) if (bucket == i).any()},
+        {d: measure_part(domains == d) for d in sorted({e.domain for e in examples if e.domain is not None})},
         bootstrap.confidence,
         improved=[row for row in moved[:SHOWN] if row.adapter_loss < row.base_loss],
         worsened=[row for row in moved[: -SHOWN - 1 : -1] if row.adapter_loss > row.base_loss],
     )
 
 
-def _take_rows(models: Mapping[str, ModelScores], rows: np.ndarray) -> dict[str, ModelScores]:
-    return {name: scored.take(rows) for name, scored in models.items()}
-
-
 def _measure_group(models: Mapping[str, ModelScores], bootstrap: Bootstrap) -> RowGroup:
-    last = models[list(models)[-1]]
+    *before, last = models.values()
     found = {name: scored.measure_all() for name, scored in models.items()}
-    delta, intervals = (
-        bootstrap.measure_change(models[ADAPTER], models[BASE])
-        if len(models) == 2
-        else ({}, bootstrap.measure_intervals(last))
-    )
+    delta, intervals = bootstrap.measure_change(last, *before) if before else ({}, bootstrap.measure_intervals(last))
     return RowGroup(len(last), int(last.sums.tokens.sum()), found, delta, intervals)
-
-
-def _rank_rows(examples: Sequence[Example], models: Mapping[str, ModelScores]) -> list[MovedRow]:
-    """The rows by the change of their loss, the most improved first."""
-    base, adapter = (models[name].sums.nll / models[name].sums.tokens for name in (BASE, ADAPTER))
-    order = np.argsort(adapter - base, kind="stable")
-    return [MovedRow(examples[i].id, float(base[i]), float(adapter[i])) for i in order]
 
 
 def measure_forgetting(base: ModelScores, adapter: ModelScores, bootstrap: Bootstrap) -> Forgetting:
@@ -214,3 +259,44 @@ def choose_samples(examples: Sequence[Example], count: int) -> list[int]:
         seen = {examples[i].domain for i in taken} if len({e.domain for e in examples}) > len(taken) else set()
         taken.append(next(i for i, e in enumerate(examples) if i not in taken and e.domain not in seen))
     return taken
+
+
+def corrupt_prompts(examples: Sequence[Example], domain_in_prompt: bool, seed: int) -> dict[str, dict[int, Example]]:
+    """The corrupted rows of each control, by the index of the original row.
+
+    Args:
+        domain_in_prompt: whether prompts name the domain. The domain controls take the rows that have a domain, and
+            need two different ones.
+    """
+    changed: dict[str, dict[int, Example]] = {}
+    with_domain = {i: e for i, e in enumerate(examples) if e.domain is not None}
+    if domain_in_prompt and len({e.domain for e in with_domain.values()}) > 1:
+        wrong = wrong_domains(list(with_domain.values()))
+        changed[WRONG_DOMAIN] = {i: replace(with_domain[i], domain=d) for i, d in zip(with_domain, wrong, strict=True)}
+        changed[NO_DOMAIN] = {i: replace(e, domain=None) for i, e in with_domain.items()}
+    prompted = {i: e for i, e in enumerate(examples) if not e.is_text}
+    if len(prompted) > 1:
+        shuffled = zip(prompted, shuffled_prompts(list(prompted.values()), seed), strict=True)
+        changed[SHUFFLED_PROMPTS] = {i: e for i, e in shuffled if e != prompted[i]}  # an unchanged prompt is no control
+    return {name: rows for name, rows in changed.items() if rows}
+
+
+def wrong_domains(examples: Sequence[Example]) -> list[str]:
+    """For each row the next domain in the order of names; every row has a domain, and there are at least two."""
+    names = sorted({str(e.domain) for e in examples})
+    return [names[(names.index(str(e.domain)) + 1) % len(names)] for e in examples]
+
+
+def shuffled_prompts(examples: Sequence[Example], seed: int) -> list[Example]:
+    """Each row with the user messages of another row, drawn at random; no row keeps its own.
+
+    The other messages stay: answers, tool calls and their results, the system message.
+    """
+    order = np.random.default_rng(seed).permutation(len(examples))
+    other = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))  # one cycle through all of them
+    shuffled = []
+    for i, example in enumerate(examples):
+        turns = cycle([m for m in examples[other[i]].messages if m.role == "user"])  # repeated as often as needed
+        messages = tuple(next(turns, m) if m.role == "user" else m for m in example.messages)
+        shuffled.append(replace(example, messages=messages))
+    return shuffled

@@ -9,8 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from training_lens.data.columns import EncodedRow
-from training_lens.data.examples import Example, TextSegment, TokenizedExample
+from training_lens.data.examples import Example, TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.data.token_pipeline import encode_training_prompt, tokenize
 from training_lens.errors import DatasetError
@@ -53,17 +52,24 @@ class EvaluationRows:
                 f"{session.preparation.seq_len} tokens of {session.source}; give other rows."
             )
         fitting = [t for t in tokenized if t is not None]
-        rows = [_RenderedExample.from_example(examples[i], session) for i in kept]
-        prompts = [_build_prompt(row.example, session) for row in rows]
-        _warn_without_prompt(rows, prompts)
+        kept_examples = [examples[i] for i in kept]
+        prompts = [_build_prompt(example, session) for example in kept_examples]
+        silent = [e.id for e, p in zip(kept_examples, prompts, strict=True) if p is None and not e.is_text]
+        if silent:
+            logger.warning(
+                "%d rows are evaluated by their loss alone: their answers leave no room for a prompt, or their prompts "
+                "none for an answer; the first is %s", len(silent), silent[0],
+            )  # fmt: skip
+        texts = [_read_texts(e, tokens, session) for e, tokens in zip(kept_examples, fitting, strict=True)]
+        hashes = [hashlib.blake2b(t.input_ids[t.loss_mask].tobytes(), digest_size=8).digest() for t in fitting]
         return cls(
-            [row.example for row in rows],
+            kept_examples,
             kept,
             TokenDataset.from_examples(fitting),
             prompts,
-            [row.reference_text(session) for row in rows],
-            np.array([row.text_bytes(t, session) for row, t in zip(rows, fitting, strict=True)], dtype=np.int64),
-            np.array([_hash_tokens(t.input_ids[t.loss_mask]) for t in fitting], dtype=np.uint64),
+            [reference for reference, _ in texts],
+            np.array([size for _, size in texts], dtype=np.int64),
+            np.array([int.from_bytes(digest, "big") for digest in hashes], dtype=np.uint64),
         )
 
     def take(self, places: np.ndarray) -> EvaluationRows:
@@ -93,50 +99,6 @@ class EvaluationRows:
         return np.array([prompt is not None for prompt in self.prompts], dtype=bool)
 
 
-@dataclass(frozen=True)
-class _RenderedExample:
-    """An example with its text and all its tokens, before truncation."""
-
-    example: Example
-    segments: list[TextSegment]
-    whole: EncodedRow
-
-    @classmethod
-    def from_example(cls, example: Example, session: Session) -> _RenderedExample:
-        segments = session.renderer.render_example(example)
-        return cls(example, segments, session.encoder.encode([segments])[0])
-
-    def reference_text(self, session: Session) -> str:
-        """The text of the last answer; tool calls are written as in the template."""
-        last = self.example.messages[-1]
-        if not last.calls:
-            return last.text
-        ids = _masked_runs(self.whole.input_ids, self.whole.response)[-1]
-        return str(session.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def text_bytes(self, kept: TokenizedExample, session: Session) -> int:
-        """UTF-8 bytes of the supervised text without special tokens; of a truncated row, of its tokens' text."""
-        if len(kept.input_ids) == len(self.whole.input_ids):
-            learned = (s for s in self.segments if s.response or not session.config.data.mask_prompt)
-            return sum(len(_without_specials(s, session).encode()) for s in learned)
-        parts = _masked_runs(kept.input_ids, kept.loss_mask)
-        return sum(len(session.tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in parts)
-
-
-def _without_specials(segment: TextSegment, session: Session) -> str:
-    """The text of a segment without special tokens; in plain text, their names are ordinary text."""
-    text = segment.text
-    for name in () if segment.plain else session.tokenizer.all_special_tokens:
-        text = text.replace(name, "")
-    return text
-
-
-def _masked_runs(ids: np.ndarray, mask: np.ndarray) -> list[list[int]]:
-    """The contiguous runs of tokens that the mask marks."""
-    runs = groupby(range(len(ids)), key=lambda i: bool(mask[i]))
-    return [ids[list(places)].tolist() for marked, places in runs if marked]
-
-
 def _build_prompt(example: Example, session: Session) -> list[int] | None:
     """The prompt as training truncates it; None where nothing of it is left, or no position for an answer."""
     if example.is_text:
@@ -146,14 +108,30 @@ def _build_prompt(example: Example, session: Session) -> list[int] | None:
     return None if nothing or (session.positions and len(ids) >= session.positions) else ids
 
 
-def _warn_without_prompt(rows: Sequence[_RenderedExample], prompts: Sequence[list[int] | None]) -> None:
-    silent = [r.example.id for r, p in zip(rows, prompts, strict=True) if p is None and not r.example.is_text]
-    if silent:
-        logger.warning(
-            "%d rows are evaluated by their loss alone: their answers leave no room for a prompt, or their prompts "
-            "none for an answer; the first is %s", len(silent), silent[0],
-        )  # fmt: skip
+def _read_texts(example: Example, kept: TokenizedExample, session: Session) -> tuple[str, int]:
+    """The text of the last answer, with tool calls as in the template, and the UTF-8 bytes of the supervised text.
+
+    Special tokens have no bytes. Of a truncated row, the bytes are those of its tokens' text.
+    """
+    segments = session.renderer.render_example(example)
+    whole = session.encoder.encode([segments])[0]
+    reference = example.messages[-1].text
+    if example.messages[-1].calls:
+        reference = _masked_texts(whole.input_ids, whole.response, session)[-1]
+    if len(kept.input_ids) < len(whole.input_ids):
+        return reference, sum(len(text.encode()) for text in _masked_texts(kept.input_ids, kept.loss_mask, session))
+    size = 0
+    for segment in segments:
+        if segment.response or not session.config.data.mask_prompt:
+            text = segment.text
+            for name in () if segment.plain else session.tokenizer.all_special_tokens:  # in plain text, ordinary text
+                text = text.replace(name, "")
+            size += len(text.encode())
+    return reference, size
 
 
-def _hash_tokens(ids: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "big")
+def _masked_texts(ids: np.ndarray, mask: np.ndarray, session: Session) -> list[str]:
+    """The text of each contiguous run of tokens that the mask marks."""
+    runs = groupby(range(len(ids)), key=lambda i: bool(mask[i]))
+    marked = [ids[list(places)].tolist() for is_marked, places in runs if is_marked]
+    return [str(session.tokenizer.decode(run, skip_special_tokens=True)) for run in marked]

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cache, partial
 from itertools import product
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -36,13 +37,12 @@ from training_lens.evaluation.answer_words import (
     why_unscored,
     word_splitter,
 )
-from training_lens.evaluation.own_metrics import AnswerMetric, find_metrics
+from training_lens.evaluation.own_metrics import AnswerMetric, ScoreFunction, find_metrics
 from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.limits import load_bounded_json
 
 TOKEN_MEASURES = ("loss", "perplexity", "bits_per_token", "bits_per_byte", "token_accuracy")
-# (prediction, reference) -> score from 0 to 1, or None: the metric does not apply to this row.
-RowMetric = Callable[[str, str], float | None]
+RowMetric = ScoreFunction  # from 0 to 1, but for the user's own
 
 
 def exact_match(prediction: str, reference: str) -> bool:
@@ -71,7 +71,7 @@ def token_f1(prediction: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER
         >>> token_f1("The cat sat.", "a cat"), token_f1("", "a cat")
         (0.6666666666666666, 0.0)
     """
-    split = _squad_words if tokenizer == DEFAULT_TOKENIZER else word_splitter(tokenizer)
+    split = _split_squad_words if tokenizer == DEFAULT_TOKENIZER else word_splitter(tokenizer)
     predicted, expected = split(prediction), split(reference)
     if not expected or why_unscored("token_f1", reference, tokenizer):
         return None
@@ -79,13 +79,12 @@ def token_f1(prediction: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER
     return 2 * shared / (len(predicted) + len(expected))
 
 
-def _squad_words(text: str) -> list[str]:
+def _split_squad_words(text: str) -> list[str]:
     bare = text.lower().translate(_NO_PUNCTUATION)  # first, so that "a." is an article and "a-b" is none
-    return _ARTICLES.sub(" ", bare).split()
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def rouge_f1(kind: str, prediction: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER) -> float | None:
@@ -117,15 +116,8 @@ def rouge_f1(kind: str, prediction: str, reference: str, tokenizer: str = DEFAUL
 def _rouge_scorer(kind: str, tokenizer: str) -> Any:
     # Imported late: rouge-score takes all of nltk with it, a second.
     from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenizers import Tokenizer
 
-    split = word_splitter(tokenizer)
-
-    class Words(Tokenizer):
-        def tokenize(self, text: str) -> list[str]:
-            return split(text)
-
-    return RougeScorer([kind], tokenizer=Words())
+    return RougeScorer([kind], tokenizer=SimpleNamespace(tokenize=word_splitter(tokenizer)))
 
 
 def json_valid(prediction: str, reference: str) -> float | None:
@@ -163,7 +155,8 @@ def json_fields(prediction: str, reference: str) -> float | None:
     if not isinstance(expected, dict | list):
         return None
     wanted, found = _list_leaves(expected), _list_leaves(_parse_json(prediction))
-    return sum(_is_equal(found.get(place, _NO_JSON), value) for place, value in wanted.items()) / len(wanted)
+    pairs = [(found.get(place, _NO_JSON), value) for place, value in wanted.items()]
+    return sum(type(there) is type(value) and bool(there == value) for there, value in pairs) / len(wanted)
 
 
 _NO_JSON = object()
@@ -171,14 +164,14 @@ _NO_JSON = object()
 
 def _parse_json(text: str) -> Any:
     """The value, with numbers as Decimal; _NO_JSON where the text is invalid or nested too deep."""
+
+    def refuse_constant(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
     try:
-        return load_bounded_json(text.strip(), parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse_constant)
+        return load_bounded_json(text.strip(), parse_int=Decimal, parse_float=Decimal, parse_constant=refuse_constant)
     except (ValueError, ArithmeticError):  # ArithmeticError: an exponent beyond Decimal's
         return _NO_JSON
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _list_leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
@@ -193,10 +186,6 @@ def _list_leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
         else:
             leaves[path] = here
     return leaves
-
-
-def _is_equal(found: Any, wanted: Any) -> bool:
-    return type(found) is type(wanted) and bool(found == wanted)
 
 
 @dataclass(frozen=True)
@@ -221,11 +210,18 @@ class AnswerScoring:
 
         Raises:
             ConfigurationError: a tokenizer's package is missing, a metric cannot be found, or `decide_by` is no
-                measure.
+                measure, or one that needs answers where none are generated.
         """
         require_word_tokenizer(settings.word_tokenizer)
         own = find_metrics(settings.metrics, (*TOKEN_MEASURES, *ROW_METRICS, *CORPUS_METRICS))
-        _require_measure(settings, own)
+        answers = (*ROW_METRICS, *CORPUS_METRICS, *own) if settings.generate else ()
+        known, chosen = (*TOKEN_MEASURES, *answers), settings.decide_by
+        if chosen is not None and chosen not in known:
+            without = "" if settings.generate else " without answers (evaluation.generate=false)"
+            raise ConfigurationError(
+                f"evaluation.decide_by: '{chosen}' is no measure{without}; there are: {', '.join(known)}."
+                f"{did_you_mean(chosen, known)}"
+            )
         return cls(settings.word_tokenizer, "comma" if settings.decimal == "comma" else "point", own)
 
     def adapt_to_references(self, references: Sequence[str], decimal: str) -> AnswerScoring:
@@ -272,18 +268,6 @@ class AnswerScoring:
             if scored < len(references):
                 found[name] = {"the metric gives None": len(references) - scored}
         return found
-
-
-def _require_measure(settings: EvaluationSection, own: Mapping[str, AnswerMetric]) -> None:
-    """Refuse an unknown `decide_by`, or one that needs answers where none are generated."""
-    answers = (*ROW_METRICS, *CORPUS_METRICS, *own) if settings.generate else ()
-    known, chosen = (*TOKEN_MEASURES, *answers), settings.decide_by
-    if chosen is not None and chosen not in known:
-        hint = did_you_mean(chosen, known)
-        without = "" if settings.generate else " without answers (evaluation.generate=false)"
-        raise ConfigurationError(
-            f"evaluation.decide_by: '{chosen}' is no measure{without}; there are: {', '.join(known)}.{hint}"
-        )
 
 
 def row_scores(

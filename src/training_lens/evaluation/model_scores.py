@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -58,13 +58,10 @@ class ModelScores:
             for name, metric in scoring.corpus_metrics().items()
             if applies[name].any()
         }
-        return ModelScores(
-            self.sums,
-            self.text_bytes,
-            self.tokens_id,
-            {name: _scatter_rows(values, asked, math.nan) for name, values in scores.items()},
-            {name: _scatter_rows(values, asked, 0.0) for name, values in statistics.items()},
-            self.kl,
+        return replace(
+            self,
+            row_scores={name: _scatter_rows(values, asked, math.nan) for name, values in scores.items()},
+            statistics={name: _scatter_rows(values, asked, 0.0) for name, values in statistics.items()},
         )
 
     def has_same_tokens(self, other: ModelScores) -> bool:
@@ -181,11 +178,7 @@ class Bootstrap:
 
 
 def subtract_measures(values: Mapping[str, np.ndarray], of_base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The differences from the base, for the measures that both have."""
-    return {name: _subtract_values(value, of_base[name]) for name, value in values.items() if name in of_base}
-
-
-def _subtract_values(values: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """`values - base`; infinite where either side is, as a perplexity may be."""
-    beyond = np.isinf(values) | np.isinf(base)
-    return np.where(beyond, np.inf, np.where(beyond, 0.0, values) - np.where(beyond, 0.0, base))
+    """The differences from the base, for the measures that both have; infinite where either is, as a perplexity may."""
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        shared = {name: (value, of_base[name]) for name, value in values.items() if name in of_base}
+        return {n: np.where(np.isinf(a) | np.isinf(b), np.inf, a - b) for n, (a, b) in shared.items()}

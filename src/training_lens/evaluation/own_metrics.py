@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, util
 from importlib.metadata import entry_points
-from inspect import signature
+from inspect import ismodule, signature
 from pathlib import Path
 from typing import Any, overload
 
@@ -131,18 +131,16 @@ def find_metrics(places: Sequence[str], built_in: Sequence[str] = ()) -> dict[st
 
 
 def _find_metrics_at(place: str) -> Iterator[AnswerMetric]:
-    if place in _METRICS or place in (known := _packaged_metrics()):
-        yield _METRICS.get(place) or _require_metric(known[place].load(), place)
+    if place in _METRICS:
+        yield _METRICS[place]
+    elif packaged := entry_points(group=GROUP, name=place):
+        yield from _require_metrics(next(iter(packaged)).load(), place)
     elif place.endswith(".py"):
         yield from _require_metrics(_load_file(place), place)
     elif "." in place and (member := _find_member(place)) is not None:
-        yield _require_metric(member, place)
+        yield from _require_metrics(member, place)
     else:
         yield from _require_metrics(_import_module(place), place)
-
-
-def _packaged_metrics() -> Mapping[str, Any]:
-    return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def _find_member(place: str) -> Any | None:
@@ -193,20 +191,15 @@ def _list_metrics(module: Any) -> list[AnswerMetric]:
     return [value for value in vars(module).values() if isinstance(value, AnswerMetric)]
 
 
-def _require_metrics(module: Any, place: str) -> list[AnswerMetric]:
-    if found := _list_metrics(module):
-        return found
-    raise ConfigurationError(
-        f"{KEY}: '{place}' has no metric; put @metric (from training_lens.evaluation) above the function."
-    )
-
-
-def _require_metric(value: Any, place: str) -> AnswerMetric:
-    if isinstance(value, AnswerMetric):
-        return value
-    raise ConfigurationError(
-        f"{KEY}: '{place}' is no metric; put @metric (from training_lens.evaluation) above the function."
-    )
+def _require_metrics(value: Any, place: str) -> list[AnswerMetric]:
+    """The metric itself, or those of a module."""
+    found = [value] if isinstance(value, AnswerMetric) else _list_metrics(value) if ismodule(value) else []
+    if not found:
+        raise ConfigurationError(
+            f"{KEY}: '{place}' {'has' if ismodule(value) else 'is'} no metric; put @metric (from "
+            "training_lens.evaluation) above the function."
+        )
+    return found
 
 
 def _function_place(function: Any) -> str:

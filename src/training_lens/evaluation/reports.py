@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.display.markdown import escape_markdown, markdown_table
-from training_lens.evaluation.comparison import ControlResult, ModelComparison, MovedRow, RowGroup
+from training_lens.evaluation.comparison import ModelComparison, MovedRow, RowGroup
 from training_lens.evaluation.run_evaluation import EvaluationResult
 from training_lens.evaluation.verdict import Interval, count_rows, format_measure
 from training_lens.utils.files import hash_file, write_text
@@ -41,7 +41,7 @@ def measure_rows(group: RowGroup) -> Iterator[Cells]:
     sign = "+" if len(models) > 1 else ""
     for name in dict.fromkeys(name for measures in models for name in measures):
         change = _format_values(name, [group.delta], "+") * (len(models) - 1)
-        yield (name, *_format_values(name, models), *change, _format_interval(name, group.intervals.get(name), sign))
+        yield (name, *_format_values(name, models), *change, _format_interval(name, group.intervals, sign))
 
 
 def _format_values(measure: str, models: Iterable[Mapping[str, float]], sign: str = "") -> list[str]:
@@ -49,8 +49,8 @@ def _format_values(measure: str, models: Iterable[Mapping[str, float]], sign: st
     return [format_measure(measure, values[measure], sign) if measure in values else "-" for values in models]
 
 
-def _format_interval(measure: str, interval: Interval | None, sign: str) -> str:
-    return " to ".join(format_measure(measure, end, sign) for end in interval) if interval else "-"
+def _format_interval(measure: str, intervals: Mapping[str, Interval], sign: str) -> str:
+    return " to ".join(format_measure(measure, end, sign) for end in intervals.get(measure, ())) or "-"
 
 
 def measure_columns(comparison: ModelComparison) -> Cells:
@@ -74,17 +74,15 @@ def part_table(comparison: ModelComparison, what: str, intervals: bool = True) -
     head += [f"{comparison.confidence:.0%} interval"] if intervals else []
     answered = any("exact_match" in measures for measures in comparison.whole.models.values())
     head += [f"exact, {model}" for model in models] if answered else []
-    return [tuple(head), *(_part_row(label, group, intervals, answered) for label, group in parts.items())]
-
-
-def _part_row(label: str, group: RowGroup, intervals: bool, answered: bool) -> Cells:
-    models = group.models.values()
-    cells = [label, str(group.rows), *_format_values("loss", models)]
-    cells += _format_values("loss", [group.delta], "+") if group.delta else []
-    cells += (
-        [_format_interval("loss", group.intervals.get("loss"), "+" if len(models) > 1 else "")] if intervals else []
-    )
-    return (*cells, *_format_values("exact_match", models)) if answered else tuple(cells)
+    lines = [tuple(head)]
+    for label, group in parts.items():
+        measures, sign = group.models.values(), "+" if len(models) > 1 else ""
+        cells = [label, str(group.rows), *_format_values("loss", measures)]
+        cells += _format_values("loss", [group.delta], "+") if group.delta else []
+        cells += [_format_interval("loss", group.intervals, sign)] if intervals else []
+        cells += _format_values("exact_match", measures) if answered else []
+        lines.append(tuple(cells))
+    return lines
 
 
 def control_table(comparison: ModelComparison, intervals: bool = True) -> list[Cells]:
@@ -93,28 +91,23 @@ def control_table(comparison: ModelComparison, intervals: bool = True) -> list[C
     head += [f"{comparison.confidence:.0%} interval"] if intervals else []
     answered = any("exact_match" in control.scores for control in comparison.controls.values())
     head += ["exact", "corrupted"] if answered else []
-    lines = [_control_row(name, c, intervals, answered) for name, c in comparison.controls.items()]
-    return [tuple(head), *lines]
-
-
-def _control_row(name: str, control: ControlResult, intervals: bool, answered: bool) -> Cells:
-    sides = (control.adapter, control.scores)
-    cells = [name.replace("_", " "), str(control.rows), *_format_values("loss", sides)]
-    cells += _format_values("loss", [control.delta], "+")
-    cells += [_format_interval("loss", control.intervals.get("loss"), "+")] if intervals else []
-    return (*cells, *_format_values("exact_match", sides)) if answered else tuple(cells)
+    lines = [tuple(head)]
+    for name, control in comparison.controls.items():
+        sides = (control.adapter, control.scores)
+        cells = [name.replace("_", " "), str(control.rows), *_format_values("loss", sides)]
+        cells += _format_values("loss", [control.delta], "+")
+        cells += [_format_interval("loss", control.intervals, "+")] if intervals else []
+        cells += _format_values("exact_match", sides) if answered else []
+        lines.append(tuple(cells))
+    return lines
 
 
 def moved_rows(moved: Sequence[MovedRow], whole_path: bool = True) -> Iterator[Cells]:
     """A line for each row: id, losses, change."""
     for row in moved:
         change = row.adapter_loss - row.base_loss
-        yield (
-            row.id if whole_path else Path(row.id).name,
-            f"{row.base_loss:.4f}",
-            f"{row.adapter_loss:.4f}",
-            f"{change:+.4f}",
-        )
+        name = row.id if whole_path else Path(row.id).name
+        yield (name, f"{row.base_loss:.4f}", f"{row.adapter_loss:.4f}", f"{change:+.4f}")
 
 
 MOVED_COLUMNS: Cells = ("row", "base", "adapter", "change")
@@ -125,24 +118,18 @@ def task_rows(comparison: ModelComparison) -> Iterator[Cells]:
     first = next(iter(comparison.tasks.values()), {})
     for task, metrics in first.items():
         for metric in metrics:
-            if not _is_error(metric):
+            name, comma, filtered = metric.partition(",")
+            if not name.endswith("_stderr"):
                 found = [scores[task] for scores in comparison.tasks.values()]
-                yield (task, metric, *(f"{m[metric]:.4f}{_standard_error(m, metric)}" for m in found))
+                errors = [scores.get(f"{name}_stderr{comma}{filtered}") for scores in found]
+                values = [f"{scores[metric]:.4f}" for scores in found]
+                with_errors = zip(values, errors, strict=True)
+                yield (task, metric, *(v if error is None else f"{v} ± {error:.4f}" for v, error in with_errors))
 
 
 def task_columns(comparison: ModelComparison) -> Cells:
     """The column headers of `task_rows`."""
     return ("task", "metric", *map(comparison.model_label, comparison.tasks))
-
-
-def _is_error(metric: str) -> bool:
-    return metric.partition(",")[0].endswith("_stderr")
-
-
-def _standard_error(metrics: Mapping[str, float], metric: str) -> str:
-    name, comma, rest = metric.partition(",")
-    error = metrics.get(f"{name}_stderr{comma}{rest}")
-    return "" if error is None else f" ± {error:.4f}"
 
 
 def render_markdown(result: EvaluationResult) -> str:
@@ -152,21 +139,15 @@ def render_markdown(result: EvaluationResult) -> str:
     whole = comparison.whole
     parts = ["\n".join(result.verdict.text_lines())] if result.verdict else []
     parts.append(f"{models}. {whole.rows} rows, {whole.supervised_tokens} supervised tokens.")
-    parts.append(_render_table(measure_columns(comparison), measure_rows(whole)))
-    parts += ["\n".join(f"- {line}" for line in scoring_lines(comparison))]
-    for what, groups in (("tokens", comparison.by_length), ("domain", comparison.by_domain)):
-        if groups:
-            head, *lines = part_table(comparison, what)
-            parts.append(_render_table(head, iter(lines)))
-    if comparison.controls:
-        head, *lines = control_table(comparison)
-        parts.append(_render_table(head, iter(lines)))
+    parts.append(_render_table([measure_columns(comparison), *measure_rows(whole)]))
+    parts.append("\n".join(f"- {line}" for line in scoring_lines(comparison)))
+    parts += [_render_table(part_table(comparison, what)) for what in ("tokens", "domain")]
+    parts.append(_render_table(control_table(comparison)))
     for title, moved in (("Most improved", comparison.improved), ("Most worsened", comparison.worsened)):
         if moved:
             parts.append(f"{title}, loss in nats per supervised token:")
-            parts.append(_render_table(MOVED_COLUMNS, moved_rows(moved)))
-    if comparison.tasks:
-        parts.append(_render_table(task_columns(comparison), task_rows(comparison)))
+            parts.append(_render_table([MOVED_COLUMNS, *moved_rows(moved)]))
+    parts.append(_render_table([task_columns(comparison), *task_rows(comparison)]))
     if comparison.forgetting:
         parts.append(forgetting_line(comparison))
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -188,19 +169,19 @@ def forgetting_line(comparison: ModelComparison) -> str:
     """The change of the loss on other text, as a sentence."""
     forgot = comparison.forgetting
     assert forgot is not None
-    between = (
-        f" ({comparison.confidence:.0%}: {forgot.interval[0]:+.4f} to {forgot.interval[1]:+.4f})"
-        if forgot.interval
-        else ""
-    )
+    between = ""
+    if forgot.interval:
+        between = f" ({comparison.confidence:.0%}: {forgot.interval[0]:+.4f} to {forgot.interval[1]:+.4f})"
     return (
         f"On {forgot.rows} rows of other text the loss went from {forgot.base_loss:.4f} to {forgot.adapter_loss:.4f}, "
         f"{forgot.delta:+.4f}{between} nats per token."
     )
 
 
-def _render_table(columns: Cells, rows: Iterator[Cells]) -> str:
-    return markdown_table(columns, [[escape_markdown(cell) for cell in row] for row in rows])
+def _render_table(lines: Sequence[Cells]) -> str:
+    """The header and its rows as Markdown; empty where there are no rows."""
+    head, *rows = lines
+    return markdown_table(head, [[escape_markdown(cell) for cell in row] for row in rows]) if rows else ""
 
 
 def render_row_csv(result: EvaluationResult) -> str:
@@ -215,13 +196,8 @@ def render_row_csv(result: EvaluationResult) -> str:
     writer = csv.writer(text)
     writer.writerow(head)
     for i, example in enumerate(rows.examples):
-        line = [
-            example.id,
-            example.domain or "",
-            rows.dataset.lengths[i],
-            rows.dataset.supervised_counts[i],
-            rows.references[i],
-        ]
+        sizes = (rows.dataset.lengths[i], rows.dataset.supervised_counts[i])
+        line = [example.id, example.domain or "", *sizes, rows.references[i]]
         for model in models:
             outcome = result.outcomes[model]
             loss = outcome.scored.sums.nll[i] / outcome.scored.sums.tokens[i]

@@ -19,24 +19,22 @@ from training_lens.evaluation.comparison import (
     ADAPTER,
     BASE,
     ControlResult,
-    Forgetting,
+    LengthBuckets,
     ModelComparison,
     compare_control,
     compare_models,
+    corrupt_prompts,
     measure_forgetting,
 )
 from training_lens.evaluation.comparison_verdict import assess_comparison
-from training_lens.evaluation.controls import corrupt_prompts
 from training_lens.evaluation.evaluation_rows import EvaluationRows
 from training_lens.evaluation.evaluator import EvaluationOptions, TokenSums, paired_sums, token_sums
 from training_lens.evaluation.harness import TaskOptions, TaskScores, run_tasks
-from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.metrics import AnswerScoring
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
-from training_lens.evaluation.training_record import read_training_record
-from training_lens.evaluation.training_verdict import is_run_folder
+from training_lens.evaluation.training_verdict import is_run_folder, read_training_record
 from training_lens.evaluation.verdict import Verdict, count_rows
-from training_lens.inference.generator import GeneratedAnswer, generate_answers
+from training_lens.inference.generator import generate_answers
 from training_lens.inference.heldout_examples import filter_fitting
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
@@ -108,9 +106,12 @@ class ModelEvaluator:
         other_text = self._read_other_text()
         tasks = {BASE: self._run_tasks(base=True), ADAPTER: self._run_tasks()}
         outcomes = self._evaluate_pair(rows, scoring)
-        result = self._build_result(rows, outcomes, {BASE: session.config.model.id, ADAPTER: session.source}, tasks)
+        described = {BASE: session.config.model.id, ADAPTER: session.source}
+        result = self._build_result(rows, outcomes, described, tasks, scoring)
         controls = self._evaluate_controls(rows, outcomes[ADAPTER].scored, scoring) if self.settings.controls else {}
-        forgot = self._evaluate_forgetting(other_text) if other_text else None
+        forgot = None
+        if other_text:
+            forgot = measure_forgetting(*self._score_pair(other_text, "losses on other text"), self._bootstrap)
         comparison = replace(result.comparison, controls=controls, forgetting=forgot)
         return self._add_verdict(replace(result, comparison=comparison), scoring)
 
@@ -135,7 +136,8 @@ class ModelEvaluator:
             BASE: other._evaluate_model(theirs, scoring, names[0]),
             ADAPTER: self._evaluate_model(rows, scoring, names[1]),
         }
-        result = self._build_result(rows, outcomes, {BASE: other.session.source, ADAPTER: self.session.source}, tasks)
+        described = {BASE: other.session.source, ADAPTER: self.session.source}
+        result = self._build_result(rows, outcomes, described, tasks, scoring)
         labels = dict(zip((BASE, ADAPTER), names, strict=True))
         return self._add_verdict(replace(result, comparison=replace(result.comparison, labels=labels)), scoring)
 
@@ -148,9 +150,10 @@ class ModelEvaluator:
         rows, session = EvaluationRows.from_examples(examples, self.session), self.session
         name = BASE if base or not session.has_adapter else ADAPTER
         tasks = {name: self._run_tasks(base=name == BASE)}
-        outcome = self._evaluate_model(rows, self._answer_scoring(rows), name, base=name == BASE)
+        scoring = self._answer_scoring(rows)
+        outcome = self._evaluate_model(rows, scoring, name, base=name == BASE)
         described = {name: session.config.model.id if name == BASE else session.source}
-        return self._build_result(rows, {name: outcome}, described, tasks)
+        return self._build_result(rows, {name: outcome}, described, tasks, scoring)
 
     def _answer_scoring(self, rows: EvaluationRows) -> AnswerScoring:
         """The scoring of answers; numbers are read as the right answers of all rows write them."""
@@ -162,26 +165,18 @@ class ModelEvaluator:
         outcomes: dict[str, ModelOutcome],
         described: dict[str, str],
         tasks: dict[str, TaskScores],
+        scoring: AnswerScoring,
     ) -> EvaluationResult:
-        lengths = rows.dataset.lengths
+        lengths, references = rows.dataset.lengths, rows.prompt_references
         scored = {name: outcome.scored for name, outcome in outcomes.items()}
-        comparison = compare_models(
-            rows.examples, lengths, scored, self._length_buckets(lengths), self._bootstrap, described
-        )
-        scoring, answered = self._answer_scoring(rows), self.settings.generate and rows.has_prompt.any()
-        return EvaluationResult(
-            replace(
-                comparison,
-                tasks=tasks if self.settings.tasks else {},
-                endings={name: outcome.endings for name, outcome in outcomes.items() if outcome.endings},
-                unscored=scoring.count_unscored(rows.prompt_references, [s.row_scores for s in scored.values()])
-                if answered
-                else {},
-                number_reading=scoring.reading if answered else "",
-            ),
-            rows,
-            outcomes,
-        )
+        buckets = self._length_buckets(lengths)
+        comparison = compare_models(rows.examples, lengths, scored, buckets, self._bootstrap, described)
+        endings = {name: outcome.endings for name, outcome in outcomes.items() if outcome.endings}
+        comparison = replace(comparison, tasks=tasks if self.settings.tasks else {}, endings=endings)
+        if self.settings.generate and references:
+            unscored = scoring.count_unscored(references, [model.row_scores for model in scored.values()])
+            comparison = replace(comparison, unscored=unscored, number_reading=scoring.reading)
+        return EvaluationResult(comparison, rows, outcomes)
 
     def _add_verdict(self, result: EvaluationResult, scoring: AnswerScoring) -> EvaluationResult:
         run = self.run
@@ -225,12 +220,7 @@ class ModelEvaluator:
 
     def _evaluate_pair(self, rows: EvaluationRows, scoring: AnswerScoring) -> dict[str, ModelOutcome]:
         """Evaluate base and adapter: losses and their KL divergence in one pass, then answers."""
-        with self.progress.task("losses of base and adapter", len(rows.examples)) as advance:
-            sums = paired_sums(self.session.model, rows.dataset, self._evaluation_options(advance))
-        _require_finite(rows, sums.base, BASE)
-        _require_finite(rows, sums.adapter, ADAPTER)
-        base = ModelScores(sums.base, rows.text_bytes, rows.tokens_id)
-        adapter = ModelScores(sums.adapter, rows.text_bytes, rows.tokens_id, kl=sums.kl)
+        base, adapter = self._score_pair(rows, "losses of base and adapter")
         return {
             BASE: self._score_answers(rows, base, scoring, BASE, base=True),
             ADAPTER: self._score_answers(rows, adapter, scoring, ADAPTER),
@@ -263,12 +253,17 @@ class ModelEvaluator:
         greedy = InferenceSection(max_new_tokens=room, batch_tokens=self.settings.batch_tokens)
         with self.progress.task(f"answers of the {who}", len(prompts)) as advance:
             given = generate_answers(self.session, prompts, greedy, base=base, advance=advance)
-        asked = np.flatnonzero(rows.has_prompt)
-        texts, reasons = dict.fromkeys(range(len(nothing)), ""), dict.fromkeys(range(len(nothing)), "")
-        for place, answer in zip(asked.tolist(), given, strict=True):
-            texts[place], reasons[place] = answer.text, answer.finish_reason
+        in_turn = iter(given)
+        answers = [next(in_turn) if asked else None for asked in rows.has_prompt]
         scores = scored.with_answers([a.text for a in given], rows.prompt_references, rows.has_prompt, scoring)
-        return ModelOutcome([*texts.values()], scores, [*reasons.values()], _summarize_answers(rows, given, room))
+        right = [e.input_ids[e.loss_mask] for e in rows.dataset.select(np.flatnonzero(rows.has_prompt))]
+        is_cut = [answer.finish_reason == "length" for answer in given]
+        return ModelOutcome(
+            [answer.text if answer else "" for answer in answers],
+            scores,
+            [answer.finish_reason if answer else "" for answer in answers],
+            summarize_endings([answer.token_ids for answer in given], is_cut, right, room),
+        )
 
     def _evaluate_controls(
         self, rows: EvaluationRows, adapter: ModelScores, scoring: AnswerScoring
@@ -293,25 +288,17 @@ class ModelEvaluator:
         if sources is None:
             return None
         found = read_examples(sources, "evaluation.forgetting", DataSection())
-        return EvaluationRows.from_examples(
-            filter_fitting(found, self.session, self.settings.max_examples), self.session
-        )
+        fitting = filter_fitting(found, self.session, self.settings.max_examples)
+        return EvaluationRows.from_examples(fitting, self.session)
 
-    def _evaluate_forgetting(self, rows: EvaluationRows) -> Forgetting:
-        """The losses of base and adapter on other text."""
-        with self.progress.task("losses on other text", len(rows.examples)) as advance:
+    def _score_pair(self, rows: EvaluationRows, title: str) -> tuple[ModelScores, ModelScores]:
+        """The losses of base and adapter, and of the adapter its KL divergence from the base."""
+        with self.progress.task(title, len(rows.examples)) as advance:
             sums = paired_sums(self.session.model, rows.dataset, self._evaluation_options(advance))
         _require_finite(rows, sums.base, BASE)
         _require_finite(rows, sums.adapter, ADAPTER)
-        base, adapter = (ModelScores(s, rows.text_bytes, rows.tokens_id) for s in (sums.base, sums.adapter))
-        return measure_forgetting(base, adapter, self._bootstrap)
-
-
-def _summarize_answers(rows: EvaluationRows, given: Sequence[GeneratedAnswer], room: int) -> Endings:
-    """How the answers end, against the supervised tokens of the rows with a prompt."""
-    right = [example.input_ids[example.loss_mask] for example in rows.dataset.select(np.flatnonzero(rows.has_prompt))]
-    is_cut = [answer.finish_reason == "length" for answer in given]
-    return summarize_endings([answer.token_ids for answer in given], is_cut, right, room)
+        base = ModelScores(sums.base, rows.text_bytes, rows.tokens_id)
+        return base, ModelScores(sums.adapter, rows.text_bytes, rows.tokens_id, kl=sums.kl)
 
 
 def distinct_names(first: str, second: str) -> tuple[str, str]:

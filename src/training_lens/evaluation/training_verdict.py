@@ -1,15 +1,97 @@
-"""The verdict at the end of training, from the run's own validation."""
+"""The losses of a run from its journal, and the verdict at the end of training, from its own validation."""
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
-from training_lens.evaluation.training_record import TrainingRecord
+from training_lens.errors import CheckpointError
 from training_lens.evaluation.verdict import LEAST_CHANGE, Outcome, Remark, Verdict, count_rows
+from training_lens.runs.metrics_log import read_logged_values
+from training_lens.runs.run_folder import RunFolder
 
 MORE_ROWS = "validation rows: data.validation=FILE or data.val_ratio=0.1 in the next run, or rows given to compare."
+FAR_BELOW = 0.5  # training loss over the loss of other rows
+LEAST_RISE = 0.02  # share of the best validation loss; a smaller rise is ignored
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """Losses in nats per supervised token; None where they were not measured.
+
+    `best_loss` is the validation loss of the saved adapter, after `best_step`; `final_loss` that of the last
+    validation. `first_train_loss` and `late_train_loss` are medians over the first and the last tenth of the steps.
+    `validations` counts those after step 0, `rows` their rows. `broken_steps` counts steps with a non-finite loss.
+    """
+
+    steps: int
+    first_train_loss: float | None = None
+    late_train_loss: float | None = None
+    base_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    final_loss: float | None = None
+    validations: int = 0
+    rows: int | None = None
+    broken_steps: int = 0
+
+    def has_rising_loss(self) -> bool:
+        """Whether the validation loss has risen since its best."""
+        if self.best_loss is None or self.final_loss is None:
+            return False
+        return self.final_loss > (1 + LEAST_RISE) * self.best_loss
+
+    def is_far_below(self, loss: float) -> bool:
+        """Whether the training loss ends far below this loss of other rows."""
+        return self.late_train_loss is not None and self.late_train_loss < FAR_BELOW * loss
+
+
+def read_training_record(run: RunFolder) -> TrainingRecord:
+    """The record of a run from its metrics.jsonl and data.json, finished or not."""
+    try:
+        rows = run.read_metadata("data.json")["validation_examples"]
+    except (CheckpointError, KeyError, TypeError):
+        rows = None
+    rows = rows if isinstance(rows, int) else None
+    trained = [loss for (loss,) in read_logged_values(run, "step", "loss")]
+    steps = [int(step) for (step,) in read_logged_values(run, "step", "step")]
+    base = [loss for (loss,) in read_logged_values(run, "base", "loss")]
+    validated = read_logged_values(run, "validation", "step", "loss")
+    return build_training_record(steps, trained, base[0] if base else None, validated, rows)
+
+
+def build_training_record(
+    steps: Sequence[int],
+    trained: Sequence[float],
+    base: float | None,
+    validated: Sequence[Sequence[float]],
+    rows: int | None = None,
+) -> TrainingRecord:
+    """The record from plain values.
+
+    Args:
+        steps: all steps.
+        trained: the finite training losses.
+        validated: (step, loss) of each validation after step 0.
+    """
+    tenth = max(1, len(trained) // 10)
+    best = min(validated, key=lambda pair: pair[1], default=None)
+    return TrainingRecord(
+        steps=max(steps, default=0),
+        first_train_loss=median(trained[:tenth]) if trained else None,
+        late_train_loss=median(trained[-tenth:]) if trained else None,
+        base_loss=base if base is None or math.isfinite(base) else None,
+        best_loss=best[1] if best else None,
+        best_step=int(best[0]) if best else None,
+        final_loss=validated[-1][1] if validated else None,
+        validations=len(validated),
+        rows=rows,
+        broken_steps=len(steps) - len(trained),
+    )
 
 
 def assess_training(record: TrainingRecord, run: str = "") -> Verdict:
@@ -31,7 +113,9 @@ def assess_training(record: TrainingRecord, run: str = "") -> Verdict:
             next_command=command,
         )
     change = record.best_loss - record.base_loss
-    outcome = _find_outcome(change, record.base_loss)
+    outcome: Outcome = "better" if change < 0 else "worse"
+    if abs(change) < LEAST_CHANGE * record.base_loss:
+        outcome = "no difference"
     return Verdict(
         outcome,
         _write_sentence(outcome, record, change),
@@ -42,12 +126,6 @@ def assess_training(record: TrainingRecord, run: str = "") -> Verdict:
         remarks=remarks,
         next_command=compare,
     )
-
-
-def _find_outcome(change: float, base: float) -> Outcome:
-    if abs(change) < LEAST_CHANGE * base:
-        return "no difference"
-    return "better" if change < 0 else "worse"
 
 
 def _write_sentence(outcome: Outcome, record: TrainingRecord, change: float) -> str:

@@ -77,18 +77,13 @@ class MeasuredChange:
         """The outcome by where the interval lies: beyond zero, within the margin, or neither."""
         if self.interval is None or self.rows < self.least_rows:
             return "inconclusive"
-        low, high = self._gain_interval()
+        low, high = self.interval  # below, with the sign that more is better
+        if low == high and self.measure in PERCENT_MEASURES:  # no row differs: the rule of three
+            low, high = low - 3 / self.rows, high + 3 / self.rows
+        low, high = (-high, -low) if self.lower_is_better else (low, high)
         if -self.margin <= low and high <= self.margin:
             return "no difference"
         return "better" if low > 0 else "worse" if high < 0 else "inconclusive"
-
-    def _gain_interval(self) -> Interval:
-        """The interval with the sign that more is better; where no row differs, widened by the rule of three."""
-        assert self.interval is not None
-        low, high = self.interval
-        if low == high and self.measure in PERCENT_MEASURES:
-            low, high = low - 3 / self.rows, high + 3 / self.rows
-        return (-high, -low) if self.lower_is_better else (low, high)
 
     def rows_needed(self) -> int | None:
         """About how many rows would decide, if the change stays the same; None where that is unrealistic."""
@@ -153,12 +148,7 @@ class Verdict:
         return [*lines, f"Next: {self.next_command}"] if self.next_command else lines
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "interval": list(self.interval) if self.interval else None,
-            "remarks": [asdict(remark) for remark in self.remarks],
-            "severity": self.severity,
-        }
+        return {**asdict(self), "severity": self.severity}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Verdict:
@@ -167,10 +157,12 @@ class Verdict:
         Raises:
             KeyError, TypeError: the values are not those of a verdict.
         """
-        remarks = tuple(Remark(**remark) for remark in values["remarks"])
-        interval = (float(values["interval"][0]), float(values["interval"][1])) if values["interval"] else None
         fields = {name: value for name, value in values.items() if name != "severity"}
-        return cls(**{**fields, "remarks": remarks, "interval": interval})
+        fields["remarks"] = tuple(Remark(**remark) for remark in values["remarks"])
+        fields["interval"] = (
+            (float(values["interval"][0]), float(values["interval"][1])) if values["interval"] else None
+        )
+        return cls(**fields)
 
 
 def assess_changes(
@@ -207,10 +199,16 @@ def assess_changes(
     opposite = [other for other in others if {outcome, other.outcome()} == {"better", "worse"}]
     if opposite and not is_chosen:
         return _report_disagreement(verdict, deciding, opposite[0], names)
-    definite = [other for other in others if other.outcome() in ("better", "worse")]
-    remarks = [_opposite_remark(other) for other in definite if other.outcome() != outcome]
-    remarks += [_agreement_remark(other) for other in others if other.outcome() == outcome in ("better", "worse")][:1]
-    return replace(verdict, remarks=tuple(remarks))
+    remarks, agreeing = [], []
+    for other in others:
+        measure, found = name_measure(other.measure), other.outcome()
+        if found == outcome and found in ("better", "worse"):
+            agreeing.append(Remark("other_measure", "fine", f"So it is by {measure}: {other.describe_change()}."))
+        elif found in ("better", "worse"):
+            severity: Severity = "warning" if found == "worse" else "note"
+            sentence = f"By {measure} it is {found}: {other.describe_change()}."
+            remarks.append(Remark("other_measure", severity, sentence))
+    return replace(verdict, remarks=(*remarks, *agreeing[:1]))
 
 
 def _write_sentence(outcome: Outcome, change: MeasuredChange, names: tuple[str, str], is_identical: bool) -> str:
@@ -249,18 +247,6 @@ def _report_disagreement(
     choices = f"evaluation.decide_by={other.measure} or evaluation.decide_by={change.measure}"
     decide = f"which of the two counts for you: {choices}."
     return replace(verdict, outcome="inconclusive", sentence=sentence, decide=decide)
-
-
-def _opposite_remark(other: MeasuredChange) -> Remark:
-    outcome = other.outcome()
-    severity: Severity = "warning" if outcome == "worse" else "note"
-    return Remark(
-        "other_measure", severity, f"By {name_measure(other.measure)} it is {outcome}: {other.describe_change()}."
-    )
-
-
-def _agreement_remark(other: MeasuredChange) -> Remark:
-    return Remark("other_measure", "fine", f"So it is by {name_measure(other.measure)}: {other.describe_change()}.")
 
 
 def count_rows(rows: int) -> str:
