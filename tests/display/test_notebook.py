@@ -13,7 +13,6 @@ from training_lens.display.notebook import notebook_console
 from training_lens.display.progress import Progress, create_bars
 
 SHOWS = """
-import time
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from training_lens.display.progress import create_bars
@@ -22,7 +21,6 @@ drawn = create_bars(Console(), *columns)
 with drawn:
     task = drawn.add_task("training", total=30, more="")
     for i in range(30):
-        time.sleep(0.02)
         drawn.update(task, completed=i + 1, more="<b>loss</b>")
 """
 SHORT = """

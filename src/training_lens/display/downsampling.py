@@ -23,20 +23,14 @@ def thin_line(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) ->
         return steps, values
     edges = np.linspace(0, len(steps), (most - 2) // 2 + 1).astype(int).tolist()
     parts = [range(start, end) for start, end in pairwise(edges)]
-    kept = {0, len(steps) - 1}.union(*({_lowest_index(values, part), _highest_index(values, part)} for part in parts))
+    kept = {0, len(steps) - 1}
+    for part in parts:
+        inside = values[part.start : part.stop]
+        is_finite = np.isfinite(inside)
+        lowest = inside.argmin() if is_finite.all() else is_finite.argmin()  # else the first that is not finite
+        kept |= {part.start + int(lowest), part.start + int(np.where(is_finite, inside, -np.inf).argmax())}
     chosen = np.array(sorted(kept))
     return steps[chosen], values[chosen]
-
-
-def _lowest_index(values: np.ndarray, part: range) -> int:
-    inside = values[part.start : part.stop]
-    is_bad = ~np.isfinite(inside)
-    return part.start + int(is_bad.argmax() if is_bad.any() else inside.argmin())
-
-
-def _highest_index(values: np.ndarray, part: range) -> int:
-    inside = values[part.start : part.stop]
-    return part.start + int(np.where(np.isfinite(inside), inside, -np.inf).argmax())
 
 
 def thin_steps(steps: np.ndarray, values: np.ndarray, most: int = MOST_STEPS) -> tuple[np.ndarray, np.ndarray]:

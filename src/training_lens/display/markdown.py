@@ -20,20 +20,13 @@ def escape_markdown(text: str) -> str:
         '2 &#42; 3 &#60; 7<br>&#124;x&#124;'
     """
     lines = text.replace("\r\n", "\n").translate(CONTROL).expandtabs(4).split("\n")
-    return "<br>".join(_escape_line(line) for line in lines) or "&#8203;"
+    escaped = [SYNTAX.sub(lambda found: f"&#{ord(found[0])};", line) for line in lines]
+    # A number that would start a list keeps its digits but for the last.
+    literal = [BLOCK_START.sub(lambda found: f"{found[0][:-1]}&#{ord(found[0][-1])};", line) for line in escaped]
+    return "<br>".join(re.sub(r"^ | (?= )", "&nbsp;", line) for line in literal) or "&#8203;"
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table. Cells are one-line Markdown, as `escape_markdown` returns."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _escape_line(line: str) -> str:
-    escaped = SYNTAX.sub(lambda found: f"&#{ord(found[0])};", line)
-    return re.sub(r"^ | (?= )", "&nbsp;", BLOCK_START.sub(_entity_at_end, escaped))
-
-
-def _entity_at_end(found: re.Match[str]) -> str:
-    """The match with its last character as an entity, so that a number keeps its digits."""
-    return f"{found[0][:-1]}&#{ord(found[0][-1])};"

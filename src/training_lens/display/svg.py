@@ -43,7 +43,11 @@ def render_chart(curves: Sequence[Curve], x: str, y: str) -> str:
         return ""
     axes = _Axes.from_curves(shown)
     height = PLOT_HEIGHT + LINE_HEIGHT * len(shown)
-    parts = [*axes.render_grid(x, y), *(_render_curve(curve, axes) for curve in shown), *_render_legend(shown)]
+    parts = [*axes.render_grid(x, y), *(_render_curve(curve, axes) for curve in shown)]
+    for row, curve in enumerate(shown):
+        down = PLOT_HEIGHT + 4 + LINE_HEIGHT * row
+        line = f'<path d="M{LEFT} {down}h24" stroke="{curve.colour}" stroke-width="2"{_dashes(curve)}/>'
+        parts += [line, _render_text(LEFT + 32, down + 4, curve.name, "start")]
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" style="max-width: 100%; height: auto" role="img" '
         f'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12">{"".join(parts)}</svg>'
@@ -62,7 +66,10 @@ class _Axes:
         steps = np.concatenate([curve.steps for curve in curves]).astype(float)
         values = np.concatenate([curve.values for curve in curves])
         values = values[np.isfinite(values)]
-        return cls(_widen_range(steps.min(), steps.max()), _widen_range(values.min(), values.max()))
+        (left, right), (low, high) = ((float(a.min()), float(a.max())) for a in (steps, values))
+        # A range of one value is widened by 1.
+        x = (left, right) if right > left else (left - 0.5, left + 0.5)
+        return cls(x, (low, high) if high > low else (low - 0.5, low + 0.5))
 
     def to_pixels(self, step: float, value: float) -> tuple[float, float]:
         """The position in pixels from the left and the top."""
@@ -100,11 +107,6 @@ def axis_ticks(low: float, high: float) -> list[float]:
     return [round(i * each, 12) for i in range(int(np.ceil(low / each)), int(np.floor(high / each)) + 1)]
 
 
-def _widen_range(low: float, high: float) -> tuple[float, float]:
-    """The range, widened by 1 if it is empty."""
-    return (float(low), float(high)) if high > low else (float(low) - 0.5, float(high) + 0.5)
-
-
 def _render_curve(curve: Curve, axes: _Axes) -> str:
     steps, values = thin_line(curve.steps, curve.values, MOST_POINTS)
     path, dots, pen = "", [], "M"
@@ -116,17 +118,12 @@ def _render_curve(curve: Curve, axes: _Axes) -> str:
         path += f"{pen}{across:.1f} {down:.1f}"
         dots.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{curve.colour}"/>')
         pen = "L"
-    dashes = ' stroke-dasharray="6 4"' if curve.dashed else ""
-    line = f'<path d="{path}" fill="none" stroke="{curve.colour}" stroke-width="1.6"{dashes}/>'
+    line = f'<path d="{path}" fill="none" stroke="{curve.colour}" stroke-width="1.6"{_dashes(curve)}/>'
     return line + "".join(dots) if curve.dots or len(dots) == 1 else line
 
 
-def _render_legend(curves: Sequence[Curve]) -> Iterator[str]:
-    for row, curve in enumerate(curves):
-        down = PLOT_HEIGHT + 4 + LINE_HEIGHT * row
-        dashes = ' stroke-dasharray="6 4"' if curve.dashed else ""
-        yield f'<path d="M{LEFT} {down}h24" stroke="{curve.colour}" stroke-width="2"{dashes}/>'
-        yield _render_text(LEFT + 32, down + 4, curve.name, "start")
+def _dashes(curve: Curve) -> str:
+    return ' stroke-dasharray="6 4"' if curve.dashed else ""
 
 
 def _render_text(across: float, down: float, words: str, anchor: str) -> str:
