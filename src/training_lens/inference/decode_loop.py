@@ -153,17 +153,13 @@ class DecodeLoop:
     def run(self) -> Iterator[list[Completion]]:
         """Yield completions as they finish."""
         while self._waiting or any(self._rows):
-            if self._waiting and self._can_prefill():
+            enough = min(len(self._waiting), max(1, len(self._rows) // 8))  # free slots, for a prefill to pay
+            if self._waiting and self._rows.count(None) >= enough:
                 yield from self._prefill_free_slots()
             elif not self._waiting and 2 * sum(row is not None for row in self._rows) <= len(self._rows):
                 self._drop_free_slots()
             if any(self._rows) and (finished := self._decoding_step()):
                 yield finished
-
-    def _can_prefill(self) -> bool:
-        """Whether enough slots are free for a prefill to pay."""
-        free = self._rows.count(None)
-        return free >= min(len(self._waiting), max(1, len(self._rows) // 8))
 
     def _prefill_free_slots(self) -> Iterator[list[Completion]]:
         """Prefill prompts into the free slots, in batches within the token budget."""
@@ -177,14 +173,12 @@ class DecodeLoop:
             finished = self._append_tokens(batch, tokens.tolist())
             for i, completion in enumerate(batch):
                 if completion not in finished:
-                    self._fill_slot(free.pop(0), completion, cache, i, tokens[i])
+                    slot, length = free.pop(0), len(completion.prompt)
+                    self._cache.write_prompt(slot, cache, i, self._prefix.length, length)
+                    self._rows[slot] = completion
+                    self._last[slot], self._positions[slot], self._live[slot] = tokens[i], length, 1
             if finished:
                 yield finished
-
-    def _fill_slot(self, slot: int, completion: Completion, cache: Cache, i: int, token: Tensor) -> None:
-        self._cache.write_prompt(slot, cache, i, self._prefix.length, len(completion.prompt))
-        self._rows[slot] = completion
-        self._last[slot], self._positions[slot], self._live[slot] = token, len(completion.prompt), 1
 
     def _decoding_step(self) -> list[Completion]:
         """One more token for every row; returns the rows that it finishes."""
@@ -195,13 +189,11 @@ class DecodeLoop:
         self._positions += self._live
         finished = self._append_tokens(self._rows, self._last.tolist())  # the one sync point of a step
         for completion in finished:
-            self._free_slot(self._rows.index(completion))
+            slot = self._rows.index(completion)
+            self._rows[slot] = None
+            self._cache.release_row(slot)
+            self._positions[slot] = self._live[slot] = 0  # an empty slot must not run out of positions
         return finished
-
-    def _free_slot(self, slot: int) -> None:
-        self._rows[slot] = None
-        self._cache.release_row(slot)
-        self._positions[slot] = self._live[slot] = 0  # an empty slot must not run out of positions
 
     def _append_tokens(self, rows: Sequence[Completion | None], tokens: Sequence[int]) -> list[Completion]:
         """Give each completion its token; returns those that are finished with it."""

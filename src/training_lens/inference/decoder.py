@@ -61,7 +61,9 @@ class DecoderCache:
             prompt: real tokens to compare logits on.
         """
         state = (base, *_read_model_state(model))
-        if not _is_same_state(state, self._state):
+        before = self._state
+        same = state[:-1] == before[:-1] and all(map(torch.equal, state[-1], before[-1]))
+        if not same:
             self._decoder = None  # before the next one is built: both need not be in memory together
             self._decoder, self._state = _try_to_build(model, base, prompt), state
         return self._decoder
@@ -74,12 +76,6 @@ def _read_model_state(model: Any) -> tuple[Any, ...]:
     adapter = [p.detach().clone() for name, p in model.named_parameters() if "lora_" in name]
     scalings = [dict(m.scaling) for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
     return id(model), versions, scalings, adapter
-
-
-def _is_same_state(state: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    if not before or state[:-1] != before[:-1]:
-        return False
-    return all(torch.equal(a, b) for a, b in zip(state[-1], before[-1], strict=True))
 
 
 def _try_to_build(model: Any, base: bool, prompt: Sequence[int]) -> Decoder | None:

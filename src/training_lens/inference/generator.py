@@ -232,7 +232,14 @@ def _complete_prompts(
     call: _GenerationCall, prompts: Sequence[Sequence[int]], advance: Callable[[float], None] = lambda _done: None
 ) -> list[Completion]:
     """The completions; arguments and errors are those of `generate_answers`."""
-    completions = [_new_completion(call, index, prompt) for index, prompt in enumerate(prompts)]
+    completions, most, positions = list[Completion](), call.settings.max_new_tokens, call.session.positions
+    for index, prompt in enumerate(prompts):
+        if positions and len(prompt) >= positions:
+            raise ConfigurationError(
+                f"a prompt has {len(prompt)} tokens, the model {positions} positions: no room to answer. Shorten it."
+            )
+        room = min(most, positions - len(prompt)) if positions else most
+        completions.append(Completion(index, prompt, room))
     waiting = sorted(completions, key=lambda c: -len(c.prompt))
     budget = call.settings.batch_tokens
     while waiting:
@@ -253,16 +260,6 @@ def _complete_prompts(
     return completions
 
 
-def _new_completion(call: _GenerationCall, index: int, prompt: Sequence[int]) -> Completion:
-    """At most as many new tokens as the model's positions leave."""
-    most, positions = call.settings.max_new_tokens, call.session.positions
-    if positions and len(prompt) >= positions:
-        raise ConfigurationError(
-            f"a prompt has {len(prompt)} tokens, the model {positions} positions: no room to answer. Shorten it."
-        )
-    return Completion(index, prompt, min(most, positions - len(prompt)) if positions else most)
-
-
 def _raise_unless_fewer_rows_help(error: Exception, rows: int, width: int) -> None:
     """Raise again what is not a lack of memory; where one row did not fit, an error that says so."""
     if not is_out_of_memory(error):
@@ -276,19 +273,14 @@ def _raise_unless_fewer_rows_help(error: Exception, rows: int, width: int) -> No
 
 def _generate_options(session: Session, settings: InferenceSection) -> dict[str, Any]:
     """The settings as keyword arguments of `generate`; temperature 0 is greedy."""
-    stop = {
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or 0}
+    is_sampled = settings.temperature != 0
+    return {
+        "do_sample": is_sampled,
+        **(sampling if is_sampled else {}),
         "max_new_tokens": settings.max_new_tokens,
         "eos_token_id": sorted(session.stop_ids),
         "pad_token_id": session.pad_id,
-    }
-    if settings.temperature == 0:
-        return {"do_sample": False, **stop}
-    return {
-        "do_sample": True,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": settings.top_k or 0,
-        **stop,
     }
 
 
