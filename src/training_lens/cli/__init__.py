@@ -2,51 +2,53 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from training_lens.cli.analyze import analyze
-from training_lens.cli.benchmark import benchmark
-from training_lens.cli.compare import compare
-from training_lens.cli.doctor import doctor
-from training_lens.cli.evaluate import baseline, evaluate
-from training_lens.cli.experiment import experiment
-from training_lens.cli.export import export
-from training_lens.cli.infer import infer
-from training_lens.cli.init import init
-from training_lens.cli.merge import merge
-from training_lens.cli.options import add_command
-from training_lens.cli.prepare import prepare
-from training_lens.cli.push import push
-from training_lens.cli.report import report
-from training_lens.cli.sweep import sweep
-from training_lens.cli.sync import sync
-from training_lens.cli.train import train
-from training_lens.cli.validate import validate
+from training_lens.cli.options import HELP_OPTIONS, build_command
 from training_lens.utils.streams import protect_output
+
+COMMANDS = {
+    "Data": ("prepare",),
+    "Train": ("init", "validate", "train", "sweep"),
+    "Evaluate": ("evaluate", "baseline", "compare", "infer"),
+    "Look inside": ("analyze", "report", "export"),
+    "Ship": ("merge", "benchmark", "push"),
+    "Runs": ("sync", "doctor", "experiment"),
+}
+PANELS = {name: panel for panel, names in COMMANDS.items() for name in names}
+MODULES = {"baseline": "evaluate"}  # of commands that share a file
+
+
+class CommandGroup(TyperGroup):
+    """The commands; each is imported when it is called or listed, since building all takes longer than most errors."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands: dict[str, Any] = dict.fromkeys(PANELS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a name, if there is one."""
+        if cmd_name in PANELS and self.commands[cmd_name] is None:
+            module = import_module(f"training_lens.cli.{MODULES.get(cmd_name, cmd_name)}")
+            self.commands[cmd_name] = build_command(getattr(module, cmd_name), PANELS[cmd_name])
+        return self.commands.get(cmd_name)
+
 
 cli = typer.Typer(
     name="training-lens",
+    cls=CommandGroup,
     help="LoRA fine-tuning of causal language models that you can trust and see inside.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP_OPTIONS,
 )
-COMMANDS = {
-    "Data": (prepare,),
-    "Train": (init, validate, train, sweep),
-    "Evaluate": (evaluate, baseline, compare, infer),
-    "Look inside": (analyze, report, export),
-    "Ship": (merge, benchmark, push),
-    "Runs": (sync, doctor),
-}
-for panel, commands in COMMANDS.items():
-    for command in commands:
-        add_command(cli, panel=panel)(command)
-cli.add_typer(experiment, rich_help_panel="Runs")
 
 
 def _print_version(is_asked: bool) -> None:
@@ -70,6 +72,7 @@ def describe_command(version: Version = False) -> None:
 def main() -> None:
     """The command's entry point."""
     protect_output()
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for them reads every installed package
     try:
         cli()
     except KeyboardInterrupt:  # before a command has begun; later, the command reports it

@@ -62,7 +62,7 @@ experiment = typer.Typer(
     name="experiment",
     help="The runs that there are: list, show, compare, best, tag, delete.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
 )
 
 

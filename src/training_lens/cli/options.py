@@ -45,6 +45,7 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to standard error.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 LAST = ("json", "debug")  # the parameters that stand last in the help of every command
 
 
@@ -183,3 +184,14 @@ def add_command(app: typer.Typer, name: str | None = None, panel: str | None = N
         return function
 
     return add
+
+
+def build_command(definition: Function | typer.Typer, panel: str) -> Any:
+    """The command of a function, or of an app with commands of its own; `panel`: its heading in the help."""
+    if isinstance(definition, typer.Typer):
+        group: Any = typer.main.get_command(definition)
+        group.rich_help_panel = panel
+        return group
+    app = typer.Typer(add_completion=False)
+    add_command(app, panel=panel)(definition)
+    return typer.main.get_command(app)

@@ -15,10 +15,10 @@ def check_training(settings: TrainingConfig) -> None:
     Raises:
         TrainingLensError: as the run itself would raise it later.
     """
-    from training_lens.runs.run_folder import RunFolder, runs_folder
-
     output = settings.output
     if output.run_id:
+        from training_lens.runs.run_folder import RunFolder, runs_folder
+
         RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / output.run_id).require_new()
     check_rows(settings)
     check_base(settings)

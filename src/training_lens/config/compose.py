@@ -11,9 +11,7 @@ from training_lens.config.config_files import FileContent, read_config_file
 from training_lens.config.ignored_keys import describe_ignored
 from training_lens.config.overrides import Override, read_values, split_words
 from training_lens.config.preset_files import load_presets, packaged_presets
-from training_lens.config.run_config import FILE_KEYS, find_writer, require_consent
 from training_lens.config.schema import TrainingConfig
-from training_lens.config.search_space import flatten_keys, parse_space
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import get_logger
 from training_lens.utils.nested import flatten_sections, merge_sections, set_at_path
@@ -54,7 +52,8 @@ def compose(
         _flatten_space(layer)
     problems += [*unreadable, *(line for file in (*own, *files) for line in file.problems)]
     config = validate_values(reduce(merge_sections, layers), problems)
-    _require_user_consent(config, presets, files, [typed, flags or {}])
+    if files:
+        _require_user_consent(config, presets, files, [typed, flags or {}])
     return config
 
 
@@ -62,6 +61,8 @@ def _require_user_consent(
     config: TrainingConfig, presets: dict[str, Any], files: Sequence[FileContent], layers: Sequence[dict[str, Any]]
 ) -> None:
     """Refuse code and destinations that only a file of a run, a sweep or an adapter names."""
+    from training_lens.config.run_config import FILE_KEYS, find_writer, require_consent
+
     writers = {file.file: find_writer(Path(file.file)) for file in files}
     own = [file.values for file in files if writers[file.file] is None]
     given = reduce(merge_sections, [presets, *own, *layers])
@@ -131,24 +132,21 @@ def validate_values(values: dict[str, Any], problems: Sequence[str] = ()) -> Tra
     """
     try:
         config = TrainingConfig.model_validate(values)
-        further = _space_problems(config)
+        if config.sweep.space:
+            from training_lens.config.search_space import parse_space
+
+            parse_space(config)
     except ConfigurationError as error:
-        further = error.problems
-    if problems or further:
-        raise ConfigurationError([*problems, *further])
+        problems = [*problems, *error.problems]
+    if problems:
+        raise ConfigurationError(problems)
     return config
-
-
-def _space_problems(config: TrainingConfig) -> tuple[str, ...]:
-    try:
-        parse_space(config)
-    except ConfigurationError as error:
-        return error.problems
-    return ()
 
 
 def _flatten_space(layer: dict[str, Any]) -> None:
     """Write the keys of `sweep.space` in full, so that a later layer overrides single keys of it."""
     sweep = layer.get("sweep")
     if isinstance(sweep, dict) and isinstance(sweep.get("space"), dict):
+        from training_lens.config.search_space import flatten_keys
+
         sweep["space"] = flatten_keys(sweep["space"])

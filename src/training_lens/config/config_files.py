@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 
 from training_lens.config.foreign_keys import translate_names
@@ -78,22 +79,11 @@ def _split_sections(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def parse_config_file(file: str, title: str) -> dict[str, Any]:
-    """The file's top-level keys and values; interpolations of a YAML file are resolved."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
+    """The file's top-level keys and values; references of a YAML file (`${section.key}`) are resolved."""
     path = expand_home(file)
     try:
         text = read_bytes(path, CONFIG_BYTES).decode("utf-8-sig")
-        raw: Any
-        if path.suffix == ".json":
-            raw = parse_json(text)
-        else:
-            check_yaml(text)
-            created = OmegaConf.create(text)
-            check_references(OmegaConf.to_container(created))
-            raw = OmegaConf.to_container(created, resolve=True)
+        raw = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
     except OSError as error:
         raise ConfigurationError(f"{title}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
@@ -102,10 +92,8 @@ def parse_config_file(file: str, title: str) -> dict[str, Any]:
         raise ConfigurationError(f"{title}, line {error.lineno}: no valid JSON: {error.msg}.") from error
     except DuplicateKeyError as error:
         raise ConfigurationError(f"{title}: {error}.") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except yaml.YAMLError as error:
         raise ConfigurationError(f"{title}: no valid YAML: {error}") from error
-    except AssertionError as error:  # OmegaConf's, of a date or a number
-        raise ConfigurationError(f"{title}: holds one value, expected keys and values.") from error
     except (ValueError, RecursionError) as error:  # over a limit, or circular
         raise ConfigurationError(f"{title}: cannot be read ({error}).") from error
     if raw is None:
@@ -131,6 +119,52 @@ def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> di
 _REFERENCE = re.compile(r"\$\{([^${}]*)\}")
 
 
+class ConfigLoader(yaml.SafeLoader):
+    """YAML as people write configs: 1e-4 is a number, a date is text, and no key is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node; a key that stands twice is an error."""
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                problem = f"found duplicate key {key.value}"
+                raise yaml.constructor.ConstructorError(
+                    "while constructing a mapping", node.start_mark, problem, key.start_mark
+                )
+            keys.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+ConfigLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, with its references resolved.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or a reference leads nowhere.
+        ValueError: it is too deep or too large.
+    """
+    check_yaml(text)
+    values = yaml.load(text, ConfigLoader)  # noqa: S506 (a safe loader)
+    if "${" not in text or not isinstance(values, dict):
+        return values
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    check_references(values)
+    try:
+        return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    except OmegaConfBaseException as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
 def check_yaml(text: str) -> None:
     """Check that a YAML text has bounded depth and size once aliases (`*a`) are followed.
 
@@ -138,8 +172,6 @@ def check_yaml(text: str) -> None:
         TooMuchError: it is too deep or too large.
         yaml.YAMLError: it is not YAML.
     """
-    import yaml
-
     named: dict[str, tuple[int, int]] = {}  # by anchor: number of values, and depth
     open_nodes: list[tuple[str | None, int]] = []  # anchor, and number of values before the node
     depths = [0]  # of the open nodes so far

@@ -7,6 +7,8 @@ precedence.
 
 from __future__ import annotations
 
+import json
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from training_lens.utils.names import expand_home
 NO_OVERRIDE = "is no override; write key=value"
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
 CONFIG_ENDINGS = (".yaml", ".yml")
+PLAIN_VALUE = re.compile(r"true|false|-?(0|[1-9]\d{0,17})(\.\d+)?([eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,8 @@ def _read_element(text: str) -> Any:
 
 
 def _read_other(override: Override) -> Any:
+    if PLAIN_VALUE.fullmatch(override.raw):  # as Hydra reads it, without importing Hydra
+        return json.loads(override.raw)
     from hydra.core.override_parser.types import QuotedString
 
     parsed = _parse_override(override.raw)

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from training_lens.config.data_sections import CsvSection
-from training_lens.data.csv_files import read_csv_rows
 from training_lens.data.examples import Row
-from training_lens.data.json_files import read_json_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 from training_lens.utils.arrow_rows import iterate_arrow_rows
@@ -62,6 +60,9 @@ def read_file_rows(source: SourceFile) -> Iterator[Row]:
         DatasetError: an unknown suffix, broken or binary content, an ambiguous table, or a bad row and bad rows are
             not skipped.
     """
+    from training_lens.data.csv_files import read_csv_rows  # a missing file is reported without them
+    from training_lens.data.json_files import read_json_rows
+
     path = source.path
     kind = detect_format(path)
     if kind is None:
