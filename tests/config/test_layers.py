@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import logging
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from training_lens.config.compose import compose
+from training_lens.config.foreign_keys import BY_NAME
 from training_lens.config.ignored_keys import ORIGINS
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import TrainingLogger, setup_logging
+from training_lens.utils.nested import flatten_sections
 
 
 @pytest.fixture(autouse=True)
@@ -123,26 +127,201 @@ def test_each_key_of_a_nested_config_is_called_by_its_name_here(values: dict[str
     assert all(part in message for part in suggested), message
 
 
-LLAMA_FACTORY = {
-    "model_name_or_path": "m", "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_target": "all",
-    "lora_rank": 8, "dataset": "identity,alpaca_en_demo", "template": "llama3", "cutoff_len": 2048, "overwrite_cache": True,
-    "preprocessing_num_workers": 16, "output_dir": "saves", "logging_steps": 10, "plot_loss": True, "report_to": "none",
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "learning_rate": 1e-4, "num_train_epochs": 3.0,
-    "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "bf16": True, "ddp_timeout": 180000000, "resume_from_checkpoint": None,
+# As people have them, from the trainers' own keys: what of it must be said here, and what comes of it.
+FILES = {
+    "llama-factory": (
+        """
+        model_name_or_path: m
+        trust_remote_code: true
+        stage: sft
+        do_train: true
+        finetuning_type: lora
+        lora_target: all
+        lora_rank: 8
+        additional_target: embed_tokens,lm_head
+        dataset: identity,alpaca_en_demo
+        template: llama3
+        cutoff_len: 2048
+        max_samples: 1000
+        mask_history: true
+        overwrite_cache: true
+        preprocessing_num_workers: 16
+        image_max_pixels: 262144
+        freeze_vision_tower: true
+        output_dir: saves
+        logging_steps: 10
+        plot_loss: true
+        report_to: none
+        per_device_train_batch_size: 1
+        gradient_accumulation_steps: 8
+        learning_rate: 1.0e-4
+        num_train_epochs: 3.0
+        lr_scheduler_type: cosine
+        warmup_ratio: 0.1
+        bf16: true
+        early_stopping_steps: 3
+        val_size: 0.1
+        ddp_timeout: 180000000
+        resume_from_checkpoint: null
+        deepspeed: ds_z2_config.json
+        """,
+        ("data.train=rows.jsonl", "data.template=auto"),
+        {"peft.modules_to_save": ["embed_tokens", "lm_head"], "data.supervise": "last",
+         "training.early_stopping_patience": 3, "peft.target_modules": "auto", "training.precision": "bf16"},
+        "no weights are sharded here",
+    ),
+    "hf": (
+        """
+        model_name_or_path: m
+        dtype: bfloat16
+        dataset_name: rows
+        max_length: 2048
+        packing: true
+        completion_only_loss: true
+        truncation_mode: keep_end
+        per_device_train_batch_size: 1
+        gradient_accumulation_steps: 8
+        learning_rate: 1e-4
+        num_train_epochs: 3
+        warmup_steps: 20
+        lr_scheduler_type: constant_with_warmup
+        optim: adamw_torch_fused
+        activation_checkpointing: true
+        activation_checkpointing_kwargs: {use_reentrant: false}
+        bf16: true
+        use_peft: true
+        lora_r: 8
+        lora_target_modules: all-linear
+        lora_modules_to_save: [lm_head]
+        eval_strategy: steps
+        eval_steps: 50
+        save_total_limit: 2
+        dataset_num_proc: 4
+        dataloader_num_workers: 2
+        dataloader_drop_last: false
+        report_to: [wandb]
+        push_to_hub: false
+        seed: 3
+        """,
+        ("data.train=rows.jsonl", "data.val_ratio=0.1"),
+        {"data.mask_prompt": True, "data.truncation": "keep_end", "training.gradient_checkpointing": True,
+         "training.scheduler": "constant", "training.warmup_steps": 20, "training.optimizer": "adamw"},
+        "packing: there a step takes batch_size rows of packed examples",
+    ),
+    "axolotl": (
+        """
+        base_model: m
+        model_type: AutoModelForCausalLM
+        load_in_8bit: false
+        load_in_4bit: true
+        strict: false
+        datasets:
+          - path: rows
+            type: alpaca
+        dataset_prepared_path:
+        val_set_size: 0.05
+        output_dir: ./outputs/out
+        adapter: qlora
+        lora_model_dir:
+        sequence_len: 2048
+        excess_length_strategy: drop
+        sample_packing: true
+        pad_to_sequence_len: true
+        lora_r: 8
+        lora_alpha: 16
+        lora_dropout: 0.05
+        lora_target_linear: true
+        wandb_project:
+        wandb_watch:
+        gradient_accumulation_steps: 8
+        micro_batch_size: 1
+        num_epochs: 3
+        optimizer: paged_adamw_8bit
+        lr_scheduler: cosine
+        cosine_min_lr_ratio: 0.1
+        learning_rate: 0.0001
+        bf16: auto
+        fp16:
+        tf32: false
+        gradient_checkpointing: offload
+        early_stopping_patience:
+        resume_from_checkpoint:
+        flash_attention: true
+        warmup_ratio: 0.1
+        evals_per_epoch: 4
+        saves_per_epoch: 1
+        weight_decay: 0.0
+        special_tokens:
+          pad_token: "<|end_of_text|>"
+        """,
+        ("data.train=rows.jsonl",),
+        {"model.quantization": "4bit", "data.truncation": "drop", "training.min_lr_ratio": 0.1,
+         "training.gradient_checkpointing": True, "data.val_ratio": 0.05, "peft.from_adapter": None},
+        "sample_packing: there a step takes batch_size rows",
+    ),
 }  # fmt: skip
 
 
-def test_a_file_of_another_trainer_is_read_once_its_own_names_are_answered(
-    caplog: pytest.LogCaptureFixture, said: list[str]
+@pytest.mark.parametrize("origin", FILES)
+def test_a_file_of_another_trainer_trains_once_its_own_names_are_answered(
+    origin: str, caplog: pytest.LogCaptureFixture, said: list[str]
 ) -> None:
-    file = write("sft.yaml", yaml.safe_dump(LLAMA_FACTORY))
-    assert "do_train: unknown key, of another trainer; --from hf or llama-factory" in problem(file)
-    message = problem(file, ["data.train=rows.jsonl"], None, "llama-factory")
-    assert message == "template: given 'llama3', which LLaMA-Factory alone knows; set data.template"
-    config = compose(file, ["data.train=rows.jsonl", "data.template=auto"], None, "llama-factory")
-    assert (config.model.id, config.peft.r, config.training.lr, config.data.train) == ("m", 8, 1e-4, ["rows.jsonl"])
-    line = [line for line in caplog.messages if "set aside" in line][-1]
-    assert all(name in line for name in ("stage", "template", "dataset", "plot_loss", "ddp_timeout"))
+    text, answers, wanted, note = FILES[origin]
+    file = write("sft.yaml", textwrap.dedent(text))
+    for left_out in answers:
+        if not left_out.startswith("data.val_ratio"):
+            key = left_out.partition("=")[0]
+            assert f"; set {key}" in problem(file, [word for word in answers if word != left_out], None, origin)
+    config = compose(file, answers, None, origin)
+    values = flatten_sections(config.model_dump())
+    common = {"model.id": "m", "model.seq_len": 2048, "peft.r": 8, "training.lr": 1e-4, "training.epochs": 3,
+              "training.batch_size": 1, "training.gradient_accumulation_steps": 8, "data.train": ["rows.jsonl"]}  # fmt: skip
+    expected = common | wanted
+    assert {key: values[key] for key in expected} == expected
+    assert note in "\n".join(caplog.messages)
+    assert "of another trainer; --from" in problem(file)
+
+
+def list_fields(place: str, name: str) -> set[str]:
+    """The fields of a dataclass in an installed package, read without importing it."""
+    package, _, path = place.partition("/")
+    spec = importlib.util.find_spec(package)
+    assert spec and spec.origin
+    tree = ast.parse((Path(spec.origin).parent / path).read_text())
+    (found,) = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == name)
+    return {
+        part.target.id for part in found.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("transformers/training_args.py", "TrainingArguments"),
+        ("transformers/training_args_seq2seq.py", "Seq2SeqTrainingArguments"),
+        ("trl/trainer/sft_config.py", "SFTConfig"),
+        ("trl/trainer/model_config.py", "ModelConfig"),
+        ("trl/scripts/utils.py", "ScriptArguments"),
+    ],
+)
+def test_every_key_of_the_hugging_face_trainers_is_known(place: str, name: str) -> None:
+    keys = {key for key in list_fields(place, name) if key not in BY_NAME and not ORIGINS["hf"].has_key(key)}
+    assert not keys
+
+
+@pytest.mark.parametrize(
+    ("origin", "name", "value", "message"),
+    [
+        ("axolotl", "batch_size", 64, "the examples of a whole step there"),
+        ("llama-factory", "max_length", 64, "the longest generation there"),
+        ("llama-factory", "freeze_vision_tower", False, "expected True or None"),
+        ("llama-factory", "adapter_folder", "a", "expected None"),
+        ("hf", "assistant_only_loss", False, "give data.mask_prompt"),
+        ("axolotl", "special_tokens", {"eos_token": "x"}, "It would change the result"),
+    ],
+)
+def test_a_key_that_means_something_else_there_is_refused(origin: str, name: str, value: Any, message: str) -> None:
+    assert message in problem(write("a.yaml", {name: value}), (), None, origin)
 
 
 @pytest.mark.parametrize("origin", ORIGINS)

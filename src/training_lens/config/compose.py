@@ -99,6 +99,8 @@ def _report_layers(
             logger.info("%s: %s", name, ", ".join(content.translated))
         if content.ignored:
             logger.info("%s: %s", name, describe_ignored(content.ignored))
+        for note in content.notes:
+            logger.warning("%s: %s", name, note)
     for choice in choices if files else ():
         _report_overridden_preset(files, choice)
     for number, content in enumerate(files[1:], 1):

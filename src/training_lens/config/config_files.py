@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from training_lens.config.foreign_keys import translate_names
-from training_lens.config.ignored_keys import remove_foreign_keys
+from training_lens.config.ignored_keys import ORIGINS, remove_foreign_keys
 from training_lens.config.keys import describe_unknown, known_keys
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
@@ -26,14 +26,15 @@ from training_lens.utils.nested import flatten_sections, nest_keys
 class FileContent:
     """The settings of a file, by section, and what to report about it.
 
-    `translated` has a line for each name of another trainer, `ignored` the names that `--from` ignores,
-    `problems` a line for each problem.
+    `translated` has a line for each name of another trainer, `ignored` the names that `--from` ignores, `notes` a line
+    for each that means less or more here, `problems` a line for each problem.
     """
 
     file: str
     values: dict[str, Any] = field(default_factory=dict)
     translated: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -51,7 +52,7 @@ def read_config_file(
         ConfigurationError: the file cannot be read, or is no mapping of keys.
     """
     nested, problems = nest_keys(parse_config_file(file, title), f"{title}: ")
-    translation = translate_names(nested)
+    translation = translate_names(nested, ORIGINS[origin].other if origin else ())
     values, twice = nest_keys({**translation.rest, **translation.settings}, f"{title}: ")
     asides = remove_foreign_keys(
         values, origin, TrainingConfig.model_fields, {**flatten_sections(values), **(decided or {})}
@@ -62,6 +63,7 @@ def read_config_file(
         without_empty_sections(own, TrainingConfig),
         translation.lines,
         asides.ignored,
+        asides.notes,
         [*problems, *translation.problems, *twice, *asides.problems, *foreign],
     )
 

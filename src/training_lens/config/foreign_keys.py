@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,12 @@ def _check_warmup(value: Any) -> Any:
     return value
 
 
+def _check_answers_only(value: Any) -> Any:
+    if value is not True:
+        raise ValueError("what is learned depends on the kind of rows there; give data.mask_prompt")
+    return True
+
+
 def _split_modules(value: Any) -> Any:
     """Names separated by commas as a list; `all` is `auto`; a regular expression is left as it is."""
     if value in ("all", "all-linear"):
@@ -75,7 +81,9 @@ def _split_modules(value: Any) -> Any:
 
 OPTIMIZERS = {
     **dict.fromkeys(
-        ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw", "paged_adamw_32bit"), "adamw"
+        "adamw adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_apex_fused adamw_hf "
+        "paged_adamw paged_adamw_32bit".split(),
+        "adamw",
     ),
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), "adamw_8bit"),
     "adafactor": "adafactor",
@@ -87,10 +95,11 @@ DTYPES["bf16"] = "bf16"
 
 TABLE = (
     ForeignKey(("model_name", "model_name_or_path", "model_id", "base_model"), "model.id"),
-    ForeignKey(("model_revision", "revision"), "model.revision"),
+    ForeignKey(("model_revision", "revision", "revision_of_model"), "model.revision"),
     ForeignKey(("max_length", "max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "model.seq_len"),
     ForeignKey(("torch_dtype", "dtype"), "model.dtype", _convert_choice(DTYPES), "`bfloat16` is `bf16`, and so on"),
     ForeignKey(("device",), "model.device"),
+    ForeignKey(("use_cpu", "no_cuda"), "model.device", _convert_switch("cpu"), "true: `cpu`"),
     ForeignKey(("trust_remote_code",), "model.trust_remote_code"),
     ForeignKey(("load_in_4bit",), "model.quantization", _convert_switch("4bit"), "true: `4bit`"),
     ForeignKey(("load_in_8bit",), "model.quantization", _convert_switch("8bit"), "true: `8bit`"),
@@ -116,6 +125,15 @@ TABLE = (
     ForeignKey(
         ("train_on_inputs", "train_on_prompt"), "data.mask_prompt", _convert_switch(False, True), "turned round"
     ),
+    ForeignKey(("completion_only_loss",), "data.mask_prompt"),
+    ForeignKey(("assistant_only_loss",), "data.mask_prompt", _check_answers_only, "false is refused"),
+    ForeignKey(("mask_history",), "data.supervise", _convert_switch("last"), "true: `last`"),
+    ForeignKey(
+        ("truncation_mode", "excess_length_strategy"),
+        "data.truncation",
+        _convert_choice({"keep_start": "keep_start", "keep_end": "keep_end", "truncate": "keep_start", "drop": "drop"}),
+        "`truncate` is `keep_start`",
+    ),
     ForeignKey(("lora_r", "lora_rank"), "peft.r"),
     ForeignKey(("lora_alpha",), "peft.lora_alpha"),
     ForeignKey(("lora_dropout",), "peft.lora_dropout"),
@@ -130,7 +148,19 @@ TABLE = (
     ForeignKey(("use_rslora", "peft_use_rslora"), "peft.variant", _convert_switch("rslora", "lora"), "true: `rslora`"),
     ForeignKey(("pissa_init",), "peft.init", _convert_switch("pissa"), "true: `pissa`"),
     ForeignKey(("loraplus_lr_ratio", "lora_plus_ratio"), "peft.lora_plus_ratio"),
-    ForeignKey(("modules_to_save", "lora_modules_to_save", "additional_target"), "peft.modules_to_save"),
+    ForeignKey(
+        ("init_lora_weights", "peft_init_lora_weights"),
+        "peft.init",
+        _convert_choice({"True": "default", "pissa": "pissa"}),
+        "true: `default`",
+    ),
+    ForeignKey(
+        ("modules_to_save", "lora_modules_to_save", "additional_target"),
+        "peft.modules_to_save",
+        _split_modules,
+        "`embed_tokens,lm_head` is a list",
+    ),
+    ForeignKey(("adapter_name_or_path", "lora_model_dir"), "peft.from_adapter"),
     ForeignKey(("learning_rate", "lr"), "training.lr"),
     ForeignKey(("num_epochs", "num_train_epochs", "epochs"), "training.epochs"),
     ForeignKey(("max_steps",), "training.max_steps", lambda value: None if value == -1 else value, "-1: `null`"),
@@ -148,6 +178,7 @@ TABLE = (
         _convert_choice(SCHEDULERS),
         "`constant_with_warmup` is `constant`",
     ),
+    ForeignKey(("cosine_min_lr_ratio",), "training.min_lr_ratio"),
     ForeignKey(("warmup_ratio",), "training.warmup_ratio"),
     ForeignKey(("warmup_steps",), "training.warmup_steps", _check_warmup, "a number of steps; a share is refused"),
     ForeignKey(("weight_decay",), "training.weight_decay"),
@@ -161,8 +192,13 @@ TABLE = (
     ForeignKey(("eval_steps",), "training.eval_steps"),
     ForeignKey(("save_steps",), "training.save_steps"),
     ForeignKey(("logging_steps",), "training.logging_steps"),
-    ForeignKey(("early_stopping_patience",), "training.early_stopping_patience"),
-    ForeignKey(("gradient_checkpointing",), "training.gradient_checkpointing"),
+    ForeignKey(("early_stopping_patience", "early_stopping_steps"), "training.early_stopping_patience"),
+    ForeignKey(
+        ("gradient_checkpointing", "activation_checkpointing"),
+        "training.gradient_checkpointing",
+        lambda value: True if value in ("offload", "offload_disk", "unsloth") else value,
+        "`offload` and `unsloth` are true",
+    ),
     ForeignKey(("bf16",), "training.precision", _convert_precision("bf16"), "true: `bf16`"),
     ForeignKey(("fp16",), "training.precision", _convert_precision("fp16"), "true: `fp16`"),
     ForeignKey(("max_new_tokens",), "inference.max_new_tokens"),
@@ -212,18 +248,23 @@ class Translation:
     problems: list[str]
 
 
-def translate_names(values: Mapping[str, Any]) -> Translation:
+def translate_names(values: Mapping[str, Any], other: Collection[str] = ()) -> Translation:
     """Translate the flat names among a file's top-level keys; everything else is left in `rest`.
 
-    Two names of one key with different values are a problem, and so is a value without a counterpart.
+    Two names of one key with different values are a problem, and so is a value without a counterpart. A name without a
+    value, as in `fp16:`, is none.
+
+    Args:
+        other: names that mean something else in this file.
     """
-    theirs = {name: value for name, value in values.items() if name in BY_NAME and not isinstance(value, Mapping)}
+    names = BY_NAME.keys() - set(other)
+    theirs = {name: value for name, value in values.items() if name in names and not isinstance(value, Mapping)}
     rest = {name: value for name, value in values.items() if name not in theirs}  # a section is not a flat name
     found: dict[str, dict[str, Any]] = {}  # our key -> {their name: our value}
     lines, problems = [], []
     for name, value in theirs.items():
         try:
-            ours = BY_NAME[name].convert(value)
+            ours = UNSET if value is None else BY_NAME[name].convert(value)
         except ValueError as error:
             problems.append(f"{name}: given {value!r}, for {BY_NAME[name].key}: {error}")
             continue
