@@ -42,7 +42,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "sweep's rows missing": (["sweep", "sweep=lr", "data.train=no.jsonl"], "is not there"),
     "prepare's rows missing": (["prepare", "data.train=no.jsonl"], "is not there"),
     "prepare's folder taken": (["prepare", "data.train=rows.jsonl"], "is there already"),
-    "run to resume missing": (["train", "--resume", "20260101T000000Z-aaab"], f"Did you mean {RUN}?"),
+    "run to resume missing": (["train", "--resume", "20260101T000000Z-aaab"], f"Did you mean '{RUN}'?"),
     "run to ask missing": (["infer", "A prompt", "--run", "nowhere"], "no run 'nowhere'"),
     "run to evaluate missing": (["evaluate", "--run", "nowhere"], "no run 'nowhere'"),
     "run to compare missing": (["compare", "--run", "nowhere"], "no run 'nowhere'"),

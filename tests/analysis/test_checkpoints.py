@@ -68,7 +68,7 @@ def test_snapshots_are_the_saved_tensors(trainer_output: Path) -> None:
 
 
 def test_an_unknown_table_names_the_nearest(trainer_output: Path) -> None:
-    with pytest.raises(LensError, match="no table 'spectre'; did you mean 'spectra'"):
+    with pytest.raises(LensError, match=r"no table 'spectre'\. Did you mean 'spectra'"):
         open_recording(trainer_output).captures.table("spectre")
 
 

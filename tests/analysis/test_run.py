@@ -102,7 +102,7 @@ def test_a_run_is_found_by_folder_id_and_as_the_latest(copied: RunFolder) -> Non
         Run("s3://bucket/experiments/default/runs/mine")
     with pytest.raises(CheckpointError, match=r"no run in .* yet"):
         Run.latest(base, "empty")
-    with pytest.raises(ConfigurationError, match=r"no experiment 'defalt'.*Did you mean default"):
+    with pytest.raises(ConfigurationError, match=r"no experiment 'defalt'.*Did you mean 'default'"):
         Run.latest(base, "defalt")
 
 

@@ -81,7 +81,7 @@ def test_sampling_is_seeded(beside: Call) -> None:
 def test_infer_refuses_an_unknown_domain_and_says_which_there_are(beside: Call) -> None:
     result = beside("infer", "Hi", "--domain", "hil")
     assert result.exit_code == 2
-    assert "this run knows forest, hill, lake. Did you mean hill?" in result.stderr
+    assert "this run knows forest, hill, lake. Did you mean 'hill'?" in result.stderr
     assert "choose one with --domain" in beside("infer", "Hi").stdout
 
 

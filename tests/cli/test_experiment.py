@@ -152,11 +152,11 @@ def make_finished(run: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["list", "--sort", "validation_lose"], 2, "Did you mean validation_loss?"),
-        (["list", "--name", "defualt"], 2, "Did you mean default?"),
+        (["list", "--sort", "validation_lose"], 2, "Did you mean 'validation_loss'?"),
+        (["list", "--name", "defualt"], 2, "Did you mean 'default'?"),
         (["list", "--status", "done"], 2, "'done' is not one of"),
         (["list", "training.lr=1"], 2, "training.lr=1: experiment looks at runs"),
-        (["show", "bda"], 1, "Did you mean bad?"),
+        (["show", "bda"], 1, "Did you mean 'bad'?"),
         (["tag", "bad", "no good"], 2, "tag 'no good'"),
         (["tag", "bad", "keep", "--remove"], 2, "the run bad has no tags"),
         (["delete", "bad"], 2, "there is no terminal to ask on; give --yes"),

@@ -158,8 +158,8 @@ def test_a_damaged_segment_costs_its_steps_alone(call: Call, run: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ("20260101T000000Z-aaab", "Did you mean 20260101T000000Z-aaaa?"),
-        ("./outputz", "Did you mean outputs?"),
+        ("20260101T000000Z-aaab", "Did you mean '20260101T000000Z-aaaa'?"),
+        ("./outputz", "Did you mean 'outputs'?"),
         ("outputs/experiments/default", "contains 1 runs"),
         ("empty", "is empty"),
         ("file.txt", "is a file"),

@@ -62,7 +62,7 @@ def test_wrong_words_are_wrong_usage(call: Call, own_run: RunFolder) -> None:
 
 def test_what_cannot_be_pushed_is_one_line(call: Call, own_run: RunFolder) -> None:
     missing = call("push", "lates", "me/tiny", f"output.base_output_dir={own_run.root}")
-    assert missing.exit_code == 1 and "Did you mean latest?" in missing.stderr
+    assert missing.exit_code == 1 and "Did you mean 'latest'?" in missing.stderr
     write_json(own_run.metadata / "summary.json", own_run.read_metadata("summary.json") | {"status": "failed"})
     unfinished = call("push", str(own_run.root), "me/tiny", "--dry-run")
     assert unfinished.exit_code == 1 and "is failed and has no adapter to push" in " ".join(unfinished.stderr.split())

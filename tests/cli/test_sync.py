@@ -56,4 +56,4 @@ def test_wrong_words_are_told(call: Call, finished_run: RunFolder) -> None:
     wrong = call("sync", str(finished_run.root), "training.lr=3")
     assert wrong.exit_code == 2 and "sync sends a run as it is" in wrong.stderr
     missing = call("sync", "lates", f"output.base_output_dir={finished_run.root.parents[3]}")
-    assert missing.exit_code == 1 and "Did you mean latest?" in missing.stderr
+    assert missing.exit_code == 1 and "Did you mean 'latest'?" in missing.stderr

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from training_lens.config.compose import compose
-from training_lens.config.keys import known_keys
+from training_lens.config.keys import known_keys, nearest_key
 from training_lens.config.overrides import key_type, split_list
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
@@ -163,3 +163,20 @@ def test_every_key_of_the_schema_has_a_form() -> None:
 @pytest.mark.parametrize("text", ["", "[", "]", "[a", "a]", "[a]b", "[a],[b]", "[[a]", "[a]]"])
 def test_what_is_no_list_is_none(text: str) -> None:
     assert split_list(text) is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("rank", "peft.r"),
+        ("lerning_rate", "training.lr"),
+        ("patience", "training.early_stopping_patience"),
+        ("peft.rr", "peft.r"),
+        ("evaluation.metric", "evaluation.metrics"),
+        ("model", "model.id"),
+        ("wandb", "tracking.wandb.mode"),
+        *((word, None) for word in ("test", "user", "bias", "cache", "dataset", "penalty", "data.test", "num_workers")),
+    ],
+)
+def test_what_was_meant_is_suggested_and_nothing_absurd(typed: str, meant: str | None) -> None:
+    assert nearest_key(typed, known_keys(TrainingConfig)) == meant

@@ -65,7 +65,7 @@ def test_problems_of_a_space_are_reported_with_all_others() -> None:
     ("spec", "message"),
     [
         ("peft.r={low: 4}", "a range needs high"),
-        ("peft.r={low: 4, hihg: 8}", "'hihg' is no part of a range, it has low, high, log, step; did you mean 'high'"),
+        ("peft.r={low: 4, hihg: 8}", "'hihg' is no part of a range, it has low, high, log, step. Did you mean 'high'?"),
         ("peft.r={low: 4, high: 8.5}", "high: given 8.5, expected a whole number"),
         ("peft.r={low: 0, high: 8}", "given 0. Input should be greater than or equal to 1"),
         ("peft.r={low: 8, high: 4}", "low 8 is not below high 4"),

@@ -77,7 +77,7 @@ def test_two_classes_of_one_name_are_refused() -> None:
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(ConfigurationError, match="Did you mean adapter_weights"):
+    with pytest.raises(ConfigurationError, match="Did you mean 'adapter_weights'"):
         CollectorRegistry.get("adapter_weight")
 
 

@@ -600,9 +600,9 @@ def test_a_table_name_must_be_a_folder_name(folder: Path) -> None:
 def test_unknown_names_suggest_the_nearest(folder: Path) -> None:
     captured_run(folder, range(1, 3))
     store = LensStore(folder)
-    with pytest.raises(LensError, match="no table 'weight'; did you mean 'weights'"):
+    with pytest.raises(LensError, match=r"no table 'weight'\. Did you mean 'weights'"):
         store.table("weight")
-    with pytest.raises(LensError, match="no measure is called 'cosin'; did you mean 'cosine'"):
+    with pytest.raises(LensError, match=r"no measure is called 'cosin'\. Did you mean 'cosine'"):
         store.series("weights", "cosin")
     with pytest.raises(LensError, match="read it with series"):
         store.vectors("weights", "norm")

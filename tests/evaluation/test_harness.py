@@ -202,8 +202,8 @@ def test_unknown_tasks_are_said_with_the_nearest(session: Session, write_task: C
     with pytest.raises(ConfigurationError) as caught:
         run_tasks(session, ["chose", "hellaswagg"], TaskOptions(include_path=folder))
     assert [problem.split(". ")[-1] for problem in caught.value.problems] == [
-        "Did you mean choose?",
-        "Did you mean hellaswag?",
+        "Did you mean 'choose'?",
+        "Did you mean 'hellaswag'?",
     ]
 
 

@@ -93,7 +93,7 @@ def test_the_scores_of_an_own_metric_stand_beside_the_others() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"decide_by": "exact_mach"}, r"'exact_mach' is no measure; .*Did you mean exact_match\?"),
+        ({"decide_by": "exact_mach"}, r"'exact_mach' is no measure; .*Did you mean 'exact_match'\?"),
         ({"decide_by": "exact_match", "generate": False}, "no measure without answers"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_metric_of_the_users_decides_by_its_own_direction() -> None:
     distance = AnswerMetric("distance", lambda prediction, reference: 0.0, lower_is_better=True)
     changes: Changes = {**BETTER_LOSS, "distance": (4.0, 2.0, (-3.0, -1.0))}
     assert assess(changes, own=[distance], decide_by="distance").outcome == "better"
-    with pytest.raises(ConfigurationError, match=r"'distanc' is not measured .* Did you mean distance\?"):
+    with pytest.raises(ConfigurationError, match=r"'distanc' is not measured .* Did you mean 'distance'\?"):
         assess(changes, own=[distance], decide_by="distanc")
 
 

@@ -58,7 +58,7 @@ def test_base_toggles(session: Session, say: Say) -> None:
 
 
 def test_domains_are_set_refused_and_cleared(session: Session, say: Say) -> None:
-    assert "this run knows forest, hill, lake. Did you mean hill?" in say("/domain hil")
+    assert "this run knows forest, hill, lake. Did you mean 'hill'?" in say("/domain hil")
     assert say("/domain hill") == "domain: hill\n"
     wanted = answer(session, session.prompt_ids([Message("user", "Where is it?")], "hill"), SETTINGS)
     assert say("Where is it?").strip() == wanted.strip()
@@ -67,7 +67,7 @@ def test_domains_are_set_refused_and_cleared(session: Session, say: Say) -> None
 
 def test_help_and_unknown_commands(say: Say) -> None:
     assert all(command in say("/help") for command in COMMANDS)
-    assert say("/rest") == "there is no command /rest; /help lists them. Did you mean /reset?\n"
+    assert say("/rest") == "there is no command /rest; /help lists them. Did you mean '/reset'?\n"
     assert say("   ") == ""
 
 

@@ -90,7 +90,7 @@ def test_prompts_are_those_of_training(session: Session) -> None:
 
 
 def test_unknown_domains_and_endless_prompts_are_refused(session: Session) -> None:
-    with pytest.raises(ConfigurationError, match=r"domain 'lak': this run knows .* Did you mean lake\?"):
+    with pytest.raises(ConfigurationError, match=r"domain 'lak': this run knows .* Did you mean 'lake'\?"):
         ids(session, "Hi", "lak")
     with pytest.raises(ConfigurationError, match="no room to answer"):
         ids(session, "word " * 600)

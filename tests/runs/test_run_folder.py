@@ -64,8 +64,8 @@ def test_a_reference_means_one_run_whoever_asks(base: str, reference: str, exper
         ("latest", "a", False, "No run in experiment a of .* is unfinished"),
         ("latest", "c", None, "no run in experiment c of .* yet"),
         ("2026", None, None, r"'2026' may mean 4 runs; give the folder of one: .*aaaa, .*bbbb"),
-        ("20260104T000000Z-dddx", None, True, r"no run '.*dddx' in .*Did you mean 20260104T000000Z-dddd"),
-        ("lates", None, None, r"Did you mean latest\?"),
+        ("20260104T000000Z-dddx", None, True, r"no run '.*dddx' in .*Did you mean '20260104T000000Z-dddd'"),
+        ("lates", None, None, r"Did you mean 'latest'\?"),
     ],
 )
 def test_what_cannot_be_meant_names_what_is_there(

@@ -44,7 +44,7 @@ def test_every_experiment_is_read_the_newest_first(tmp_path: Path) -> None:
     (only,) = read_runs(str(tmp_path), "b")
     assert (only.experiment_name, only.start_time.isoformat()) == ("b", "2026-01-02T00:00:00+00:00")
     assert read_runs(str(tmp_path / "nowhere")) == []
-    with pytest.raises(ConfigurationError, match=r"no experiment 'bb' in .*: there are a, b\. Did you mean b\?"):
+    with pytest.raises(ConfigurationError, match=r"no experiment 'bb' in .*: there are a, b\. Did you mean 'b'\?"):
         read_runs(str(tmp_path), "bb")
 
 
@@ -169,7 +169,7 @@ def test_runs_are_sorted_by_any_metric_the_best_first_those_without_it_last(tmp_
     assert ids(sort_runs(runs, "score")) == ["a", "b", "c"]
     assert ids(sort_runs(runs, "score", ascending=True)) == ["b", "a", "c"]
     assert best_run(runs, "score").run_id == "a" and best_run(runs, "score", ascending=True).run_id == "b"
-    with pytest.raises(ConfigurationError, match=r"'scor': none of the 3 runs .* score, .*Did you mean score\?"):
+    with pytest.raises(ConfigurationError, match=r"'scor': none of the 3 runs .* score, .*Did you mean 'score'\?"):
         sort_runs(runs, "scor")
 
 
@@ -196,5 +196,5 @@ def test_runs_are_found_in_any_experiment_by_id_path_and_latest(tmp_path: Path) 
     with pytest.raises(CheckpointError, match="'same' may mean 2 runs; give the folder of one"):
         find_runs(["same"], str(tmp_path))
     assert find_runs([str(same.root)], str(tmp_path))[0].experiment_name == "b"
-    with pytest.raises(CheckpointError, match=r"no run 'sane' in .* \(4 runs in all\).*Did you mean same\?"):
+    with pytest.raises(CheckpointError, match=r"no run 'sane' in .* \(4 runs in all\).*Did you mean 'same'\?"):
         find_runs(["sane"], str(tmp_path))

@@ -60,6 +60,6 @@ def test_the_probe_set_is_as_large_as_asked_for(small_config: Config, tokens: in
 
 def test_an_unknown_collector_is_refused_before_there_is_a_run(small_config: Config) -> None:
     config = small_config(lens={"collectors": ["adapter_weigths"]})
-    with pytest.raises(ConfigurationError, match="Did you mean adapter_weights"):
+    with pytest.raises(ConfigurationError, match="Did you mean 'adapter_weights'"):
         TrainingWrapper(config).train()
     assert not list(Path(config.output.base_output_dir).glob("experiments/*"))

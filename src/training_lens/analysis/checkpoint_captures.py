@@ -15,14 +15,21 @@ from torch.linalg import matrix_norm
 from training_lens.analysis.saved_adapters import BaseWeights, SavedAdapter, require_alike
 from training_lens.analyzers.saved_factors import FactorBatch, batch_factors
 from training_lens.core import table_names as tables
-from training_lens.core.arrow import MODULE, STEP, arrow_table, extract_series, extract_vectors, require_measure
+from training_lens.core.arrow import (
+    MODULE,
+    STEP,
+    arrow_table,
+    extract_series,
+    extract_vectors,
+    require_measure,
+    suggest_name,
+)
 from training_lens.core.types import Captured, ModuleRecord, Series
 from training_lens.errors import LensError
 from training_lens.measures import singular_values as spectra
 from training_lens.measures.adapter_measures import adapter_norms, update_spectrum
 from training_lens.measures.factors import Factors
 from training_lens.merging.weight_update import LowRankUpdate
-from training_lens.utils.formatting import nearest_name
 
 Rows = list[tuple[int, Captured]]
 
@@ -108,9 +115,7 @@ class CheckpointCaptures:
 
     def _read_table(self, name: str) -> pa.Table:
         if name not in self.tables():
-            close = nearest_name(name, self.tables())
-            hint = f"did you mean '{close}'?" if close else f"there are: {', '.join(self.tables())}."
-            raise LensError(f"checkpoints give no table '{name}'; {hint}")
+            raise LensError(f"checkpoints give no table '{name}'.{suggest_name(name, self.tables())}")
         if name in self._logged:
             return self._logged[name]
         if name == tables.BASE:

@@ -11,10 +11,10 @@ from training_lens.analyzers.module_groups import (
     update_strength,
 )
 from training_lens.core import table_names as tables
+from training_lens.core.arrow import suggest_name
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
 from training_lens.errors import ConfigurationError
-from training_lens.utils.formatting import nearest_name
 
 DERIVED = {"strength": update_strength, "step_ratio": step_ratio, "gradient_norm": gradient_norms}
 MODULE_TABLES = (tables.GRADIENTS, tables.WEIGHTS, tables.SPECTRA, tables.OPTIMIZER, tables.LORA_ACTIVATIONS)
@@ -57,7 +57,6 @@ def _read_measure(recording: Recording, measure: str) -> tuple[Series, bool]:
     table, _, column = measure.rpartition(".")
     table = table or tables.WEIGHTS
     if table not in MODULE_TABLES or column not in tables.MEASURES[table] or column in VECTORS:
-        close = nearest_name(measure, measure_names())
-        hint = f"did you mean '{close}'?" if close else f"there are: {', '.join(measure_names())}."
-        raise ConfigurationError(f"measure: there is no measure of modules '{measure}'; {hint}")
+        hint = suggest_name(measure, measure_names())
+        raise ConfigurationError(f"measure: there is no measure of modules '{measure}'.{hint}")
     return recording.series(table, column), column in NORMS

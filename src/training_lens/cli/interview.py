@@ -153,14 +153,13 @@ def _read_as(spec: str, key: str, data: DataSection) -> str:
 def _check_domain(keys: set[str]) -> Callable[[str], Values]:
     def check(answer: str) -> Values:
         from training_lens.errors import ConfigurationError
-        from training_lens.utils.formatting import nearest_name
+        from training_lens.utils.formatting import did_you_mean
 
         if answer == NO_DOMAIN:
             return {"data.domain.field": None} if FOUND in keys else {}
         if answer not in keys:
-            close = nearest_name(answer, keys)
-            hint = f"Did you mean '{close}'?" if close else f"The fields: {', '.join(sorted(keys))}."
-            raise ConfigurationError(f"the rows have no field '{answer}'. {hint}")
+            hint = did_you_mean(answer, keys, f" The fields: {', '.join(sorted(keys))}.")
+            raise ConfigurationError(f"the rows have no field '{answer}'.{hint}")
         return {} if answer == FOUND else {"data.domain.field": answer}
 
     return check

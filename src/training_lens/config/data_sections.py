@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from training_lens import embedded
 from training_lens.config.section import Paths, Place, Rows, Section
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
 
@@ -186,11 +186,9 @@ class DataSection(Section):
         if value in TEMPLATES or value.endswith((".jinja", ".jinja2", ".j2")):
             return value
         if "{" not in value and "\n" not in value:
-            close = nearest_name(value, TEMPLATES)
-            hint = f" Did you mean '{close}'?" if close else ""
             raise ValueError(
                 f"'{value}' is no template; give one of {', '.join(TEMPLATES)}, a .jinja file, or a pattern with "
-                f"{{instruction}} and {{output}}.{hint}"
+                f"{{instruction}} and {{output}}.{did_you_mean(value, TEMPLATES)}"
             )
         return value
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
-from training_lens.config.foreign_keys import UNSET, ForeignKey, find_counterpart
+from training_lens.config.foreign_keys import BY_NAME, UNSET, ForeignKey, find_counterpart
 from training_lens.config.ignored_keys import find_origins
 from training_lens.utils.formatting import nearest_name
 
@@ -28,6 +28,9 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 def nearest_key(key: str, known: Sequence[str]) -> str | None:
     """The known key that `key` most likely meant, also where its section was left out, wrong, or another trainer's."""
     *sections, last = key.split(".")
+    inside = {name.rsplit(".", 1)[-1]: name for name in known if sections and name.startswith(key[: -len(last)])}
+    if close := _find_typo(last, inside):
+        return inside[close]
     same = [name for name in known if name.rsplit(".", 1)[-1] == last]
     in_section = [name for name in same if set(sections) & set(name.split(".")[:-1])]
     if in_section or len(same) == 1:
@@ -35,14 +38,33 @@ def nearest_key(key: str, known: Sequence[str]) -> str | None:
     counterpart = find_counterpart(key)
     if counterpart and counterpart.key in known:
         return counterpart.key
-    if same:
+    if same or (same := [name for name in known if f".{key}." in f".{name}"]):
         return same[0]
-    whole = nearest_name(key, known)
-    if whole:
-        return whole
-    by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    close = nearest_name(last, by_last)
-    return by_last[close] if close else None
+    names = {name: flat.key for name, flat in BY_NAME.items() if flat.key in known}
+    names |= {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    close = _find_typo(last, names) or _find_shared_words(last, names)
+    return names[close] if close else None
+
+
+def _find_typo(name: str, known: Iterable[str]) -> str | None:
+    """The known name of which `name` is a typo; in up to four letters, only one missing, too many or out of place.
+
+    'text' is not what 'test' was meant for.
+    """
+    if len(name) > 4:
+        return nearest_name(name, known, cutoff=0.75)
+    moved = (other for other in known if sorted(other) == sorted(name) or other == name[:-1])
+    return nearest_name(name, known, cutoff=0.8) or next(moved, None)
+
+
+def _find_shared_words(name: str, known: Iterable[str]) -> str | None:
+    """The known name that has all words of `name`, or the longest whose words are all in it; 'rank' is in lora_rank."""
+    words = {other: set(other.split("_")) for other in known}
+    given = set(name.split("_")) - {"or"}
+    return next(
+        (other for other in words if given < words[other]),
+        max((other for other in words if words[other] < given), key=len, default=None),
+    )
 
 
 def describe_unknown(key: str, known: Sequence[str], value: Any = None) -> str:

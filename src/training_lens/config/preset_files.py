@@ -10,7 +10,7 @@ from typing import Any
 
 from training_lens.config.config_files import FileContent, read_config_file
 from training_lens.errors import ConfigurationError
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.nested import merge_sections
 
 PRESETS = "training_lens.config.presets"
@@ -91,8 +91,7 @@ def _require_packaged(group: str, name: str, own: list[str], within: tuple[str, 
     there = packaged_presets()[group]
     if name in there:
         return
-    close = nearest_name(name, [*own, *there])
-    hint = f" Did you mean '{close}'?" if close else ""
+    hint = did_you_mean(name, [*own, *there])
     yours = f", and in {USER_FOLDER / group}: {', '.join(own)}" if own else ""
     if within and name in own:
         raise ConfigurationError(f"{' -> '.join(within)} -> {name}: these presets build on each other in a circle.")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from training_lens.config.keys import known_keys, nearest_key
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.limits import CHOICES
 
 # All else either does not change training, or changes which tokens are evaluated: losses could not be compared.
@@ -98,7 +98,7 @@ def _require_searched(config: TrainingConfig, key: str) -> None:
     if not key.startswith(SEARCHED):
         searched = ", ".join(f"{name}*" if name.endswith(".") else name for name in SEARCHED)
         raise ConfigurationError(
-            "no trial can differ in it: it changes nothing in training, or which tokens are judged, and losses on "
+            "no trial can differ in it: it changes nothing in training, or which tokens are validated, and losses on "
             f"other tokens cannot be compared. A sweep takes {searched}"
         )
     if key == "training.seed" and config.data.val_ratio:
@@ -172,8 +172,8 @@ def _require_numbers(given: Mapping[str, Any], whole: bool) -> None:
     problems = []
     for name in given:
         if name not in RANGE:
-            close = nearest_name(str(name), RANGE)
-            problems.append(f"'{name}' is no part of a range, it has {', '.join(RANGE)}" + _suggest_name(close))
+            hint = did_you_mean(str(name), RANGE)
+            problems.append(f"'{name}' is no part of a range, it has {', '.join(RANGE)}.{hint}")
     problems += [f"a range needs {end}" for end in ("low", "high") if end not in given]
     for name in ("low", "high", "step"):
         if given.get(name) is not None and not _is_number(given[name], whole):
@@ -188,10 +188,6 @@ def _is_number(value: Any, whole: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return False
     return abs(value) <= sys.float_info.max  # false of NaN; of whole numbers, 10**400 is no float
-
-
-def _suggest_name(close: str | None) -> str:
-    return f"; did you mean '{close}'?" if close else ""
 
 
 def _describe_problem(found: RangeDimension) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training_lens.core.types import Captured, Series
 from training_lens.errors import ConfigurationError, LensError
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 
 STEP, MODULE = "step", "module"
 EMPTY = pa.table({STEP: pa.array([], pa.int32()), MODULE: pa.array([], pa.dictionary(pa.int32(), pa.string()))})
@@ -212,7 +212,7 @@ def require_measure(table: pa.Table, measure: str) -> None:
     """
     measures = [name for name in table.column_names if name not in (STEP, MODULE)]
     if measure not in measures:
-        raise LensError(f"no measure is called '{measure}'{suggest_name(measure, measures)}")
+        raise LensError(f"no measure is called '{measure}'.{suggest_name(measure, measures)}")
 
 
 def _require_kind(table: pa.Table, measure: str, *, vectors: bool) -> None:
@@ -241,5 +241,4 @@ def polars_frame(table: pa.Table) -> Any:
 
 def suggest_name(name: str, known: Sequence[str]) -> str:
     """The end of an error message about an unknown name: the nearest known name, or all of them."""
-    close = nearest_name(name, known)
-    return f"; did you mean '{close}'?" if close else f"; there are: {', '.join(sorted(known)) or 'none'}."
+    return did_you_mean(name, known, otherwise=f" There are: {', '.join(sorted(known)) or 'none'}.")

@@ -121,7 +121,7 @@ class LensStore:
     def _table_folder(self, table: str) -> Path:
         known = self.tables()
         if table not in known:
-            raise LensError(f"{self.folder} has no table '{table}'{suggest_name(table, known)}")
+            raise LensError(f"{self.folder} has no table '{table}'.{suggest_name(table, known)}")
         return self.folder / table
 
     def pandas(self, name: str) -> Any:

@@ -19,7 +19,7 @@ from training_lens.data.row_keys import (
     plain_name,
 )
 from training_lens.errors import DatasetError
-from training_lens.utils.formatting import list_names, nearest_name
+from training_lens.utils.formatting import did_you_mean, list_names
 from training_lens.utils.limits import KEYS
 
 DOMAIN_FIELD = "domain"
@@ -253,6 +253,5 @@ class _FieldSearch:
 
 def unknown_field_error(key: str, name: str, keys: Collection[str], place: str) -> DatasetError:
     """The error that the setting `key` names a field that no row has; suggests the nearest one."""
-    close = nearest_name(name, keys)
-    hint = f" Did you mean '{close}'?" if close else f" Its fields: {list_names(keys)}."
+    hint = did_you_mean(name, keys, f" Its fields: {list_names(keys)}.")
     return DatasetError(f"{key}: {place} has no field '{name}'.{hint}")

@@ -19,7 +19,7 @@ from training_lens.data.values import (
     write_value,
 )
 from training_lens.errors import DatasetError
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 
 ROLE_NAMES: dict[str, Role] = {
     "system": "system",
@@ -107,8 +107,7 @@ def _read_message(place: str, item: Any, keys: KeyCheck, path: str) -> tuple[Mes
     content = _pick_spelling(place, item, "content", "value")
     role = ROLE_NAMES.get(name)
     if role is None:
-        close = nearest_name(name, ROLE_NAMES)
-        hint = f" Did you mean '{close}'?" if close else ""
+        hint = did_you_mean(name, ROLE_NAMES)
         raise DatasetError(f"{place}: role '{name}' is none of {', '.join(get_args(Role))}.{hint}")
     calls = read_written_calls(place, content, keys, path) if name in CALLING else read_calls(place, item, keys, path)
     if calls and role != "assistant":

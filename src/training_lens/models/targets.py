@@ -12,7 +12,7 @@ import torch
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError
 from training_lens.models.omissions import OF_EXPERTS, ModuleSurvey, Omission, group_by_reason, is_linear
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 
 Modules = dict[str, torch.nn.Module]
 
@@ -91,7 +91,7 @@ def _matching_names(survey: ModuleSurvey, wanted: str | list[str]) -> str | list
         if not find_paths(survey.paths, name):
             experts = any(reason == OF_EXPERTS for _, reason in survey.other_matrices())
             raise AdapterError(
-                f"peft.target_modules: no module is called '{name}'.{_suggest_name(name, last)} "
+                f"peft.target_modules: no module is called '{name}'.{did_you_mean(name, last)} "
                 f"Linear layers: {', '.join(last)}.{' The experts are no linear layers here.' if experts else ''}"
             )
     return sorted(wanted)
@@ -105,7 +105,7 @@ def _explain_no_match(expression: str, last: list[str], example: str) -> str:
         )
     return (
         f"peft.target_modules: the regular expression '{expression}' is no module's whole path, such as '{example}'."
-        f"{_suggest_name(expression, ['auto', *last])} Linear layers: {', '.join(last)}."
+        f"{did_you_mean(expression, ['auto', *last])} Linear layers: {', '.join(last)}."
     )
 
 
@@ -171,7 +171,7 @@ def _check_patterns(what: str, patterns: Mapping[str, float], targets: Modules) 
         if not any(pattern_of(path, {key: 1}) for path in targets):
             last = sorted({_last_name(path) for path in targets})
             raise AdapterError(
-                f"peft.{what}: '{key}' matches no adapted module.{_suggest_name(key, [*last, *targets])} "
+                f"peft.{what}: '{key}' matches no adapted module.{did_you_mean(key, [*last, *targets])} "
                 f"Adapted: {', '.join(last)}."
             )
 
@@ -191,7 +191,7 @@ def whole_modules(model: Any, names: list[str]) -> tuple[list[str], bool]:
         if not found:
             last = sorted({_last_name(path) for path in paths if not _last_name(path).isdigit()})
             raise AdapterError(
-                f"peft.modules_to_save: no module is called '{name}'.{_suggest_name(name, last)} "
+                f"peft.modules_to_save: no module is called '{name}'.{did_you_mean(name, last)} "
                 f"There are {', '.join(last)}."
             )
         wanted += [name] if found == [path for path in paths if path.endswith(name)] else found
@@ -213,8 +213,3 @@ def _compile_pattern(key: str, text: str) -> re.Pattern[str]:
 
 def _last_name(path: str) -> str:
     return path.rsplit(".", 1)[-1]
-
-
-def _suggest_name(name: str, known: Iterable[str]) -> str:
-    close = nearest_name(name, known)
-    return f" Did you mean '{close}'?" if close else ""

@@ -66,16 +66,20 @@ def list_names(names: Iterable[object], most: int = 40) -> str:
     return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in ordered[:most]) + more
 
 
-def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name closest to `name`; None where nothing is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name closest to `name`; None where nothing is close.
+
+    Args:
+        cutoff: the least share of letters in common, twice their number over that of both names.
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean NAME?' with the nearest known name, to end a message; empty where nothing is close."""
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A question that ends a message, with the nearest known name in quotes; `otherwise` where nothing is close."""
     close = nearest_name(name, known)
-    return f" Did you mean {close}?" if close else ""
+    return f" Did you mean '{close}'?" if close else otherwise
 
 
 def suggest_path(path: Path) -> str:
