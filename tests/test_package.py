@@ -104,7 +104,7 @@ def test_public_names() -> None:
         "TrainingConfig",
         "TrainingWrapper",
     ]
-    assert {"EvaluationSection", "Judge", "find_run", "open_run", "validation_examples"} < set(
+    assert {"EvaluationSection", "ModelEvaluator", "find_run", "open_run", "validation_examples"} < set(
         training_lens.evaluation.__all__
     )
     assert training_lens.utils.__all__ == [

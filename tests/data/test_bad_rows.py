@@ -64,7 +64,7 @@ def test_one_error_names_every_bad_row_of_every_source(
     assert f"{sources[0]}: 5 of 11 rows cannot be used:" in text and f"{sources[1]}: 2 of 4 rows" in text
     assert "rows 7 and 8: 'answer' is empty" in text and "row 9: " in text and "row 10: broken JSON" in text
     assert "rows 3 and 4: has 1 cells" in text and "c.jsonl" not in text
-    assert text.endswith("To go on without them: data.on_bad_row=skip.")
+    assert text.endswith("To continue without them: data.on_bad_row=skip.")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -103,7 +103,9 @@ def test_a_source_of_bad_rows_alone_is_refused_either_way(
 
 def test_one_bad_row_has_its_own_words_and_the_way_out(write_rows: Callable[..., Path]) -> None:
     path = write_rows([*GOOD, EMPTY])
-    with pytest.raises(DatasetError, match=r"row 7: 'answer' is empty.*\nTo go on without it: data\.on_bad_row=skip\."):
+    with pytest.raises(
+        DatasetError, match=r"row 7: 'answer' is empty.*\nTo continue without it: data\.on_bad_row=skip\."
+    ):
         list(read_examples([str(path)], "data.train", DataSection()))
 
 

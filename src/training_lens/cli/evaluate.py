@@ -14,7 +14,7 @@ from training_lens.cli.preflight import check_own_model
 BaseOf = Annotated[
     str | None, typer.Option("--run", metavar="RUN", help="The base of this run, on its validation rows.")
 ]
-Base = Annotated[bool, typer.Option("--base", help="Judge the base model under the adapter.")]
+Base = Annotated[bool, typer.Option("--base", help="Evaluate the base model under the adapter.")]
 
 
 def evaluate(

@@ -27,7 +27,11 @@ Input = Annotated[
 ]
 Output = Annotated[
     str | None,
-    typer.Option("--output", metavar="FILE", help="Where the answers to --input go, a JSON line each; goes on there."),
+    typer.Option(
+        "--output",
+        metavar="FILE",
+        help="Where the answers to --input go, a JSON line each; continued if it is there.",
+    ),
 ]
 Interactive = Annotated[bool, typer.Option("--interactive", help="Chat on the terminal; /help lists its commands.")]
 Domain = Annotated[str | None, typer.Option(metavar="NAME", help="One of the domains that the run was trained on.")]

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def sweep(options: CommandOptions) -> None:
-    """Search for the best settings: many trials, each a normal run, judged by validation loss.
+    """Search for the best settings: many trials, each a normal run, compared by validation loss.
 
-    Stopped or killed, the same command goes on; started several times at once, the processes share the trials.
+    Stopped or killed, the same command continues it; started several times at once, the processes share the trials.
 
     Examples: training-lens sweep sweep=lr; training-lens sweep sweep.name=mine sweep.space.peft.r=[4,8,16]
     """

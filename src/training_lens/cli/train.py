@@ -24,7 +24,7 @@ Resume = Annotated[
     typer.Option(
         "--resume",
         metavar="RUN",
-        help="Go on with a run: its id or folder, an experiment (its last run), 'latest', or a place in a mirror "
+        help="Resume a run: its id or folder, an experiment (its last run), 'latest', or a place in a mirror "
         "(s3://...).",
     ),
 ]

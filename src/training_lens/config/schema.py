@@ -86,7 +86,7 @@ class PeftSection(Section):
         None, ge=1, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354); null: the same"
     )
     from_adapter: Place | None = Field(
-        None, min_length=1, description="go on from this adapter folder or run; its rank, targets and scale hold"
+        None, min_length=1, description="continue training this adapter folder or run; its rank, targets and scale hold"
     )
 
 

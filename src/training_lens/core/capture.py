@@ -244,7 +244,7 @@ class Capture:
                 self._active.remove(collector)
         names = ", ".join(c.name for c in collectors)
         logger.warning(
-            "the lens switches off %s after step %d: %s Training goes on.", names, step, describe_error(error)
+            "the lens switches off %s after step %d: %s Training continues.", names, step, describe_error(error)
         )
         logger.debug("in %s", names, exc_info=error)
 
@@ -257,7 +257,7 @@ class Capture:
             if not self._is_over:
                 self._is_over = True
                 logger.warning(
-                    "the lens stops capturing after step %d: %s Training goes on.", self._step, describe_error(error)
+                    "the lens stops capturing after step %d: %s Training continues.", self._step, describe_error(error)
                 )
                 logger.debug("in what all collectors need", exc_info=error)
 

@@ -46,7 +46,7 @@ def read_json_rows(source: SourceFile, file: IO[bytes], is_named_lines: bool) ->
 
 
 def has_json_lines(file: IO[bytes], is_named_lines: bool) -> bool:
-    """Whether each line of the file is a JSON value: judged by its first lines, by its name if those are broken."""
+    """Whether each line of the file is a JSON value: by its first lines, or by its name if those are broken."""
     lines, is_cut = _read_first_lines(file)
     if not lines or _is_json(lines[0]):
         return len(lines) > 1

@@ -180,7 +180,7 @@ def bad_rows_error(notes: DataNotes, usable: Mapping[str, int]) -> DatasetError 
         return None
     if all(usable.get(source) for source in notes.bad_rows):
         bad = sum(len(kind.rows) for kinds in notes.bad_rows.values() for kind in kinds.values())
-        paragraphs.append(f"To go on without {'it' if bad == 1 else 'them'}: data.on_bad_row=skip.")
+        paragraphs.append(f"To continue without {'it' if bad == 1 else 'them'}: data.on_bad_row=skip.")
     return DatasetError("\n".join(paragraphs))
 
 

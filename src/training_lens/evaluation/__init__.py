@@ -34,5 +34,4 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.inference.session": ("open_run", "open_session"),
         "training_lens.runs.run_lookup": ("find_run",),
     },
-    aliases={"Judge": "ModelEvaluator"},  # the name up to now
 )

@@ -209,7 +209,7 @@ class IntegrationManager:
                 logger.debug("closing %s: %s", integration.name, describe_error(error), exc_info=True)
 
     def _wait_for_work(self, integration: Integration) -> Iterator[bool]:
-        """Yields once per delivery: False while the run goes on, True after it ended, until all is sent or given up."""
+        """Yields once per delivery: False while the run trains, True after its end, until all is sent or given up."""
         was_ended = False
         while not self._stopped.is_set():
             ended = self._ended.is_set()
