@@ -165,7 +165,7 @@ def drop_defaults(folder: Path) -> None:
 
 def _read_section(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The keys of `PeftSection` that an adapter's configuration sets, validated as a section."""
-    require_plain(config, folder, "peft.from_adapter", "go on here")
+    require_plain(config, folder, "peft.from_adapter", "continue here")
     values = {
         "variant": "rslora" if config.get("use_rslora") else "lora",
         "init": "default",
