@@ -28,8 +28,8 @@ from torch.nn.functional import cross_entropy
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import InterruptedRunError, TrainingLensError
+from training_lens.merging.merge_plan import MergeOptions
 from training_lens.merging.merge_run import merge_adapter
-from training_lens.merging.merged_folder import MergeOptions
 from training_lens.models.adapters import attach, check_adapter, load_adapter, save_adapter, trainable_parameters
 from training_lens.models.factory import build_skeleton, load_model
 from training_lens.models.fast.engine import Engine

@@ -35,6 +35,8 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "template file missing": (["validate", "data.template=no.jinja"], "data.template: 'no.jinja' cannot be read"),
     "adapter to go on from missing": (["train", "peft.from_adapter=no"], "peft.from_adapter: no folder 'no'"),
     "run id taken": (["train", f"output.run_id={RUN}"], "exists already"),
+    "folder without rows": (["train", "data.train=model"], "is a folder, expected files"),
+    "hub's name mistyped": (["train", "data.train=hub:rows"], "is not understood; write hub:OWNER/NAME"),
     "wrong key": (["train", "training.lrr=1"], "did you mean 'training.lr'?"),
     "setting as an option": (["train", "--lr", "1e-3"], "Did you mean training.lr=1e-3?"),
     "config file missing": (["train", "--config", "no.yaml"], "cannot be read"),
@@ -53,6 +55,8 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "folder to report missing": (["report", "./no/where"], "no run './no/where'"),
     "run to export missing": (["export", "nowhere", "--data-type", "loss"], "no run 'nowhere'"),
     "run to merge missing": (["merge", "--run", "nowhere"], "no run 'nowhere'"),
+    "merge's folder taken": (["merge", "--run", "./adapter", "--output", "model"], "no merge wrote rows.txt"),
+    "merge into its adapter": (["merge", "--run", "./adapter", "--output", "adapter"], "is the adapter"),
     "run to push missing": (["push", "nowhere", "me/name"], "no run 'nowhere'"),
     "run to sync missing": (["sync", "nowhere"], "no run 'nowhere'"),
     "run to benchmark missing": (["benchmark", "--run", "nowhere"], "no run 'nowhere'"),
@@ -64,7 +68,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
 def lay_out(folder: Path) -> None:
     """Make what the commands meet: rows, a folder that is no model's, and an interrupted run."""
     (folder / "rows.jsonl").write_text('{"question": "Where?", "answer": "Here."}\n' * 4)
-    (folder / "model").mkdir()
+    for name in ("model", "adapter"):
+        (folder / name).mkdir()
+    (folder / "model/rows.txt").write_text("")
+    (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
     (folder / "outputs/data/default").mkdir(parents=True)
     metadata = folder / f"outputs/experiments/default/runs/{RUN}/metadata"
     metadata.mkdir(parents=True)

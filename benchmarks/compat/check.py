@@ -27,8 +27,8 @@ from training_lens import embedded
 from training_lens.config.compose import validate_values
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import TrainingLensError
+from training_lens.merging.merge_plan import MergeOptions
 from training_lens.merging.merge_run import merge_adapter
-from training_lens.merging.merged_folder import MergeOptions
 from training_lens.models.adapters import attach, base_only, load_adapter, save_adapter, trainable_parameters
 from training_lens.models.factory import load_model
 from training_lens.utils.files import read_json, write_json

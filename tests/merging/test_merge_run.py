@@ -18,8 +18,8 @@ from training_lens import embedded
 from training_lens.config.compose import validate_values
 from training_lens.errors import AdapterError, ConfigurationError, MergeError, OutputError
 from training_lens.inference.session import open_run
+from training_lens.merging.merge_plan import MergeOptions
 from training_lens.merging.merge_run import merge_adapter
-from training_lens.merging.merged_folder import MergeOptions
 from training_lens.models.adapters import attach, save_adapter
 from training_lens.models.factory import load_model
 from training_lens.runs.run_folder import RunFolder

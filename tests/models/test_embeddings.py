@@ -13,8 +13,8 @@ import torch
 from training_lens import TrainingConfig, TrainingWrapper, embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ModelLoadingError
+from training_lens.merging.merge_plan import MergeOptions
 from training_lens.merging.merge_run import merge_adapter
-from training_lens.merging.merged_folder import MergeOptions
 from training_lens.models.adapters import base_only, load_adapter
 from training_lens.models.factory import (
     build_skeleton,

@@ -26,8 +26,8 @@ from training_lens.models.adapter_files import (
     require_plain,
     saved_shapes,
 )
-from training_lens.models.base_record import local_folder
 from training_lens.models.factory import weight_files
+from training_lens.models.location import local_folder
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)

@@ -74,12 +74,15 @@ def merge(run: Run = None, *, write: WriteOptions, options: CommandOptions) -> N
         settings = _load_config(options, run)
         from pathlib import Path
 
-        from training_lens.merging.merge_run import merge_adapter
-        from training_lens.merging.merged_folder import MergeOptions
+        from training_lens.merging.merge_plan import MergeOptions, plan_merge
 
         values = vars(write) | {"output": Path(write.output) if write.output else None, "dtype": write.dtype.value}
+        asked = MergeOptions(**values)
+        plan_merge(settings, asked)  # refuses what is in the way before torch is imported
+        from training_lens.merging.merge_run import merge_adapter
+
         screen.console.print("merging in float32 ...", style="dim")
-        merged = merge_adapter(settings, MergeOptions(**values), lambda _folder: _say_written(screen))
+        merged = merge_adapter(settings, asked, lambda _folder: _say_written(screen))
         _show_merged(screen, merged)
         screen.print_result(merged.report)
 

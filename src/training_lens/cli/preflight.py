@@ -29,7 +29,7 @@ def check_training(settings: TrainingConfig) -> None:
 
 
 def check_rows(settings: TrainingConfig) -> None:
-    """Refuse missing files of rows; data sets on a hub or saved on disk are checked later.
+    """Refuse missing files of rows; what data sets on a hub or saved on disk hold is checked later.
 
     Raises:
         DatasetError: a missing path, or a glob that matches nothing.
@@ -40,15 +40,18 @@ def check_rows(settings: TrainingConfig) -> None:
 
 
 def check_files(specs: list[str], key: str) -> None:
-    """Refuse missing paths, as `data.sources.expand_sources` does.
+    """Refuse missing paths, as `data.sources.expand_sources` does, and names that no hub has.
 
     Raises:
         DatasetError: names the key, and a near file.
     """
-    from training_lens.data.sources import HUB, expand_sources
+    from training_lens.data.sources import HUB, expand_sources, is_saved_dataset, parse_hub_spec
 
-    local = [spec for spec in specs if not spec.startswith(HUB) and not Path(spec.rpartition(":")[0] or spec).is_dir()]
-    expand_sources(local, key)
+    for spec in specs:
+        if spec.startswith(HUB):
+            parse_hub_spec(spec, key)
+        elif not is_saved_dataset(Path(spec)) and not is_saved_dataset(Path(spec.rpartition(":")[0] or spec)):
+            expand_sources([spec], key)
 
 
 def check_base(settings: TrainingConfig) -> None:

@@ -140,8 +140,7 @@ def _expand_source(spec: str, entry: int, key: str) -> list[DataSource]:
     if path.is_file():
         return [DataSource(str(path), (path,), entry)]
     folder, _, split = spec.rpartition(":") if not path.exists() and ":" in spec else (spec, "", "")
-    saved = expand_home(folder)
-    if any((saved / name).is_file() for name in ("dataset_dict.json", "state.json")):  # by save_to_disk
+    if is_saved_dataset(saved := expand_home(folder)):
         return [_load_from_disk(saved, split, entry, key)]
     if path.is_dir():
         readable = sorted(p for p in path.iterdir() if detect_format(p))
@@ -169,6 +168,11 @@ def _describe_missing(spec: str, path: Path) -> str:
     return f"'{spec}' is not there.{suggest_path(path)}"
 
 
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets` saved this folder with save_to_disk."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
 def _load_from_disk(folder: Path, split: str, entry: int, key: str) -> DataSource:
     from datasets import DatasetDict, load_from_disk
 
@@ -188,10 +192,20 @@ def _load_from_disk(folder: Path, split: str, entry: int, key: str) -> DataSourc
     return _build_table_source(f"{folder}:{split}" if split else str(folder), loaded, entry)
 
 
-def _load_from_hub(spec: str, entry: int, key: str) -> DataSource:
+def parse_hub_spec(spec: str, key: str) -> re.Match[str]:
+    """The id, config, revision and split of hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT].
+
+    Raises:
+        DatasetError: it is written otherwise.
+    """
     parts = _HUB_SPEC.fullmatch(spec.removeprefix(HUB))
     if not parts:
         raise DatasetError(f"{key}: '{spec}' is not understood; write {HUB}OWNER/NAME[/CONFIG][@REVISION][:SPLIT].")
+    return parts
+
+
+def _load_from_hub(spec: str, entry: int, key: str) -> DataSource:
+    parts = parse_hub_spec(spec, key)
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -23,8 +23,9 @@ from training_lens.data.values import NO_TEXT
 from training_lens.errors import AdapterError, ConfigurationError, DatasetError, ModelLoadingError
 from training_lens.inference.decoder import DecoderCache
 from training_lens.models.adapters import load_adapter
-from training_lens.models.base_record import check_base, local_folder
+from training_lens.models.base_record import check_base
 from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts, resolve_seq_len
+from training_lens.models.location import local_folder
 from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
 from training_lens.utils.devices import Precision, get_device, resolve_precision

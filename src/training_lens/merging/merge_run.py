@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +12,12 @@ from typing import Any, Literal
 import torch
 
 from training_lens import embedded
-from training_lens.config.run_config import read_run_config
 from training_lens.config.schema import ModelSection, TrainingConfig
-from training_lens.errors import AdapterError, ConfigurationError, MergeError
+from training_lens.errors import AdapterError, MergeError
 from training_lens.inference.session import Session, open_run, open_session
+from training_lens.merging.merge_plan import REPORT, MergeOptions, output_marks, plan_merge
 from training_lens.merging.merge_tensors import check_mergeable
-from training_lens.merging.merged_folder import REPORT, MergeOptions, check_output, output_marks, write_folder
+from training_lens.merging.merged_folder import write_folder
 from training_lens.merging.merged_weights import MergeOutput, check_weights
 from training_lens.merging.verification import (
     Probes,
@@ -38,9 +36,8 @@ from training_lens.models.factory import read_facts, resolve_seq_len
 from training_lens.models.location import locate_model
 from training_lens.models.model_classes import public_class
 from training_lens.runs.run_folder import RunFolder
-from training_lens.runs.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
 from training_lens.utils.devices import Precision, free_memory
-from training_lens.utils.files import atomic_folder, sweep_temporaries, write_json
+from training_lens.utils.files import atomic_folder, write_json
 from training_lens.utils.names import expand_home
 
 # Keys of an adapter's configuration that say where its layers are, not what they compute.
@@ -73,9 +70,8 @@ def merge_adapter(
         OutputError: another process filled the output in the meantime.
     """
     start = time.perf_counter()
-    run, adapter, base = _find_adapter(config)
-    _check_options(options, base)
-    output = _resolve_output(options, run, adapter, base)
+    plan = plan_merge(config, options)
+    run, adapter, output = plan.run, plan.adapter, plan.output
     session, known = _open_in_float32(config, run, options.same_base)
     check_mergeable(session.model, options.scale)
     dtype = stored_precision(session.config.model) if options.dtype == "auto" else options.dtype
@@ -111,31 +107,6 @@ def _report_refusal(report: dict[str, Any], kept: Path) -> Iterator[None]:
     except MergeError as error:
         write_json(kept, {**report, "verified": False, "error": str(error)})
         raise
-
-
-def _find_adapter(config: TrainingConfig) -> tuple[RunFolder | None, Path, ModelSection]:
-    """The run that is merged (None for a bare adapter folder), its adapter, and the base that this is merged into."""
-    name = config.inference.adapter
-    if name == BASE_ALONE:
-        raise ConfigurationError(
-            "inference.adapter: 'none' names no adapter to merge; give a run or an adapter folder."
-        )
-    if uses_own_model(name):
-        return None, expand_home(name), config.model
-    run = find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
-    return run, run.adapter, read_run_config(run).model
-
-
-def _resolve_output(options: MergeOptions, run: RunFolder | None, adapter: Path, base: ModelSection) -> Path:
-    """The resolved output folder, once nothing is in its way."""
-    if not options.output and run is None:
-        raise ConfigurationError("a bare adapter has no run folder to merge into; give --output FOLDER.")
-    own = (run.weight_delta if options.delta else run.merged_model) if run else Path()
-    output = (expand_home(options.output) if options.output else own).resolve()
-    check_output(output, run, adapter, base, options.force)
-    if not options.output:  # the parent folder is the run's: remove what killed merges left there
-        sweep_temporaries(output.parent, older_than_seconds=86_400)
-    return output
 
 
 def _open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: bool) -> tuple[Session, bool]:
@@ -187,24 +158,6 @@ def _compute_reference(
     if all(torch.equal(a, b) for a, b in zip(wanted.adapter, wanted.base, strict=True)):
         raise AdapterError(f"the adapter of {session.source} computes exactly what its base does: nothing to merge.")
     return given, wanted
-
-
-def _check_options(options: MergeOptions, base: ModelSection) -> None:
-    """Refuse options that are wrong, or that this base does not allow."""
-    if not (options.scale and math.isfinite(options.scale)):
-        raise ConfigurationError(
-            f"--scale {options.scale:g}: give a number other than 0, which would be the base itself."
-        )
-    size = re.fullmatch(r"(\d+) ?[KMGT]B", options.max_shard_size.strip(), re.IGNORECASE)
-    if size is None or int(size[1]) == 0:
-        raise ConfigurationError(
-            f"--max-shard-size {options.max_shard_size}: give a whole number above 0 and a unit, such as 5GB or 500MB."
-        )
-    if options.delta and base.quantization != "none":
-        raise ConfigurationError(
-            "--delta: the run trained on quantized weights, so the differences to the base's own would not be its "
-            "update. Merge it whole."
-        )
 
 
 def _report_settings(session: Session, options: MergeOptions, dtype: Precision, given: Probes) -> dict[str, Any]:

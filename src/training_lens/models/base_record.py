@@ -16,7 +16,7 @@ from training_lens.config.schema import ModelSection
 from training_lens.errors import AdapterError, ModelLoadingError
 from training_lens.models.checkpoint_files import FLOATS, StoredTensor, stored_tensors
 from training_lens.models.factory import weight_files
-from training_lens.models.location import WEIGHTS, locate_model
+from training_lens.models.location import local_folder
 from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.integrity import read_sealed
 from training_lens.utils.logging import get_logger
@@ -129,17 +129,6 @@ def require_local_folder(model: ModelSection) -> Path:
     if folder is None:
         raise ModelLoadingError(f"model.id: the files of '{model.id}' are not in the local cache. Download it again.")
     return folder
-
-
-def local_folder(model: ModelSection) -> Path | None:
-    """The local folder of the model's files; None if a hub's model is not in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    path = locate_model(model)
-    if Path(path).is_dir():
-        return Path(path)
-    found = [try_to_load_from_cache(path, name, revision=model.revision) for name in WEIGHTS]
-    return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
 def _digest_tensor(tensor: StoredTensor) -> bytes:

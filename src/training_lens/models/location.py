@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
@@ -37,3 +38,14 @@ def locate_model(model: ModelSection) -> str:
             f"model.id: '{name}' holds {found}; expected model.safetensors. Download the model whole, or convert it."
         )
     return str(path)
+
+
+def local_folder(model: ModelSection) -> Path | None:
+    """The local folder of the model's files; None if a hub's model is not in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = locate_model(model)
+    if Path(path).is_dir():
+        return Path(path)
+    found = [try_to_load_from_cache(path, name, revision=model.revision) for name in WEIGHTS]
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)

@@ -20,8 +20,9 @@ from training_lens.data.token_cache import cache_folder
 from training_lens.errors import CheckpointError, DamagedFileError
 from training_lens.models.adapter_files import saved_shapes
 from training_lens.models.base_files import save_tokenizer
-from training_lens.models.base_record import base_record, local_folder, require_local_folder
+from training_lens.models.base_record import base_record, require_local_folder
 from training_lens.models.checkpoint_files import stored_tensors
+from training_lens.models.location import local_folder
 from training_lens.runs.checkpoint_format import (
     checkpoint_folder,
     list_checkpoints,
