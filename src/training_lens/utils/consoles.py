@@ -8,9 +8,13 @@ from rich.console import Console
 
 
 def plain_console(**options: Any) -> Console:
-    """A Rich console without markup in texts, tables and titles. Pass styles as arguments or `Text`.
+    """A Rich console without markup in texts, tables and titles; without a terminal it folds no line.
+
+    Pass styles as arguments or `Text`.
 
     Args:
         options: as for Rich's `Console`.
     """
-    return Console(**{"highlight": False, "emoji": False, "markup": False, **options})
+    console = Console(**{"highlight": False, "emoji": False, "markup": False, **options})
+    console.soft_wrap = not console.is_terminal
+    return console
