@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError
@@ -104,18 +104,35 @@ def _take_last(runs: Sequence[RunFolder], place: str, finished: bool | None) -> 
             f"no run in {place} yet. Train one, give output.base_output_dir and output.experiment_name if it is "
             "elsewhere, or the run's path."
         )
-    by_age = sorted(runs, key=lambda run: (run.start_time, run.run_id))
-    last, usable = by_age[-1], (("finished",) if finished else UNFINISHED)
-    if finished is None or read_status(last) in usable:
-        return last
-    others = [run for run in by_age[:-1] if read_status(run) in usable]
-    what = "finished" if finished else "unfinished"
-    instead = f"The last {what} one is {others[-1].run_id}" if others else f"No run in {place} is {what}"
-    can_resume = finished and read_status(last) in ("interrupted", "failed")
-    remedy = f", or finish it with training-lens train --resume {last.run_id}" if can_resume else ""
+    last, *earlier = sorted(runs, key=lambda run: (run.start_time, run.run_id), reverse=True)
+    require_usable(
+        (last.run_id, read_status(last)), ((run.run_id, read_status(run)) for run in earlier), place, finished
+    )
+    return last
+
+
+def require_usable(
+    last: tuple[str, str], earlier: Iterable[tuple[str, str]], place: str, finished: bool | None
+) -> None:
+    """Refuse what `latest` means, the run that started last, where it cannot be used; another is never taken instead.
+
+    Args:
+        last: its id and status; `earlier` those of the others, the newest first.
+        finished: as in `find_run`.
+
+    Raises:
+        CheckpointError: names the last run that could be used.
+    """
+    run_id, status = last
+    usable, what = (("finished",), "finished") if finished else (UNFINISHED, "unfinished")
+    if finished is None or status in usable:
+        return
+    other = next((run_id for run_id, status in earlier if status in usable), None)
+    instead = f"The last {what} one is {other}" if other else f"No run in {place} is {what}"
+    can_resume = finished and status in ("interrupted", "failed")
+    remedy = f", or finish it with training-lens train --resume {run_id}" if can_resume else ""
     raise CheckpointError(
-        f"the run that started last in {place} is {last.run_id} ({read_status(last)}); expected one that is {what}. "
-        f"{instead}{remedy}."
+        f"the run that started last in {place} is {run_id} ({status}); expected one that is {what}. {instead}{remedy}."
     )
 
 
