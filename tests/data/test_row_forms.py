@@ -338,6 +338,12 @@ def test_records_in_one_list_become_rows_unless_the_holder_is_a_row_itself(write
     assert read_file([{"question": "x", "answer": "y", "items": topics[0]["items"]}] * 2) == [("x", "y")] * 2
     with pytest.raises(DatasetError, match="no prompt found among its fields"):  # which of the two lists?
         read_file([{"items": topics[0]["items"], "more": topics[1]["items"]}] * 2)
+    odd = [{"faq": [{"items": topics[0]["items"]}, {"items": "none"}, {"items": [1]}, {"items": None}, {"x": 1}]}] * 2
+    assert read_file(odd, on_bad_row="skip") == [("a", "b"), ("c", "d")] * 2
+    with pytest.raises(
+        DatasetError, match=r"8 of 12 rows cannot be used:\n  rows 3, 4, 5, 9, 10 and 1 more: has no field"
+    ):
+        read_file(odd)
     with pytest.raises(DatasetError, match="no prompt found among its fields"):  # they may be one chat
         read_file([{"turns": topics[0]["items"]}] * 2)
 

@@ -206,13 +206,11 @@ class _FieldSearch:
 
     def _require_text_alone(self, form: str) -> str:
         """The form, unless rows of plain text also have a prompt or an answer, which would be left out."""
-        beside = self._find_present_keys("output") or self._find_present_keys("instruction")
+        answers = self._find_present_keys("output")
+        beside = answers or self._find_present_keys("instruction")
         if form != "text" or not beside:
             return form
-        text, missing = (
-            self._find_present_keys("text")[0],
-            "output" if not self._find_present_keys("output") else "instruction",
-        )
+        text, missing = self._find_present_keys("text")[0], "instruction" if answers else "output"
         raise DatasetError(
             f"{self.place}: '{text}' would be read as plain text, without '{beside[0]}'. For pairs of prompt and "
             f"answer: data.fields.{missing}={text}; for the text alone: data.fields.text={text}."

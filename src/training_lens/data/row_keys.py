@@ -106,11 +106,11 @@ class KeyShape:
     """The check's result for objects with the same keys.
 
     `masks` are the loss masks among the keys; `unread` are the keys that are not read, each with its problem ("" if it
-    is only unused).
+    is only unused), and whether it is named like a mask.
     """
 
     masks: tuple[str, ...]
-    unread: tuple[tuple[str, str], ...]
+    unread: tuple[tuple[str, str, bool], ...]
 
 
 class KeyCheck:
@@ -141,11 +141,14 @@ class KeyCheck:
         if shape is None:
             masks = tuple(key for key in values if key in MASKS and path + key not in self._ignored)
             unknown = [key for key in values if key not in level.names or path + key in self._ignored]
-            unread = tuple((key, self._find_problem(level, values, path, key)) for key in unknown)
+            unread = tuple(
+                (key, self._find_problem(level, values, path, key), self._is_named_like_mask(key, path))
+                for key in unknown
+            )
             shape = self._shapes[kind] = KeyShape(masks, unread)
-        for key, problem in shape.unread:
+        for key, problem, is_named_like_mask in shape.unread:
             value = values[key]
-            if not problem and path + key not in self._ignored and _resembles_mask(key, value, path):
+            if is_named_like_mask and not problem and _holds_flags(value):
                 problem = LIKE_A_MASK
             if problem and value not in EMPTY_VALUES:
                 raise DatasetError(f"{place}: '{key}' {problem}. To train without it: {ignore_option(path + key)}.")
@@ -172,13 +175,16 @@ class KeyCheck:
         meant = misspelt_name(key, level.groups, values)
         return f"is not read, and '{meant}' is missing. Did you mean '{meant}'? Rename it" if meant else ""
 
+    def _is_named_like_mask(self, key: str, path: str) -> bool:
+        words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(key)).lower()))
+        is_named = bool(words & MASK_WORDS) or (bool(path) and "label" in words)
+        return is_named and path + key not in self._ignored
 
-def _resembles_mask(key: str, value: Any, path: str) -> bool:
-    """Whether an unknown key may say what is learned: by its name, and as it holds true or false, or a list of them."""
+
+def _holds_flags(value: Any) -> bool:
+    """Whether a value is true or false, 1 or 0, or a list of them."""
     flags = value if isinstance(value, list) and value else [value]
-    words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()))
-    is_named = bool(words & MASK_WORDS) or (bool(path) and "label" in words)
-    return is_named and all(isinstance(flag, bool) or flag in (0, 1) for flag in flags)
+    return all(isinstance(flag, int | float) and flag in (0, 1) for flag in flags)
 
 
 def ignore_option(path: str) -> str:

@@ -261,12 +261,12 @@ def _flatten_records(
 
 def _find_records(values: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys that lead through lists to records with a prompt, if only one list does; else ()."""
-    nested = {key: items for key, items in values.items() if _holds_objects(items) and not CHAT_NAME.search(key)}
+    nested = {key: items for key, items in values.items() if _holds_objects(items) and not CHAT_NAME.search(str(key))}
     if not nested or any(_is_prompt_name(key) for key in values):
         return ()
     paths = []
     for key, items in nested.items():
-        deeper = next((path for path in map(_find_records, items) if path), ())
+        deeper = next(filter(None, map(_find_records, items)), ())
         if deeper or any(_is_prompt_name(name) for item in items for name in item):
             paths.append((key, *deeper))
     return paths[0] if len(paths) == 1 else ()
@@ -286,11 +286,14 @@ def _list_records(
     values: Mapping[str, Any], path: Sequence[str], add_remark: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     """The records at a path, each merged into the fields around it; outer keys that clash get the prefix 'record.'."""
-    if not path or path[0] not in values:
+    records: Any = values.get(path[0]) if path else None
+    if records == []:
+        add_remark(f"lists '{path[0]}' without a record are left out")
+    elif not _holds_objects(
+        records
+    ):  # a record itself, or something else: a row that cannot be used, which is reported
         yield dict(values)
         return
-    if not values[path[0]]:
-        add_remark(f"lists '{path[0]}' without a record are left out")
-    for record in values[path[0]] or ():
+    for record in records:
         around = {f"record.{k}" if k in record else k: item for k, item in values.items() if k != path[0]}
         yield from _list_records({**around, **record}, path[1:], add_remark)
