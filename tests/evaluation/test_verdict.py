@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,3 +210,14 @@ def test_what_happened_after_the_best_validation_is_said() -> None:
     (remark,) = assess_training(record).remarks
     assert remark.code == "validation_rises" and "memorized" in remark.sentence
     assert assess_training(build_training_record([1, 2], [3.0], 3.0, [(2, 2.0)])).severity == "problem"
+
+
+def test_the_verdict_in_the_readme_is_that_of_the_committed_results() -> None:
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "benchmarks/results/real_files.json").read_text(encoding="utf-8"))
+    found = results["embedded"]["compare"]
+    base, adapter, ends = found["base"], found["adapter"], found["intervals"]
+    changes = {name: (base[name], adapter[name], (ends[name][0], ends[name][1])) for name in found["delta"]}
+    control = ControlResult(**found["controls"]["shuffled_prompts"])
+    lines = assess(changes, found["rows"], controls={"shuffled_prompts": control}, run="").text_lines()
+    assert "\n".join(lines) in (root / "README.md").read_text(encoding="utf-8")
