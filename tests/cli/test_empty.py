@@ -14,7 +14,7 @@ from training_lens.config.compose import compose
 from training_lens.config.keys import known_keys
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError, IntegrationError
-from training_lens.integrations.fsspec_storage import open_storage
+from training_lens.integrations.storage import open_storage
 from training_lens.runs.run_lookup import find_run
 
 Call = Callable[..., Any]

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from training_lens.errors import IntegrationError
-from training_lens.integrations.fsspec_storage import open_storage
 from training_lens.integrations.mirror import MirrorIntegration
 from training_lens.integrations.mirror_manifest import RemoteRun
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.remote_run import list_remote_runs
-from training_lens.integrations.storage import StorageBackend
+from training_lens.integrations.storage import StorageBackend, open_storage
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import hash_file
 

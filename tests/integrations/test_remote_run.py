@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from training_lens.errors import CheckpointError
-from training_lens.integrations.fsspec_storage import open_storage
 from training_lens.integrations.mirror import MirrorIntegration
 from training_lens.integrations.mirror_manifest import FileDigest, RemoteRun
 from training_lens.integrations.record import RunRecord
@@ -23,6 +22,7 @@ from training_lens.integrations.remote_run import (
     list_remote_runs,
     read_remote_runs,
 )
+from training_lens.integrations.storage import open_storage
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import hash_file, read_json, write_json
@@ -186,6 +186,21 @@ def test_the_latest_of_a_mirror_is_the_one_that_is_asked_for(run: RunFolder, pla
         remote.write_manifest(manifest)
     with pytest.raises(CheckpointError, match=r"no unfinished run in the mirror .* \(2 runs there\)"):
         find_remote_run(place, finished=False)
+
+
+@pytest.mark.parametrize(("heard", "is_last"), [("2026-01-01T00:00:00+00:00", False), (None, True)])
+def test_a_run_whose_id_tells_no_time_is_as_late_as_it_was_heard_of(
+    run: RunFolder, place: str, tmp_path: Path, heard: str | None, is_last: bool
+) -> None:
+    named = RunFolder(shutil.copytree(run.root, run.root.with_name("trial-0003-5f3a")))
+    shutil.rmtree(named.tracking)
+    send(named, place)
+    remote = next(remote for remote in list_remote_runs(open_storage(place)) if remote.run_id == named.run_id)
+    if heard:
+        remote.write_manifest(replace(remote.read_manifest(), updated=heard))
+    order = [named.run_id, run.run_id] if is_last else [run.run_id, named.run_id]
+    assert find_remote_run(place, finished=None)[0].run_id == order[0]
+    assert [found.run_id for found in read_remote_runs(open_storage(place), None, tmp_path / "cache")] == order
 
 
 def test_a_place_that_is_no_run_says_how_to_look(place: str) -> None:

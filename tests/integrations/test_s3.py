@@ -18,10 +18,10 @@ from s3_server import Server, until
 
 from training_lens import TrainingWrapper
 from training_lens.errors import IntegrationError
-from training_lens.integrations.fsspec_storage import open_storage
 from training_lens.integrations.mirror_manifest import RemoteRun
 from training_lens.integrations.remote_run import fetch_to_resume, list_remote_runs
 from training_lens.integrations.send_run import read_delivery_states, send_run
+from training_lens.integrations.storage import open_storage
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.files import hash_file
@@ -183,7 +183,7 @@ def test_a_killed_run_goes_on_elsewhere_to_the_same_bits(s3: Server, plain: str,
 def test_a_large_file_is_verified_without_reading_it_back(
     s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training_lens.integrations.fsspec_storage.PART_BYTES", 5 * 2**20)  # the least that S3 takes
+    monkeypatch.setattr("training_lens.integrations.storage.PART_BYTES", 5 * 2**20)  # the least that S3 takes
     large = tmp_path / "large"
     with large.open("wb") as file:
         file.truncate(11 * 2**20)  # three parts

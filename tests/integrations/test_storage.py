@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from training_lens.errors import IntegrationError
-from training_lens.integrations import ActivationStorage, LocalStorage, StorageBackend, fsspec_storage, open_storage
+from training_lens.integrations import ActivationStorage, LocalStorage, StorageBackend, open_storage
+from training_lens.integrations import storage as storage_module
 from training_lens.runs.run_folder import RunFolder
 
 
@@ -114,13 +115,13 @@ def test_a_full_disk_keeps_what_was_there(small_disk: Path, tmp_path: Path) -> N
 def test_a_servers_checksum_is_believed_only_where_it_is_one(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = file.read_bytes()
     whole = hashlib.md5(content).hexdigest()
-    assert fsspec_storage.is_checksum_of({"ETag": f'"{whole}"'}, file)
-    assert fsspec_storage.is_checksum_of({"md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode()}, file)
-    monkeypatch.setattr(fsspec_storage, "PART_BYTES", 3000)
+    assert storage_module.is_checksum_of({"ETag": f'"{whole}"'}, file)
+    assert storage_module.is_checksum_of({"md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode()}, file)
+    monkeypatch.setattr(storage_module, "PART_BYTES", 3000)
     parts = b"".join(hashlib.md5(content[i : i + 3000]).digest() for i in range(0, len(content), 3000))
-    assert fsspec_storage.is_checksum_of({"ETag": f'"{hashlib.md5(parts).hexdigest()}-3"'}, file)
+    assert storage_module.is_checksum_of({"ETag": f'"{hashlib.md5(parts).hexdigest()}-3"'}, file)
     for info in ({}, {"ETag": '"0"'}, {"ETag": f'"{whole[::-1]}"'}, {"ETag": f'"{whole}-3"'}, {"md5Hash": whole}):
-        assert not fsspec_storage.is_checksum_of(info, file)
+        assert not storage_module.is_checksum_of(info, file)
 
 
 @pytest.mark.parametrize(

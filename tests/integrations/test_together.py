@@ -17,9 +17,9 @@ from s3_server import Server
 
 from training_lens import TrainingWrapper
 from training_lens.config.compose import compose, validate_values
-from training_lens.integrations.fsspec_storage import open_storage
 from training_lens.integrations.mirror_manifest import RemoteRun
 from training_lens.integrations.send_run import read_delivery_states, send_run
+from training_lens.integrations.storage import open_storage
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.files import hash_file

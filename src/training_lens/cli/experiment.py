@@ -119,8 +119,8 @@ def _fetch_runs(place: str, name: str | None) -> Iterator[list[RunOverview]]:
     import tempfile
     from pathlib import Path
 
-    from training_lens.integrations.fsspec_storage import open_storage
     from training_lens.integrations.remote_run import read_remote_runs
+    from training_lens.integrations.storage import open_storage
 
     with tempfile.TemporaryDirectory() as cache:
         yield read_remote_runs(open_storage(place), name, Path(cache))

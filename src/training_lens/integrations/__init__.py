@@ -12,8 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.integrations.activation_storage": ("ActivationStorage",),
         "training_lens.integrations.hub": ("HuggingFaceIntegration",),
         "training_lens.integrations.record": ("RunRecord",),
-        "training_lens.integrations.fsspec_storage": ("open_storage",),
-        "training_lens.integrations.storage": ("LocalStorage", "StorageBackend"),
+        "training_lens.integrations.storage": ("LocalStorage", "StorageBackend", "open_storage"),
         "training_lens.integrations.tracker": ("Record", "Tracker"),
         "training_lens.integrations.wandb": ("WandBIntegration",),
     }

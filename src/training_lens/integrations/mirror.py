@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -18,10 +19,9 @@ from typing import Any
 from training_lens.core.capture_files import LISTING
 from training_lens.errors import CheckpointError, ConfigurationError, IntegrationError
 from training_lens.integrations.delivery import Cursor, Integration
-from training_lens.integrations.fsspec_storage import open_storage, require_driver, url_protocol
 from training_lens.integrations.mirror_manifest import MANIFEST, FileDigest, MirrorManifest, RemoteRun
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.storage import LocalStorage
+from training_lens.integrations.storage import LocalStorage, open_storage
 from training_lens.runs import checkpoint_format
 from training_lens.runs.checkpoint_format import list_checkpoints
 from training_lens.runs.run_folder import RunFolder
@@ -59,8 +59,6 @@ class MirrorIntegration(Integration):
         self._checkpoints: list[Path] = []
 
     def require(self) -> None:
-        if url_protocol(self._place):
-            require_driver(self._place)
         try:
             check_run_id(self.run.run_id), check_experiment(self.run.experiment)
         except ConfigurationError as error:  # a name of an earlier version
@@ -72,7 +70,9 @@ class MirrorIntegration(Integration):
             )
 
     def deliver(self, ended: bool) -> None:
-        if not (ended or self._is_due()):
+        has_new_checkpoint = list_checkpoints(self.run.folder.checkpoints) != self._checkpoints
+        is_due = self._there is None or has_new_checkpoint or time.monotonic() - self._passed >= EVERY
+        if not (ended or is_due):
             return
         try:
             if self._there is None:
@@ -99,11 +99,6 @@ class MirrorIntegration(Integration):
         path = f"experiments/{self.run.experiment}/runs/{self.run.run_id}"
         return RemoteRun(open_storage(self._place), path)
 
-    def _is_due(self) -> bool:
-        """Whether the last pass failed or is `EVERY` seconds ago, or there is a new checkpoint."""
-        new = list_checkpoints(self.run.folder.checkpoints) != self._checkpoints
-        return self._there is None or new or time.monotonic() - self._passed >= EVERY
-
     def _load_cursor(self) -> dict[str, Any]:
         """The cursor's values, if they are of this place."""
         kept = self.cursor.load()
@@ -115,54 +110,48 @@ class MirrorIntegration(Integration):
         Raises:
             IntegrationError: another copy of this run has written to the mirror.
         """
-        kept, manifest = self._load_cursor(), self._read_manifest()
-        if manifest:
-            self._require_ours(manifest, kept)
-        sizes = self._remote_run.list_files()
-        known = {n: c for n, c in manifest.files.items() if n not in manifest.replacing} if manifest else {}
+        remote, kept = self._remote_run, self._load_cursor()
+        known: Mapping[str, FileDigest] = {}
+        self._seen, self._version = dict(kept.get("files", {})), ""
+        if remote.storage.exists(remote.storage_name(MANIFEST)):
+            try:
+                manifest = remote.read_manifest()
+            except CheckpointError as error:
+                logger.warning("mirror: %s All files are compared.", error)
+            else:
+                here = (platform.node(), str(self.run.folder.root.resolve()))
+                if manifest.version not in kept.get("versions", ()) and (manifest.host, manifest.folder) != here:
+                    raise IntegrationError(
+                        f"{remote.place} was written by another copy of this run, on host {manifest.host} at "
+                        f"{manifest.updated}, and stays as it is. Give another output.mirror to keep this copy, too.",
+                        lasting=True,
+                    )
+                known = {name: content for name, content in manifest.files.items() if name not in manifest.replacing}
+                self._version = manifest.version
+        sizes = remote.list_files()
         there = {name: content for name, content in known.items() if sizes.get(name) == content.size}
         self._unlisted = {name: size for name, size in sizes.items() if name not in there}
-        self._seen, self._version = dict(kept.get("files", {})), manifest.version if manifest else ""
         return there
 
-    def _read_manifest(self) -> MirrorManifest | None:
-        """The mirror's manifest; None if it is new or damaged."""
-        if not self._remote_run.storage.exists(self._remote_run.storage_name(MANIFEST)):
-            return None
-        try:
-            return self._remote_run.read_manifest()
-        except CheckpointError as error:
-            logger.warning("mirror: %s All files are compared.", error)
-            return None
-
-    def _require_ours(self, manifest: MirrorManifest, kept: Mapping[str, Any]) -> None:
-        """Refuse to overwrite the files of another copy of this run, which may be newer."""
-        here = (platform.node(), str(self.run.folder.root.resolve()))
-        if manifest.version in kept.get("versions", ()) or (manifest.host, manifest.folder) == here:
-            return
-        raise IntegrationError(
-            f"{self._remote_run.place} was written by another copy of this run, on host {manifest.host} at "
-            f"{manifest.updated}, and stays as it is. Give another output.mirror to keep this copy, too.",
-            lasting=True,
-        )
-
     def _list_groups(self, status: str) -> list[dict[str, Path]]:
-        """The files to mirror in groups: each checkpoint is one, and comes last.
+        """The files to mirror in groups: each checkpoint is one, with its manifest last, and comes after the others.
 
         Checkpoints are listed first, so that all other files are at least as new.
         """
         run = self.run.folder
         checkpoints = list_checkpoints(run.checkpoints)
-        others = list_other_files(run, running=status == "running")
-        return [others, *(list_checkpoint_files(run, folder) for folder in checkpoints)]
+        groups = [list_other_files(run, running=status == "running")]
+        for folder in checkpoints:
+            files = sorted(list_files(folder), key=lambda path: (path.name == checkpoint_format.MANIFEST, path))
+            groups.append({path.relative_to(run.root).as_posix(): path for path in files})
+        return groups
 
     def _run_pass(self, there: dict[str, FileDigest], status: str) -> bool:
         """One pass over the run's folder; returns whether every listed file still existed when it was sent."""
         self._checkpoints = list_checkpoints(self.run.folder.checkpoints)
         groups = self._list_groups(status)
-        whole = min(
-            [self._send_group(group, there, status) for group in groups]
-        )  # sends all groups, also after a False
+        sent = [self._send_group(group, there, status) for group in groups]
+        whole = all(sent)
         local = {name for group in groups for name in group}
         gone = [n for n in (*there, *self._unlisted) if n.startswith(PRUNED) and n not in local] if whole else []
         for name in gone:
@@ -178,44 +167,39 @@ class MirrorIntegration(Integration):
         home = self.run.tracking_folder(self.name)
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=temporary_prefix(home), dir=home) as folder:
-            new = [(name, path) for name, path in group.items() if self._is_new(name, path, there)]
+            new = [
+                (name, path)
+                for name, path in group.items()
+                if name not in there
+                or there[name].sha256 != self._seen.get(name, (0, 0, ""))[2]
+                or is_changed(path, self._seen[name])
+            ]
             copies = make_copies(new, Path(folder))
             self._send_copies([copy for copy in copies if there.get(copy.name) != copy.content], there, status)
             self._seen |= {copy.name: copy.seen for copy in copies}
             return len(copies) == len(new)
 
-    def _is_new(self, name: str, path: Path, there: Mapping[str, FileDigest]) -> bool:
-        """Whether a file may differ from the mirror's; one that vanished does."""
-        seen = self._seen.get(name)
-        try:
-            return seen is None or name not in there or there[name].sha256 != seen[2] or is_changed(path, seen)
-        except FileNotFoundError:
-            return True
-
     def _send_copies(self, copies: Sequence[FileCopy], there: dict[str, FileDigest], status: str) -> None:
-        """Send copies. Overwritten files are announced first, so that readers accept either content."""
+        """Send copies and verify them. Overwritten files are announced first, so that readers accept either content.
+
+        Raises:
+            IntegrationError: a file arrived with other content.
+        """
+        storage = self._remote_run.storage
         replacing = {copy.name: copy.content for copy in copies if copy.name in there}
         if replacing:
             self._write_manifest(there, status, replacing)
         for copy in copies:
-            self._send_file(copy)
+            name = self._remote_run.storage_name(copy.name)
+            may_be_there = self._unlisted.pop(copy.name, None) == copy.content.size  # sent by an interrupted pass
+            if not (may_be_there and storage.verify(name, copy.path)):
+                storage.put_file(copy.path, name)
+                if not storage.verify(name, copy.path):
+                    raise IntegrationError(f"{self._remote_run.place}/{copy.name}: what arrived is not what was sent.")
             there[copy.name] = copy.content
             replacing.pop(copy.name, None)
             if time.monotonic() - self._published >= EVERY:  # a sign of life, and all that a kill costs
                 self._write_manifest(there, status, replacing)
-
-    def _send_file(self, copy: FileCopy) -> None:
-        """Send one file and verify it; one that an interrupted pass has sent already is only verified.
-
-        Raises:
-            IntegrationError: the file arrived with other content.
-        """
-        storage, name = self._remote_run.storage, self._remote_run.storage_name(copy.name)
-        if self._unlisted.pop(copy.name, None) == copy.content.size and storage.verify(name, copy.path):
-            return
-        storage.put_file(copy.path, name)
-        if not storage.verify(name, copy.path):
-            raise IntegrationError(f"{self._remote_run.place}/{copy.name}: what arrived is not what was sent.")
 
     def _write_manifest(
         self, there: Mapping[str, FileDigest], status: str, replacing: Mapping[str, FileDigest] | None = None
@@ -257,22 +241,15 @@ def list_other_files(run: RunFolder, *, running: bool) -> dict[str, Path]:
     The cursors in tracking/ are of this machine: another machine asks the services what they have. The list of captures
     is sent at the end of the run, when all that it lists has been sent.
     """
-    found = {path.relative_to(run.root).as_posix(): path for path in list_files(run.root)}
+    found: dict[str, Path] = {}
+    for path in sorted(list_files(run.root)):
+        parts = path.relative_to(run.root).parts
+        is_hidden = path.suffix == ".lock" or any(part.startswith(TEMPORARY) for part in parts)
+        if parts[0] not in ("checkpoints", "tracking") and not is_hidden:
+            found["/".join(parts)] = path
     if running:
         found.pop(f"{run.lens.name}/{LISTING}", None)
-    return {name: path for name, path in sorted(found.items()) if _is_mirrored(name)}
-
-
-def list_checkpoint_files(run: RunFolder, folder: Path) -> dict[str, Path]:
-    """The files of one checkpoint by their names in the run, its manifest last."""
-    files = sorted(list_files(folder), key=lambda p: (p.name == checkpoint_format.MANIFEST, p))
-    return {path.relative_to(run.root).as_posix(): path for path in files}
-
-
-def _is_mirrored(name: str) -> bool:
-    parts = name.split("/")
-    hidden = any(part.startswith(TEMPORARY) for part in parts) or parts[-1].endswith(".lock")
-    return parts[0] not in ("checkpoints", "tracking") and not hidden
+    return found
 
 
 def changes_after_end(name: str) -> bool:
@@ -281,12 +258,11 @@ def changes_after_end(name: str) -> bool:
 
 
 def is_changed(path: Path, seen: FileStamp | None) -> bool:
-    """Whether a file has changed since it was seen.
-
-    Raises:
-        FileNotFoundError: it is gone.
-    """
-    facts = path.stat()
+    """Whether a file has changed since it was seen, or is gone."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return True
     return seen is None or [facts.st_size, facts.st_mtime_ns] != list(seen[:2])
 
 
@@ -294,21 +270,27 @@ def list_changed_sizes(files: Mapping[str, Path], seen: Mapping[str, FileStamp])
     """The sizes in bytes of the files that have changed, without those that vanish meanwhile."""
     sizes = {}
     for name, path in files.items():
-        try:
-            if is_changed(path, seen.get(name)):
+        if is_changed(path, seen.get(name)):
+            with suppress(FileNotFoundError):
                 sizes[name] = path.stat().st_size
-        except FileNotFoundError:
-            continue
     return sizes
 
 
 def make_copies(files: Iterable[tuple[str, Path]], folder: Path) -> list[FileCopy]:
-    """Copies of the files in `folder`, with their hashes, without those that vanish meanwhile."""
+    """Copies of the files in `folder`, with their hashes, without those that vanish meanwhile.
+
+    Of a file that grows, the whole lines are copied; one that is only ever replaced is hard-linked.
+    """
     copies = []
     for number, (name, path) in enumerate(files):
+        copy = folder / f"{number}{path.suffix}"
         try:
             facts = path.stat()
-            copy = _link_or_copy(path, folder / f"{number}{path.suffix}", grows=name.startswith("logs/"))
+            if name.startswith("logs/"):
+                lines = path.read_bytes()
+                copy.write_bytes(lines[: lines.rfind(b"\n") + 1] if path.suffix in WHOLE_LINES else lines)
+            else:
+                _link_or_copy(path, copy)
         except FileNotFoundError:
             continue
         content = FileDigest(hash_file(copy), copy.stat().st_size)
@@ -316,16 +298,10 @@ def make_copies(files: Iterable[tuple[str, Path]], folder: Path) -> list[FileCop
     return copies
 
 
-def _link_or_copy(path: Path, copy: Path, *, grows: bool) -> Path:
-    """Hard-link a file that is only ever replaced; copy the whole lines of one that grows."""
-    if grows:
-        content = path.read_bytes()
-        copy.write_bytes(content[: content.rfind(b"\n") + 1] if path.suffix in WHOLE_LINES else content)
-        return copy
+def _link_or_copy(path: Path, copy: Path) -> None:
     try:
         os.link(path.resolve(strict=True), copy)
     except FileNotFoundError:
         raise
     except OSError:  # no hard links on this file system
         shutil.copyfile(path, copy)
-    return copy

@@ -12,6 +12,7 @@ from typing import Any
 
 from training_lens.errors import CheckpointError
 from training_lens.integrations.storage import StorageBackend
+from training_lens.runs.run_folder import parse_start_time
 from training_lens.utils.file_schemas import find_type_error
 from training_lens.utils.files import read_json, write_json
 from training_lens.utils.names import check_experiment, check_run_id, find_name_fault
@@ -29,17 +30,6 @@ class FileDigest:
 
     sha256: str
     size: int
-
-    def check_values(self) -> None:
-        """Check both values.
-
-        Raises:
-            ValueError: one is no hash or no size.
-        """
-        if not isinstance(self.sha256, str) or not SHA256.fullmatch(self.sha256):
-            raise ValueError(f"{self.sha256!r} is no sha256")
-        if type(self.size) is not int or not 0 <= self.size < 2**63:
-            raise ValueError(f"{self.size!r} is no size in bytes")
 
 
 @dataclass(frozen=True)
@@ -65,13 +55,13 @@ class MirrorManifest:
     format: int = FORMAT
 
     @property
-    def seconds_old(self) -> float:
-        return (datetime.now(UTC) - datetime.fromisoformat(self.updated)).total_seconds()
+    def start_time(self) -> datetime:
+        """When the run started, in UTC: from its id if that is a timestamp, else when it was last heard of."""
+        return parse_start_time(self.run_id) or datetime.fromisoformat(self.updated)
 
     @property
-    def size(self) -> int:
-        """The bytes of all files."""
-        return sum(content.size for content in self.files.values())
+    def seconds_old(self) -> float:
+        return (datetime.now(UTC) - datetime.fromisoformat(self.updated)).total_seconds()
 
     @property
     def status_now(self) -> str:
@@ -101,7 +91,10 @@ class MirrorManifest:
         for name, content in (*manifest.files.items(), *manifest.replacing.items()):
             if fault := find_name_fault(name):
                 raise ValueError(f"it names the file {name!r}, which is outside the run: {fault}")
-            content.check_values()
+            if not isinstance(content.sha256, str) or not SHA256.fullmatch(content.sha256):
+                raise ValueError(f"{content.sha256!r} is no sha256")
+            if type(content.size) is not int or not 0 <= content.size < 2**63:
+                raise ValueError(f"{content.size!r} is no size in bytes")
         if manifest.status not in STATUSES:
             raise ValueError(f"its status is {manifest.status!r}, expected {', '.join(STATUSES)}")
         if datetime.fromisoformat(manifest.updated).tzinfo is None:

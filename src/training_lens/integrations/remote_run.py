@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,10 +19,9 @@ from filelock import FileLock, Timeout
 from training_lens.config.run_config import remember_mirror
 from training_lens.display.progress import Progress
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.integrations.fsspec_storage import open_storage
 from training_lens.integrations.mirror_manifest import FileDigest, MirrorManifest, RemoteRun
-from training_lens.integrations.storage import StorageBackend
-from training_lens.runs.run_folder import UNFINISHED, RunFolder, runs_folder
+from training_lens.integrations.storage import StorageBackend, open_storage
+from training_lens.runs.run_folder import UNFINISHED, RunFolder, parse_start_time, runs_folder
 from training_lens.runs.run_listing import BROKEN, RunOverview, read_run
 from training_lens.utils.files import TEMPORARY, hash_file, write_json
 from training_lens.utils.formatting import format_seconds, format_size
@@ -37,17 +37,16 @@ OF_UNFINISHED = ("logs/metrics.jsonl",)
 
 
 def list_remote_runs(storage: StorageBackend, experiment: str | None = None) -> list[RemoteRun]:
-    """The runs in a mirror, of one experiment or of all, by their ids; no file is read.
+    """The runs in a mirror, of one experiment or of all; no file is read.
 
     Folders without a valid name are skipped with a warning.
     """
     experiments = storage.list_folders("experiments") if experiment is None else [experiment]
-    found = [
+    return [
         RemoteRun(storage, f"experiments/{name}/runs/{run_id}")
         for name in _keep_valid_names(experiments, check_experiment, storage)
         for run_id in _keep_valid_names(storage.list_folders(f"experiments/{name}/runs"), check_run_id, storage)
     ]
-    return sorted(found, key=lambda run: run.run_id)
 
 
 def _keep_valid_names(names: Iterable[str], check: Callable[[str], str], storage: StorageBackend) -> Iterator[str]:
@@ -62,7 +61,7 @@ def find_remote_run(place: str, *, finished: bool | None) -> tuple[RemoteRun, Mi
     """The run at a place: its own (.../experiments/NAME/runs/ID), or the latest of a mirror.
 
     Args:
-        finished: the latest is the newest finished run if True, the newest unfinished if False, else the newest.
+        finished: of a mirror, the finished run that started last if True, the unfinished if False, else the last.
 
     Raises:
         CheckpointError: there is no such run.
@@ -72,9 +71,9 @@ def find_remote_run(place: str, *, finished: bool | None) -> tuple[RemoteRun, Mi
         run = RemoteRun(open_storage(match["mirror"]), match["run"])
         return run, run.read_manifest()
     storage = open_storage(place)
-    runs = list_remote_runs(storage)
+    runs = sorted(list_remote_runs(storage), key=lambda run: (_find_start_time(run), run.run_id), reverse=True)
     wanted = {True: ("finished",), False: UNFINISHED, None: None}[finished]
-    for run in reversed(runs):
+    for run in runs:
         try:
             manifest = run.read_manifest()
         except CheckpointError as error:
@@ -87,6 +86,14 @@ def find_remote_run(place: str, *, finished: bool | None) -> tuple[RemoteRun, Mi
         f"no {kind}run in the mirror {place} ({len(runs)} runs there). Give the place that output.mirror names, or a "
         "run's own: .../experiments/NAME/runs/ID."
     )
+
+
+def _find_start_time(run: RemoteRun) -> datetime:
+    """When a run started; reads its manifest if its id does not tell. Damaged ones come first."""
+    try:
+        return parse_start_time(run.run_id) or run.read_manifest().start_time
+    except CheckpointError:
+        return datetime.min.replace(tzinfo=UTC)
 
 
 def fetch_to_resume(place: str, base_output_dir: str, progress: Progress | None = None) -> RunFolder:
@@ -160,7 +167,7 @@ def _read_remote(remote: RemoteRun, cache: Path) -> RunOverview:
     except CheckpointError as error:
         folder.mkdir(parents=True, exist_ok=True)
         return replace(read_run(RunFolder(folder)), status=BROKEN, detail=str(error), mirror_place=remote.place)
-    run = replace(read_run(RunFolder(folder)), mirror_place=remote.place)
+    run = replace(read_run(RunFolder(folder)), mirror_place=remote.place, start_time=manifest.start_time)
     if run.status == BROKEN:
         return run
     detail = f"on host {manifest.host}, heard of {_format_age(manifest)} ago" if manifest.status == "running" else ""
@@ -187,17 +194,14 @@ def _require_resumable(remote: RemoteRun, manifest: MirrorManifest, folder: Path
             f"the run {manifest.run_id} is here already, in {folder}. Resume that one: --resume {manifest.run_id}; "
             "or delete it first, to fetch the one of the mirror."
         )
-    if manifest.status_now == "running" and not _died_here(manifest):
-        raise CheckpointError(
-            f"the run {manifest.run_id} seems to be training still, on host {manifest.host}: it was heard of "
-            f"{_format_age(manifest)} ago. Stop it there, or try again in two minutes."
-        )
-
-
-def _died_here(manifest: MirrorManifest) -> bool:
-    """Whether it trained on this machine, and its process is gone."""
-    there = RunFolder(Path(manifest.folder))
-    return manifest.host == platform.node() and there.metadata.is_dir() and there.status != "running"
+    if manifest.status_now == "running":
+        there = RunFolder(Path(manifest.folder))
+        died_here = manifest.host == platform.node() and there.metadata.is_dir() and there.status != "running"
+        if not died_here:
+            raise CheckpointError(
+                f"the run {manifest.run_id} seems to be training still, on host {manifest.host}: it was heard of "
+                f"{_format_age(manifest)} ago. Stop it there, or try again in two minutes."
+            )
 
 
 @contextmanager
@@ -252,34 +256,23 @@ def _fetch_files(remote: RemoteRun, manifest: MirrorManifest, folder: Path, prog
             f"the run takes {format_size(needed)}, and {folder.parent} has {format_size(free)} left. Free some space, "
             "or give another output.base_output_dir."
         )
+    wrong = []
     with progress.task(f"fetching {manifest.run_id}", total=needed) as advance:
-        return [
-            name for name, content in left.items() if not _fetch_file(remote, manifest, name, content, folder, advance)
-        ]
-
-
-def _fetch_file(
-    remote: RemoteRun,
-    manifest: MirrorManifest,
-    name: str,
-    content: FileDigest,
-    folder: Path,
-    advance: Callable[[float], None],
-) -> bool:
-    """Whether the file could be fetched and is intact; only then is it kept."""
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fetched = path.with_name(f"{TEMPORARY}{path.name}")
-    try:
-        if not remote.storage.exists(remote.storage_name(name)):
-            return False
-        remote.storage.get_file(remote.storage_name(name), fetched)
-        advance(content.size)
-        if right := _is_intact(manifest, name, fetched):
-            fetched.replace(path)
-        return right
-    finally:
-        fetched.unlink(missing_ok=True)
+        for name, content in left.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fetched = path.with_name(f"{TEMPORARY}{path.name}")
+            try:
+                if remote.storage.exists(remote.storage_name(name)):
+                    remote.storage.get_file(remote.storage_name(name), fetched)
+                    advance(content.size)
+                if _is_intact(manifest, name, fetched):
+                    fetched.replace(path)
+                else:
+                    wrong.append(name)
+            finally:
+                fetched.unlink(missing_ok=True)
+    return wrong
 
 
 def _is_intact(manifest: MirrorManifest, name: str, path: Path) -> bool:

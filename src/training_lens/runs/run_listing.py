@@ -197,8 +197,7 @@ def have_same_validation(runs: Sequence[RunOverview]) -> bool:
 
 
 def _validation_rows(run: RunOverview) -> tuple[Any, ...] | None:
-    """What determines the validation rows: the sha256 of their files; for held-out rows also their share and the "
-    "seed."""
+    """What determines the validation rows: the sha256 of their files; for held-out rows also their share and seed."""
     try:
         data = run.folder.read_metadata("data.json")
         if "validation" in data:
