@@ -23,7 +23,7 @@ from training_lens.integrations.delivery import Integration, IntegrationManager
 from training_lens.integrations.integration_specs import list_integrations
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.logging import ROOT, get_logger
+from training_lens.utils.logging import ROOT, get_logger, quiet_libraries
 
 logger = get_logger(__name__)
 IntegrationFactory = Callable[[RunRecord], Integration]
@@ -120,12 +120,10 @@ def send_while_training(run: RunFolder, own: Sequence[IntegrationFactory] = ()) 
     """
     record = RunRecord(run)
     configured = list_integrations(record.config)
-    local = [spec.build(record) for spec in configured if spec.integration.in_process] + [
-        build(record) for build in own
-    ]
+    local = [spec.build(record) for spec in configured if spec.integration.in_process]
     tracking = record.config.tracking
-    manager = IntegrationManager(local, run.tracking, tracking.send_seconds)
-    courier = Courier(run, tracking.wait_seconds) if len(configured) > len(local) - len(own) else None
+    courier = Courier(run, tracking.wait_seconds) if len(configured) > len(local) else None
+    manager = IntegrationManager([*local, *(build(record) for build in own)], run.tracking, tracking.send_seconds)
     if courier:
         courier.start()
     manager.start()
@@ -156,7 +154,11 @@ def main(root: str, *allowed: str) -> int:
         allowed: the trackers of tracking.custom that the user trains with.
     """
     _log_to_stdout()
-    _lower_priority()
+    # The lowest priority, also of child processes: idle scheduling, where the system has it. A process that is merely
+    # nice may keep a core for milliseconds when a training thread wakes up, and all others wait for that one.
+    with suppress(AttributeError, OSError):
+        os.nice(19)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     started = time.perf_counter()
     run = RunRecord(RunFolder(Path(root)))
     tracking = run.config.tracking
@@ -168,7 +170,9 @@ def main(root: str, *allowed: str) -> int:
     manager.start()
     sys.stdin.read()  # returns when the training process closes it or dies
     logger.debug("courier: the run's process has ended")
-    _wait_for_end(run)
+    deadline = time.monotonic() + DYING_SECONDS  # a killed process releases its files one by one
+    while run.status == "running" and time.monotonic() < deadline:
+        time.sleep(0.05)
     if run.folder.process_label != trained_by:
         return 0  # the run was killed and resumed: its new courier sends the rest
     ends = ", ".join(f"{state.name} {state.status}" for state in manager.finish(tracking.wait_seconds))
@@ -179,32 +183,12 @@ def main(root: str, *allowed: str) -> int:
 
 def _log_to_stdout() -> None:
     """Send our log records to the training process, and silence those of libraries."""
-    from training_lens.utils.logging import quiet_libraries
-
     quiet_libraries()
     log = logging.getLogger(ROOT)
     log.addHandler(JsonLineHandler())
     log.setLevel(logging.DEBUG)
     log.propagate = False
     logging.getLogger(f"{ROOT}.analysis").setLevel(logging.WARNING)  # its hints are for users of the analysis
-
-
-def _lower_priority() -> None:
-    """Set the lowest priority for this process and its children: idle scheduling where the system has it.
-
-    A process that is merely nice may keep a core for milliseconds when a training thread wakes up, and all other
-    training threads wait for that one.
-    """
-    with suppress(AttributeError, OSError):  # a system without priorities
-        os.nice(19)
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-
-
-def _wait_for_end(run: RunRecord) -> None:
-    """Wait until the run's final status is known: a killed process releases its files one by one."""
-    deadline = time.monotonic() + DYING_SECONDS
-    while run.status == "running" and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -121,10 +121,6 @@ class IntegrationState:
             return 0.0
         return max(min(LONGEST_PAUSE, 2.0 ** (self.failures - 1)), self.retry_after or 0.0)
 
-    @property
-    def is_healthy(self) -> bool:
-        return self.status in ("waiting", "working", "delivered")
-
 
 class IntegrationManager:
     """Runs integrations, each in a thread of its own: one that fails or hangs affects neither the others nor the run.
@@ -198,7 +194,12 @@ class IntegrationManager:
                 for ended in self._wait_for_work(integration):
                     self._try_delivery(integration, ended)
         except IntegrationError as error:
-            self._record_unavailable(integration, error)
+            why = describe_error(error)
+            self._update_state(integration, status="unavailable", error=why)
+            logger.warning(
+                "%s: %s The run is not sent there; later: training-lens sync %s",
+                integration.name, why, self._folder.parent,
+            )  # fmt: skip
         except Exception as error:  # a bug of ours, or of a user's class
             self._give_up(integration, describe_error(error))
             logger.debug("in the integration %s", integration.name, exc_info=True)
@@ -226,35 +227,24 @@ class IntegrationManager:
         before = self._states[integration.name]
         try:
             integration.deliver(ended)
-        except IntegrationError as error:
-            if error.lasting:
-                return self._give_up(integration, describe_error(error))
-            self._record_failure(integration, error, ended)
         except Exception as error:
-            self._record_failure(integration, error, ended)
+            why, failures = describe_error(error), before.failures + 1
+            if isinstance(error, IntegrationError) and error.lasting:
+                self._give_up(integration, why)
+                return
+            after = getattr(error, "retry_after", None)
+            self._update_state(integration, status="failing", error=why, failures=failures, retry_after=after)
+            is_news = before.status != "failing"  # a service that is down must not fill the log
+            logger.debug("%s: try %d failed", integration.name, failures, exc_info=error if is_news else None)
+            if is_news:
+                logger.warning("%s: %s What is not sent is kept and tried again.", integration.name, why)
+            if ended and failures >= TRIES_AT_THE_END:
+                self._give_up(integration, why)
         else:
             if before.status == "failing":
                 logger.info("%s: works again", integration.name)
-            self._update_state(
-                integration, status="delivered" if ended else "working", error="", failures=0, outstanding=""
-            )
-        return None
-
-    def _record_failure(self, integration: Integration, error: Exception, ended: bool) -> None:
-        before = self._states[integration.name]
-        failures, after = before.failures + 1, getattr(error, "retry_after", None)
-        self._update_state(
-            integration, status="failing", error=describe_error(error), failures=failures, retry_after=after
-        )
-        is_news = before.status != "failing"  # a service that is down must not fill the log
-        logger.debug("%s: try %d failed", integration.name, failures, exc_info=error if is_news else None)
-        if is_news:
-            logger.warning(
-                "%s: %s What is not sent is kept and tried again.",
-                integration.name, describe_error(error),
-            )  # fmt: skip
-        if ended and failures >= TRIES_AT_THE_END:
-            self._give_up(integration, describe_error(error))
+            status = "delivered" if ended else "working"
+            self._update_state(integration, status=status, error="", failures=0, outstanding="")
 
     def _give_up(self, integration: Integration, why: str) -> None:
         """Leave the rest to `sync`; the run's folder still holds it."""
@@ -266,13 +256,6 @@ class IntegrationManager:
         logger.warning(
             "%s: not sent: %s (%s). It is kept: training-lens sync %s",
             integration.name, rest, strip_full_stop(why), self._folder.parent,
-        )  # fmt: skip
-
-    def _record_unavailable(self, integration: Integration, error: IntegrationError) -> None:
-        self._update_state(integration, status="unavailable", error=describe_error(error))
-        logger.warning(
-            "%s: %s The run is not sent there; later: training-lens sync %s",
-            integration.name, describe_error(error), self._folder.parent,
         )  # fmt: skip
 
     def _update_state(self, integration: Integration, **changes: Any) -> None:

@@ -74,6 +74,8 @@ class HuggingFaceIntegration(Integration):
         options = run.config.tracking.hub
         assert options.repo is not None, "configured with a repository"
         self.repo, self._options = options.repo, options
+        self._repository = Repository(self.repo, options.revision, options.private)
+        self._cursor_key = f"{self.repo}@{options.revision or 'main'}"
         self.cursor = Cursor(run.tracking_folder(self.name) / "cursor.json")
 
     def require(self) -> None:
@@ -103,9 +105,8 @@ class HuggingFaceIntegration(Integration):
         wanted = self._build_files(self._require_files())
         try:
             self.require()
-            repository = self._open_repository()
-            if (remote := repository.list_files()) is not None:
-                self._warn_of_visibility(repository)
+            if (remote := self._repository.list_files()) is not None:
+                self._warn_of_visibility()
             return plan_push(wanted, remote or {})
         except IntegrationError as error:
             return PushPlan(tuple(wanted), unknown=str(error))
@@ -133,9 +134,6 @@ class HuggingFaceIntegration(Integration):
                     time.sleep(pause)
             return self._send_due(due)
 
-    def _open_repository(self) -> Repository:
-        return Repository(self.repo, self._options.revision, self._options.private)
-
     def _require_files(self) -> DueFiles:
         """What is due when a user asks for a push."""
         finished = self.run.status == "finished"
@@ -162,28 +160,24 @@ class HuggingFaceIntegration(Integration):
 
     def _send_due(self, due: DueFiles) -> PushResult:
         """Bring the repository up to date in one commit, and remember that."""
-        state, repository = self._hash_state(due), self._open_repository()
+        state, repository = self._hash_state(due), self._repository
         remote = repository.list_files()
         plan = plan_push(self._build_files(due), remote or {})
         url = ""
         if not plan.is_done:
             if remote is None:
                 repository.create_repository()
-            self._warn_of_visibility(repository)
+            self._warn_of_visibility()
             url = repository.commit_plan(plan, f"{self.run.run_id}: {due.describe_files()}")
             logger.debug("sent %d files in %s", len(plan.send), url)
         self.cursor.save({**self.cursor.load(), self._cursor_key: state})
         return PushResult(plan, url, self.repo)
 
-    def _warn_of_visibility(self, repository: Repository) -> None:
+    def _warn_of_visibility(self) -> None:
         """Warn if an existing repository is more or less visible than the config asks for."""
-        if (private := repository.is_private()) != self._options.private:
+        if (private := self._repository.is_private()) != self._options.private:
             seen = "private" if private else "public: everyone sees what is sent there"
             logger.warning("%s exists already, and stays %s", self.repo, seen)
-
-    @property
-    def _cursor_key(self) -> str:
-        return f"{self.repo}@{self._options.revision or 'main'}"
 
     def _is_sent(self, due: DueFiles) -> bool:
         return not due.describe_files() or self.cursor.load().get(self._cursor_key) == self._hash_state(due)

@@ -26,14 +26,7 @@ from training_lens.utils.secrets import redact_text
 
 ADAPTER_CONFIG = "adapter_config.json"
 METADATA = "training_lens"
-SECTIONS = (
-    "model",
-    "data",
-    "peft",
-    "training",
-    "evaluation",
-    "lens",
-)  # of the config: those that determine the adapter
+SECTIONS = ("model", "data", "peft", "training", "evaluation", "lens")  # of the config: they determine the adapter
 ABSOLUTE = re.compile(r"(?<![\w.:/<])~?(?:/[^\s/:'\"<>,;()]+){2,}")
 CHECKPOINTS = "training_lens_checkpoints"
 
@@ -60,11 +53,6 @@ class PushedFile:
         """Git's name for the content: the sha1 of a header and the content."""
         content = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-    @property
-    def is_readable(self) -> bool:
-        """Whether it can still be read: a training run deletes checkpoints."""
-        return isinstance(self.source, bytes) or self.source.is_file()
 
 
 @dataclass(frozen=True)
@@ -115,13 +103,8 @@ def plan_push(wanted: Sequence[PushedFile], remote: Mapping[str, RemoteFile]) ->
     )
     same = {file.path for file in there}
     send = tuple(file for file in wanted if file.path not in same)
-    return PushPlan(send, there, _find_deleted_checkpoints([file.path for file in wanted], remote))
-
-
-def _find_deleted_checkpoints(wanted: Collection[str], remote: Collection[str]) -> tuple[str, ...]:
-    """Folders of checkpoints that only the repository has; none if no checkpoint is wanted."""
-    wanted_folders, remote_folders = _checkpoint_folders(wanted), _checkpoint_folders(remote)
-    return tuple(sorted(remote_folders - wanted_folders)) if wanted_folders else ()
+    kept = _checkpoint_folders([file.path for file in wanted])
+    return PushPlan(send, there, tuple(sorted(_checkpoint_folders(remote) - kept)) if kept else ())
 
 
 def _checkpoint_folders(paths: Collection[str]) -> set[str]:

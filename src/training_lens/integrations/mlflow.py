@@ -15,7 +15,14 @@ from typing import Any
 
 from training_lens.errors import IntegrationError
 from training_lens.integrations.record import flatten_settings
-from training_lens.integrations.tracker import Record, Tracker, iterate_losses, require_packages
+from training_lens.integrations.tracker import (
+    ANSWER_COLUMNS,
+    Record,
+    Tracker,
+    iterate_losses,
+    list_answers,
+    require_packages,
+)
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.utils.secrets import redact_text
 
@@ -86,12 +93,14 @@ class MlflowIntegration(Tracker):
         from mlflow.entities import Metric
 
         now = round(time.time() * 1000)
-        metrics = [
-            Metric(key, value, now, record.step)
-            for record in records
-            for key, value in _safe_scalars(record.scalars).items()
-            if record.step not in self._sent_steps(key)
-        ]
+        metrics: list[Metric] = []
+        for record in records:
+            for name, value in record.scalars.items():
+                key = _safe_name(name)
+                if key not in self._steps:  # the steps for which MLflow has this metric
+                    self._steps[key] = {metric.step for metric in self._client.get_metric_history(self._id, key)}
+                if record.step not in self._steps[key]:
+                    metrics.append(Metric(key, value, now, record.step))
         for batch in _split_batches(metrics, METRICS_PER_CALL):
             self._client.log_batch(self._id, metrics=batch)
             for metric in batch:
@@ -100,11 +109,18 @@ class MlflowIntegration(Tracker):
             if record.verdict:
                 self._client.set_tag(self._id, f"training_lens.{record.values['name']}.verdict", record.verdict)
         if any(record.kind == "samples" for record in records):
-            self._log_table("samples.json", _sample_rows(read_metrics(self.run.folder.samples_file)))
+            lines = read_metrics(self.run.folder.samples_file)
+            answers = [dict(zip(ANSWER_COLUMNS, row, strict=True)) for line in lines for row in list_answers(line)]
+            self._log_table("samples.json", answers)
 
     def end(self) -> None:
-        folder = self.run.folder
-        self._log_summary()
+        from mlflow.entities import Metric
+
+        folder, now, step = self.run.folder, round(time.time() * 1000), self.run.summary.get("steps", 0)
+        shown = self._client.get_run(self._id).data.metrics
+        new = [Metric(key, value, now, step) for key, value in self.run.totals.items() if shown.get(key) != value]
+        if new:
+            self._client.log_batch(self._id, metrics=new)
         if folder.metrics_file.exists():
             self._log_table("validation.json", _validation_rows(read_metrics(folder.metrics_file)))
         if adapter := self.run.intact_adapter:
@@ -173,22 +189,6 @@ class MlflowIntegration(Tracker):
         for batch in _split_batches(params, PARAMS_PER_CALL):
             self._client.log_batch(self._id, params=batch)
 
-    def _sent_steps(self, key: str) -> set[int]:
-        """The steps for which MLflow has this metric."""
-        if key not in self._steps:
-            self._steps[key] = {metric.step for metric in self._client.get_metric_history(self._id, key)}
-        return self._steps[key]
-
-    def _log_summary(self) -> None:
-        """Log the numbers of the run's summary at its last step, without those that MLflow has."""
-        from mlflow.entities import Metric
-
-        now, step = round(time.time() * 1000), self.run.summary.get("steps", 0)
-        shown = self._client.get_run(self._id).data.metrics
-        new = [Metric(key, value, now, step) for key, value in self.run.totals.items() if shown.get(key) != value]
-        if new:
-            self._client.log_batch(self._id, metrics=new)
-
     def _log_table(self, path: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write and register a table. MLflow's own `log_table` would append to one that is sent again."""
         if not rows:
@@ -198,10 +198,6 @@ class MlflowIntegration(Tracker):
         listed = json.loads(self._client.get_run(self._id).data.tags.get("mlflow.loggedArtifacts", "[]"))
         if (entry := {"path": path, "type": "table"}) not in listed:
             self._client.set_tag(self._id, "mlflow.loggedArtifacts", json.dumps([*listed, entry]))
-
-
-def _safe_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
-    return {_safe_name(name): value for name, value in scalars.items()}
 
 
 def _safe_name(name: str) -> str:
@@ -216,16 +212,6 @@ def _safe_name(name: str) -> str:
 
 def _split_batches(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + most] for start in range(0, len(items), most))
-
-
-def _sample_rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per answer."""
-    columns = ("id", "prompt", "expected", "generated")
-    return [
-        {"step": line["step"], "base": line["base"], **{column: sample.get(column) for column in columns}}
-        for line in lines
-        for sample in line["samples"]
-    ]
 
 
 def _validation_rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -23,9 +23,10 @@ from training_lens.utils.integrity import read_sealed
 from training_lens.utils.secrets import redact_text
 
 if TYPE_CHECKING:
-    from training_lens.analysis.findings import Finding
+    pass
 
 TEMPLATE = "model_card.md.jinja"
+DATASET_ID = re.compile("hub:([^@:/]+(?:/[^@:/]+)?)")  # OWNER/NAME in hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
 
 
 class Verbatim(str):
@@ -67,13 +68,21 @@ class _Card:
     """The values of the template."""
 
     def __init__(self, run: RunRecord, names: PathShortener, repo: str, revision: str | None) -> None:
-        self.repo, self.revision, self._run, self._names = repo, revision, run, names
+        self._run, self._names = run, names
         self.title = repo.split("/")[-1]
         self.summary, self.peft, self.training = run.summary, run.config.peft, run.config.training
         self.date = run.config.data.date
         self.base = names.base
         self.base_is_embedded = run.config.model.id == embedded.MODEL
         self.base_is_local = self.base_is_embedded or is_local_folder(run.config.model.id)
+        self.is_chat = run.config.data.template == "chat"  # the tokenizer, which is pushed, has the chat template
+        self.seconds = format_seconds(self.summary["seconds"])
+        trained, total = (self.summary[f"{which}_parameters"] for which in ("trainable", "total"))
+        self.size = f"{format_count(trained)} trained parameters on {format_count(total - trained)}"
+        self._metric_lines = read_metrics(run.folder.metrics_file) if run.folder.metrics_file.is_file() else []
+        losses = [line["loss"] for line in self._metric_lines if line.get("kind") == "step"]
+        self.curve = Verbatim(render_sparkline(losses))  # the training loss of all steps
+        self.repo_code = _from_pretrained_arguments(repo, revision)
 
     @property
     def front_matter(self) -> Verbatim:
@@ -84,8 +93,9 @@ class _Card:
         values["tags"] = ["lora", "training-lens", *(["dora"] if self.peft.use_dora else [])]
         if not self.base_is_local:  # a folder's name could be that of a repository of somebody else
             values |= {"base_model": self.base, "base_model_relation": "adapter"}
-        if hubs := sorted({_dataset_id(str(s)) for s in self._run.config.data.train if str(s).startswith("hub:")}):
-            values["datasets"] = hubs
+        hubs = {found[1] for source in self._run.config.data.train if (found := DATASET_ID.match(str(source)))}
+        if hubs:
+            values["datasets"] = sorted(hubs)
         if results := self._evaluation_results():
             values["model-index"] = [{"name": self.title, "results": results}]
         return Verbatim(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
@@ -105,17 +115,6 @@ class _Card:
         """The kind of adapter, such as 'rsLoRA with DoRA'."""
         name = {"lora": "LoRA", "rslora": "rsLoRA"}.get(self.peft.variant, self.peft.variant)
         return "DoRA" if self.peft.use_dora and name == "LoRA" else name + (" with DoRA" if self.peft.use_dora else "")
-
-    @property
-    def size(self) -> str:
-        return (
-            f"{format_count(self.summary['trainable_parameters'])} trained parameters on "
-            f"{format_count(self.summary['total_parameters'] - self.summary['trainable_parameters'])}"
-        )
-
-    @property
-    def seconds(self) -> str:
-        return format_seconds(self.summary["seconds"])
 
     @cached_property
     def files(self) -> list[dict[str, Any]]:
@@ -167,13 +166,18 @@ class _Card:
         report = read_sealed(path)
         if "adapter" not in report:  # its losses were not finite: there is only a verdict
             return None
-        shown = [m for m in report["adapter"] if m in report["base"] and m in report["delta"]]
+        measures = []
+        for measure in [m for m in report["adapter"] if m in report["base"] and m in report["delta"]]:
+            base, adapter = (format_measure(measure, report[side][measure]) for side in ("base", "adapter"))
+            row = MeasureRow(measure, base, adapter, format_measure(measure, report["delta"][measure], "+"))
+            ends = report["intervals"].get(measure)
+            measures.append((row, " to ".join(format_measure(measure, end, "+") for end in ends) if ends else "-"))
         return {
             "rows": report["rows"],
             "verdict": report.get("verdict", {}).get("sentence", ""),
             "files": ", ".join(self._names.shorten_paths(file) for file in report["files"]),
             "confidence": f"{report['confidence']:.0%}",
-            "measures": [(_measure_row(m, report), _format_interval(m, report)) for m in shown],
+            "measures": measures,
         }
 
     @property
@@ -199,20 +203,6 @@ class _Card:
             return Verbatim(f"embedded.resolve_name({json.dumps(embedded.MODEL)})")
         return _from_pretrained_arguments(self.base, None if self.base_is_local else self._run.config.model.revision)
 
-    @property
-    def repo_code(self) -> Verbatim:
-        return _from_pretrained_arguments(self.repo, self.revision)
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether prompts use the tokenizer's chat template, which is pushed with it."""
-        return self._run.config.data.template == "chat"
-
-    @cached_property
-    def curve(self) -> Verbatim:
-        """The training loss of all steps, as a sparkline."""
-        return Verbatim(render_sparkline([line["loss"] for line in self._metric_lines if line.get("kind") == "step"]))
-
     @cached_property
     def lens(self) -> dict[str, Any] | None:
         """The results of the lens; None if it was off."""
@@ -227,17 +217,12 @@ class _Card:
             "changed": self._names.shorten_text(read_changes(analysis.recording).as_sentence()),
             "layers": _format_shares(weights.get("share_by_layer", {})),
             "kinds": _format_shares(weights.get("share_by_kind", {})),
-            "findings": [self._describe_finding(finding) for finding in analysis.findings],
+            "findings": [
+                {"severity": finding.severity}
+                | {key: self._names.shorten_text(getattr(finding, key)) for key in ("title", "where", "measured")}
+                for finding in analysis.findings
+            ],
         }
-
-    def _describe_finding(self, finding: Finding) -> dict[str, str]:
-        texts = {"title": finding.title, "where": finding.where, "measured": finding.measured}
-        return {"severity": finding.severity, **{key: self._names.shorten_text(text) for key, text in texts.items()}}
-
-    @cached_property
-    def _metric_lines(self) -> list[dict[str, Any]]:
-        path = self._run.folder.metrics_file
-        return read_metrics(path) if path.is_file() else []
 
 
 def _iterate_losses(base: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, float | None, float]]:
@@ -248,16 +233,6 @@ def _iterate_losses(base: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterato
         yield from ((f"{prefix}{key}", before.get(key), loss) for key, loss in ours[kind].items())
 
 
-def _measure_row(measure: str, report: Mapping[str, Any]) -> MeasureRow:
-    base, adapter, delta = (format_measure(measure, report[side][measure]) for side in ("base", "adapter", "delta"))
-    return MeasureRow(measure, base, adapter, delta if delta.startswith("-") else f"+{delta}")
-
-
-def _format_interval(measure: str, report: Mapping[str, Any]) -> str:
-    ends = report["intervals"].get(measure)
-    return " to ".join(format_measure(measure, end, "+") for end in ends) if ends else "-"
-
-
 def _format_shares(shares: Mapping[str, float | None]) -> list[tuple[str, str]]:
     return [(str(name), f"{share:.1%}") for name, share in shares.items() if share is not None]
 
@@ -265,8 +240,3 @@ def _format_shares(shares: Mapping[str, float | None]) -> list[tuple[str, str]]:
 def _from_pretrained_arguments(name: str, revision: str | None) -> Verbatim:
     """A repository and its branch as arguments of `from_pretrained`."""
     return Verbatim(json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else ""))
-
-
-def _dataset_id(source: str) -> str:
-    """The id OWNER/NAME in hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]."""
-    return "/".join(re.split("[@:]", source.removeprefix("hub:"))[0].split("/")[:2])

@@ -153,19 +153,15 @@ def _without_retries(send: Any) -> Any:
             raise
         except transport as error:
             raise IntegrationError(f"{request.url.host} does not answer: {describe_error(error)}") from error
-        if response.status_code in TRIED_AGAIN or response.status_code >= 500:
-            raise _build_busy_error(response)
+        status = response.status_code
+        if status in TRIED_AGAIN or status >= 500:
+            what = "limits the rate of requests" if status == 429 else "has trouble"
+            raise IntegrationError(
+                f"{request.url.host} {what} (HTTP {status}).", retry_after=_retry_after(response.headers)
+            )
         return response
 
     return send_once
-
-
-def _build_busy_error(response: Any) -> IntegrationError:
-    """The error of a service that is busy, with the time to wait."""
-    what = "limits the rate of requests" if response.status_code == 429 else "has trouble"
-    return IntegrationError(
-        f"{response.request.url.host} {what} (HTTP {response.status_code}).", retry_after=_retry_after(response.headers)
-    )
 
 
 def _retry_after(headers: Any) -> float | None:
@@ -186,7 +182,9 @@ def explain_error(error: BaseException, repo: str) -> IntegrationError:
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    chain = list(_error_chain(error))
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
     our_error = next((e for e in chain if isinstance(e, IntegrationError)), None)
     if our_error is not None:
         return our_error
@@ -196,14 +194,6 @@ def explain_error(error: BaseException, repo: str) -> IntegrationError:
         texts = dict.fromkeys(describe_error(e) for e in (error, chain[-1]))  # the first says where, the last why
         wrong = isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)  # of what is sent
         return IntegrationError(" ".join(texts), lasting=wrong)
-    lasting = 400 <= status < 500 and status not in BUSY
-    return IntegrationError(
-        _explain_status(status, repo) or f"the hub refused: {describe_error(error)}", lasting=lasting
-    )
-
-
-def _explain_status(status: int, repo: str) -> str:
-    """What an HTTP status means and what to do; empty for others."""
     where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "hf auth login"
     known = {
         401: f"the hub does not accept the token of {where} (HTTP 401): make a new one at {TOKENS}.",
@@ -211,12 +201,5 @@ def _explain_status(status: int, repo: str) -> str:
         "a repository of your own.",
         404: f"there is no '{repo}', or this token may not see it (HTTP 404): correct the name, owner/name.",
     }  # fmt: skip
-    return known.get(status, "")
-
-
-def _error_chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and its causes."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+    why = known.get(status) or f"the hub refused: {describe_error(error)}"
+    return IntegrationError(why, lasting=400 <= status < 500 and status not in BUSY)

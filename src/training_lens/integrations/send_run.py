@@ -57,7 +57,16 @@ def read_delivery_states(
     folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None
 ) -> tuple[IntegrationState, ...]:
     """The delivery state of each destination of a run, without network."""
-    return tuple(_read_state(integration) for integration in _open_integrations(folder, changes)[1])
+    states = []
+    for integration in _open_integrations(folder, changes)[1]:
+        rest = integration.outstanding()
+        try:
+            integration.require()
+        except IntegrationError as error:
+            states.append(IntegrationState(integration.name, "unavailable", describe_error(error), rest))
+        else:
+            states.append(IntegrationState(integration.name, "waiting" if rest else "delivered", outstanding=rest))
+    return tuple(states)
 
 
 def _open_integrations(
@@ -66,15 +75,6 @@ def _open_integrations(
     record = RunRecord(folder, changes)
     require_consent(folder.root, record.config, changes or {}, *SYNC_KEYS)
     return record, [spec.build(record) for spec in list_integrations(record.config)]
-
-
-def _read_state(integration: Integration) -> IntegrationState:
-    try:
-        integration.require()
-    except IntegrationError as error:
-        return IntegrationState(integration.name, "unavailable", describe_error(error), integration.outstanding())
-    rest = integration.outstanding()
-    return IntegrationState(integration.name, "waiting" if rest else "delivered", outstanding=rest)
 
 
 def record_evaluation(run: RunFolder, name: str, report: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from training_lens.config.schema import TrainingConfig
 from training_lens.display.markdown import escape_markdown, markdown_table
 from training_lens.integrations.record import RunRecord, flatten_settings
-from training_lens.integrations.tracker import Record, Tracker, bin_edges
+from training_lens.integrations.tracker import Record, Tracker, bin_edges, iterate_histograms
 from training_lens.utils.nested import flatten_sections
 
 OURS = ".training-lens"  # suffix of our events files: only these are ever replaced
@@ -89,8 +89,7 @@ class TensorBoardIntegration(Tracker):
     def _summary_values(self, record: Record) -> list[Any]:
         """The TensorBoard values of a record, one per tag."""
         if record.kind == "histograms":
-            found = record.values["histograms"]
-            return [_histogram_value(f"{GROUPS[kind]}/{name}", h) for kind in GROUPS for name, h in found[kind].items()]
+            return [_histogram_value(f"{GROUPS[kind]}/{name}", bins) for kind, name, bins in iterate_histograms(record)]
         if record.kind == "samples":
             return self._sample_table(record.values)
         verdict = (

@@ -32,12 +32,8 @@ from training_lens.integrations.delivery import Cursor, Integration
 from training_lens.integrations.record import RunRecord, hash_values
 from training_lens.runs.journal import JournalEntry, JournalPosition, JournalReader
 
-BATCH = {
-    "metrics": 512,
-    "samples": 64,
-    "histograms": 8,
-    "evaluations": 64,
-}  # most lines of each journal per call of `log`
+BATCH = {"metrics": 512, "samples": 64, "histograms": 8, "evaluations": 64}  # most lines of a journal per `log`
+ANSWER_COLUMNS = ("step", "base", "id", "prompt", "expected", "generated")  # `base`: whether the base answered
 RecordKind = Literal["step", "base", "validation", "samples", "histograms", "evaluation"]
 
 
@@ -126,27 +122,22 @@ class Tracker(Integration):
 
     def deliver(self, ended: bool) -> None:
         try:
-            self._deliver_new(ended)
+            if not self._readers:
+                self._readers = self._open_readers(self.cursor.load())
+            while entries := self._next_entries():
+                records = [record for named in entries if (record := self._build_record(*named)) is not None]
+                if records:
+                    self._open_once()
+                    self.log(records)
+                self._save_positions()
+            if ended and self.cursor.load().get("end") != (end := self._end_key()):
+                self._open_once()
+                self.end()
+                self._save_positions(end=end)
         except BaseException:
             self._readers, self._opened = {}, False  # the next try opens it again, and reads on from the cursor
             self.close()
             raise
-
-    def _deliver_new(self, ended: bool) -> None:
-        if not self._readers:
-            self._readers = self._open_readers(self.cursor.load())
-        while entries := self._next_entries():
-            records = [
-                record for journal, entry in entries if (record := self._build_record(journal, entry)) is not None
-            ]
-            if records:
-                self._open_once()
-                self.log(records)
-            self._save_positions()
-        if ended and self.cursor.load().get("end") != (end := self._end_key()):
-            self._open_once()
-            self.end()
-            self._save_positions(end=end)
 
     def _open_once(self) -> None:
         """Connect, but not before there is something to send."""
@@ -179,14 +170,10 @@ class Tracker(Integration):
 
     def _open_readers(self, kept: Mapping[str, Any]) -> dict[str, JournalReader]:
         """Readers of the journals, from the positions of the cursor."""
-        folder, positions = self.run.folder, kept.get("positions", {})
-        paths = {
-            "metrics": folder.metrics_file,
-            "samples": folder.samples_file,
-            "histograms": folder.histograms_file,
-            "evaluations": folder.evaluations_file,
+        logs, positions = self.run.folder.logs, kept.get("positions", {})
+        return {
+            name: JournalReader(logs / f"{name}.jsonl", JournalPosition(*positions.get(name, ()))) for name in BATCH
         }
-        return {name: JournalReader(path, JournalPosition(*positions.get(name, ()))) for name, path in paths.items()}
 
     def _save_positions(self, **more: str) -> None:
         positions = {name: list(reader.position) for name, reader in self._readers.items()}
@@ -195,6 +182,18 @@ class Tracker(Integration):
     def _end_key(self) -> str:
         """Identifies the end of this run; it is another one after a resume."""
         return hash_values([self.run.status, self.run.summary])
+
+
+def list_answers(samples: Mapping[str, Any]) -> list[list[Any]]:
+    """The answers of a line of logs/samples.jsonl, a row each with the columns of `ANSWER_COLUMNS`."""
+    about = [samples["step"], samples["base"]]
+    return [[*about, *(answer.get(name) for name in ANSWER_COLUMNS[2:])] for answer in samples["samples"]]
+
+
+def iterate_histograms(record: Record) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """The histograms of a record: what of (weights or gradients), the module, and `low`, `high` and `counts`."""
+    for kind, modules in record.values["histograms"].items():
+        yield from ((kind, module, histogram) for module, histogram in modules.items())
 
 
 def iterate_losses(validation: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from training_lens.errors import IntegrationError
 from training_lens.integrations.record import flatten_settings
-from training_lens.integrations.tracker import Record, Tracker, bin_edges, require_packages
+from training_lens.integrations.tracker import Record, Tracker, bin_edges, iterate_histograms, require_packages
 from training_lens.utils.names import expand_home
 
 
@@ -101,29 +101,15 @@ class TrackioIntegration(Tracker):
 
 def _build_values(record: Record) -> Mapping[str, Any]:
     """The trackio values of a record."""
+    from trackio import Histogram, Markdown, Table
+
     if record.kind == "samples":
-        return {"samples": _build_table(record.values["samples"])}
+        return {"samples": {"_type": Table.TYPE, "_value": [dict(row) for row in record.values["samples"]]}}
     if record.kind == "histograms":
         return {
-            f"{of}/{module}": _build_histogram(bins)
-            for of, modules in record.values["histograms"].items()
-            for module, bins in modules.items()
+            f"{kind}/{module}": Histogram(np_histogram=(bins["counts"], bin_edges(bins)))._to_dict()
+            for kind, module, bins in iterate_histograms(record)
         }
     if record.verdict:
-        from trackio import Markdown
-
         return {**record.scalars, f"{record.values['name']}/verdict": Markdown(record.verdict)._to_dict()}
     return record.scalars
-
-
-def _build_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from trackio import Table
-
-    return {"_type": Table.TYPE, "_value": [dict(row) for row in rows]}
-
-
-def _build_histogram(bins: Mapping[str, Any]) -> dict[str, Any]:
-    from trackio import Histogram
-
-    values: dict[str, Any] = Histogram(np_histogram=(bins["counts"], bin_edges(bins)))._to_dict()
-    return values

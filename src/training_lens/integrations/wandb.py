@@ -26,6 +26,7 @@ from training_lens.runs.run_folder import PROCESS
 from training_lens.utils.formatting import describe_error, strip_full_stop
 
 INIT_SECONDS = 30.0  # for the first answer of the server
+LEAST_FINISH_SECONDS = 600.0  # that W&B may take at the end, when an adapter of gigabytes may be sent
 REFUSED = re.compile(r"error 40[13]\b")  # HTTP status: the key is wrong or has no write permission
 NO_METADATA = "http://127.0.0.1:9"  # instead of a cloud's metadata server, which wandb-core would ask
 OWN_RUN_KEYS = ("run_dir",)  # of the summary: a path of this machine
@@ -64,10 +65,21 @@ class WandBIntegration(Tracker):
     def require(self) -> None:
         """See `Integration.require`: the package, and a key for a run that goes online."""
         require_packages("wandb", "wandb")
-        if self.settings.mode == "online":
-            import wandb
+        if self.settings.mode != "online":
+            return
+        import wandb
+        from wandb.sdk.lib.wbauth import authenticate_session
 
-            _require_key(wandb)
+        host = wandb.setup().settings.base_url
+        try:
+            key = authenticate_session(host=host, source="", prompt=False, update_session=False)
+        except wandb.errors.Error as error:
+            raise IntegrationError(f"W&B: {describe_error(error)}") from error
+        if key is None:
+            raise IntegrationError(
+                f"there is no key for {host}: set WANDB_API_KEY, run `wandb login`, or give "
+                "tracking.wandb.mode=offline."
+            )
 
     def deliver(self, ended: bool) -> None:
         """See `Integration.deliver`."""
@@ -103,19 +115,14 @@ class WandBIntegration(Tracker):
         """The entries of whole steps: those that every journal has been read past."""
         while new := super()._next_entries():
             self._held = sorted([*self._held, *new], key=lambda named: named[1].step)
-            if whole := self._take_steps(self._read_through(new)):
+            full = [name for name in self._readers if sum(named[0] == name for named in new) == BATCH[name]]
+            # Below this step all entries are read: the metrics have a line per step, and are read first.
+            through = min(self._readers[name].position.step for name in ("metrics", *full))
+            if count := sum(entry.step < through for _, entry in self._held):
+                whole, self._held = self._held[:count], self._held[count:]
                 return whole
-        return self._take_steps(None) if self._ended else []
-
-    def _read_through(self, new: Sequence[tuple[str, JournalEntry]]) -> int:
-        """The step before which all entries are read: the metrics have a line per step, and are read first."""
-        full = [name for name in self._readers if sum(named[0] == name for named in new) == BATCH[name]]
-        return min(self._readers[name].position.step for name in ("metrics", *full))
-
-    def _take_steps(self, before: int | None) -> list[tuple[str, JournalEntry]]:
-        count = len(self._held) if before is None else sum(entry.step < before for _, entry in self._held)
-        taken, self._held = self._held[:count], self._held[count:]
-        return taken
+        rest, self._held = (self._held, []) if self._ended else ([], self._held)
+        return rest
 
     def _end_key(self) -> str:
         """The end is another one after each evaluation, which is sent once W&B has finished the run again."""
@@ -158,26 +165,18 @@ class WandBIntegration(Tracker):
 
     def _client_settings(self, wandb: Any) -> Any:
         """The client's settings: quiet, without code, git and machine data, except the training process's own use."""
-        pid, stopped = self._training_process(), self._stopped
+        pid, stopped = None, self._stopped
+        with suppress(CheckpointError, KeyError, TypeError):
+            pid = int(self.run.folder.read_metadata(PROCESS)["pid"]) if self.run.status == "running" else None
         return wandb.Settings(
-            init_timeout=INIT_SECONDS, finish_timeout=self._finish_seconds, finish_timeout_raises=True,
+            init_timeout=INIT_SECONDS, finish_timeout_raises=True,
+            finish_timeout=max(LEAST_FINISH_SECONDS, self.run.config.tracking.wait_seconds),
             console="off", silent=True, quiet=True, save_code=False, disable_code=True, disable_git=True,
             disable_job_creation=True, label_disable=True, host="", stop_on_fatal_error=True,
             stop_fn=lambda: stopped.set(), x_disable_meta=True, x_save_requirements=False,
             x_disable_stats=pid is None, x_stats_pid=pid or os.getpid(), x_stats_disk_paths=[],
             x_stats_coreweave_metadata_base_url=NO_METADATA,
         )  # fmt: skip
-
-    def _training_process(self) -> int | None:
-        """The process whose resource use is shown; None once it has ended."""
-        with suppress(CheckpointError, KeyError, TypeError):
-            return int(self.run.folder.read_metadata(PROCESS)["pid"]) if self.run.status == "running" else None
-        return None
-
-    @property
-    def _finish_seconds(self) -> float:
-        """How long W&B may take at the end, when an adapter of gigabytes may be sent."""
-        return max(600.0, self.run.config.tracking.wait_seconds)
 
     @property
     def _client_folder(self) -> Path:
@@ -215,26 +214,7 @@ class WandBIntegration(Tracker):
 def build_wandb_id(experiment: str, run_id: str) -> str:
     """W&B's id of a run: of valid characters, and unique to the experiment."""
     known = hashlib.sha256(f"{experiment}/{run_id}".encode()).hexdigest()
-    return f"{_replace_characters(run_id)[:64]}-{known[:6]}"
-
-
-def _replace_characters(name: str) -> str:
-    """The name with characters replaced that W&B's ids and files may not have."""
-    return re.sub(r"[^A-Za-z0-9_-]", "-", name)
-
-
-def _require_key(wandb: Any) -> None:
-    from wandb.sdk.lib.wbauth import authenticate_session
-
-    host = wandb.setup().settings.base_url
-    try:
-        key = authenticate_session(host=host, source="", prompt=False, update_session=False)
-    except wandb.errors.Error as error:
-        raise IntegrationError(f"W&B: {describe_error(error)}") from error
-    if key is None:
-        raise IntegrationError(
-            f"there is no key for {host}: set WANDB_API_KEY, run `wandb login`, or give tracking.wandb.mode=offline."
-        )
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', run_id)[:64]}-{known[:6]}"
 
 
 @contextmanager
@@ -247,17 +227,15 @@ def _explain_errors(wandb: Any) -> Iterator[None]:
             f"W&B did not accept all of the run in time ({strip_full_stop(describe_error(error))})."
         ) from error
     except wandb.errors.Error as error:
-        refused = isinstance(error, wandb.errors.AuthenticationError) or REFUSED.search(str(error))
-        if refused:
+        why = strip_full_stop(describe_error(error))
+        if isinstance(error, wandb.errors.AuthenticationError) or REFUSED.search(str(error)):
             raise IntegrationError(
-                f"W&B rejects the key, or denies it write access ({strip_full_stop(describe_error(error))}). "
-                "Run `wandb login`, or set WANDB_API_KEY, and see tracking.wandb.entity.",
+                f"W&B rejects the key, or denies it write access ({why}). Run `wandb login`, or set WANDB_API_KEY, and "
+                "see tracking.wandb.entity.",
                 lasting=True,
             ) from error
         lasting = isinstance(error, wandb.errors.UsageError)
-        raise IntegrationError(
-            f"W&B cannot start or finish the run ({strip_full_stop(describe_error(error))}).", lasting=lasting
-        ) from error
+        raise IntegrationError(f"W&B cannot start or finish the run ({why}).", lasting=lasting) from error
 
 
 def require_written(folder: Path, step: int) -> None:

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from training_lens.errors import TrainingLensError
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.tracker import Record, bin_edges, iterate_losses
+from training_lens.integrations.tracker import (
+    ANSWER_COLUMNS,
+    Record,
+    bin_edges,
+    iterate_histograms,
+    iterate_losses,
+    list_answers,
+)
 from training_lens.utils.files import hash_file
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 WEIGHTS = "adapter_model.safetensors"
-SAMPLE_COLUMNS = ("id", "prompt", "expected", "generated")
 FINDING_COLUMNS = ("code", "severity", "title", "where", "measured", "threshold", "confidence", "action", "decide")
 LOSSES = ("validation_loss", "base_validation_loss", "train_loss")
 
 
 def build_row(records: Sequence[Record]) -> dict[str, Any]:
-    """The row of one step: numbers, tables and histograms."""
+    """The row of one step: numbers, tables and histograms; losses in nats per supervised token."""
+    import wandb
+
     values: dict[str, Any] = {}
     for record in records:
         values |= record.scalars
         if record.kind == "samples":
-            values["samples"] = _sample_table(record)
+            model = "base" if record.values["base"] else "adapter"
+            answers = ([step, model, *answer] for step, _, *answer in list_answers(record.values))
+            values["samples"] = _build_table(["step", "model", *ANSWER_COLUMNS[2:]], answers)
         elif record.kind == "histograms":
-            values |= dict(_build_histograms(record.values["histograms"]))
+            for kind, module, bins in iterate_histograms(record):
+                values[f"{kind}/{module}"] = wandb.Histogram(np_histogram=(bins["counts"], bin_edges(bins).tolist()))
         elif record.kind in ("base", "validation"):
-            values["validation_table"] = _loss_table(record)
+            model = "base" if record.kind == "base" else "adapter"
+            rows = ([record.step, model, *loss] for loss in iterate_losses(record.values))
+            values["validation_table"] = _build_table(["step", "model", "by", "name", "loss"], rows)
         elif record.verdict:
             values[f"{record.values['name']}/verdict"] = record.verdict
     return values
@@ -64,7 +77,9 @@ def build_artifacts(run: RunRecord, run_id: str) -> Iterator[Any]:
     import wandb
 
     if folder := run.intact_adapter:
-        adapter = wandb.Artifact(f"adapter-{run_id}", type="model", metadata=_adapter_facts(run))
+        facts = {"base": run.config.model.id, "sha256": hash_file(folder / WEIGHTS), "run": run.run_id}
+        losses = {name: run.summary.get(name) for name in LOSSES}
+        adapter = wandb.Artifact(f"adapter-{run_id}", type="model", metadata=facts | losses)
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             _add_file(adapter, file, file.relative_to(folder))
         yield adapter
@@ -78,35 +93,7 @@ def _add_file(artifact: Any, file: Path, name: Path) -> None:
     artifact.add_file(str(file.absolute()), name=name.as_posix(), policy="immutable", skip_cache=True)
 
 
-def _adapter_facts(run: RunRecord) -> dict[str, Any]:
-    losses = {name: run.summary.get(name) for name in LOSSES}
-    return {"base": run.config.model.id, "sha256": hash_file(run.folder.adapter / WEIGHTS), "run": run.run_id} | losses
-
-
-def _sample_table(record: Record) -> Any:
-    model = "base" if record.values["base"] else "adapter"
-    rows = [[record.step, model, *(sample[name] for name in SAMPLE_COLUMNS)] for sample in record.values["samples"]]
-    return _build_table(["step", "model", *SAMPLE_COLUMNS], rows)
-
-
-def _loss_table(record: Record) -> Any:
-    """Rows of the losses over all rows, each domain and each file, in nats per supervised token."""
-    model = "base" if record.kind == "base" else "adapter"
-    rows = ([record.step, model, *row] for row in iterate_losses(record.values))
-    return _build_table(["step", "model", "by", "name", "loss"], rows)
-
-
 def _build_table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Any:
     import wandb
 
     return wandb.Table(columns=list(columns), data=[list(values) for values in rows])
-
-
-def _build_histograms(kinds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Any]]:
-    """Names such as `weights/MODULE.A`, and histograms of equal bins."""
-    import wandb
-
-    for kind, modules in kinds.items():
-        for name, found in modules.items():
-            edges = bin_edges(found).tolist()
-            yield f"{kind}/{name}", wandb.Histogram(np_histogram=(found["counts"], edges))
