@@ -134,18 +134,24 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return _share(RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir)))
 
 
+@pytest.fixture(scope="session")
+def hub_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    server = Hub(tmp_path_factory.mktemp("hub"))
+    yield server
+    server.kill()
+
+
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A running hub, for this process and those it starts; logged in with a token that may write."""
+def hub(hub_server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A running hub without repositories, for this process and its children; logged in with a token that may write."""
     from huggingface_hub import constants
 
-    server = Hub(tmp_path / "hub").start()
+    server = hub_server.empty().start()
     use_hub(server.url, monkeypatch)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    yield server
-    server.kill()
+    return server
 
 
 @pytest.fixture(autouse=True)

@@ -56,11 +56,22 @@ def sent_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))
 
 
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of MLflow without runs, which takes a second to make."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def unsent_run(sent_run: RunFolder, tmp_path: Path) -> RunFolder:
+def unsent_run(sent_run: RunFolder, empty_mlflow: Path, tmp_path: Path) -> RunFolder:
     """The same run elsewhere, with samples and histograms, sent nowhere yet."""
     place = tmp_path / "outputs" / "experiments" / "again" / "runs" / sent_run.run_id
     shutil.copytree(sent_run.root, place, ignore=shutil.ignore_patterns("tracking"))
+    shutil.copyfile(empty_mlflow, tmp_path / "outputs" / "mlflow.db")
     run = RunFolder(place)
     for path, lines in ((run.samples_file, SAMPLES), (run.histograms_file, HISTOGRAMS)):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import pytest
 
 TOKEN, READ_TOKEN, OWNER = "hf_" + "planted" * 5, "hf_" + "reading" * 5, "me"
+FOLDERS = ("repos", "blobs")  # of the server's own
 LARGE = (".safetensors",)  # goes to large-file storage, like files of more than 10 MB
 
 
@@ -54,9 +56,19 @@ class Hub:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
+    def empty(self) -> Hub:
+        """Without repositories, orders and a log of requests, whether it runs or not."""
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in FOLDERS:
+            (self.folder / name).mkdir()
+        return self
+
     def start(self) -> Hub:
-        command = [sys.executable, __file__, str(self.folder), str(self.port)]
-        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        """Start its process, unless it runs."""
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, __file__, str(self.folder), str(self.port)]
+            self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         for _ in range(200):
             try:
                 urlopen(f"{self.url}/alive", timeout=1).close()
@@ -75,10 +87,18 @@ class Hub:
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
+            self._process = None
 
     def order(self, *orders: dict[str, Any]) -> None:
-        """What to do wrong: {"on": regex of 'METHOD path', "status" or "drop" or "slow": ..., "times": n}."""
+        """What to do wrong: {"on": regex of 'METHOD path', "status" or "drop" or "until": ..., "times": n}.
+
+        `until` is a file: the answer waits until it exists.
+        """
         (self.folder / "orders.json").write_text(json.dumps(orders))
+
+    def is_obeying(self) -> bool:
+        """Whether it has begun to do all that was ordered."""
+        return not any(order["times"] for order in json.loads((self.folder / "orders.json").read_text() or "[]"))
 
     def requests(self, pattern: str = "") -> list[dict[str, Any]]:
         log = self.folder / "requests.jsonl"
@@ -108,7 +128,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.lock = folder, threading.Lock()
-        for name in ("repos", "blobs"):
+        for name in FOLDERS:
             (folder / name).mkdir(exist_ok=True)
 
     def path(self, repo: str) -> Path:
@@ -158,9 +178,10 @@ class Handler(BaseHTTPRequestHandler):
         self.place = unquote(urlsplit(self.path).path)
         self.request_name = f"{self.command} {self.place}"
         order = self._order()
-        if "slow" in order:
+        if "until" in order:
             self.rfile.read(int(self.headers.get("content-length", 0)) // 2)
-            time.sleep(order["slow"])
+            while not Path(order["until"]).exists():
+                time.sleep(0.02)
         if "drop" in order:
             self._log(0)
             self.connection.shutdown(socket.SHUT_RDWR)

@@ -189,15 +189,12 @@ def test_a_hub_killed_in_a_push_gets_the_rest_once(hub: Hub, own_run: RunFolder)
     own_run.write_metadata("config.json", settings)
     remember_consent(own_run.root, read_run_config(own_run))
     before = {name: held for name, held in contents(own_run.root).items() if "tracking/" not in name}
-    hub.order({"on": "POST .*/commit/", "slow": 60, "times": 1})
+    hub.order({"on": "POST .*/commit/", "until": "/nowhere", "times": 1})
 
     def kill_and_restart() -> None:
-        deadline = time.monotonic() + 20
-        while not hub.uploads() and time.monotonic() < deadline:
+        while not hub.is_obeying():  # the commit waits in the hub
             time.sleep(0.02)
-        time.sleep(0.3)
         hub.kill()
-        time.sleep(1.0)
         hub.start()
 
     killer = threading.Thread(target=kill_and_restart, daemon=True)
@@ -236,13 +233,21 @@ def test_checkpoints_are_those_of_the_run(hub: Hub, own_run: RunFolder, tmp_path
     assert integration(own_run, checkpoints=True).push().plan.is_done  # none here says nothing of those there
 
 
-def test_a_checkpoint_thinned_while_it_is_sent_is_no_trouble(hub: Hub, own_run: RunFolder) -> None:
+def test_a_checkpoint_thinned_while_it_is_sent_is_no_trouble(hub: Hub, own_run: RunFolder, tmp_path: Path) -> None:
     (checkpoint,) = list_checkpoints(own_run.checkpoints)
     summary = own_run.read_metadata("summary.json")
     write_json(own_run.metadata / "summary.json", {**summary, "status": "running"})
     there = integration(own_run, checkpoints=True)
-    hub.order({"on": "GET .*/tree/", "slow": 1.0, "times": 1})
-    killer = threading.Timer(0.5, lambda: shutil.rmtree(checkpoint))
+    deleted = tmp_path / "deleted"
+    hub.order({"on": "GET .*/tree/", "until": str(deleted), "times": 1})
+
+    def delete_meanwhile() -> None:
+        while not hub.is_obeying():
+            time.sleep(0.02)
+        shutil.rmtree(checkpoint)
+        deleted.touch()
+
+    killer = threading.Thread(target=delete_meanwhile, daemon=True)
     killer.start()
     there.deliver(ended=False)
     killer.join()
