@@ -121,11 +121,7 @@ class PathShortener:
         base = embedded.resolve_name(run.config.model.id)
         local = is_local_folder(base) and run.config.model.id == base
         self.base = expand_home(base).resolve().name if local else run.config.model.id
-        places = [
-            embedded.resolve_name(run.config.model.id),
-            str(run.folder.root),
-            str(run.base_output_dir.absolute()),
-        ]
+        places = [embedded.resolve_name(run.config.model.id), str(run.folder.root), str(run.base_output_dir.absolute())]
         named = [place for place in places if is_local_folder(place) and Path(place).name not in ("", "..")]
         self._places = {place: Path(place).name for place in named} | self._short
 

@@ -68,15 +68,15 @@ class TensorBoardIntegration(Tracker):
         for record in records:
             self._now = record.time or time.time()
             if values := self._summary_values(record):
-                self._events.write_event(self._now, record.step, summary=_build_summary(values))
+                self._events.write_values(self._now, record.step, values)
         self._events.flush()
 
     def end(self) -> None:
         assert self._events is not None
         summary = self.run.summary
         values = [_scalar_value(f"whole_run/{name}", summary[name]) for name in FINAL if summary.get(name) is not None]
-        self._events.write_event(self._now, int(summary["steps"]), summary=_build_summary(values))
-        self._events.write_event(self._now, summary=_session_end(self.run.status, self._now))
+        self._events.write_values(self._now, int(summary["steps"]), values)
+        self._events.write_values(self._now, 0, [_session_end(self.run.status, self._now)])
         self._events.flush()
 
     def close(self) -> None:
@@ -130,17 +130,16 @@ class _EventsFile:
 
         self._records.write(Event(wall_time=when, step=step, **what).SerializeToString())
 
+    def write_values(self, when: float, step: int, values: Sequence[Any]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self.write_event(when, step, summary=Summary(value=values))
+
     def flush(self) -> None:
         self._records.flush()
 
     def close(self) -> None:
         self._records.close()
-
-
-def _build_summary(values: Sequence[Any]) -> Any:
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    return Summary(value=values)
 
 
 def _scalar_value(tag: str, value: float) -> Any:
@@ -180,12 +179,11 @@ def _hyperparameter_summary(run: RunRecord, started: float) -> Any:
 
 
 def _session_end(status: str, when: float) -> Any:
-    """The same as hparams.summary.session_end_pb, which needs TensorFlow."""
+    """The value of hparams.summary.session_end_pb, which needs TensorFlow."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
     known = {"finished": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
     info = plugin_data_pb2.SessionEndInfo(status=known.get(status, api_pb2.STATUS_UNKNOWN), end_time_secs=when)
     about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))
-    value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR)
-    return _build_summary([value])
+    return Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR)

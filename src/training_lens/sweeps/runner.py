@@ -17,13 +17,7 @@ from rich.console import Console
 
 from training_lens.config.run_config import consent_for, remember_consent
 from training_lens.config.schema import TrainingConfig
-from training_lens.errors import (
-    CheckpointError,
-    ConfigurationError,
-    InterruptedRunError,
-    PrunedRunError,
-    TrainingError,
-)
+from training_lens.errors import CheckpointError, ConfigurationError, InterruptedRunError, PrunedRunError, TrainingError
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.sweeps.leaderboard import (

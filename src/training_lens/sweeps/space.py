@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.config.search_space import ChoiceDimension, Dimension, RangeDimension, parse_space

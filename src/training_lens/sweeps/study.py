@@ -25,7 +25,6 @@ from training_lens.sweeps.study_storage import explain_storage, open_storage
 from training_lens.sweeps.trials import (
     BLOCKS,
     check_attributes,
-    count_deaths,
     current_trials,
     first_number,
     is_default,
@@ -169,8 +168,9 @@ class SharedStudy:
         return self._storage.get_trial(trial_id)
 
     def count_deaths(self, trial: FrozenTrial) -> int:
-        """How often a process died during the trial's run."""
-        return count_deaths(trial, self._read_all_trials())
+        """How often a process died during the trial's run, not counting processes that were asked to stop."""
+        same = [other for other in self._read_all_trials() if first_number(other) == first_number(trial)]
+        return sum(is_lost(other) and "released" not in other.user_attrs for other in same)
 
     def _release_dead(self) -> None:
         """Mark running trials of dead processes as lost, by their lock, or else by their heartbeat."""

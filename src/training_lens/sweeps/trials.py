@@ -64,16 +64,6 @@ def is_lost(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
 
 
-def count_deaths(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:
-    """How often a process died during the trial's run, not counting processes that were asked to stop.
-
-    Args:
-        trials: all of the study.
-    """
-    same = [other for other in trials if first_number(other) == first_number(trial)]
-    return sum(is_lost(other) and "released" not in other.user_attrs for other in same)
-
-
 def current_trials(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The current trial of each run by number: the first that is not lost, else the last."""
     latest: dict[int, FrozenTrial] = {}
