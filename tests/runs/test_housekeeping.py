@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.runs.housekeeping import change_tags, check_deletable, delete_run, measure_size, read_tags
+from training_lens.runs.housekeeping import (
+    change_tags,
+    check_deletable,
+    delete_run,
+    measure_size,
+    output_folder,
+    read_tags,
+)
 from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.utils.files import write_json
 
@@ -28,6 +35,13 @@ def test_tags_are_kept_once_and_taken_away(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="2 problems"):
         change_tags(run, ["good", "two words", "x" * 41])
     assert read_tags(run) == ("x", "z")
+
+
+def test_the_output_folder_is_known_from_the_place_of_a_run_or_sweep(tmp_path: Path) -> None:
+    run = make(tmp_path, "a")
+    assert output_folder(run.root) == output_folder(tmp_path / "sweeps" / "mine") == tmp_path
+    assert output_folder(tmp_path / "runs" / "a") is None
+    assert output_folder(tmp_path / "x" / ".." / "sweeps" / "mine") is None
 
 
 def test_a_run_is_deleted_whole_and_links_in_it_are_not_followed(tmp_path: Path) -> None:

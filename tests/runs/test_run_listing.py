@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.runs.metrics_log import read_logged_values
+from training_lens.runs.metrics_log import read_logged_values, read_metrics
 from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.runs.run_listing import (
     RunOverview,
@@ -83,6 +83,30 @@ def test_odd_lines_in_one_run_s_log_stop_no_command(tmp_path: Path) -> None:
         "odd": {"steps": 3, "seconds": 0.5},
     }
     assert read_logged_values(run, "step", "step", "loss") == [[2, 8.0]]
+
+
+def test_only_damaged_lines_are_warned_of_and_the_last_may_be_cut(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, whole = tmp_path / "metrics.jsonl", '{"kind": "step", "step": 1}\n{"kind": "step", "step": 2}\n'
+    path.write_text(whole + '{"kind": "ste')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2] and not caplog.records
+    path.write_text('{"kind": "ste\n' + whole)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2] and "its lines 1 are skipped" in caplog.text
+    assert "ends at step" not in caplog.text
+    read_metrics(path, last_step=3)
+    assert "it ends at step 2 of 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sources", "name"),
+    [([], ""), (["a/x.jsonl"], "x.jsonl"), (["a/x.jsonl", "y.jsonl", "z"], "x.jsonl +2"), ([{"q": 1}], "1 rows")],
+)
+def test_data_is_named_by_its_first_file_and_the_number_of_others(
+    tmp_path: Path, sources: list[Any], name: str
+) -> None:
+    run = make(tmp_path, "a", config={"data": {"train": sources}, "model": {"id": str(tmp_path / "base")}})
+    assert (read_run(run).data_name, read_run(run).model_name) == (name, "base")
 
 
 @pytest.mark.parametrize(
