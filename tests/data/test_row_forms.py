@@ -143,6 +143,14 @@ def test_earlier_turns_stand_before_the_row(history: Any) -> None:
         assert learned(example) == ["d"]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "what"), [(None, "null"), ("a", "a str"), (["a", "b", "c"], "a list"), (["a"], "a list")]
+)
+def test_a_history_of_anything_but_pairs_or_messages_is_refused(wrong: Any, what: str) -> None:
+    with pytest.raises(DatasetError, match=rf"'history' holds {what}, expected pairs \[prompt, answer\]"):
+        read({"question": "a", "answer": "b", "history": [["x", "y"], wrong]})
+
+
 def test_a_prompt_that_is_a_chat_is_context() -> None:
     values = {"prompt": [*TURNS, MORE[0]], "completion": "d"}
     assert learned(read(values)[0]) == ["d"]

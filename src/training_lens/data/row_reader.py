@@ -171,11 +171,11 @@ class RowReader:
         if isinstance(value, str):
             value = parse_json(f"{row.place}, '{key}'", value, "earlier turns in JSON")
         if isinstance(value, list) and not all(isinstance(turn, Mapping) for turn in value):
-            wrong = next((pair for pair in value if not isinstance(pair, list | tuple) or len(pair) != 2), None)
-            if wrong is not None:
+            wrong = [pair for pair in value if not isinstance(pair, list | tuple) or len(pair) != 2]
+            if wrong:
                 raise DatasetError(
-                    f"{row.place}: '{key}' holds {describe_value(wrong)}, expected pairs [prompt, answer], or messages "
-                    "with role and content."
+                    f"{row.place}: '{key}' holds {describe_value(wrong[0])}, expected pairs [prompt, answer], or "
+                    "messages with role and content."
                 )
             roles: tuple[Role, ...] = ("user", "assistant")
             value = [{"role": role, "content": text} for pair in value for role, text in zip(roles, pair, strict=True)]
