@@ -72,6 +72,7 @@ class DecoderStack:
     embedding_factor: float
     logit_factor: float
     softcap: float | None
+    rotates_by_kind: bool  # whether `rotary` takes the kind of layer, as Gemma 3's does
 
     def logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """As `Decoder.logits`."""
@@ -79,7 +80,7 @@ class DecoderStack:
         if self.embedding_factor != 1:
             x = x * self.embedding_factor
         kinds = dict.fromkeys(block.kind for block in self.blocks)
-        if "layer_type" in inspect.signature(self.rotary.forward).parameters:
+        if self.rotates_by_kind:
             angles = {kind: flatten_angles(self.rotary(x, positions, kind), len(ids)) for kind in kinds}
         else:
             angles = dict.fromkeys(kinds, flatten_angles(self.rotary(x, positions), len(ids)))
@@ -114,6 +115,7 @@ def build_stack(model: Any, windows: Sequence[int | None]) -> DecoderStack:
         embedding_factor=getattr(decoder, "embedding_multiplier", 1.0),
         logit_factor=getattr(model, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
         softcap=getattr(config, "final_logit_softcapping", None),
+        rotates_by_kind="layer_type" in inspect.signature(children["rotary_emb"].forward).parameters,
     )  # fmt: skip
 
 
