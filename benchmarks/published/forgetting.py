@@ -43,7 +43,7 @@ from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss, paired_sums
-from training_lens.measures.singular_values import find_intruders, relative_norm, update_norm
+from training_lens.measures.singular_values import find_intruders, update_norm
 from training_lens.models.factory import load_model
 from training_lens.training.plan import RunPlan
 from training_lens.utils.processes import Processes
@@ -127,7 +127,7 @@ def of_weights(modules: tuple[AdapterModule, ...]) -> dict[str, float]:
     for module in modules:
         weight, scaling = module.base_weight(), module.record.scaling
         assert weight is not None
-        of_module = {"strength": relative_norm(update_norm(module.a, module.b, scaling), weight.norm())}
+        of_module = {"strength": update_norm(module.a, module.b, scaling) / weight.norm()}
         for threshold in THRESHOLDS:
             strange = find_intruders(weight, module.a, module.b, scaling, threshold=threshold)
             of_module[f"intruder_energy_{threshold}"] = strange.energy_share

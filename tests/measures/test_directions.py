@@ -14,8 +14,8 @@ from training_lens.measures import directions
 
 checked = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))  # an int is a float, too
 self_check, cosine = checked(directions.self_check), checked(directions.cosine)
-noise_scale, adam_update_rms = checked(directions.noise_scale), checked(directions.adam_update_rms)
-importance_step = checked(directions.importance_step)
+adam_update_rms, update_cosine = checked(directions.adam_update_rms), checked(directions.update_cosine)
+principal_angles = checked(directions.principal_angles)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -83,26 +83,6 @@ def test_the_cosine_with_nothing_is_unknown() -> None:
     assert found[1].isnan() and cosine(x, x.bfloat16(), (-2, -1))[0] == 1
 
 
-def test_the_noise_scale_of_normal_gradients() -> None:
-    # g ~ N(mu, sigma^2 I) in d dimensions: noise d sigma^2, signal ||mu||^2
-    mean, sigma, small, big = 0.5 * torch.ones(50), 2.0, 4, 32
-    examples = mean + sigma * normal(2000, big, 50)
-    means = examples.unflatten(1, (-1, small)).mean(2)  # (steps, micro-batches, d)
-    small_sq, big_sq = means.square().sum(-1).mean(1), examples.mean(1).square().sum(-1)
-    each = noise_scale(small_sq, big_sq, small, big)
-    torch.testing.assert_close(each.noise.mean(), torch.tensor(50 * sigma**2), rtol=0.02, atol=0)
-    torch.testing.assert_close(each.signal.mean(), torch.tensor(12.5), rtol=0.02, atol=0)
-    averaged = noise_scale(small_sq.mean(), big_sq.mean(), small, big)
-    torch.testing.assert_close(averaged.scale, torch.tensor(50 * 4 / 12.5), rtol=0.03, atol=0)
-
-
-def test_an_undetermined_noise_scale_is_nan() -> None:
-    drowned = noise_scale(torch.tensor([9.0, 2.0]), torch.tensor([1.0, 1.5]), 1, 2)
-    assert drowned.signal.tolist() == [-7.0, 1.0] and drowned.scale[0].isnan() and drowned.scale[1] == 1.0
-    single = noise_scale(torch.tensor(2.0), torch.tensor(2.0), 8, 8)
-    assert single.signal.isnan() and single.noise.isnan() and single.scale.isnan()
-
-
 def test_adams_update_of_a_constant_gradient_is_one() -> None:
     parameter, gradient = torch.nn.Parameter(torch.zeros(3, 5)), normal(3, 5)
     optimizer = torch.optim.AdamW([parameter], lr=1e-3)
@@ -121,20 +101,37 @@ def test_adams_update_by_module_and_without_a_past() -> None:
     assert adam_update_rms(gradient, second).isfinite().all()
 
 
-def test_the_uncertainty_of_a_constant_gradient_goes_to_zero() -> None:
-    weight, gradient, state = normal(4, 6), normal(4, 6, seed=1), None
-    first = importance_step(None, weight, gradient)
-    for _ in range(200):
-        state = importance_step(state, weight, gradient)
-    assert state is not None
-    torch.testing.assert_close(state.sensitivity, (weight * gradient).abs())
-    assert state.uncertainty.max() < 1e-4 * first.uncertainty.max()
-    assert state.importance.max() < 1e-4
+@pytest.mark.parametrize("angle", [0.0, 1e-9, 1e-4, 0.7, math.pi / 2 - 1e-9, math.pi / 2])
+def test_an_angle_is_found_exactly_at_both_ends(angle: float) -> None:
+    q1 = torch.eye(5, dtype=torch.float64)[:, :2]
+    q2 = q1.clone()
+    q2[0, 0], q2[2, 0] = math.cos(angle), math.sin(angle)  # turned in the plane of the first and third axis
+    for found in (principal_angles(q1, q2), principal_angles(q2, q1)):
+        torch.testing.assert_close(found, torch.tensor([0.0, angle], dtype=torch.float64), rtol=1e-12, atol=1e-15)
 
 
-def test_importance_follows_its_equations() -> None:
-    state = importance_step(None, torch.tensor([2.0]), torch.tensor([-3.0]), beta1=0.5, beta2=0.75)
-    assert (state.sensitivity, state.uncertainty, state.importance) == (3.0, 0.75, 2.25)
-    after = importance_step(state, torch.tensor([2.0]), torch.tensor([1.0]), beta1=0.5, beta2=0.75)
-    assert (after.sensitivity, after.uncertainty) == (2.5, 0.75 * 0.75 + 0.25 * 0.5)
-    assert state.sensitivity == 3.0  # what was is not changed
+def test_angles_of_subspaces_of_different_size() -> None:
+    axes = torch.eye(6, dtype=torch.float64)
+    q2 = (math.cos(0.3) * axes[:, 1] + math.sin(0.3) * axes[:, 5])[:, None]
+    for found in (principal_angles(axes[:, :3], q2), principal_angles(q2, axes[:, :3])):
+        torch.testing.assert_close(found, torch.tensor([0.3], dtype=torch.float64))
+    whole = principal_angles(axes[:, :4], axes[:, 1:])  # four of six dimensions and five: three are shared at least
+    torch.testing.assert_close(whole, torch.tensor([0, 0, 0, math.pi / 2], dtype=torch.float64))
+
+
+def test_angles_of_random_subspaces_are_those_of_the_cosines() -> None:
+    q1 = torch.linalg.qr(normal(3, 20, 5).double()).Q
+    q2 = torch.linalg.qr(normal(3, 20, 7, seed=1).double()).Q
+    wanted = torch.linalg.svdvals(q1.mT @ q2).acos()
+    torch.testing.assert_close(principal_angles(q1, q2), wanted)
+
+
+def test_the_cosine_of_updates_is_the_dense_one() -> None:
+    a1, b1, a2, b2 = normal(3, 4, 14), normal(3, 10, 4, seed=1), normal(3, 6, 14, seed=2), normal(3, 10, 6, seed=3)
+    dense1, dense2 = (-0.5 * b1.double() @ a1.double()).flatten(1), (2 * b2.double() @ a2.double()).flatten(1)
+    wanted = torch.cosine_similarity(dense1, dense2, dim=1)
+    torch.testing.assert_close(update_cosine(a1, b1, -0.5, a2, b2, 2.0), wanted)
+    torch.testing.assert_close(update_cosine(a1, b1, 1.0, a1.flip(-2), b1.flip(-1), 9.0), torch.ones(3).double())
+    assert update_cosine(a1, b1, 1.0, a2, torch.zeros_like(b2), 1.0).isnan().all()
+    sixteen = update_cosine(a1.bfloat16(), b1.bfloat16(), -0.5, a2.bfloat16(), b2.bfloat16(), 2.0)
+    torch.testing.assert_close(sixteen, wanted, rtol=0.05, atol=0.01)

@@ -12,20 +12,22 @@ from torch import Tensor
 from torch.linalg import matrix_norm
 
 from training_lens.measures import singular_values as spectra
+from training_lens.measures.factors import Grams
 
 checked = jaxtyped(typechecker=beartype)
 singular_values, singular_vectors = checked(spectra.singular_values), checked(spectra.singular_vectors)
 effective_rank, stable_rank, energy_rank = map(
     checked, (spectra.effective_rank, spectra.stable_rank, spectra.energy_rank)
 )
-update_norm, step_norm, strength = (
-    checked(spectra.update_norm),
-    checked(spectra.step_norm),
-    checked(spectra.relative_norm),
-)
-balance, top_ratio = checked(spectra.balance), checked(spectra.top_ratio)
+update_norm, step_norm = checked(spectra.update_norm), checked(spectra.step_norm)
+top_ratio, truncate = checked(spectra.top_ratio), checked(spectra.truncate_rank)
 top_singular_value, amplification = checked(spectra.top_singular_value), checked(spectra.amplification)
 intruders, dora_change = checked(spectra.find_intruders), checked(spectra.dora_change)
+
+
+def balance(a: Tensor, b: Tensor) -> Tensor:
+    return checked(spectra.balance)(Grams.from_factors(a, b))
+
 
 # in, out, rank, leading dimensions; the last two have a rank above what in or out allow
 SHAPES = [(24, 16, 4, ()), (16, 24, 4, (3,)), (12, 12, 1, (2, 2)), (6, 20, 9, (2,)), (20, 5, 9, ())]
@@ -133,13 +135,12 @@ def test_a_known_step_of_rank_one() -> None:
     moved[2, 0] = 2.0  # dW goes from 0 to 0.5 x 2 x 3 in one place
     assert step_norm(a, b, a, moved, 0.5) == 3.0 == update_norm(a, moved, 0.5)
     assert step_norm(a, moved, a, moved, 0.5) == 0.0
-    assert strength(step_norm(a, b, a, moved, 0.5), 12.0) == 0.25
 
 
 def test_strength_on_diagonal_matrices() -> None:
     weight, a, b = torch.diag(torch.tensor([3.0, 4.0])), torch.eye(2), torch.diag(torch.tensor([0.6, 0.8]))
-    torch.testing.assert_close(strength(update_norm(a, b, 2.0).float(), matrix_norm(weight)), torch.tensor(0.4))
-    top = strength(singular_values(a, b, 2.0)[..., 0], top_singular_value(weight).double())
+    torch.testing.assert_close(update_norm(a, b, 2.0).float() / matrix_norm(weight), torch.tensor(0.4))
+    top = singular_values(a, b, 2.0)[..., 0] / top_singular_value(weight).double()
     torch.testing.assert_close(top, torch.tensor(0.4, dtype=torch.float64))
 
 
@@ -286,3 +287,19 @@ def test_empty_batches_give_empty_measures() -> None:
     assert not singular_values(a, b, 1.0).any() and not update_norm(a, b, 1.0).any()
     assert singular_vectors(a, b, 1.0)[0].isfinite().all()
     assert not top_singular_value(torch.zeros(4, 4)).any()
+
+
+@pytest.mark.parametrize("scaling", [2.0, -0.5])
+@pytest.mark.parametrize(("inputs", "outputs", "rank"), [(12, 9, 5), (3, 9, 5)])
+def test_truncation_leaves_out_the_smallest_directions_and_no_more(
+    scaling: float, inputs: int, outputs: int, rank: int
+) -> None:
+    a, b = normal(2, rank, inputs), normal(2, outputs, rank, seed=1)
+    whole = scaling * b.double() @ a.double()
+    singular = torch.linalg.svdvals(whole)
+    for kept in (1, 2, rank):
+        less_a, less_b = truncate(a, b, scaling, kept)
+        assert less_a.shape == a.shape and less_b.shape == b.shape
+        left_out = singular[..., kept:].square().sum(-1).sqrt()
+        torch.testing.assert_close(matrix_norm(whole - scaling * less_b @ less_a), left_out, rtol=1e-9, atol=1e-12)
+        assert not less_a[:, kept:].any() and not less_b[..., kept:].any()

@@ -49,8 +49,8 @@ class AdaptedWeight:
         directions = int(spectra.energy_rank(singular).nan_to_num(0))
         top = spectra.top_singular_value(weight)
         return {
-            "strength": json_number(spectra.relative_norm(spectra.update_norm(a, b, scaling), matrix_norm(weight))),
-            "top_strength": json_number(spectra.relative_norm(singular[0], top)),
+            "strength": json_number(spectra.update_norm(a, b, scaling) / matrix_norm(weight)),
+            "top_strength": json_number(singular[0] / top),
             "amplification": json_number(spectra.amplification(weight, a, b, scaling, directions))
             if directions
             else None,

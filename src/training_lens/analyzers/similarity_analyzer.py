@@ -18,9 +18,9 @@ from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import DataType, ModuleRecord
 from training_lens.errors import LensError
+from training_lens.measures.directions import principal_angles, update_cosine
 from training_lens.measures.factors import Factors
 from training_lens.measures.singular_values import energy_rank, singular_vectors
-from training_lens.measures.subspaces import principal_angles, update_cosine
 
 MAX_SNAPSHOTS = 12  # compared with the last one, evenly over the run
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training_lens.measures.factors import Factors, Grams, norm_from_gram, to_float32
 from training_lens.measures.singular_values import (
-    balance_from_grams,
+    balance,
     effective_rank,
     energy_rank,
     singular_values,
@@ -37,15 +37,11 @@ def adapter_norms(
         "norm_a": norm_from_gram(grams.a),
         "norm_b": norm_from_gram(grams.b),
         "norm_update": update_norm_from_grams(grams, scaling) if full is None else update_norm(full.a, full.b, scaling),
-        "norm_step": _step_norm_or_nan(before, trained, scaling),
-        "balance": balance_from_grams(grams),
+        "norm_step": trained.a.new_full(trained.a.shape[:-2], torch.nan)
+        if before is None
+        else step_norm(before.a, before.b, trained.a, trained.b, scaling),
+        "balance": balance(grams),
     }
-
-
-def _step_norm_or_nan(before: Factors | None, after: Factors, scaling: float) -> Tensor:
-    if before is None:
-        return after.a.new_full(after.a.shape[:-2], torch.nan)
-    return step_norm(before.a, before.b, after.a, after.b, scaling)
 
 
 def update_spectrum(full: Factors, trained: Factors, scaling: float) -> dict[str, Tensor]:

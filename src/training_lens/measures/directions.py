@@ -1,18 +1,24 @@
-"""Measures of gradients: a check of their capture, their direction, their noise, and Adam's update.
+"""Directions: of gradients, with a check of their capture and Adam's update; and between updates and subspaces.
 
-None of these waits for the device or draws random numbers, so they may run at every step.
+Only `principal_angles` waits for the device, so the others may run at every step.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training_lens.measures.factors import frobenius, to_float32
+from training_lens.measures.factors import (
+    frobenius,
+    nan_safe_svdvals,
+    to_float32,
+    to_float64,
+    update_inner_product,
+)
+from training_lens.measures.singular_values import update_norm
 
 
 def self_check(
@@ -60,42 +66,6 @@ def cosine(
     return cosines
 
 
-@dataclass(frozen=True)
-class NoiseScale:
-    """`signal` estimates ||E g||^2, `noise` the trace of the covariance of one example's gradient.
-
-    Both are unbiased and may be negative; average each over many steps before dividing. `scale` = noise / signal is the
-    batch size, in examples, above which more examples add little; NaN if the signal is not above 0.
-    """
-
-    signal: Float[Tensor, "*batch"]
-    noise: Float[Tensor, "*batch"]
-    scale: Float[Tensor, "*batch"]
-
-
-def noise_scale(
-    small_sq: Float[Tensor, "*batch"], big_sq: Float[Tensor, "*batch"], small: float, big: float
-) -> NoiseScale:
-    """The simple noise scale of the gradient, from its squared norm at two batch sizes.
-
-    Formula: with b = small, B = big, signal = (B gB2 - b gb2) / (B - b) and noise = (gb2 - gB2) / (1/b - 1/B)
-    (McCandlish et al. 2018, arXiv 1812.06162, appendix A.1).
-
-    Args:
-        small_sq: squared norm of a micro-batch's mean gradient, averaged over the micro-batches.
-        big_sq: squared norm of the step's mean gradient.
-        small: examples, or supervised tokens, in a micro-batch: the unit of `noise` and `scale`.
-        big: those in the step. If it is not above `small`, all three are NaN: one micro-batch is not enough.
-    """
-    small_sq, big_sq = to_float32(small_sq), to_float32(big_sq)
-    if big <= small:
-        unknown = torch.full_like(big_sq, torch.nan)
-        return NoiseScale(unknown, unknown, unknown)
-    signal = (big * big_sq - small * small_sq) / (big - small)
-    noise = (small_sq - big_sq) / (1 / small - 1 / big)
-    return NoiseScale(signal, noise, (noise / signal).masked_fill(signal <= 0, torch.nan))
-
-
 def adam_update_rms(
     gradient: Float[Tensor, "*batch rows columns"],
     second_moment: Float[Tensor, "*batch rows columns"],
@@ -113,32 +83,38 @@ def adam_update_rms(
     return frobenius(steps) / math.sqrt(steps.shape[-2] * steps.shape[-1])
 
 
-@dataclass(frozen=True)
-class Importance:
-    """AdaLoRA's running measure of each weight (arXiv 2303.10512, section 3.2): shapes are those of the weight."""
+def principal_angles(
+    q1: Float[Tensor, "*batch size k1"], q2: Float[Tensor, "*batch size k2"]
+) -> Float[Tensor, "*batch k"]:
+    """The min(k1, k2) angles between two subspaces in radians, 0 to pi/2, ascending.
 
-    sensitivity: Float[Tensor, "*shape"]
-    uncertainty: Float[Tensor, "*shape"]
+    Formula: cosines are sigma(Q1^T Q2), sines those of the part of the smaller outside the larger,
+    Q2 - Q1 Q1^T Q2 (Björck and Golub 1973; Knyazev and Argentati 2002). Each angle is atan2 of its pair, so it is exact
+    near 0 and near pi/2.
 
-    @property
-    def importance(self) -> Tensor:
-        """The score of each weight: sensitivity times uncertainty."""
-        return self.sensitivity * self.uncertainty
-
-
-def importance_step(
-    state: Importance | None,
-    weight: Float[Tensor, "*shape"],
-    gradient: Float[Tensor, "*shape"],
-    beta1: float = 0.85,
-    beta2: float = 0.85,
-) -> Importance:
-    """The measure after one more step; `state` None starts at zeros.
-
-    Formula: I = |w g|, sensitivity = beta1 sensitivity + (1 - beta1) I, uncertainty = beta2 uncertainty +
-    (1 - beta2) |I - sensitivity| (equations 9 to 11); both betas are 0.85 as in the paper's experiments.
+    Args:
+        q1, q2: bases with orthonormal columns. NaN in one gives NaN for all of its angles.
     """
-    now = (to_float32(weight) * to_float32(gradient)).abs()
-    before = state or Importance(torch.zeros_like(now), torch.zeros_like(now))
-    sensitivity = before.sensitivity.lerp(now, 1 - beta1)
-    return Importance(sensitivity, before.uncertainty.lerp((now - sensitivity).abs(), 1 - beta2))
+    q1, q2 = to_float64(q1), to_float64(q2)
+    if q1.shape[-1] < q2.shape[-1]:
+        q1, q2 = q2, q1
+    shared = q1.mT @ q2  # (*batch, k1, k2)
+    cosines, sines = nan_safe_svdvals(shared), nan_safe_svdvals(q2 - q1 @ shared)  # both descending, (*batch, k2)
+    return torch.atan2(sines.flip(-1)[..., -cosines.shape[-1] :], cosines)
+
+
+def update_cosine(
+    a1: Float[Tensor, "*batch rank1 inputs"],
+    b1: Float[Tensor, "*batch outputs rank1"],
+    s1: float,
+    a2: Float[Tensor, "*batch rank2 inputs"],
+    b2: Float[Tensor, "*batch outputs rank2"],
+    s2: float,
+) -> Float[Tensor, "*batch"]:
+    """The cosine of the angle between two updates of one weight; ranks may differ; NaN if one is zero.
+
+    Formula: <dW1, dW2> / (||dW1||_F ||dW2||_F) with <dW1, dW2> = s1 s2 <B1^T B2, A1 A2^T>, float64. Cost: six products
+    of (rank, in or out), no synchronisation.
+    """
+    product = s1 * s2 * update_inner_product(to_float64(a1), to_float64(b1), to_float64(a2), to_float64(b2))
+    return product / update_norm(a1, b1, s1) / update_norm(a2, b2, s2)

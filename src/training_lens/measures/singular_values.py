@@ -147,28 +147,12 @@ def step_norm(
     return abs(scaling) * square.clamp(min=0).sqrt()
 
 
-def relative_norm(
-    norm: Float[Tensor, "*batch"], weight_norm: Float[Tensor, "*batch"] | float
-) -> Float[Tensor, "*batch"]:
-    """A norm of the update, or of one step, over the same norm of the frozen weight: ||dW|| / ||W||.
-
-    Both Frobenius (`update_norm`, `step_norm`) or both the largest singular value (`singular_values`,
-    `top_singular_value`).
-    """
-    return norm / weight_norm
-
-
-def balance(a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"]) -> Float[Tensor, "*batch"]:
+def balance(grams: Grams) -> Float[Tensor, "*batch"]:
     """||A A^T - B^T B||_F: 0 if A and B share the update evenly.
 
     Gradient flow conserves the matrix; a step of plain gradient descent with rate eta changes it only by
-    eta^2 (gA gA^T - gB^T gB) (Du, Hu and Lee 2018, arXiv 1806.00900). Cost: as `update_norm`.
+    eta^2 (gA gA^T - gB^T gB) (Du, Hu and Lee 2018, arXiv 1806.00900).
     """
-    return balance_from_grams(Grams.from_factors(to_float32(a), to_float32(b)))
-
-
-def balance_from_grams(grams: Grams) -> Float[Tensor, "*batch"]:
-    """`balance` from the factors' Gram matrices."""
     return frobenius(grams.a - grams.b)
 
 
@@ -219,6 +203,25 @@ def _orthonormalize(basis: Tensor, row: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
     direction: Tensor = (row / length).masked_fill(length <= roundoff, 0)
     return direction
+
+
+def truncate_rank(
+    a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"], scaling: float, rank: int
+) -> tuple[Float[Tensor, "*batch rank inputs"], Float[Tensor, "*batch outputs rank"]]:
+    """Factors A', B' of the best approximation of dW = s B A of a smaller rank, padded to the old shapes.
+
+    Formula: A' = diag(sqrt(sigma / |s|)) V^T and B' = U diag(sqrt(sigma / |s|)) sign(s) of the first `rank` singular
+    directions (Eckart and Young 1936), the rest zeros. ||dW - s B' A'||_F^2 is the sum of the dropped sigma^2. Float64.
+
+    Args:
+        scaling: s, not 0.
+    """
+    u, singular, v = singular_vectors(a, b, scaling)
+    root = (singular[..., None, :rank] / abs(scaling)).sqrt()
+    sign = -1 if scaling < 0 else 1
+    left, right = sign * u[..., :rank] * root, v[..., :rank] * root
+    padding = (0, a.shape[-2] - left.shape[-1])  # of the last dimension
+    return torch.nn.functional.pad(right, padding).mT, torch.nn.functional.pad(left, padding)
 
 
 def amplification(

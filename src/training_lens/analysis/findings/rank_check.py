@@ -16,8 +16,7 @@ from training_lens.evaluation.evaluator import EvaluationOptions, token_sums
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
 from training_lens.inference.heldout_examples import validation_examples
 from training_lens.inference.session import Session, open_run
-from training_lens.measures.barrier import truncate_rank
-from training_lens.measures.singular_values import energy_rank, singular_values
+from training_lens.measures.singular_values import energy_rank, singular_values, truncate_rank
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.processes import Processes
