@@ -236,15 +236,16 @@ def test_text_that_is_no_text_is_refused(text: str, what: str) -> None:
         to_example(row(question="a", answer=text), mapping_of({"question", "answer"}))
 
 
-def test_ids_and_null_content_of_calls_are_kept() -> None:
-    call = {"id": "call_0", "type": "function", "function": {"name": "search", "arguments": "{}"}}
+@pytest.mark.parametrize(("given", "kept"), [("call_0", "call_0"), (0, "0"), (17, "17")])
+def test_ids_and_null_content_of_calls_are_kept(given: Any, kept: str) -> None:
+    call = {"id": given, "type": "function", "function": {"name": "search", "arguments": "{}"}}
     turns = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "content": "[]", "tool_call_id": "call_0"},
+        {"role": "tool", "content": "[]", "tool_call_id": given},
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
     _, asked, told, again = to_example(row(messages=turns), mapping_of({"messages"})).messages
-    assert asked.calls == ({"id": "call_0", "name": "search", "arguments": {}},) and asked.null_content
-    assert told.extra == {"tool_call_id": "call_0"} and not again.null_content
+    assert asked.calls == ({"id": kept, "name": "search", "arguments": {}},) and asked.null_content
+    assert told.extra == {"tool_call_id": kept} and not again.null_content
     assert asked.calls_without_ids == [{"name": "search", "arguments": {}}]

@@ -234,6 +234,7 @@ def test_an_answer_is_a_call_where_the_row_describes_its_tool() -> None:
         ({"content": "x", "train": True, "loss": 0}, "'train' is True and 'loss' is 0; they disagree"),
         ({"content": "x", "weight": 0.5}, r"'weight' is 0.5, expected 0 or 1.*messages\[\]\.weight"),
         ({"content": "x", "tools": [TOOL]}, "describes tools in a message"),
+        ({"content": "x", "name": ["Alma"]}, "'name' is a list, expected text"),
     ],
 )
 def test_what_a_turn_says_twice_or_in_no_known_way_is_refused(turn: dict[str, Any], message: str) -> None:

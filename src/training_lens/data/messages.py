@@ -114,7 +114,11 @@ def _read_message(place: str, item: Any, keys: KeyCheck, path: str) -> tuple[Mes
         raise DatasetError(f"{place}: a {role} message calls a tool; only an assistant can.")
     wordless = name in CALLING or (calls and content in EMPTY_VALUES)
     text = "" if wordless else _read_content(place, role, content, keys, path)
-    extra = {key: item[key] for key in EXTRA if item.get(key)}
+    extra = {key: item[key] for key in EXTRA if item.get(key) not in EMPTY_VALUES}
+    wrong = next((key for key, value in extra.items() if not isinstance(value, str | int)), None)
+    if wrong:
+        raise DatasetError(f"{place}: '{wrong}' is {describe_value(extra[wrong])}, expected text.")
+    extra = {key: str(value) for key, value in extra.items()}
     mask = read_mask(place, item, shape.masks, path) if shape.masks else None
     if mask is False and role == "assistant":
         keys.add_remark(f"answers whose '{shape.masks[0]}' is 0 (or false) are shown and not learned")
