@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training_lens.cli.common import CONSENT, Screen, command, load_config, print_table
+from training_lens.cli.common import CONSENT, Screen, command, load_config, show_table
 from training_lens.cli.lens import BaseFolder, RunPlace, open_analyzers
 from training_lens.cli.options import CommandOptions
 
@@ -123,23 +123,19 @@ def _show_finding(screen: Screen, finding: Finding) -> None:
 
 def _show_layers(screen: Screen, weights: Mapping[str, Any]) -> None:
     """Print the layers with the largest shares of the update, in their order."""
-    from rich.table import Table
-
     shares = {layer: share for layer, share in weights.get("share_by_layer", {}).items() if share is not None}
     largest = sorted(shares, key=lambda layer: -shares[layer])[:MOST_ROWS]
     if not largest:
         return
     left_out = f"; the {MOST_ROWS} largest of {len(shares)}" if len(shares) > MOST_ROWS else ""
-    table = Table(title=f"what changed, by layer{left_out}", title_justify="left")
-    for column in ("layer", "share of the update", "strength", "effective rank", "90 % rank"):
-        table.add_column(column, justify="right")
+    columns, rows = ("layer", "share of the update", "strength", "effective rank", "90 % rank"), []
     for layer in (layer for layer in shares if layer in largest):
         number = None if layer == "outside" else int(layer)
         modules = [m for m in weights["modules"] if m["layer"] == number]
         forms = {"strength": "{:.2%}", "effective_rank": "{:.3g}", "energy_rank": "{:.3g}"}
         typical = [_format_median(modules, measure, form) for measure, form in forms.items()]
-        table.add_row(str(layer), f"{shares[layer]:.1%}", *typical)
-    print_table(screen.console, table)
+        rows.append([str(layer), f"{shares[layer]:.1%}", *typical])
+    show_table(screen.console, f"what changed, by layer{left_out}", columns, rows, right=columns)
     screen.console.print(MEANING)
 
 
@@ -152,23 +148,18 @@ def _format_median(modules: Sequence[Mapping[str, Any]], measure: str, form: str
 
 def _show_likeness(screen: Screen, comparison: AdapterComparison) -> None:
     """Print the modules in which two runs differ most, and the median over all modules."""
-    from rich.table import Table
-    from rich.text import Text
-
     modules, middle = comparison.modules, comparison.values()["median_cosine"]
     known = {name: alike for name, alike in modules.items() if not isnan(alike.cosine)}
     least = sorted(known, key=lambda name: known[name].cosine)[:MOST_ROWS]
     left_out = f"; the {MOST_ROWS} least alike of {len(modules)} modules" if len(modules) > len(least) else ""
-    table = Table(title=f"{' and '.join(comparison.names)}{left_out}", title_justify="left")
-    table.add_column("module", overflow="fold")
-    table.add_column("cosine of dW", justify="right")
-    table.add_column("angles", justify="right")
+    rows, numbers = [], ("cosine of dW", "angles")
     for name in least:
         angles = [f"{degrees(angle):.0f}°" for angle in known[name].columns]
-        table.add_row(Text(name), f"{known[name].cosine:.3f}", " to ".join(dict.fromkeys(angles[:1] + angles[-1:])))
-    print_table(screen.console, table)
+        rows.append((name, f"{known[name].cosine:.3f}", " to ".join(dict.fromkeys(angles[:1] + angles[-1:]))))
+    title = f"{' and '.join(comparison.names)}{left_out}"
+    show_table(screen.console, title, ("module", *numbers), rows, right=numbers)
     if middle is not None:
         screen.console.print(f"median cosine over {len(modules)} modules: {middle:.3f}")
     screen.console.print(ALIKE)
     if alone := [*comparison.only_first, *comparison.only_second]:
-        screen.console.print(Text(f"adapted in one of the two alone: {', '.join(alone)}"))
+        screen.print_line(f"adapted in one of the two alone: {', '.join(alone)}")

@@ -6,7 +6,7 @@ import errno
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -63,13 +63,29 @@ class Screen:
             print(json.dumps(value, ensure_ascii=False), file=self.output, flush=True)
 
 
+def show_table(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()
+) -> None:
+    """Print rows of text under their columns; those in `right` are right-aligned."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    print_table(console, table)
+
+
 def print_table(console: Console, table: Table) -> None:
-    """Print a table: folded to a terminal's width, or with a line for each row where a program reads it."""
+    """Print a table: folded to a terminal's width; where a program reads it, a line for each row, without a frame."""
     if console.is_terminal:
         console.print(table)
         return
     from training_lens.utils.consoles import plain_console
 
+    table.box, table.pad_edge = None, False  # or a long cell would make every line as long
     page = StringIO()
     plain_console(width=WIDEST, file=page, color_system=None).print(table)
     lines = [line.rstrip() for line in page.getvalue().splitlines()]

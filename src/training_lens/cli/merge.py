@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import OF_ANY_RUN, Screen, command, load_run_config, print_table, refuse_unused
+from training_lens.cli.common import OF_ANY_RUN, Screen, command, load_run_config, refuse_unused, show_table
 from training_lens.cli.find_runs import locate_adapter
 from training_lens.cli.options import CommandOptions
 
@@ -82,7 +82,8 @@ def merge(run: Run = None, *, write: WriteOptions, options: CommandOptions) -> N
         from training_lens.merging.merge_run import merge_adapter
 
         screen.console.print("merging in float32 ...", style="dim")
-        merged = merge_adapter(settings, asked, lambda _folder: _say_written(screen))
+        written = "written; loading it in a fresh process to check it ..."
+        merged = merge_adapter(settings, asked, lambda _folder: screen.print_line(written, style="dim"))
         _show_merged(screen, merged)
         screen.print_result(merged.report)
 
@@ -97,22 +98,12 @@ def _load_config(options: CommandOptions, run: str | None) -> TrainingConfig:
     return locate_adapter(settings)
 
 
-def _say_written(screen: Screen) -> None:
-    screen.console.print("written; loading it in a fresh process to check it ...", style="dim")
-
-
 def _show_merged(screen: Screen, merged: MergeResult) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     report, found = merged.report, merged.verification
     title = f"on {report['rows']} rows {report['rows_from']}: {found.positions} positions, {found.answers} answers"
-    table = Table(title=title, title_justify="left")
-    for column in ("checked", "measured", "allowed", ""):
-        table.add_column(column, justify="left" if column in ("checked", "") else "right")
-    for check in found.checks:
-        table.add_row(Text(check.name), f"{check.measured:.2g}", f"{check.allowed:.2g}", "ok")
-    print_table(screen.console, table)
+    rows = [(check.name, f"{check.measured:.2g}", f"{check.allowed:.2g}", "ok") for check in found.checks]
+    numbers = ("measured", "allowed")
+    show_table(screen.console, title, ("checked", *numbers, ""), rows, right=numbers)
     line = (
         f"max logit difference {found.max_logit_difference:.2g} where logits spread by {found.logit_spread:.2g}; "
         f"{found.greedy_agreement:.0%} of the answers are the same, {found.ties} part at a tie"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training_lens.cli.common import Screen, command, load_config, print_table
+from training_lens.cli.common import Screen, command, load_config, show_table
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_base, check_rows
 
@@ -108,19 +108,13 @@ def _quote_path(path: str) -> str:
 
 
 def _show_sources(screen: Screen, manifest: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"{manifest['rows_read']:,} rows read", title_justify="left")
-    for column in ("source", "rows", "read as"):
-        table.add_column(column, justify="right" if column == "rows" else "left", overflow="fold")
     sources = manifest["sources"]
-    for name, source in list(sources.items())[:NAMED]:
-        table.add_row(Text(name), f"{source['rows']:,}", Text(source["read_as"]))
+    rows = [(name, f"{source['rows']:,}", source["read_as"]) for name, source in list(sources.items())[:NAMED]]
     if len(sources) > NAMED:
-        table.add_row(f"and {len(sources) - NAMED} more", "", "")
+        rows.append((f"and {len(sources) - NAMED} more", "", ""))
     screen.console.print()
-    print_table(screen.console, table)
+    title = f"{manifest['rows_read']:,} rows read"
+    show_table(screen.console, title, ("source", "rows", "read as"), rows, right=("rows",))
 
 
 def _show_findings(screen: Screen, manifest: dict[str, Any]) -> None:
@@ -145,28 +139,21 @@ def _show_findings(screen: Screen, manifest: dict[str, Any]) -> None:
 
 def _show_splits(screen: Screen, prepared: PreparationResult) -> None:
     """Print rows and tokens of each split, and its examples by domain."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="splits", title_justify="left")
-    table.add_column("")
-    for name in prepared.splits:
-        table.add_column(Text(name), justify="right")
     splits = list(prepared.splits.values())
-    table.add_row("rows", *(f"{split.rows:,}" for split in splits))
-    table.add_row("examples that training keeps", *(f"{split.lengths.examples:,}" for split in splits))
-    table.add_row("tokens", *(f"{split.lengths.tokens:,}" for split in splits))
-    table.add_row("learned tokens", *(f"{split.supervised_tokens:,}" for split in splits))
+    rows = [
+        ["rows", *(f"{split.rows:,}" for split in splits)],
+        ["examples that training keeps", *(f"{split.lengths.examples:,}" for split in splits)],
+        ["tokens", *(f"{split.lengths.tokens:,}" for split in splits)],
+        ["learned tokens", *(f"{split.supervised_tokens:,}" for split in splits)],
+    ]
     domains = sorted({domain for split in splits for domain in split.domains})
-    if domains:
-        table.add_row("examples by domain")
+    rows += [["examples by domain"]] if domains else []
     for domain in domains[:NAMED]:
         examples = (split.domains[domain].examples if domain in split.domains else 0 for split in splits)
-        table.add_row(Text(f"  {domain}"), *(f"{count:,}" for count in examples))
-    if len(domains) > NAMED:
-        table.add_row(f"  and {len(domains) - NAMED} more")
+        rows.append([f"  {domain}", *(f"{count:,}" for count in examples)])
+    rows += [[f"  and {len(domains) - NAMED} more"]] if len(domains) > NAMED else []
     screen.console.print()
-    print_table(screen.console, table)
+    show_table(screen.console, "splits", ["", *prepared.splits], rows, right=list(prepared.splits))
     form = prepared.manifest["form"]
     if form != "as_read":
         screen.console.print(f"rows are written as {FORMS[form]}: what is learned of them, without their other keys")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training_lens.cli.common import Screen, command, load_config, print_table, refuse_unused
+from training_lens.cli.common import Screen, command, load_config, refuse_unused, show_table
 from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
 
@@ -101,19 +101,12 @@ def _describe_plan(plan: PushPlan, repo: str) -> dict[str, Any]:
 
 
 def _show_plan(screen: Screen, plan: PushPlan, repo: str) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     from training_lens.utils.formatting import format_size
 
-    table = Table("file", "size", "")
-    states = [("send", plan.send), ("is there", plan.there)]
-    for state, files in states:
-        for file in files:
-            table.add_row(Text(file.path, overflow="fold"), format_size(file.size), state)
-    for folder in plan.delete:
-        table.add_row(Text(folder, overflow="fold"), "", "delete")
-    print_table(screen.console, table)
+    states = {"send": plan.send, "is there": plan.there}
+    rows = [(file.path, format_size(file.size), state) for state, files in states.items() for file in files]
+    rows += [(folder, "", "delete") for folder in plan.delete]
+    show_table(screen.console, "", ("file", "size", ""), rows)
     if plan.unknown:
         screen.print_line(f"not compared with {repo}: {plan.unknown}")
     total = f"{len(plan.send)} files, {format_size(plan.size)}, would be sent to {repo}; nothing was sent"

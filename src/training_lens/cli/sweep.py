@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from training_lens.cli.common import Screen, command, load_config, print_table
+from training_lens.cli.common import Screen, command, load_config, show_table
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_training
 
@@ -66,19 +66,12 @@ def _show_trial(screen: Screen, row: TrialRow) -> None:
 
 def _show_result(screen: Screen, result: SweepResult) -> None:
     """Print the leaderboard, the importance of the settings, and the files."""
-    from rich.table import Table
-    from rich.text import Text
-
     from training_lens.sweeps.sweep_report import format_sentence, leaderboard_table
 
     board = result.leaderboard
     found = leaderboard_table(board)
-    table = Table(title=Text(f"sweep {board.study}, {found.caption}"), title_justify="left")
-    for column in found.columns:
-        table.add_column(column, justify="left" if column in ("state", "run") else "right", overflow="fold")
-    for cells in found.rows:
-        table.add_row(*map(Text, cells))
-    print_table(screen.console, table)
+    title, numbers = f"sweep {board.study}, {found.caption}", set(found.columns) - {"state", "run"}
+    show_table(screen.console, title, found.columns, found.rows, right=numbers)
     if result.recommendation and result.recommendation.reason:
         screen.print_line(format_sentence(result.recommendation.reason))
     if board.importances:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import Screen, command, load_config, print_table, refuse_unused
+from training_lens.cli.common import Screen, command, load_config, refuse_unused, show_table
 from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
 
@@ -54,15 +54,8 @@ def sync(
 
 
 def _show_states(screen: Screen, states: Sequence[IntegrationState]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     if not states:
         screen.console.print("this run is connected to nothing; name a place, such as tracking.wandb.mode=online")
         return
-    table = Table()
-    for column in ("where", "state", "not sent", "why"):
-        table.add_column(column, overflow="fold")
-    for state in states:
-        table.add_row(*map(Text, (state.name, state.status, state.outstanding, state.error)))
-    print_table(screen.console, table)
+    rows = [(state.name, state.status, state.outstanding, state.error) for state in states]
+    show_table(screen.console, "", ("where", "state", "not sent", "why"), rows)

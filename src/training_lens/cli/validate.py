@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from training_lens.cli.common import Screen, command, load_config, print_table
+from training_lens.cli.common import Screen, command, load_config, show_table
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_training
 
@@ -94,21 +94,14 @@ def _shorten_example(text: Any) -> Any:
 
 def _show_sources(screen: Screen, name: str, report: SplitReport) -> None:
     """Print rows by source and by domain, the first of them."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"data.{name}: {report.rows:,} rows, {report.examples:,} examples", title_justify="left")
-    for column in ("source", "examples", "read as"):
-        table.add_column(column, justify="right" if column == "examples" else "left", overflow="fold")
-    for source, mapping in list(report.mappings.items())[:NAMED]:
-        table.add_row(Text(source), f"{report.examples_by_file.get(source, 0):,}", Text(mapping))
-    for domain, count in list(report.domains.items())[:NAMED]:
-        table.add_row(Text(f"  domain {domain}"), f"{count:,}", "")
-    more = len(report.mappings) + len(report.domains) - table.row_count
-    if more:
-        table.add_row(f"and {more} more", "", "")
+    sources, domains = list(report.mappings.items()), list(report.domains.items())
+    rows = [(source, f"{report.examples_by_file.get(source, 0):,}", mapping) for source, mapping in sources[:NAMED]]
+    rows += [(f"  domain {domain}", f"{count:,}", "") for domain, count in domains[:NAMED]]
+    if more := len(sources) + len(domains) - len(rows):
+        rows.append((f"and {more} more", "", ""))
     screen.console.print()
-    print_table(screen.console, table)
+    title = f"data.{name}: {report.rows:,} rows, {report.examples:,} examples"
+    show_table(screen.console, title, ("source", "examples", "read as"), rows, right=("examples",))
 
 
 def _show_numbers(screen: Screen, plan: RunPlan) -> None:
