@@ -47,7 +47,9 @@ def test_a_finished_run_is_not_resumed(call: Call, place: str, finished_run: Run
     result = call("train", "--resume", f"{place}/experiments/default/runs/{finished_run.run_id}")
     assert result.exit_code == 1 and "is finished; there is nothing to resume" in result.stderr
     result = call("train", "--resume", place)
-    assert result.exit_code == 1 and "no unfinished run in the mirror" in result.stderr
+    assert (
+        result.exit_code == 1 and "(finished); expected one that is unfinished. No run in the mirror" in result.stderr
+    )
 
 
 def test_an_adapter_of_a_mirror_answers(call: Call, place: str) -> None:

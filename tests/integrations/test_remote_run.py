@@ -170,12 +170,13 @@ def test_a_manifest_that_leads_outside_is_refused(place: str, elsewhere: str, na
         fetch_to_resume(f"{place}/{remote.path}", elsewhere)
 
 
-def test_the_latest_of_a_mirror_is_the_one_that_is_asked_for(run: RunFolder, place: str) -> None:
+def test_the_latest_of_a_mirror_is_the_run_that_started_last_or_refused(run: RunFolder, place: str) -> None:
     later = RunFolder(shutil.copytree(run.root, run.root.with_name("20990101T000000Z-aaaa")))
     shutil.rmtree(later.tracking)
     say(later, status="finished")
     send(later, place)
-    assert find_remote_run(place, finished=False)[0].run_id == run.run_id
+    with pytest.raises(CheckpointError, match=rf"aaaa \(finished\); .* The last unfinished one is {run.run_id}\."):
+        find_remote_run(place, finished=False)
     assert (
         find_remote_run(place, finished=True)[0].run_id
         == find_remote_run(place, finished=None)[0].run_id
@@ -184,7 +185,9 @@ def test_the_latest_of_a_mirror_is_the_one_that_is_asked_for(run: RunFolder, pla
     change_all = [replace(r.read_manifest(), status="pruned") for r in list_remote_runs(open_storage(place))]
     for remote, manifest in zip(list_remote_runs(open_storage(place)), change_all, strict=True):
         remote.write_manifest(manifest)
-    with pytest.raises(CheckpointError, match=r"no unfinished run in the mirror .* \(2 runs there\)"):
+    with pytest.raises(
+        CheckpointError, match=r"aaaa \(pruned\); expected one .* No run in the mirror .* is unfinished\."
+    ):
         find_remote_run(place, finished=False)
 
 

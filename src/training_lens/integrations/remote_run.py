@@ -23,6 +23,7 @@ from training_lens.integrations.mirror_manifest import FileDigest, MirrorManifes
 from training_lens.integrations.storage import StorageBackend, open_storage
 from training_lens.runs.run_folder import UNFINISHED, RunFolder, parse_start_time, runs_folder
 from training_lens.runs.run_listing import BROKEN, RunOverview, read_run
+from training_lens.runs.run_lookup import require_usable
 from training_lens.utils.files import TEMPORARY, hash_file, write_json
 from training_lens.utils.formatting import format_seconds, format_size
 from training_lens.utils.logging import get_logger
@@ -61,10 +62,10 @@ def find_remote_run(place: str, *, finished: bool | None) -> tuple[RemoteRun, Mi
     """The run at a place: its own (.../experiments/NAME/runs/ID), or the latest of a mirror.
 
     Args:
-        finished: of a mirror, the finished run that started last if True, the unfinished if False, else the last.
+        finished: as in `runs.run_lookup.find_run`: the run that started last is refused if it cannot be used so.
 
     Raises:
-        CheckpointError: there is no such run.
+        CheckpointError: there is no such run, or it cannot be used.
         IntegrationError: no answer; or see `open_storage`.
     """
     if match := RUN.fullmatch(place):
@@ -72,20 +73,25 @@ def find_remote_run(place: str, *, finished: bool | None) -> tuple[RemoteRun, Mi
         return run, run.read_manifest()
     storage = open_storage(place)
     runs = sorted(list_remote_runs(storage), key=lambda run: (_find_start_time(run), run.run_id), reverse=True)
-    wanted = {True: ("finished",), False: UNFINISHED, None: None}[finished]
+    readable = _read_manifests(runs)
+    last = next(readable, None)
+    if last is None:
+        raise CheckpointError(
+            f"no run in the mirror {place} ({len(runs)} that cannot be read). Give the place that output.mirror names, "
+            "or a run's own: .../experiments/NAME/runs/ID."
+        )
+    others = ((run.run_id, manifest.status_now) for run, manifest in readable)
+    require_usable((last[0].run_id, last[1].status_now), others, f"the mirror {place}", finished)
+    return last
+
+
+def _read_manifests(runs: Iterable[RemoteRun]) -> Iterator[tuple[RemoteRun, MirrorManifest]]:
+    """The runs with their manifests; those that cannot be read are left out with a warning."""
     for run in runs:
         try:
-            manifest = run.read_manifest()
+            yield run, run.read_manifest()
         except CheckpointError as error:
             logger.warning("skipping a run: %s", error)
-            continue
-        if wanted is None or manifest.status_now in wanted:
-            return run, manifest
-    kind = {True: "finished ", False: "unfinished ", None: ""}[finished]
-    raise CheckpointError(
-        f"no {kind}run in the mirror {place} ({len(runs)} runs there). Give the place that output.mirror names, or a "
-        "run's own: .../experiments/NAME/runs/ID."
-    )
 
 
 def _find_start_time(run: RemoteRun) -> datetime:
