@@ -24,13 +24,13 @@ EQUAL = {"loss_difference": 1e-5, "gradient_difference": 1e-4, "reload_differenc
 def row(name: str, result: dict[str, Any], older: dict[str, Any] | None) -> str:
     """One model's line."""
     if "refused" in result:
-        return f"| {name} | {result['class']} | refused: {result['refused'].removeprefix('model.id: ')} | | | | | | |"
+        return f"| {name} | {result['class']} | refused: {result['refused'].removeprefix('model.id: ')} | | | | | | | |"
     left = "; ".join(f"{', '.join(o['names'])} ({o['why']})" for o in result["left_out"])
     numbers = [verdict(result[key], most) for key, most in EQUAL.items()]
     packed = "packed" if result["packs"] else "padded"
-    cells = [name, result["class"], ", ".join(result["adapted"]), left, packed, " / ".join(numbers[:2]), *numbers[2:]]
-    cells.append(describe_older(older))
-    return f"| {' | '.join(cells)} |"
+    resumed = {True: "same bits", False: "**differs**", None: "not tried"}[result.get("resumed_equal")]
+    cells = [name, result["class"], ", ".join(result["adapted"]), left, packed, " / ".join(numbers[:2]), resumed]
+    return f"| {' | '.join([*cells, *numbers[2:], describe_older(older)])} |"
 
 
 def describe_older(read: dict[str, Any] | None) -> str:
@@ -52,8 +52,8 @@ def table() -> str:
     """All of them."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     older = json.loads(OLDER.read_text(encoding="utf-8"))
-    heads = ["model", "class", "adapted", "left out, and why", "batches", "loss / gradient", "reloaded", "merged"]
-    heads.append(f"merged, transformers {older['transformers']}")
+    heads = ["model", "class", "adapted", "left out, and why", "batches", "loss / gradient", "resumed", "reloaded"]
+    heads += ["merged", f"merged, transformers {older['transformers']}"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     return "\n".join([*lines, *(row(name, results[name], older["merged"].get(name)) for name in sorted(results))])
 

@@ -60,7 +60,7 @@ def main() -> int:
         merged = {name: _merge(bases / name, work / name) for name in names}
         merged = _read_merged(work, bases, merged)
         adapters = {} if options.bases else _read_adapters(work, bases / PEFT_BASE)
-    earlier = read_json(options.output) if options.bases and options.output.is_file() else {}
+    earlier = read_json(options.output) if options.output.is_file() else {}  # rows of other bases stay
     merged, adapters = earlier.get("merged", {}) | merged, adapters or earlier.get("adapters", {})
     results = {"transformers": _version("transformers"), "merged": dict(sorted(merged.items())), "adapters": adapters}
     write_json(options.output, results)
