@@ -37,6 +37,14 @@ def test_tags_are_kept_once_and_taken_away(tmp_path: Path) -> None:
     assert read_tags(run) == ("x", "z")
 
 
+@pytest.mark.parametrize("content", ["{", '{"a": "b"}', "[1]", '["a", null]'])
+def test_a_file_that_holds_no_tags_is_named(tmp_path: Path, content: str) -> None:
+    run = make(tmp_path, "a")
+    (run.metadata / "tags.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tags\.json (holds no list of texts|is no valid JSON)"):
+        read_tags(run)
+
+
 def test_the_output_folder_is_known_from_the_place_of_a_run_or_sweep(tmp_path: Path) -> None:
     run = make(tmp_path, "a")
     assert output_folder(run.root) == output_folder(tmp_path / "sweeps" / "mine") == tmp_path

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from training_lens.errors import CheckpointError
+from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder, list_run_folders, new_run_id, runs_folder
 from training_lens.runs.run_lookup import find_run
@@ -195,3 +195,15 @@ def test_metrics_that_end_before_the_checkpoint_of_a_resume_are_named(
     for step, said in ((2, ""), (4, "it ends at step 2 of 4")):
         assert len(read_metrics(tmp_path / "metrics.jsonl", step)) == 2
         assert said in caplog.text and bool(caplog.text) == bool(said)
+
+
+@pytest.mark.parametrize("name", ["metadata/summary.json", "checkpoints/step-1/state.json", "logs/metrics.jsonl"])
+def test_a_run_has_begun_with_its_first_result(tmp_path: Path, name: str) -> None:
+    run = RunFolder(tmp_path / "run").create()
+    assert not run.has_begun
+    run.require_new()
+    (run.root / name).parent.mkdir(parents=True, exist_ok=True)
+    (run.root / name).write_text("{}")
+    assert run.has_begun
+    with pytest.raises(ConfigurationError, match="the run 'run' exists already"):
+        run.require_new()
