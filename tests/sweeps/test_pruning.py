@@ -38,6 +38,7 @@ def test_halves_are_the_same_for_a_run_that_was_gone_on_with(
         assert second is not None and third is not None
         decisions += [study.report_loss(second, validation, loss) for validation, loss in ((1, 4.5), (2, 4.2))]
         decisions += [study.report_loss(third, 1, 4.6)]
+        assert not study.report_loss(third, 3, 99.0), "halves are made at validations 1, 2, 4, 8"
     assert decisions == [False] * 4 + [True, True]
 
 
