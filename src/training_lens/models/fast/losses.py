@@ -35,7 +35,17 @@ def linear_nll(
     return total
 
 
-class _LinearNll(torch.autograd.Function):
+class _KnownGradient(torch.autograd.Function):
+    """A sum whose forward pass saves the gradient of its first argument; the others have none."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * dtotal.to(grad.dtype), *(None for _ in ctx.needs_input_grad[1:])
+
+
+class _LinearNll(_KnownGradient):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         size = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()) // ROWS) * ROWS
@@ -46,12 +56,6 @@ class _LinearNll(torch.autograd.Function):
             into.copy_((logits @ weight)[: len(part)])
         ctx.save_for_backward(grad)
         return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * dtotal.to(grad.dtype), None, None, None
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,7 +80,7 @@ def nll(states: Float[Tensor, "targets hidden"], logits: Logits, targets: Int[Te
     return total
 
 
-class _Nll(torch.autograd.Function):
+class _Nll(_KnownGradient):
     @staticmethod
     def forward(ctx: Any, states: Tensor, logits: Logits, targets: Tensor) -> Tensor:
         vocabulary = logits(states[:1].detach()).shape[-1]
@@ -90,9 +94,3 @@ class _Nll(torch.autograd.Function):
             total += loss.detach()
         ctx.save_for_backward(grad)
         return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * dtotal.to(grad.dtype), None, None

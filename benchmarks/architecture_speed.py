@@ -1,0 +1,195 @@
+"""Training and decoding speed by architecture, against plain transformers and PEFT, and against earlier commits.
+
+    python benchmarks/architecture_speed.py [--source DIR ...] [--only llama phi3] [--examples 40]
+
+Models of some 20 M random weights, in bf16 where oneDNN computes that and else in float32, with LoRA of rank 16 on all
+linear layers, and a Llama in 4 bits. Ours are the commands `train` and `benchmark` of this checkout and of each DIR, in
+processes of their own. HF is a loop over padded batches of the same rows with PEFT and AdamW, and `generate`, on the
+model and adapter of ours.
+
+Printed and stored in `results/architecture_speed.json`: useful tokens per second of training (padding does not count),
+the median over steps without the first two; new tokens per second of the adapter's greedy answers to 1 and 8 prompts of
+64 tokens, reading the prompts included. What fails (bitsandbytes is not installed, say) has its reason in place of
+numbers. Needs GSM8K rows and Phi-3's tokenizer in ../shared; some two minutes for each checkout on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_versions import PHI3, QUIET, ROWS, describe_commit, run_command
+from machine import described
+from training_jobs import ROOT
+
+RESULTS = Path(__file__).parent / "results" / "architecture_speed.json"
+SIZES = {
+    "hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 8, "num_attention_heads": 5,
+    "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+}  # fmt: skip
+WINDOW = {"sliding_window": 256}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "phi3": ("Phi3", {}),
+    "gemma2": ("Gemma2", WINDOW),
+    "gemma3": ("Gemma3Text", WINDOW),
+    "olmo2": ("Olmo2", {}),
+    "cohere": ("Cohere", {}),
+    "cohere2": ("Cohere2", WINDOW),
+    "llama, 4 bits": ("Llama", {}),
+}
+PRECISION = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}[PRECISION]
+BATCH, WARM, PROMPT, NEW, ROWS_DECODED = 8, 2, 64, 32, (1, 8)
+Speeds = dict[str, float]
+
+
+def write_model(name: str, folder: Path) -> int:
+    """A model of random weights with Phi-3's tokenizer; its number of parameters."""
+    import transformers
+
+    kind, more = ARCHITECTURES[name]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(PHI3)
+    special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **SIZES | special | more)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def measure_ours(checkout: Path, folder: Path, name: str, model: Path, examples: int) -> Speeds:
+    """Speeds of the product in a checkout; its run is `run` in `folder`."""
+    run_command(
+        checkout, folder, "train", f"data.train={ROWS}", "output.run_id=run", *QUIET, f"model.id={model}",
+        "lens.enabled=false", f"training.precision={PRECISION}", "model.seq_len=512", f"data.max_examples={examples}",
+        f"training.batch_size={BATCH}", "training.epochs=1", "peft.r=16",
+        f"model.quantization={'4bit' if '4 bits' in name else 'none'}",
+    )  # fmt: skip
+    run = folder / "outputs/experiments/default/runs/run"
+    steps = [json.loads(line) for line in (run / "logs/metrics.jsonl").read_text().splitlines()]
+    rates = [step["tokens"] / step["seconds"] for step in steps if step["kind"] == "step"]
+    rows = ",".join(map(str, ROWS_DECODED))
+    run_command(
+        checkout, folder, "benchmark", "--run", "run", "benchmark.models=[adapter]", f"benchmark.batch_sizes=[{rows}]",
+        f"benchmark.prompt_lengths=[{PROMPT}]", f"benchmark.new_tokens={NEW}", "benchmark.repetitions=2",
+    )  # fmt: skip
+    cells = json.loads((run / "reports/benchmark.json").read_text())["cells"]
+    decoding = {f"decode {cell['batch_size']}": cell["speed"]["tokens_per_second"] for cell in cells}
+    return {"train": statistics.median(rates[WARM:]), **decoding}
+
+
+def measure_hf(name: str, model: Path, adapter: Path, examples: int) -> Speeds:
+    """Speeds of plain transformers and PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPE,
+    )  # fmt: skip
+    options = {"quantization_config": quantized} if "4 bits" in name else {}
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE, **options)
+    adapted = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lines = [json.loads(line) for line in ROWS.read_text().splitlines()[:examples]]
+    texts = [f"{line['question']}\n{line['answer']}" for line in lines]
+    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=2e-4)
+    rates = []
+    for start in range(0, examples, BATCH):
+        begun = time.perf_counter()
+        batch = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        with torch.autocast("cpu", torch.bfloat16, enabled=PRECISION == "bf16"):
+            adapted(**batch, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.append(int(batch["attention_mask"].sum()) / (time.perf_counter() - begun))
+    return {"train": statistics.median(rates[WARM:]), **_time_generate(adapted.eval())}
+
+
+def _time_generate(model: Any) -> Speeds:
+    found = {}
+    for rows in ROWS_DECODED:
+        ids = torch.randint(3, 32_000, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
+        seconds = []
+        for _ in range(3):
+            begun = time.perf_counter()
+            with torch.inference_mode():
+                out = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
+                    min_new_tokens=NEW,
+                )  # fmt: skip
+            seconds.append(time.perf_counter() - begun)
+        assert out.shape[1] == PROMPT + NEW, "every row says as much"
+        found[f"decode {rows}"] = rows * NEW / statistics.median(seconds[1:])
+    return found
+
+
+def measure(name: str, sources: dict[str, Path], examples: int) -> dict[str, Any]:
+    """Speeds of one architecture by each source and by HF, which has a process of its own, too."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        model = Path(place) / "model"
+        parameters = write_model(name, model)
+        for source, checkout in sources.items():
+            folder = Path(place) / source
+            folder.mkdir()
+            try:
+                found[source] = measure_ours(checkout, folder, name, model, examples)
+            except subprocess.CalledProcessError as error:
+                found[source] = {"failed": error.stderr.decode().strip()[-300:]}
+        adapter = folder / "outputs/experiments/default/runs/run/artifacts/adapter"
+        call = [sys.executable, __file__, "--hf", name, str(model), str(adapter), "--examples", str(examples)]
+        done = subprocess.run(call, capture_output=True, text=True, check=False)
+        hf: dict[str, Any] = {"failed": done.stderr.strip()[-300:]}
+        found["hf"] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else hf
+    return {"parameters": parameters, **found}
+
+
+def print_table(rows: dict[str, dict[str, Any]], sources: list[str]) -> None:
+    """Tokens per second of each, and the ratios of the first source to the others."""
+    for name, row in rows.items():
+        for what in ("train", *(f"decode {count}" for count in ROWS_DECODED)):
+            speeds = {source: row[source].get(what) for source in (*sources, "hf")}
+            first = speeds[sources[0]]
+            others = {s: f"{first / v:.2f}" for s, v in speeds.items() if first and v and s != sources[0]}
+            shown = "  ".join(
+                f"{source} {speed:8.1f}" if speed else f"{source} failed" for source, speed in speeds.items()
+            )
+            print(f"{name:14} {what:9} {shown}  {' '.join(f'{ratio} of {s}' for s, ratio in others.items())}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", action="append", default=[], type=Path, metavar="DIR", help="a further checkout")
+    parser.add_argument("--only", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--examples", type=int, default=40)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--hf", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.hf:
+        name, model, adapter = options.hf
+        print(json.dumps(measure_hf(name, Path(model), Path(adapter), options.examples)))
+        return
+    sources = {"ours": ROOT, **{describe_commit(checkout): checkout.resolve() for checkout in options.source}}
+    rows = {}
+    for name in options.only:
+        rows[name] = measure(name, sources, options.examples)
+        print_table({name: rows[name]}, list(sources))
+    result = {"machine": described(), "precision": PRECISION, "ours": describe_commit(ROOT), "rows": rows}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
