@@ -152,7 +152,8 @@ class FusedLinear(nn.Module):
             else:
                 self._down = torch.cat([down for down, _ in factors]).float()
                 self._up = torch.block_diag(*(up for _, up in factors))
-        self._is_packed = _is_packable(self.weight)
+        is_bf16_on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16
+        self._is_packed = is_bf16_on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if self._is_packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
@@ -182,12 +183,6 @@ class FusedLinear(nn.Module):
             return True
         x = torch.linspace(-2, 3, self.input_width, dtype=self.weight.dtype)[None]
         return is_close(self.apply_to_many_rows(x), self.few(x))
-
-
-def _is_packable(weight: Tensor) -> bool:
-    return (
-        weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
 
 
 def _concatenate_biases(bases: Sequence[Any]) -> Tensor | None:

@@ -77,7 +77,8 @@ class PackedAttentionCall:
     """
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scores: ScoreSpec) -> None:
-        self.query, self.key, self.value = (_make_heads_adjacent(t) for t in (query, key, value))
+        given = (query, key, value)
+        self.query, self.key, self.value = (t if are_heads_adjacent(t) else t.contiguous() for t in given)
         self.packed, self.scores = packed, scores
         self.heads, self.groups = query.shape[1], key.shape[1]
         self._items = len(packed.lengths) * self.groups
@@ -129,7 +130,3 @@ class PackedAttentionCall:
 
 def _round_up(count: int) -> int:
     return -(-count // COLUMNS) * COLUMNS
-
-
-def _make_heads_adjacent(x: Tensor) -> Tensor:
-    return x if are_heads_adjacent(x) else x.contiguous()

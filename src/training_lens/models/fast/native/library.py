@@ -69,16 +69,13 @@ def load_library() -> KernelLibrary | None:
     """The kernels, compiled at the first call on a machine; None, with the reason in the log, where that fails."""
     try:
         kernels = compile_library(SOURCES, "kernels")
-        share = ctypes.CDLL(str(_torch_library())).torch_parallel_for
+        torch_library = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), Path("libtorch_cpu"))
+        share = ctypes.CDLL(str(torch_library)).torch_parallel_for
     except (CompilationError, OSError, AttributeError, RuntimeError) as error:
         logger.info("norms, gates, attention and softmax are computed by torch, in more passes: %s", error)
         return None
     share.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
     return KernelLibrary(kernels, share)
-
-
-def _torch_library() -> Path:
-    return next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), Path("libtorch_cpu"))
 
 
 def can_compute(*tensors: Tensor) -> bool:
