@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import tiny_model
 
 from training_lens.config.lens_section import LensSection
 from training_lens.core import table_names as tables
@@ -81,24 +82,16 @@ def _captured(columns: Columns, i: int, names: tuple[str, ...]) -> Captured:
     return Captured(scalars, vectors, rows=names)
 
 
-def tiny_llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=32, tie_word_embeddings=False, **sizes))
-
-
 @pytest.fixture
 def llama() -> Any:
-    return tiny_llama()
+    return tiny_model(tie_word_embeddings=False).requires_grad_(True)
 
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama, saved."""
     folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
+    tiny_model(tie_word_embeddings=False).save_pretrained(folder)
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import SIZES, tiny_model
 from torch import Tensor
 
 from training_lens.config.schema import PeftSection
@@ -19,41 +20,15 @@ from training_lens.core.types import Captured, Moment
 from training_lens.models.adapters import attach, trainable_parameters
 from training_lens.models.token_scores import paired_scores
 
-VOCABULARY = 61
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def _llama(**changes: Any) -> Any:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(**{**SMALL, "num_key_value_heads": 2, "intermediate_size": 48, **changes})
-    return AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
-
-
-def _gpt2() -> Any:
-    from transformers import AutoModelForCausalLM, GPT2Config
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    )
-    return AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
-
-
-@pytest.fixture
-def llama() -> Callable[..., Any]:
-    """Makes a random Llama of two layers, without an adapter."""
-    return _llama
+VOCABULARY = SIZES["vocab_size"]
 
 
 @pytest.fixture
 def adapted() -> Callable[..., Any]:
     """Makes a small model with the adapter of a `peft` section; `moved` puts every trained parameter off its start."""
 
-    def make(family: str = "llama", moved: bool = True, **section: Any) -> Any:
-        base = _gpt2() if family == "gpt2" else _llama()
-        model = attach(base, PeftSection.model_validate({"r": 3, "lora_alpha": 5.0, **section}))
+    def make(family: str = "Llama", moved: bool = True, **section: Any) -> Any:
+        model = attach(tiny_model(family), PeftSection.model_validate({"r": 3, "lora_alpha": 5.0, **section}))
         for _, parameter in trainable_parameters(model) if moved else ():
             parameter.data += 0.05 * torch.randn_like(parameter)
         return model

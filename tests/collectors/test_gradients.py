@@ -17,7 +17,7 @@ SECTIONS: list[dict[str, Any]] = [
     {"variant": "rslora"},
     {"use_dora": True},
     {"init": "pissa"},
-    {"family": "gpt2"},
+    {"family": "GPT2"},
     {"target_modules": ["embed_tokens", "q_proj"]},
 ]
 

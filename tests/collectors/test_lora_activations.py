@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import Tensor
 
 from training_lens.collectors import LoRAActivationsCollector, LoRAActivationTracker
@@ -20,8 +21,8 @@ SECTIONS: list[dict[str, Any]] = [
     {"variant": "rslora"},
     {"use_dora": True},
     {"init": "pissa"},
-    {"family": "gpt2"},
-    {"family": "gpt2", "use_dora": True},
+    {"family": "GPT2"},
+    {"family": "GPT2", "use_dora": True},
     {"target_modules": ["lm_head", "q_proj"]},
 ]
 MEASURES = ("input_rms", "down_rms", "up_rms", "output_rms", "share")
@@ -94,13 +95,9 @@ def test_an_embedding_has_no_input_size(adapted: Callable[..., Any], loop: Any, 
 def test_scaled_embeddings_and_dora_on_them_do_not_break_the_pass(probe: Probe) -> None:
     """Gemma scales what its embedding gives: the share is as without."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Gemma2Config
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 61}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     for dora in (False, True):
-        torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_config(Gemma2Config(**sizes, **heads, tie_word_embeddings=False))
+        base = tiny_model("Gemma2", num_hidden_layers=1, tie_word_embeddings=False)
         model = get_peft_model(base, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], use_dora=dora))
         for name, parameter in model.named_parameters():
             if "lora_embedding_B" in name or "lora_B" in name:
@@ -141,10 +138,10 @@ def test_passes_without_the_adapter_do_not_count(adapted: Callable[..., Any], id
     assert all(values.isnan().all() for values in tracker.measures().values())
 
 
-def test_an_inactive_adapter_is_not_measured(llama: Callable[..., Any], ids: Tensor) -> None:
+def test_an_inactive_adapter_is_not_measured(ids: Tensor) -> None:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     modules = [m for m in adapter_modules_of_both(model) if m.record.layer == 0]
     with LoRAActivationTracker(model, modules) as one, torch.no_grad():
@@ -164,11 +161,11 @@ def adapter_modules_of_both(model: Any) -> Any:
     return adapter_modules(model)
 
 
-def test_the_share_of_a_quantized_layer_uses_its_dequantized_weight(llama: Callable[..., Any], ids: Tensor) -> None:
+def test_the_share_of_a_quantized_layer_uses_its_dequantized_weight(ids: Tensor) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     from peft import LoraConfig, get_peft_model
 
-    base = llama(hidden_size=64, intermediate_size=64)
+    base = tiny_model(hidden_size=64, intermediate_size=64)
     attention = base.model.layers[0].self_attn
     quantized = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     quantized.load_state_dict(attention.q_proj.state_dict())

@@ -26,7 +26,7 @@ SECTIONS: list[dict[str, Any]] = [
     {"lora_dropout": 0.2},
     {"use_dora": True},
     {"init": "pissa"},
-    {"family": "gpt2"},
+    {"family": "GPT2"},
     {"target_modules": ["embed_tokens", "q_proj"]},
 ]
 
@@ -142,7 +142,7 @@ def _change(model: Any) -> Tensor:
     return change
 
 
-@pytest.mark.parametrize("section", [{}, {"family": "gpt2"}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=str)
+@pytest.mark.parametrize("section", [{}, {"family": "GPT2"}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=str)
 def test_before_the_first_step_one_probe_pass_equals_two(
     section: dict[str, Any], adapted: Callable[..., Any], loop: Any, probe: Probe, tmp_path: Path
 ) -> None:
@@ -185,7 +185,7 @@ def test_examples_run(
     shown: type, adapted: Callable[..., Any], ids: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {"model": adapted(), "batches": [{"input_ids": ids}], "torch": torch, shown.__name__: shown}
-    names["tokenizer"] = lambda text: {"input_ids": [ord(character) % 61 for character in text]}
+    names["tokenizer"] = lambda text: {"input_ids": [ord(character) % 97 for character in text]}
     exec(textwrap.dedent(str(shown.__doc__).split("Example:\n")[1]), names)
     printed = ast.literal_eval(capsys.readouterr().out)
     assert printed and all(value > 0 for value in printed.values())

@@ -17,7 +17,7 @@ def parameters(model: Any) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("section", [{}, {"use_dora": True}, {"init": "pissa"}, {"family": "gpt2"}], ids=str)
+@pytest.mark.parametrize("section", [{}, {"use_dora": True}, {"init": "pissa"}, {"family": "GPT2"}], ids=str)
 def test_update_rms_is_that_of_clipped_gradients_and_unbiased_moments(
     section: dict[str, Any], adapted: Callable[..., Any], loop: Any, ids: Tensor
 ) -> None:

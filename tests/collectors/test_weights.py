@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import Tensor
 
 from training_lens.collectors import (
@@ -21,8 +22,8 @@ SECTIONS: list[dict[str, Any]] = [
     {"variant": "rslora"},
     {"use_dora": True},
     {"init": "pissa"},
-    {"family": "gpt2"},
-    {"family": "gpt2", "use_dora": True},
+    {"family": "GPT2"},
+    {"family": "GPT2", "use_dora": True},
     {"target_modules": ["embed_tokens", "q_proj"]},
     {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 2.0}},
 ]
@@ -96,7 +97,7 @@ def test_a_snapshot_gives_the_whole_update(
         assert (f"{module.name}.magnitude" in tensors) is bool(section.get("use_dora"))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
 def test_doras_changes_are_those_of_rows_of_the_whole_weight(
     family: str, adapted: Callable[..., Any], loop: Any, dense: Any
 ) -> None:
@@ -149,12 +150,12 @@ def test_nan_in_one_module_stays_there(adapted: Callable[..., Any], loop: Any) -
             assert [i for i, row in enumerate(rows) if row.isnan().any()] == [2]
 
 
-def test_a_quantized_weight_is_measured_as_it_computes(llama: Callable[..., Any], loop: Any) -> None:
+def test_a_quantized_weight_is_measured_as_it_computes(loop: Any) -> None:
     """4-bit: W is what the codes stand for, and stays what it is."""
     bnb = pytest.importorskip("bitsandbytes")
     from peft import LoraConfig, get_peft_model
 
-    base = llama(hidden_size=64, intermediate_size=64)
+    base = tiny_model(hidden_size=64, intermediate_size=64)
     layer = base.model.layers[0].self_attn
     quantized = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     quantized.load_state_dict(layer.q_proj.state_dict())

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from training_lens.config.schema import PeftSection
 from training_lens.core.module_batches import ModuleBatches
@@ -14,24 +15,8 @@ from training_lens.errors import LensError
 from training_lens.models.adapters import attach
 
 
-def llama(**changes: Any) -> Any:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, **heads, **changes})).requires_grad_(False)
-
-
-def gpt2() -> Any:
-    from transformers import AutoModelForCausalLM, GPT2Config
-
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4))
-
-
 def test_records_have_each_modules_layer_and_kind() -> None:
-    modules = adapter_modules(attach(llama(), PeftSection(r=3, lora_alpha=6.0)))
+    modules = adapter_modules(attach(tiny_model(), PeftSection(r=3, lora_alpha=6.0)))
     assert len(modules) == 14
     record = modules[11].record
     assert (record.name, record.layer, record.kind) == ("model.layers.1.mlp.gate_proj", 1, "gate")
@@ -45,7 +30,7 @@ def test_records_have_each_modules_layer_and_kind() -> None:
     [({"use_dora": True}, "dora", 3), ({"init": "pissa"}, "pissa", 2), ({"variant": "rslora"}, "lora", 2)],
 )
 def test_variants_are_recognized_by_their_parameters(section: dict[str, Any], variant: str, parts: int) -> None:
-    modules = adapter_modules(attach(llama(), PeftSection.model_validate({"r": 4, "lora_alpha": 8.0, **section})))
+    modules = adapter_modules(attach(tiny_model(), PeftSection.model_validate({"r": 4, "lora_alpha": 8.0, **section})))
     assert {m.record.variant for m in modules} == {variant} and {m.record.rank for m in modules} == {4}
     assert {len(m.trained_parameters) for m in modules} == {parts} and all(
         p.requires_grad for p in modules[0].trained_parameters
@@ -54,14 +39,14 @@ def test_variants_are_recognized_by_their_parameters(section: dict[str, Any], va
 
 
 def test_pissas_factors_are_both_halves() -> None:
-    module = adapter_modules(attach(llama(), PeftSection(r=4, init="pissa")))[0]
+    module = adapter_modules(attach(tiny_model(), PeftSection(r=4, init="pissa")))[0]
     a, b = module.factors()
     assert a.shape == (8, 32) and b.shape == (32, 8)
     torch.testing.assert_close(b @ a, torch.zeros(32, 32), atol=1e-6, rtol=0)  # it starts as the base
 
 
 def test_layers_of_another_family_are_numbered() -> None:
-    modules = adapter_modules(attach(gpt2(), PeftSection(r=2)))
+    modules = adapter_modules(attach(tiny_model("GPT2", n_layer=1), PeftSection(r=2)))
     assert [(m.record.layer, m.record.kind) for m in modules] == [
         (0, "c_attn"),
         (0, "c_proj"),
@@ -72,7 +57,7 @@ def test_layers_of_another_family_are_numbered() -> None:
 
 @pytest.mark.parametrize("name", ["c_attn", "c_fc"])
 def test_the_frozen_weight_is_out_by_in_for_every_layer_type(name: str) -> None:
-    model = gpt2()
+    model = tiny_model("GPT2", n_layer=1)
     layer = dict(model.named_modules())["transformer.h.0." + ("attn." if name == "c_attn" else "mlp.") + name]
     x = torch.randn(5, 32)
     wanted = layer(x) - layer.bias
@@ -81,7 +66,7 @@ def test_the_frozen_weight_is_out_by_in_for_every_layer_type(name: str) -> None:
 
 
 def test_a_square_conv1d_weight_is_transposed_too() -> None:
-    model = gpt2()
+    model = tiny_model("GPT2", n_layer=1)
     layer = model.transformer.h[0].attn.c_proj
     x = torch.randn(5, 32)
     wanted = layer(x) - layer.bias
@@ -90,16 +75,16 @@ def test_a_square_conv1d_weight_is_transposed_too() -> None:
 
 
 def test_an_embedding_is_a_map_from_tokens() -> None:
-    module = adapter_modules(attach(llama(), PeftSection(r=2, target_modules=["embed_tokens"])))[0]
-    assert (module.record.in_features, module.record.out_features, module.record.layer) == (61, 32, None)
+    module = adapter_modules(attach(tiny_model(), PeftSection(r=2, target_modules=["embed_tokens"])))[0]
+    assert (module.record.in_features, module.record.out_features, module.record.layer) == (97, 32, None)
     weight = module.base_weight()
-    assert weight is not None and weight.shape == (32, 61)
+    assert weight is not None and weight.shape == (32, 97)
 
 
 def test_of_several_adapters_the_training_ones_are_found() -> None:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
     assert {m.record.rank for m in adapter_modules(model)} == {2}
     model.set_adapter("other")
@@ -113,14 +98,14 @@ def test_of_several_adapters_the_training_ones_are_found() -> None:
 
 
 def test_a_shared_layer_counts_once() -> None:
-    base = llama()
+    base = tiny_model()
     base.model.layers[1].self_attn = base.model.layers[0].self_attn
     modules = adapter_modules(attach(base, PeftSection(r=2, target_modules=["q_proj"])))
     assert [m.name for m in modules] == ["model.layers.0.self_attn.q_proj"]
 
 
 def test_a_shared_factor_counts_once() -> None:
-    model = attach(llama(), PeftSection(r=2, target_modules=["q_proj"]))
+    model = attach(tiny_model(), PeftSection(r=2, target_modules=["q_proj"]))
     first, second = (model.base_model.model.model.layers[i].self_attn.q_proj for i in range(2))
     second.lora_A["default"].weight = first.lora_A["default"].weight
     second.lora_B["default"].weight = first.lora_B["default"].weight
@@ -133,16 +118,16 @@ def test_a_model_without_lora_is_an_error_with_the_reason() -> None:
     with pytest.raises(
         LensError, match=r"no LoRA module in this LlamaForCausalLM: nothing in it trains.*lens\.enabled"
     ):
-        adapter_modules(llama())
+        adapter_modules(tiny_model())
     with pytest.raises(LensError, match=r"trains 21 parameters of its own \(a full fine-tune\?\)"):
-        adapter_modules(llama().requires_grad_(True))
-    ia3 = get_peft_model(llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+        adapter_modules(tiny_model().requires_grad_(True))
+    ia3 = get_peft_model(tiny_model(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     with pytest.raises(LensError, match=r"no LoRA module in this PeftModel.*LoRA and DoRA"):
         adapter_modules(ia3)
 
 
 def test_batches_restore_the_models_order() -> None:
-    model = attach(llama(), PeftSection(r=3, rank_pattern={"k_proj": 2}, use_dora=True))
+    model = attach(tiny_model(), PeftSection(r=3, rank_pattern={"k_proj": 2}, use_dora=True))
     modules = adapter_modules(model)
     groups = ModuleBatches(modules)
     assert sorted(i for group in groups for i in group.positions) == list(range(14))
@@ -158,7 +143,7 @@ def test_batches_restore_the_models_order() -> None:
 
 
 def test_batches_are_float32_copies_with_zeros_for_missing_gradients() -> None:
-    model = attach(llama(), PeftSection(r=3, target_modules=["q_proj"], use_dora=True)).to(torch.bfloat16)
+    model = attach(tiny_model(), PeftSection(r=3, target_modules=["q_proj"], use_dora=True)).to(torch.bfloat16)
     modules = adapter_modules(model)
     (group,) = ModuleBatches(modules)
     weights = group.copy_weights()
@@ -170,7 +155,7 @@ def test_batches_are_float32_copies_with_zeros_for_missing_gradients() -> None:
 
 
 def test_full_factors_include_pissas_frozen_halves() -> None:
-    modules = adapter_modules(attach(llama(), PeftSection(r=3, init="pissa", target_modules=["q_proj"])))
+    modules = adapter_modules(attach(tiny_model(), PeftSection(r=3, init="pissa", target_modules=["q_proj"])))
     (group,) = ModuleBatches(modules)
     whole = group.full_factors(group.copy_weights())
     for i, module in enumerate(modules):
@@ -179,7 +164,7 @@ def test_full_factors_include_pissas_frozen_halves() -> None:
 
 
 def test_wrappers_are_stripped_from_names() -> None:
-    model = attach(llama(), PeftSection(r=3))
+    model = attach(tiny_model(), PeftSection(r=3))
     bare = [m.name for m in adapter_modules(model)]
     compiled = torch.compile(model, backend="eager")
     assert [m.name for m in adapter_modules(compiled)] == bare
@@ -200,7 +185,7 @@ def test_wrappers_are_stripped_from_names() -> None:
     ids=str,
 )
 def test_a_fresh_adapter_is_the_identity_until_one_number_changes(section: dict[str, Any], nothing: bool) -> None:
-    model = attach(llama(), PeftSection.model_validate({"r": 3, **section}))
+    model = attach(tiny_model(), PeftSection.model_validate({"r": 3, **section}))
     assert is_identity_adapter(model) is nothing
     module = adapter_modules(model)[-1]
     module.a.data[0, 0] = module.b.data[0, 0] = 1e-30
@@ -211,5 +196,5 @@ def test_a_fresh_adapter_is_the_identity_until_one_number_changes(section: dict[
 def test_only_lora_counts_as_an_identity_adapter(more: dict[str, Any]) -> None:
     from peft import LoraConfig, get_peft_model
 
-    assert not is_identity_adapter(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], **more)))
-    assert is_identity_adapter(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])))
+    assert not is_identity_adapter(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], **more)))
+    assert is_identity_adapter(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])))

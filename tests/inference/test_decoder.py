@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from random_models import answer_ids
+from answer_ids import answer_ids
 
 from training_lens import TrainingConfig
 from training_lens.config.evaluation_sections import InferenceSection

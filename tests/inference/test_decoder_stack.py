@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import random_model
+from tiny_models import WANDERING, tiny_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from training_lens.inference import decoder
@@ -37,7 +37,7 @@ PROMPTS = [list(range(20)), list(range(40, 47)), [3]]
 
 
 def made(kind: str, more: dict[str, Any], dtype: torch.dtype = torch.float32) -> Decoder:
-    return build_decoder(random_model(kind, dtype, **more), False, torch.arange(24)[None])
+    return build_decoder(tiny_model(kind, dtype, **WANDERING | more), False, torch.arange(24)[None])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -62,7 +62,7 @@ class LouderLayer(LlamaDecoderLayer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_that_does_more_than_its_parts_goes_through_its_modules(dtype: torch.dtype) -> None:
-    model = random_model("Llama", dtype)
+    model = tiny_model("Llama", dtype, **WANDERING)
     model.model.layers[1].__class__ = LouderLayer
     assert build_decoder(model, False, torch.arange(24)[None]).stack is None
 
@@ -85,7 +85,7 @@ def test_why_a_model_goes_through_its_modules_is_logged_once(
 
 
 def test_who_listens_to_a_layer_hears_it() -> None:
-    model = random_model("Llama")
+    model = tiny_model(**WANDERING)
     heard: list[int] = []
     model.model.layers[1].register_forward_hook(lambda *_given: heard.append(1))
     decoder = build_decoder(model, False, torch.arange(24)[None])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import random_models
 import torch
-import transformers
-from random_models import answer_ids
+from answer_ids import answer_ids
+from tiny_models import WANDERING, save_tiny_model
 
-from training_lens import TrainingConfig, embedded
+from training_lens import TrainingConfig
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.data.examples import Message
@@ -36,7 +34,7 @@ POSITIONS, NEW = 64, 10
 LENGTHS = [1, 2, 3, 5, 7, 8, 9, 11, 13, 16, 20, 25, 30, 35, 40, 50, 57, 60]  # the last two leave 7 and 4 positions
 NEVER = 999  # a stop token beyond the vocabulary
 TIE = 4  # units in the last place of bf16: no two logits nearer to each other can be told apart
-SIZES = random_models.SIZES | {
+SIZES = WANDERING | {
     "vocab_size": 660,
     "max_position_embeddings": POSITIONS,
     "initializer_range": 0.5,
@@ -45,17 +43,19 @@ SIZES = random_models.SIZES | {
 }
 WINDOWED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA = SIZES | WINDOWED | {"query_pre_attn_scalar": 8, "tie_word_embeddings": False}  # tied, it says one token on
-GPT2_SIZES = {"vocab_size": 660, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", SIZES),
-    "mistral, sliding window": ("MistralConfig", SIZES | {"sliding_window": 8}),
-    "qwen2": ("Qwen2Config", SIZES),
-    "qwen3, sliding window": ("Qwen3Config", SIZES | WINDOWED | {"use_sliding_window": True}),
-    "gemma2": ("Gemma2Config", GEMMA),
-    "gemma3": ("Gemma3TextConfig", GEMMA),
-    "olmo2": ("Olmo2Config", SIZES),
-    "cohere": ("CohereConfig", SIZES | {"use_qk_norm": True, "logit_scale": 0.5}),
-    "gpt2, absolute positions": ("GPT2Config", GPT2_SIZES | {"initializer_range": 0.5, "eos_token_id": 5}),
+    "llama": ("Llama", SIZES),
+    "mistral, sliding window": ("Mistral", SIZES | {"sliding_window": 8}),
+    "qwen2": ("Qwen2", SIZES),
+    "qwen3, sliding window": ("Qwen3", SIZES | WINDOWED | {"use_sliding_window": True}),
+    "gemma2": ("Gemma2", GEMMA),
+    "gemma3": ("Gemma3Text", GEMMA),
+    "olmo2": ("Olmo2", SIZES),
+    "cohere": ("Cohere", SIZES | {"use_qk_norm": True, "logit_scale": 0.5}),
+    "gpt2, absolute positions": (
+        "GPT2",
+        {"vocab_size": 660, "n_positions": POSITIONS, "initializer_range": 0.5, "eos_token_id": 5},
+    ),
 }
 Ids = list[list[int]]
 
@@ -83,10 +83,7 @@ def wanted(session: Session) -> dict[bool, Ids]:
 def random_model(path: Path, name: str) -> Path:
     """A random model saved with the embedded tokenizer, and a random adapter of it in `adapter`."""
     kind, sizes = MODELS[name]
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes)).save_pretrained(path)
-    for file in Path(embedded.PATHS[embedded.MODEL]).glob("*token*"):
-        shutil.copy(file, path)
+    save_tiny_model(path, kind, **sizes)
     adapted = attach(load_model(ModelSection(id=str(path)), torch.device("cpu"), "fp32"), PeftSection(r=4))
     for _, parameter in trainable_parameters(adapted):
         parameter.data += 0.1 * torch.randn_like(parameter)

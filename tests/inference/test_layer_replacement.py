@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import random_model
+from tiny_models import WANDERING, tiny_model
 
 from training_lens.models.fast.fused_layers import DecodingAttention, DecodingNorm, FusedMLP
 from training_lens.models.fast.fused_linear import FusedLinear
@@ -24,7 +24,7 @@ def count(model: Any, kind: type) -> int:
 
 @pytest.mark.parametrize("kind", KNOWN + OTHERS)
 def test_scores_are_what_they_were(kind: str) -> None:
-    model, ids = random_model(kind), torch.randint(64, (1, 24), generator=torch.Generator().manual_seed(0))
+    model, ids = tiny_model(kind, **WANDERING), torch.randint(64, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         wanted = model(input_ids=ids).logits
         replace_layers(model, ids)
@@ -36,7 +36,7 @@ def test_scores_are_what_they_were(kind: str) -> None:
 
 
 def test_in_bf16_weights_are_joined_without_a_change_of_the_product() -> None:
-    model, ids = random_model("Llama", torch.bfloat16), torch.arange(24)[None]
+    model, ids = tiny_model("Llama", torch.bfloat16, **WANDERING), torch.arange(24)[None]
     x = torch.randn(3, 32, dtype=torch.bfloat16)
     layer = model.model.layers[0]
     with torch.inference_mode():
@@ -46,7 +46,7 @@ def test_in_bf16_weights_are_joined_without_a_change_of_the_product() -> None:
 
 
 def test_a_layer_that_says_something_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = random_model("Llama"), torch.arange(24)[None]
+    model, ids = tiny_model(**WANDERING), torch.arange(24)[None]
     attention = model.model.layers[1].self_attn
     forward = type(attention).forward
 
@@ -60,7 +60,7 @@ def test_a_layer_that_says_something_else_stays(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_product_that_is_right_for_few_rows_alone_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = random_model("Llama", torch.bfloat16), torch.arange(24)[None]
+    model, ids = tiny_model("Llama", torch.bfloat16, **WANDERING), torch.arange(24)[None]
     right = FusedLinear.apply_to_many_rows
     monkeypatch.setattr(FusedLinear, "apply_to_many_rows", lambda self, x: 2 * right(self, x))
     with torch.inference_mode():

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import random_models
 import torch
 import transformers
-from random_models import answer_ids
+from answer_ids import answer_ids
+from tiny_models import WANDERING, save_tiny_model
 
-from training_lens import embedded
 from training_lens.config.compose import validate_values
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.inference.generator import answer
@@ -27,15 +25,10 @@ PROMPTS = [[(7 * length + 3 * i) % 600 + 20 for i in range(length)] for length i
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Phi-3 of random weights with the embedded tokenizer."""
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 5.0, 20.0]}
-    sizes = random_models.SIZES | {"vocab_size": 660, "bos_token_id": None, "eos_token_id": 5, "initializer_range": 0.5}
+    sizes = WANDERING | {"vocab_size": 660, "bos_token_id": None, "eos_token_id": 5, "initializer_range": 0.5}
     places = {"max_position_embeddings": 96, "original_max_position_embeddings": LIMIT}
     sizes |= {**places, "rope_parameters": {"rope_theta": 1e4, **rope, "original_max_position_embeddings": LIMIT}}
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("phi3")
-    transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**sizes)).save_pretrained(path)
-    for file in Path(embedded.PATHS[embedded.MODEL]).glob("*token*"):
-        shutil.copy(file, path)
-    return path
+    return save_tiny_model(tmp_path_factory.mktemp("phi3"), "Phi3", **sizes)
 
 
 @pytest.fixture(scope="module")

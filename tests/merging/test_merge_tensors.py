@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
@@ -69,9 +69,9 @@ def test_a_saved_adapter_folds_too(tmp_path: Path) -> None:
     assert (logits(merge_weights(load_adapter(base(), tmp_path)).model) - logits(model)).abs().max() < 1e-4
 
 
-def test_weights_the_other_way_round_fold(gpt2: Callable[[], Any]) -> None:
+def test_weights_the_other_way_round_fold() -> None:
     for dora in (False, True):
-        model = adapted(gpt2(), use_dora=dora)
+        model = adapted(tiny_model("GPT2"), use_dora=dora)
         wanted = logits(model)
         assert (logits(merge_weights(model).model) - wanted).abs().max() < 1e-4
 
@@ -157,9 +157,11 @@ def test_part_of_a_block_trained_whole_is_refused() -> None:
     assert (logits(merge_weights(model).model) - wanted).abs().max() < 1e-4
 
 
-def test_what_has_no_plain_weights_is_refused(mixtral: Callable[[], Any]) -> None:
+def test_what_has_no_plain_weights_is_refused() -> None:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(mixtral(), LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]))
+    model = get_peft_model(
+        tiny_model("Mixtral"), LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    )
     with pytest.raises(AdapterError, match=r"'model.layers.0.mlp.experts' carries a ParamWrapper"):
         check_mergeable(model, 1.0)

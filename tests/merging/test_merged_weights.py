@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import MergeError
@@ -61,10 +62,7 @@ def write(tmp_path: Path) -> Write:
 @pytest.fixture
 def gpt2(tmp_path: Path) -> ModelSection:
     """A saved GPT-2: Conv1D layers, whose weights are the other way round."""
-    from transformers import AutoModelForCausalLM, GPT2Config
-
-    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    tiny_model("GPT2").save_pretrained(tmp_path / "gpt2")
     return ModelSection(id=str(tmp_path / "gpt2"), dtype="fp32")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
@@ -157,8 +158,8 @@ def test_tied_weights_that_train_whole_stay_tied(name: str, shared: Path, tmp_pa
             assert torch.equal(logits(model), before)
 
 
-def test_gpt2s_tied_embedding_trains_whole(gpt2: Callable[[], Any]) -> None:
-    adapted = attach(gpt2(), PeftSection(r=4, modules_to_save=["wte"]))
+def test_gpt2s_tied_embedding_trains_whole() -> None:
+    adapted = attach(tiny_model("GPT2"), PeftSection(r=4, modules_to_save=["wte"]))
     assert adapted.get_input_embeddings().weight is adapted.get_output_embeddings().weight
     assert [n for n, _ in trainable_parameters(adapted) if "lora_" not in n]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -20,17 +21,7 @@ from training_lens.utils.files import read_json, write_json
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 19)[None]
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+SIZES = {"vocab_size": 64, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 Save = Callable[..., ModelSection]
@@ -41,12 +32,7 @@ def save(tmp_path: Path) -> Save:
     """Saves a model of random weights, and gives the section that names it."""
 
     def saved(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> ModelSection:
-        import transformers
-
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{kind}Config")(**SIZES | more)
-        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
-        model.save_pretrained(tmp_path / "base")
+        tiny_models.tiny_model(kind, dtype, **SIZES | more).save_pretrained(tmp_path / "base")
         return ModelSection(id=str(tmp_path / "base"), dtype="fp32")
 
     return saved
@@ -146,7 +132,7 @@ def test_config_json_stays_in_the_bases_own_form(save: Save, tmp_path: Path) -> 
 def test_a_vision_tower_stays_byte_for_byte(tmp_path: Path, old_names: bool) -> None:
     import transformers
 
-    text = SIZES | {"head_dim": 8, "query_pre_attn_scalar": 8}
+    text = tiny_models.SIZES | SIZES | {"head_dim": 8, "query_pre_attn_scalar": 8}
     config = transformers.Gemma3Config(
         text_config=text, vision_config=VISION | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
     )

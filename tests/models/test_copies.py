@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
@@ -63,8 +63,8 @@ def test_the_adapted_model_stays_as_it_is(section: dict[str, Any]) -> None:
     assert torch.equal(logits(model), wanted)
 
 
-def test_copies_share_what_they_do_not_change(gpt2: Callable[[], Any]) -> None:
-    model = attach(gpt2(), PeftSection(r=4, target_modules=["c_attn"]))
+def test_copies_share_what_they_do_not_change() -> None:
+    model = attach(tiny_model("GPT2"), PeftSection(r=4, target_modules=["c_attn"]))
     own = {t.data_ptr() for t in model.parameters()}
     assert {t.data_ptr() for t in copy_base(model).parameters()} <= own
     merged = copy_merged(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from training_lens import TrainingConfig, TrainingWrapper, embedded
 from training_lens.config.schema import ModelSection
@@ -33,15 +34,11 @@ ADDED = ["<think>", "</think>", "<call>"]
 @pytest.fixture(params=[False, True], ids=["apart", "tied"])
 def grown(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A small model whose tokenizer got three tokens, which its embedding has no rows for."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = Path(shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "grown"))
     (folder / "model.safetensors").unlink()
     tokenizer = load_tokenizer(ModelSection())
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=required_rows(tokenizer), tie_word_embeddings=request.param, **sizes)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    changes = {"vocab_size": required_rows(tokenizer), "num_hidden_layers": 1, "tie_word_embeddings": request.param}
+    tiny_model(**changes).save_pretrained(folder)
     tokenizer.add_tokens(ADDED)
     tokenizer.save_pretrained(folder)
     return folder

@@ -7,22 +7,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_model
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    Cohere2Config,
-    CohereConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-)
 
 from training_lens.config.schema import PeftSection
 from training_lens.models.adapters import attach
@@ -30,44 +16,36 @@ from training_lens.models.fast.engine import Engine
 from training_lens.models.fast.install import install_kernels, uninstall_kernels
 from training_lens.models.token_scores import supervised_scores
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL),
-    "llama3": LlamaConfig(
-        **SMALL,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama3": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
         },
     ),
-    "mistral": MistralConfig(sliding_window=4, **SMALL),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(head_dim=8, **SMALL),
-    "gemma": GemmaConfig(head_dim=8, pad_token_id=0, **SMALL),
-    "exact gelu": LlamaConfig(hidden_act="gelu", **SMALL),
-    "relu": LlamaConfig(hidden_act="relu", **SMALL),
-    "gemma3": Gemma3TextConfig(head_dim=8, sliding_window=4, pad_token_id=0, **SMALL),
-    "olmo2": Olmo2Config(**SMALL),
-    "phi3": Phi3Config(pad_token_id=0, sliding_window=4, **SMALL),
-    "phi3, half turned": Phi3Config(pad_token_id=0, partial_rotary_factor=0.5, **SMALL),
-    "gemma2": Gemma2Config(head_dim=8, pad_token_id=0, **SMALL),
-    "cohere": CohereConfig(bos_token_id=1, eos_token_id=2, **SMALL),
-    "cohere, normed heads": CohereConfig(bos_token_id=1, eos_token_id=2, use_qk_norm=True, **SMALL),
-    "cohere2": Cohere2Config(
-        bos_token_id=1, eos_token_id=2, head_dim=8, sliding_window=4, sliding_window_pattern=2, **SMALL
-    ),
-    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "mistral": ("Mistral", {"sliding_window": 4}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "gemma": ("Gemma", {}),
+    "exact gelu": ("Llama", {"hidden_act": "gelu"}),
+    "relu": ("Llama", {"hidden_act": "relu"}),
+    "gemma3": ("Gemma3Text", {"sliding_window": 4}),
+    "olmo2": ("Olmo2", {}),
+    "phi3": ("Phi3", {"sliding_window": 4}),
+    "phi3, half turned": ("Phi3", {"partial_rotary_factor": 0.5}),
+    "gemma2": ("Gemma2", {}),
+    "cohere": ("Cohere", {}),
+    "cohere, normed heads": ("Cohere", {"use_qk_norm": True}),
+    "cohere2": ("Cohere2", {"sliding_window": 4, "sliding_window_pattern": 2}),
+    "gpt2": ("GPT2", {}),
 }
 PADDED = ("gpt2",)
 LENGTHS = (9, 2, 7)
@@ -84,8 +62,8 @@ CASES = {
 
 def adapted(name: str = "llama", **peft: Any) -> Any:
     """A model of random weights with an adapter that changes what it computes."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).requires_grad_(False).eval()
+    kind, changes = KINDS[name]
+    model = tiny_model(kind, **changes)
     for parameter in model.parameters():  # norms of 1 and biases of 0 would hide a fault
         parameter.data += 0.1 * torch.randn_like(parameter)
     model = attach(model, PeftSection(r=4, **peft))
@@ -130,7 +108,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=max(1e-6, most))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_loss_and_gradients_are_those_of_each_example_alone(name: str) -> None:
     model = adapted(name)
     wanted = plain_loss(model)
@@ -262,7 +240,5 @@ def test_bf16_losses_stay_close_to_those_of_the_modules_themselves(name: str) ->
 
 def test_get_peft_model_of_plain_peft_is_fused_as_well() -> None:
     torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval(), LoraConfig(target_modules="all-linear")
-    )
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear"))
     assert Engine(model).can_pack

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import WANDERING, tiny_model
 from torch import Tensor
 
 from training_lens.config.schema import ModelSection, PeftSection
@@ -42,21 +43,11 @@ LENGTHS = [(20, 40, 9), (40, LIMIT), (LIMIT + 1, LIMIT, 3), (12, 15)]
 
 def saved(folder: Path, kind: str) -> ModelSection:
     """A small model of random weights, in the kind's own way of long positions."""
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 96,
-        "initializer_range": 0.3,
-    }
-    rope = {"rope_parameters": {"rope_theta": 10000.0, **ROPES[kind]}, "pad_token_id": None}
-    more = {"original_max_position_embeddings": LIMIT} if kind == "longrope" else {}
-    build = transformers.Phi3Config if kind == "longrope" else transformers.LlamaConfig
-    config = build(**sizes, **heads, **rope, **more, bos_token_id=1, eos_token_id=2)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    changes = WANDERING | {"max_position_embeddings": 96, "bos_token_id": 1, "eos_token_id": 2}
+    changes["rope_parameters"] = {"rope_theta": 10000.0, **ROPES[kind]}
+    if kind == "longrope":
+        changes["original_max_position_embeddings"] = LIMIT
+    tiny_model("Phi3" if kind == "longrope" else "Llama", **changes).save_pretrained(folder)
     return ModelSection(id=str(folder), dtype="fp32")
 
 

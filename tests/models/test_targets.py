@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
 from training_lens.models.adapters import attach, check_adapter, trainable_parameters
 from training_lens.models.factory import build_skeleton
 from training_lens.models.targets import choose_targets, whole_modules
-
-Make = Callable[[], Any]
 
 
 def skeleton() -> Any:
@@ -42,8 +40,8 @@ def test_auto_is_every_linear_layer_but_the_head() -> None:
     assert adapted_paths(attach(skeleton(), PeftSection())) == linear_paths(skeleton())
 
 
-def test_auto_takes_the_conv1d_layers_of_gpt2(gpt2: Make) -> None:
-    adapted = attach(gpt2(), PeftSection(r=4))
+def test_auto_takes_the_conv1d_layers_of_gpt2() -> None:
+    adapted = attach(tiny_model("GPT2"), PeftSection(r=4))
     assert {path.rsplit(".", 1)[-1] for path in adapted_paths(adapted)} == {"c_attn", "c_proj", "c_fc"}
     assert adapted.peft_config["default"].fan_in_fan_out
     shapes = {
@@ -103,10 +101,11 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(section: dict[str,
         check_adapter(skeleton(), PeftSection(**section))
 
 
-def test_fused_experts_are_refused_by_their_class(mixtral: Make) -> None:
+def test_fused_experts_are_refused_by_their_class() -> None:
     with pytest.raises(AdapterError, match=r"'model.layers.0.mlp.experts' is a MixtralExperts; only linear layers"):
-        attach(mixtral(), PeftSection(target_modules=["experts"]))
-    assert {path.rsplit(".", 1)[-1][1:] for path in adapted_paths(attach(mixtral(), PeftSection(r=4)))} == {"_proj"}
+        attach(tiny_model("Mixtral"), PeftSection(target_modules=["experts"]))
+    adapted = attach(tiny_model("Mixtral"), PeftSection(r=4))
+    assert {path.rsplit(".", 1)[-1][1:] for path in adapted_paths(adapted)} == {"_proj"}
 
 
 def test_a_name_to_train_whole_means_that_name_alone() -> None:

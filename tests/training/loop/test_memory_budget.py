@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pairwise import pairwise  # type: ignore[import-not-found]
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection, TrainingConfig
 from training_lens.errors import InterruptedRunError
@@ -40,18 +40,11 @@ from training_lens.utils.devices import autocast
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTH = 64
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen3": Qwen3Config(head_dim=64, **SIZES),
-    "gpt2": GPT2Config(vocab_size=97, n_embd=256, n_layer=3, n_head=4),
+SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3}
+KINDS: dict[str, dict[str, int]] = {
+    "Llama": SIZES,
+    "Qwen3": {**SIZES, "head_dim": 64},
+    "GPT2": {"n_embd": 256, "n_layer": 3, "n_positions": 1024},
 }
 Config = Callable[..., TrainingConfig]
 
@@ -76,12 +69,12 @@ def kept_bytes(model: Any, precision: Any, fused: bool) -> int:
     return sum(size for size, _ in sizes.values())
 
 
-@pytest.mark.parametrize(("name", "precision", "fused"), pairwise(list(CONFIGS), ["fp32", "bf16"], [True, False]))
+@pytest.mark.parametrize(("name", "precision", "fused"), pairwise(list(KINDS), ["fp32", "bf16"], [True, False]))
 def test_the_footprint_covers_what_autograd_keeps_and_not_many_times_that(
     name: str, precision: Any, fused: bool
 ) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype).requires_grad_(False)
+    model = tiny_model(name, dtype, **KINDS[name])
     config = TrainingConfig(model=ModelSection(seq_len=LENGTH), peft=PeftSection(r=4, lora_dropout=0.1))
     model = attach(model, config.peft).train()
     expected = estimate_footprint(model.get_base_model(), config, precision).token * 2 * LENGTH
@@ -91,7 +84,7 @@ def test_the_footprint_covers_what_autograd_keeps_and_not_many_times_that(
 
 def test_the_footprint_has_weights_adapter_and_what_lowers_them(small_config: Config) -> None:
     plain = TrainingConfig(model=ModelSection(seq_len=LENGTH))
-    base = AutoModelForCausalLM.from_config(CONFIGS["llama"]).requires_grad_(False)
+    base = tiny_model(**SIZES)
     frozen = sum(p.numel() for p in base.parameters())
     model = attach(base, plain.peft).get_base_model()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -105,7 +98,7 @@ def test_the_footprint_has_weights_adapter_and_what_lowers_them(small_config: Co
 
 def test_gradient_checkpointing_keeps_what_the_footprint_says() -> None:
     config = TrainingConfig(model=ModelSection(seq_len=LENGTH), training={"gradient_checkpointing": True})
-    model = attach(AutoModelForCausalLM.from_config(CONFIGS["llama"]).requires_grad_(False), config.peft)
+    model = attach(tiny_model(**SIZES), config.peft)
     expected = estimate_footprint(model.get_base_model(), config, "fp32").token
     checkpoint_gradients(model)
     inputs = 4 * SIZES["num_hidden_layers"] * SIZES["hidden_size"]
