@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,12 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return few
 
 
-@pytest.fixture
-def small_config(tmp_path: Path, few_rows: dict[str, Any]) -> Callable[..., Any]:
-    """A config of a short run on the embedded model and few of its rows, with sections replaced by keyword."""
+@pytest.fixture(scope="session")
+def small_config_in(few_rows: dict[str, Any]) -> Callable[..., Any]:
+    """`small_config` for fixtures that outlive a test: its first argument is the folder of outputs."""
     from training_lens.config.compose import validate_values
 
-    def build(**sections: dict[str, Any]) -> Any:
+    def build(outputs: Path, **sections: dict[str, Any]) -> Any:
         own = sections.get("data", {})
         splits = () if "train" in own else ("train",) if "val_ratio" in own else ("train", "validation")
         values: dict[str, Any] = {
@@ -93,13 +94,19 @@ def small_config(tmp_path: Path, few_rows: dict[str, Any]) -> Callable[..., Any]
             "peft": {"r": 4},
             "lens": {"report": False},
             "tracking": {"tensorboard": False, "samples": 0, "histograms_every": None},
-            "output": {"base_output_dir": str(tmp_path / "outputs")},
+            "output": {"base_output_dir": str(outputs)},
         }
         for name, keys in sections.items():
             values[name] = {**values.get(name, {}), **keys}
         return validate_values(values)
 
     return build
+
+
+@pytest.fixture
+def small_config(tmp_path: Path, small_config_in: Callable[..., Any]) -> Callable[..., Any]:
+    """A config of a short run on the embedded model and few of its rows, with sections replaced by keyword."""
+    return partial(small_config_in, tmp_path / "outputs")
 
 
 @pytest.fixture(scope="session")

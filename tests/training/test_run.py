@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -56,9 +55,19 @@ def last_checkpoint_files(run: RunFolder) -> list[str]:
     return [str(p.relative_to(run.root)) for p in last.rglob("*.safetensors")]
 
 
-def test_a_run_leaves_everything_in_its_folder(small_config: Config) -> None:
-    summary = TrainingWrapper(small_config(tracking={"tensorboard": True})).train()
-    run = RunFolder(Path(summary.run_dir))
+def train(config: TrainingConfig, *callbacks: Callback) -> RunFolder:
+    return RunFolder(Path(TrainingWrapper(config, callbacks=callbacks).train().run_dir))
+
+
+@pytest.fixture(scope="module")
+def whole(small_config_in: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """An undisturbed run of `small_config`. For reading alone."""
+    tracked = {"training": {"logging_steps": 2}, "tracking": {"tensorboard": True}}
+    return train(small_config_in(tmp_path_factory.mktemp("outputs"), **tracked))
+
+
+def test_a_run_leaves_everything_in_its_folder(whole: RunFolder) -> None:
+    run = whole
     files = {str(p.relative_to(run.root)) for p in run.root.rglob("*") if p.is_file()}
     assert {
         "artifacts/adapter/adapter_config.json",
@@ -76,7 +85,7 @@ def test_a_run_leaves_everything_in_its_folder(small_config: Config) -> None:
     } <= files
     assert any("tfevents" in name for name in files)
     assert not any(".tmp-" in name or name.endswith((".bin", ".pt", ".pkl")) for name in files)
-    assert run.read_metadata("summary.json")["status"] == summary.status == "finished"
+    assert run.status == "finished"
     config = run.read_metadata("config.json")
     assert (
         config["training"]["lr"] == 3e-3 and config["data"]["template"] == "chat" and config["model"]["seq_len"] == 512
@@ -102,29 +111,23 @@ def test_the_model_is_freed_when_the_run_has_ended(small_config: Config) -> None
         gc.enable()
 
 
-def test_tensorboard_events_hold_the_losses(small_config: Config) -> None:
+def test_tensorboard_events_hold_the_losses(whole: RunFolder) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = RunFolder(
-        Path(
-            TrainingWrapper(small_config(training={"logging_steps": 2}, tracking={"tensorboard": True})).train().run_dir
-        )
-    )
-    events = EventAccumulator(str(run.logs))
+    events = EventAccumulator(str(whole.logs))
     events.Reload()
     losses = {e.step: e.value for e in events.Scalars("train/loss")}
-    lines = {line["step"]: line["loss"] for line in MetricsCollector.read(run.metrics_file) if line["kind"] == "step"}
+    lines = {line["step"]: line["loss"] for line in steps_of(whole) if line["kind"] == "step"}
     assert set(losses) == {1, 2, 4, 6}
     assert all(losses[step] == pytest.approx(lines[step], rel=1e-6) for step in losses)
     assert [e.step for e in events.Scalars("validation/loss")] == [0, 6]
 
 
 def test_same_seed_same_run(small_config: Config) -> None:
-    runs = [
-        RunFolder(Path(TrainingWrapper(small_config(peft={"lora_dropout": 0.1})).train().run_dir)) for _ in range(2)
-    ]
+    settings: dict[str, Any] = {"peft": {"lora_dropout": 0.1}, "training": {"max_steps": 2}}
+    runs = [train(small_config(**settings)) for _ in range(2)]
     assert_same_run(*runs)
-    other = RunFolder(Path(TrainingWrapper(small_config(training={"seed": 5})).train().run_dir))
+    other = train(small_config(peft={"lora_dropout": 0.1}, training={"max_steps": 2, "seed": 5}))
     assert steps_of(other) != steps_of(runs[0])
 
 
@@ -132,11 +135,9 @@ def test_rows_in_memory_train_like_the_same_rows_in_a_file(
     small_config: Config, write_rows: Callable[..., Path]
 ) -> None:
     path = str(write_rows(ROWS))
-    sections = {"evaluation": {}, "peft": {"r": 2}}
-    from_memory = small_config(data={"train": ROWS, "val_ratio": 0.2}, **sections)
-    from_file = small_config(data={"train": path, "val_ratio": 0.2}, **sections)
-    losses = [TrainingWrapper(config).train().train_loss for config in (from_memory, from_file)]
-    assert losses[0] == losses[1]
+    runs = [train(small_config(data={"train": rows, "val_ratio": 0.2})) for rows in (ROWS, path)]
+    losses = [[(line["kind"], line["loss"]) for line in steps_of(run)] for run in runs]
+    assert losses[0] == losses[1] and len(losses[0]) > 2  # the examples' ids differ: they name their files
 
 
 def test_the_public_api_trains_on_lists_of_dicts(tmp_path: Path) -> None:
@@ -168,10 +169,9 @@ def test_bf16_trains_with_float32_adapters(small_config: Config) -> None:
     assert summary.validation_loss < summary.base_validation_loss
 
 
-def test_a_run_is_never_written_over(small_config: Config) -> None:
-    config = small_config(output={"run_id": "mine"}, training={"max_steps": 1})
-    TrainingWrapper(config).train()
-    with pytest.raises(ConfigurationError, match=r"the run 'mine' exists already"):
+def test_a_run_is_never_written_over(small_config_in: Config, whole: RunFolder) -> None:
+    config = small_config_in(whole.root.parents[3], output={"run_id": whole.run_id})
+    with pytest.raises(ConfigurationError, match=rf"the run '{whole.run_id}' exists already"):
         TrainingWrapper(config).train()
 
 
@@ -186,16 +186,23 @@ class Stop(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def test_signals_save_and_exit_and_the_resumed_run_is_undisturbed(small_config: Config) -> None:
-    whole = RunFolder(Path(TrainingWrapper(small_config()).train().run_dir))
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        with pytest.raises(InterruptedRunError) as caught:
-            TrainingWrapper(small_config(output={"run_id": f"cut-{code}"}), callbacks=(Stop(3, number),)).train()
-        assert caught.value.exit_code == code
-        cut = RunFolder(whole.root.parent / f"cut-{code}")
-        assert cut.status == "interrupted" and max(p.name for p in cut.checkpoints.iterdir()) == "step-00000003"
-        assert TrainingWrapper.resume(cut).status == "finished"
-        assert_same_run(whole, cut)
+def interrupted(config: TrainingConfig, step: int, number: int = signal.SIGTERM) -> RunFolder:
+    """The run that a signal ends after a step."""
+    config = config.replace_keys(output={"run_id": "cut"})
+    with pytest.raises(InterruptedRunError) as caught:
+        TrainingWrapper(config, callbacks=(Stop(step, number),)).train()
+    assert caught.value.exit_code == 128 + number
+    return RunFolder(Path(config.output.base_output_dir) / "experiments/default/runs/cut")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_exit_and_the_resumed_run_is_undisturbed(
+    small_config: Config, whole: RunFolder, number: int
+) -> None:
+    cut = interrupted(small_config(), 3, number)
+    assert cut.status == "interrupted" and max(p.name for p in cut.checkpoints.iterdir()) == "step-00000003"
+    assert TrainingWrapper.resume(cut).status == "finished"
+    assert_same_run(whole, cut)
 
 
 RESUMED: dict[str, dict[str, Any]] = {
@@ -218,11 +225,7 @@ QUICK = ("lora_plus", "pissa")
 def test_whatever_trains_resumes_undisturbed(small_config: Config, kind: str) -> None:
     if kind == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
-    whole = RunFolder(Path(TrainingWrapper(small_config(**RESUMED[kind])).train().run_dir))
-    with pytest.raises(InterruptedRunError):
-        config = small_config(**RESUMED[kind], output={"run_id": "cut"})
-        TrainingWrapper(config, callbacks=(Stop(3, signal.SIGTERM),)).train()
-    cut = RunFolder(whole.root.parent / "cut")
+    whole, cut = train(small_config(**RESUMED[kind])), interrupted(small_config(**RESUMED[kind]), 3)
     summary = TrainingWrapper.resume(cut)
     assert_same_run(whole, cut)
     assert summary.validation_loss is not None and summary.base_validation_loss is not None
@@ -233,31 +236,32 @@ def test_whatever_trains_resumes_undisturbed(small_config: Config, kind: str) ->
 def test_going_on_from_an_adapter_resumes_undisturbed(small_config: Config) -> None:
     first = TrainingWrapper(small_config(training={"max_steps": 2})).train()
     section = {"from_adapter": first.run_dir, "r": 4}
-    whole = RunFolder(Path(TrainingWrapper(small_config(peft=section)).train().run_dir))
-    with pytest.raises(InterruptedRunError):
-        config = small_config(peft=section, output={"run_id": "cut"})
-        TrainingWrapper(config, callbacks=(Stop(3, signal.SIGTERM),)).train()
-    cut = RunFolder(whole.root.parent / "cut")
+    whole, cut = train(small_config(peft=section)), interrupted(small_config(peft=section), 3)
     TrainingWrapper.resume(cut)
     assert_same_run(whole, cut)
 
 
-def test_sigkill_then_resume_equals_the_undisturbed_run(small_config: Config) -> None:
-    settings: dict[str, Any] = {
-        "training": {"epochs": 2, "save_steps": 2},
-        "peft": {"lora_dropout": 0.1},
-    }
-    whole = RunFolder(Path(TrainingWrapper(small_config(**settings)).train().run_dir))
-    config = small_config(**settings, output={"run_id": "killed"})
-    file = whole.root.parent / "config.json"
-    file.write_text(json.dumps(config.model_dump()))
-    command = [sys.executable, "-m", "training_lens", "train", "--config", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    killed = RunFolder(whole.root.parent / "killed")
-    while process.poll() is None and not (killed.checkpoints / "step-00000004").exists():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+KILLED = """
+import json, os, signal, sys
+from training_lens import TrainingConfig, TrainingWrapper
+from training_lens.training.loop.callbacks import Callback
+
+class Kill(Callback):
+    def on_step_end(self, trainer, report):
+        if report.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+config = TrainingConfig.model_validate(json.loads(sys.argv[1]))
+TrainingWrapper(config, callbacks=(Kill(),)).train()
+"""
+
+
+def test_sigkill_then_resume_equals_the_undisturbed_run(small_config: Config, whole: RunFolder) -> None:
+    config = small_config(training={"save_steps": 2}, output={"run_id": "killed"})
+    ended = subprocess.run([sys.executable, "-c", KILLED, json.dumps(config.model_dump())], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    killed = RunFolder(Path(config.output.base_output_dir) / "experiments/default/runs/killed")
+    assert [path.name for path in killed.checkpoints.iterdir()] == ["step-00000002"]
     assert killed.has_died and killed.status == "interrupted"
     assert killed.read_metadata("summary.json")["run_dir"] == str(killed.root)
     unfinished = find_run("killed", config.output.base_output_dir)
@@ -265,12 +269,8 @@ def test_sigkill_then_resume_equals_the_undisturbed_run(small_config: Config) ->
     assert_same_run(whole, killed)
 
 
-def test_a_damaged_checkpoint_is_passed_over(small_config: Config) -> None:
-    whole = RunFolder(Path(TrainingWrapper(small_config(training={"save_steps": 2})).train().run_dir))
-    with pytest.raises(InterruptedRunError):
-        config = small_config(training={"save_steps": 2}, output={"run_id": "cut"})
-        TrainingWrapper(config, callbacks=(Stop(4, signal.SIGTERM),)).train()
-    cut = RunFolder(whole.root.parent / "cut")
+def test_a_damaged_checkpoint_is_passed_over(small_config: Config, whole: RunFolder) -> None:
+    cut = interrupted(small_config(training={"save_steps": 2}), 4)
     file = max(cut.checkpoints.iterdir()) / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     TrainingWrapper.resume(cut)
@@ -279,10 +279,7 @@ def test_a_damaged_checkpoint_is_passed_over(small_config: Config) -> None:
 
 def test_resume_refuses_a_finished_run_and_changed_data(small_config: Config, write_rows: Callable[..., Path]) -> None:
     path = write_rows(ROWS)
-    config = small_config(data={"train": str(path)}, output={"run_id": "cut"})
-    with pytest.raises(InterruptedRunError):
-        TrainingWrapper(config, callbacks=(Stop(1, signal.SIGTERM),)).train()
-    run = RunFolder(Path(config.output.base_output_dir) / "experiments/default/runs/cut")
+    run = interrupted(small_config(data={"train": str(path)}), 1)
     write_rows([*ROWS, {"question": "new", "answer": "row"}])
     with pytest.raises(CheckpointError, match="no longer what it was"):
         TrainingWrapper.resume(run)
@@ -326,8 +323,8 @@ def assert_same_losses(a: RunFolder, b: RunFolder) -> None:
 
 def test_two_processes_train_the_same_adapter_as_one(small_config: Config, tmp_path: Path) -> None:
     """Half the batch each gives the whole batch's run."""
-    alone = RunFolder(Path(TrainingWrapper(small_config(training={"batch_size": 8, "max_steps": 4})).train().run_dir))
-    config = small_config(training={"batch_size": 4, "max_steps": 4}, output={"run_id": "two"}, model={"device": "cpu"})
+    alone = train(small_config(training={"max_steps": 2}))
+    config = small_config(training={"batch_size": 4, "max_steps": 2}, output={"run_id": "two"}, model={"device": "cpu"})
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config.model_dump()))
     run_with_two_processes("--config", str(file))
@@ -336,26 +333,20 @@ def test_two_processes_train_the_same_adapter_as_one(small_config: Config, tmp_p
     assert two.read_metadata("data.json")["global_batch_size"] == 8
 
 
-def interrupted(config: TrainingConfig, step: int) -> RunFolder:
-    with pytest.raises(InterruptedRunError):
-        TrainingWrapper(config, callbacks=(Stop(step, signal.SIGTERM),)).train()
-    return RunFolder(Path(config.output.base_output_dir) / "experiments/default/runs" / str(config.output.run_id))
-
-
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_steps(small_config: Config) -> None:
     """Five examples a step, which two processes cannot share evenly, and settings typed again."""
     training = {"batch_size": 5, "max_steps": 6}
-    whole = RunFolder(Path(TrainingWrapper(small_config(training=training)).train().run_dir))
-    cut = interrupted(small_config(training=training, output={"run_id": "cut"}), 3)
+    whole, cut = train(small_config(training=training)), interrupted(small_config(training=training), 3)
     output = f"output.base_output_dir={cut.root.parents[3]}"
     run_with_two_processes("--resume", "cut", output, "training.batch_size=5", "training.lr=3e-3", "model.device=cpu")
     assert_same_losses(whole, cut)
 
 
-def test_one_process_goes_on_with_the_steps_of_two(small_config: Config, caplog: pytest.LogCaptureFixture) -> None:
-    whole = RunFolder(Path(TrainingWrapper(small_config()).train().run_dir))
-    cut = interrupted(small_config(output={"run_id": "cut"}), 3)
+def test_one_process_goes_on_with_the_steps_of_two(
+    small_config: Config, whole: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut = interrupted(small_config(), 3)
     config, data = cut.read_metadata("config.json"), cut.read_metadata("data.json")
     config["training"]["batch_size"] = 4
     cut.write_metadata("config.json", config)
@@ -367,7 +358,7 @@ def test_one_process_goes_on_with_the_steps_of_two(small_config: Config, caplog:
 
 
 def test_a_run_of_an_earlier_version_is_refused_where_its_steps_would_change(small_config: Config) -> None:
-    cut = interrupted(small_config(output={"run_id": "cut"}), 2)
+    cut = interrupted(small_config(), 2)
     config, data = cut.read_metadata("config.json"), cut.read_metadata("data.json")
     recorded = {key: value for key, value in data.items() if key not in ("processes", "global_batch_size")}
     cut.write_metadata("data.json", recorded)
@@ -382,7 +373,7 @@ def test_a_run_of_an_earlier_version_is_refused_where_its_steps_would_change(sma
 
 def test_settings_typed_again_are_taken_and_other_ones_refused(small_config: Config) -> None:
     training = {"epochs": 1, "lr": 3e-3, "batch_size": 8}
-    cut = interrupted(small_config(output={"run_id": "cut"}), 1)
+    cut = interrupted(small_config(), 1)
     with pytest.raises(ConfigurationError) as caught:
         TrainingWrapper.resume(cut, {"training": {**training, "epochs": 3}, "peft": {"r": 8, "rank_pattern": {}}})
     text = str(caught.value)
