@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -81,26 +82,28 @@ def estimate_run(plan: RunPlan) -> RunEstimate | None:
     whole = plan.parameters < SMALL_MODEL
     try:
         with explain_out_of_memory(plan.config):
-            measured = _measure_whole_model(plan) if whole else _extrapolate_from_thin_models(plan)
+            if whole:
+                model = load_model(plan.config.model, plan.processes.device, plan.precision)
+                trainer = _build_still_trainer(plan, model)
+                trainer.set_token_budget()
+                measured = _measure_steps(replace(plan, micro_batch_tokens=trainer.micro_batch_tokens), trainer)
+            else:
+                measured = _extrapolate_from_thin_models(plan)
     except EstimateError as error:
         logger.warning("no estimate of duration and memory: %s", error)
         return None
     plan = replace(plan, micro_batch_tokens=measured.micro_batch_tokens)
     validated = 0 if plan.validation is None else _count_validations(plan) * int(plan.validation.lengths.sum())
+    steps = _first_steps(plan)
+    tokens = sum(count_step_tokens(plan, step, measured.is_packed) for step in steps)
     return RunEstimate(
-        seconds=measured.step * _count_run_tokens(plan, measured.is_packed),
+        seconds=measured.step * tokens * plan.schedule.total_steps / len(steps),
         validation_seconds=measured.validation * validated,
         peak_bytes=round(measured.peak),
         micro_batch_tokens=measured.micro_batch_tokens,
         measured_steps=measured.steps,
         layers=() if whole else THIN_LAYERS,
     )
-
-
-def _measure_whole_model(plan: RunPlan) -> StepCost:
-    trainer = _build_still_trainer(plan, load_model(plan.config.model, plan.processes.device, plan.precision))
-    trainer.set_token_budget()
-    return _measure_steps(replace(plan, micro_batch_tokens=trainer.micro_batch_tokens), trainer)
 
 
 def _extrapolate_from_thin_models(plan: RunPlan) -> StepCost:
@@ -173,16 +176,15 @@ def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
 
 def _sample_steps(plan: RunPlan, is_packed: bool) -> list[StepPlan]:
     """The step with the largest micro-batch, then steps spread evenly over the sample."""
-    steps = _first_steps(plan, COUNTED_STEPS)
+    steps = _first_steps(plan)
     largest = max(steps, key=lambda step: max(_micro_batch_sizes(plan, step, is_packed)))
     spread = np.unique(np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int))
     return [largest, *(steps[i] for i in spread)]
 
 
-def _first_steps(plan: RunPlan, count: int) -> Sequence[StepPlan]:
-    """At most the first `count` steps of the run; their order is random, so they are a fair sample."""
-    total = min(count, plan.schedule.total_steps)
-    return [step for step, _ in zip(plan.schedule.iterate_steps(), range(total), strict=False)]
+def _first_steps(plan: RunPlan) -> Sequence[StepPlan]:
+    """At most the first `COUNTED_STEPS` steps of the run; their order is random, so they are a fair sample."""
+    return list(islice(plan.schedule.iterate_steps(), COUNTED_STEPS))
 
 
 def _micro_batch_sizes(plan: RunPlan, step: StepPlan, is_packed: bool) -> list[int]:
@@ -196,11 +198,6 @@ def _micro_batch_sizes(plan: RunPlan, step: StepPlan, is_packed: bool) -> list[i
 def count_step_tokens(plan: RunPlan, step: StepPlan, is_packed: bool) -> int:
     """Tokens of a step's micro-batches, padding included: its time is nearly proportional to them."""
     return sum(_micro_batch_sizes(plan, step, is_packed))
-
-
-def _count_run_tokens(plan: RunPlan, is_packed: bool) -> float:
-    steps = _first_steps(plan, COUNTED_STEPS)
-    return sum(count_step_tokens(plan, step, is_packed) for step in steps) * plan.schedule.total_steps / len(steps)
 
 
 def _count_validations(plan: RunPlan) -> int:

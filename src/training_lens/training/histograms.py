@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +97,16 @@ def compute_histograms(tensors: Mapping[Any, Tensor]) -> dict[Any, dict[str, Any
     tables: dict[torch.device, list[Tensor]] = defaultdict(list)
     names: dict[torch.device, list[Any]] = defaultdict(list)
     for (device, _), group in alike.items():
-        tables[device].append(_bin_rows(_stack_rows([tensors[name] for name in group])))
+        rows = [tensors[name].detach().flatten() for name in group]  # a single one, perhaps an embedding: no copy
+        tables[device].append(_bin_rows((rows[0][None] if len(rows) == 1 else torch.stack(rows)).float()))
         names[device] += group
     found: dict[Any, dict[str, Any]] = {}
     for device, parts in tables.items():
-        table = torch.cat(parts).cpu().numpy()  # a sync point
-        found |= {name: _unpack_histogram(row) for name, row in zip(names[device], table, strict=True)}
+        for name, row in zip(names[device], torch.cat(parts).cpu().numpy(), strict=True):  # a sync point
+            low, high = row[BINS + 1 :].view(np.float32).tolist()
+            lost = {"not_finite": int(row[BINS])} if row[BINS] else {}
+            found[name] = {"counts": row[:BINS].tolist(), "low": low, "high": high, **lost}
     return {name: found[name] for name in tensors}
-
-
-def _stack_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """(tensors, numbers) float32. A single tensor, which may be a whole embedding, is not copied."""
-    flat = [tensor.detach().flatten() for tensor in tensors]
-    return (flat[0][None] if len(flat) == 1 else torch.stack(flat)).float()
 
 
 def _bin_rows(rows: Tensor) -> Tensor:
@@ -125,9 +122,3 @@ def _bin_rows(rows: Tensor) -> Tensor:
         counts.scatter_add_(1, places, counts.new_ones(()).expand_as(places))
     ends = [torch.where(end.isfinite(), end, 0.0).float().view(torch.int32)[:, None] for end in (low, high)]
     return torch.cat([counts, *ends], 1)
-
-
-def _unpack_histogram(row: np.ndarray) -> dict[str, Any]:
-    low, high = row[BINS + 1 :].view(np.float32).tolist()
-    lost = {"not_finite": int(row[BINS])} if row[BINS] else {}
-    return {"counts": row[:BINS].tolist(), "low": low, "high": high, **lost}

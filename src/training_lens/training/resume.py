@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
@@ -19,7 +19,7 @@ from training_lens.utils.processes import Processes
 
 logger = get_logger(__name__)
 # They change results by rounding at most, so they may differ from start to start and from machine to machine.
-FREE_KEYS = (*("model.device", "model.accept_changed_base", "training.micro_batch_tokens", "training.logging_steps"),)
+FREE_KEYS = ("model.device", "model.accept_changed_base", "training.micro_batch_tokens", "training.logging_steps")
 LOCATION_KEYS = ("output.base_output_dir", "output.experiment_name")
 # A config may leave these open (null or auto); the run then writes its choice into its own config.
 AUTO_KEYS = ("model.seq_len", "data.template", "data.date", "training.lr", "training.precision")
@@ -41,11 +41,15 @@ def select_changes(run: RunFolder, recorded: TrainingConfig, settings: Mapping[s
         and not (key in AUTO_KEYS and value in (None, "auto"))
     ]
     if different:
-        lines = [
-            f"\n  - {key}: the run has {recorded_values[key]!r}, you gave {given_values[key]!r}" for key in different
-        ]
+        lines = (
+            f"  - {key}: the run has {recorded_values[key]!r}, you gave {given_values[key]!r}" for key in different
+        )
+        lengths = " and ".join(key for key in different if key in ("training.epochs", "training.max_steps"))
+        schedule = f"{lengths} would change the learning rate of every step, of those that are done, too. "
         raise ConfigurationError(
-            f"the run {run.run_id} has other settings:{''.join(lines)}\n{_describe_ways_to_resume(different)}"
+            "\n".join((f"the run {run.run_id} has other settings:", *lines, schedule if lengths else ""))
+            + "A run keeps its own settings: leave these out to resume it, or start a new run with them. "
+            "Once it is finished, a new run can continue from its adapter with peft.from_adapter."
         )
     free: dict[str, dict[str, Any]] = {}
     for section, name in (key.split(".") for key in FREE_KEYS if key in given_values):
@@ -62,19 +66,6 @@ def _flatten_keys(values: Mapping[str, Any]) -> dict[str, Any]:
         if name in section:
             found[key] = section[name]
     return found
-
-
-def _describe_ways_to_resume(keys: Sequence[str]) -> str:
-    lengths = [key for key in keys if key in ("training.epochs", "training.max_steps")]
-    schedule = (
-        f"{' and '.join(lengths)} would change the learning rate of every step, of those that are done, too. "
-        if lengths
-        else ""
-    )
-    return (
-        f"{schedule}A run keeps its own settings: leave these out to resume it, or start a new run with them. "
-        "Once it is finished, a new run can continue from its adapter with peft.from_adapter."
-    )
 
 
 def require_unfinished(run: RunFolder) -> None:
@@ -101,29 +92,19 @@ def require_same_tokens(run: RunFolder, plan: RunPlan) -> None:
     recorded = run.read_metadata("data.json")
     if recorded["fingerprint"] == plan.fingerprint:
         return
-    if not (_has_tokens(recorded, plan) and _has_same_held_out(run, plan)):
+    fingerprint, _, examples = recorded["fingerprint"].partition(":")
+    tokens = recorded.get("tokens", {}).get("train")  # earlier versions recorded them in the cache only
+    if tokens is None and (cached := open_cached_split(fingerprint, token_cache_folder(plan.config))):
+        tokens = cached.source.content_hash
+    is_same = tokens == plan.splits["train"].dataset.source.content_hash and examples == str(len(plan.train))
+    if (run.metadata / "held_out.json").is_file() and plan.validation is not None:
+        is_same = is_same and run.read_metadata("held_out.json") == plan.held_out_ids()
+    if not is_same:
         raise CheckpointError(
             f"the training data of {run.run_id} is no longer what it was: a file, the tokenizer or this program "
             "changed since. Put the old ones back to resume, or start a new run."
         )
     logger.info("the run was begun by another version of this program, which made the same tokens")
-
-
-def _has_tokens(recorded: Mapping[str, Any], plan: RunPlan) -> bool:
-    """Whether the plan has the recorded training tokens; earlier versions recorded them in the cache only."""
-    fingerprint, _, examples = recorded["fingerprint"].partition(":")
-    tokens = recorded.get("tokens", {}).get("train")
-    if tokens is None and (cached := open_cached_split(fingerprint, token_cache_folder(plan.config))):
-        tokens = cached.source.content_hash
-    is_same: bool = tokens == plan.splits["train"].dataset.source.content_hash
-    return is_same and examples == str(len(plan.train))
-
-
-def _has_same_held_out(run: RunFolder, plan: RunPlan) -> bool:
-    if not (run.metadata / "held_out.json").is_file() or plan.validation is None:
-        return True
-    held_out: list[str] = run.read_metadata("held_out.json")
-    return held_out == plan.held_out_ids()
 
 
 def read_global_batch(run: RunFolder) -> int | None:

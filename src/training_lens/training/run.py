@@ -57,11 +57,11 @@ from training_lens.utils.files import atomic_folder, list_files, require_writabl
 from training_lens.utils.formatting import format_count
 from training_lens.utils.integrity import record_hashes, write_sealed
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
+from training_lens.utils.machine import PACKAGES
 from training_lens.utils.seeding import seed_everything
 
 logger = get_logger(__name__)
 SHOWN_PATH = 200  # most characters of a path in an error
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pyarrow", "numpy")
 
 
 class TrainingWrapper:
@@ -170,7 +170,7 @@ class TrainingWrapper:
             remember_consent(run.root, plan.config)
         with (
             TrainingLogger(run.logs / "run.log"),
-            self._send_while_training(run, plan),
+            send_while_training(run, self._integrations) if plan.processes.is_main else nullcontext(),
             explain_out_of_memory(plan.config),
         ):
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
@@ -189,20 +189,14 @@ class TrainingWrapper:
                 if isinstance(error, InterruptedRunError):
                     raise error.with_advice(f"Resume it: {run.resume_command}") from error
                 raise
-            finally:
-                uninstall_kernels(
-                    trainer.model
-                )  # kernels and modules refer to each other, which would keep the weights alive
+            finally:  # kernels and modules refer to each other, which would keep the weights alive
+                uninstall_kernels(trainer.model)
             summary = summarize_run(run, "finished", trainer, parameters)
             if plan.processes.is_main:
                 write_summary(run, summary)
                 if plan.config.lens.enabled and plan.config.lens.report:
                     write_lens_report(run)
             return summary
-
-    def _send_while_training(self, run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
-        """The run's integrations, which only the main process has."""
-        return send_while_training(run, self._integrations) if plan.processes.is_main else nullcontext()
 
     def _build_trainer(
         self, run: RunFolder, plan: RunPlan, fingerprint: str | None = None
@@ -239,16 +233,13 @@ class TrainingWrapper:
             callbacks.append(ProgressBar(progress_bars))
         if lens := build_capture_callback(plan, run):
             callbacks.append(lens)
-        return (*callbacks, *self._build_tracker_callbacks(run, plan), *self._callbacks)
-
-    def _build_tracker_callbacks(self, run: RunFolder, plan: RunPlan) -> Iterator[Callback]:
-        """The callbacks that write samples and histograms, if there are trackers."""
         tracking = plan.config.tracking
-        if tracking.has_display or self._integrations:
-            if tracking.histograms_every:
-                yield HistogramWriter(run.histograms_file, tracking.histograms_every)
-            if tracking.samples:
-                yield SampleWriter(run.samples_file, plan)
+        is_shown = tracking.has_display or bool(self._integrations)
+        if is_shown and tracking.histograms_every:
+            callbacks.append(HistogramWriter(run.histograms_file, tracking.histograms_every))
+        if is_shown and tracking.samples:
+            callbacks.append(SampleWriter(run.samples_file, plan))
+        return (*callbacks, *self._callbacks)
 
     def _write_metadata(self, run: RunFolder, home: Path, config: TrainingConfig, plan: RunPlan) -> None:
         """Write the first files of a run into a temporary folder that will become `home`."""

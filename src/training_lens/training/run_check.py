@@ -12,10 +12,7 @@ from training_lens.core.lens_store import COST, LensStore, read_cost
 from training_lens.data.token_cache import open_cached_split
 from training_lens.errors import CheckpointError, TrainingLensError
 from training_lens.models.base_record import base_files, check_base, require_local_folder
-from training_lens.runs.checkpoint_format import (
-    list_checkpoints,
-    newest_intact_checkpoint,
-)
+from training_lens.runs.checkpoint_format import list_checkpoints, newest_intact_checkpoint
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.plan import token_cache_folder
@@ -35,12 +32,7 @@ from training_lens.training.run_repair import (
 )
 from training_lens.utils.files import hash_file
 from training_lens.utils.formatting import describe_error
-from training_lens.utils.integrity import (
-    find_damaged_files,
-    read_recorded_hashes,
-    read_sealed,
-    write_sealed,
-)
+from training_lens.utils.integrity import find_damaged_files, read_recorded_hashes, read_sealed, write_sealed
 from training_lens.utils.limits import read_text
 from training_lens.utils.machine import MachineCheck
 
@@ -138,10 +130,6 @@ def _check_checkpoints(run: RunFolder) -> str:
     return f"{len(folders)}; {resume_point}"
 
 
-def _check_summary(run: RunFolder) -> str:
-    return run.status
-
-
 def _check_adapter(run: RunFolder) -> str:
     _require_undamaged(run, "artifacts/adapter")
     if run.status == "finished" and not run.adapter.is_dir():
@@ -168,10 +156,6 @@ def _check_lens(run: RunFolder) -> str:
     if not run.lens.is_dir():
         return "no captures"
     return f"{len(read_manifest(run.lens).modules)} modules"
-
-
-def _check_lens_cost(run: RunFolder) -> str:
-    return f"{sum(read_cost(run.lens).values()):.1f} s" if run.lens.is_dir() else "no captures"
 
 
 def _check_captures(run: RunFolder) -> str:
@@ -204,14 +188,17 @@ PARTS = (
     RunPart("hashes", _check_record, record_hashes_again, "--repair records the files as they are now."),
     RunPart("metadata", _check_metadata, None, KEPT_ELSEWHERE),
     RunPart("checkpoints", _check_checkpoints, drop_damaged_checkpoints, "--repair deletes the damaged ones."),
-    RunPart("summary", _check_summary, rewrite_summary, "--repair writes it from the newest checkpoint."),
+    RunPart("summary", lambda run: run.status, rewrite_summary, "--repair writes it from the newest checkpoint."),
     RunPart("base", _check_base, record_base, "Put the base back, or take this one: model.accept_changed_base=true."),
     RunPart("adapter", _check_adapter, restore_run_adapter, "--repair takes it from its checkpoint."),
     RunPart("tokenizer", _check_tokenizer, rewrite_tokenizer, "--repair writes it from the base's."),
     RunPart("journal", _check_journal, None, LEFT_OUT),
     RunPart("lens", _check_lens, rewrite_lens_manifest, "--repair writes lens.json from the adapter and the tables."),
     RunPart(
-        "lens cost", _check_lens_cost, lambda run: (run.lens / COST).unlink(), "--repair deletes it: no file needs it."
+        "lens cost",
+        lambda run: f"{sum(read_cost(run.lens).values()):.1f} s" if run.lens.is_dir() else "no captures",
+        lambda run: (run.lens / COST).unlink(),
+        "--repair deletes it: no file needs it.",
     ),
     RunPart(
         "lens files", _check_capture_listing, rewrite_capture_listing, "--repair lists the captures that are there."

@@ -156,14 +156,11 @@ def rewrite_lens_manifest(run: RunFolder) -> None:
     if run.status == "finished":
         settings["total_steps"] = run.read_metadata("summary.json")["steps"]
     names = [folder.name for folder in table_folders(run.lens)]
-    kinds = {name: _table_type(name) for name in names}
+    of_loss = (tables.LOSS, tables.EVALUATION)
+    kinds = {n: DataType.LOSS if n in of_loss else CollectorRegistry.get(n).data_type for n in names}
     places = {path: place for place, path in enumerate(run.read_metadata("adaptation.json")["adapted"])}
     modules = sorted(open_adapter(adapter).records, key=lambda module: places[module.name])
     write_manifest(run.lens, LensManifest(tuple(modules), "training-lens", kinds, settings))
-
-
-def _table_type(table: str) -> DataType:
-    return DataType.LOSS if table in (tables.LOSS, tables.EVALUATION) else CollectorRegistry.get(table).data_type
 
 
 def rewrite_capture_listing(run: RunFolder) -> None:

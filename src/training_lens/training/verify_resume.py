@@ -75,7 +75,10 @@ def verify_resume(config: TrainingConfig, console: Console | None = None) -> Res
     try:
         _train_steps(config, straight, console)
         _train_steps(config, resumed, console, _Interruption())
-        _resume_elsewhere(resumed)
+        command = [sys.executable, "-m", "training_lens", "train", "--resume", str(resumed.root)]
+        ended = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
+        if ended.returncode:
+            raise TrainingError(f"the interrupted run could not be resumed: {ended.stderr.strip()}")
         one, two = (dict(_read_results(run)) for run in (straight, resumed))
         different = tuple(name for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name))
         return ResumeComparison(STEPS, RESUMED_AFTER, tuple(one), different)
@@ -90,13 +93,6 @@ def _train_steps(config: TrainingConfig, run: RunFolder, console: Console | None
     except KeyboardInterrupt:
         if not callbacks or not checkpoint_folder(run.checkpoints, RESUMED_AFTER).is_dir():
             raise  # Ctrl-C of the user
-
-
-def _resume_elsewhere(run: RunFolder) -> None:
-    command = [sys.executable, "-m", "training_lens", "train", "--resume", str(run.root)]
-    ended = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
-    if ended.returncode:
-        raise TrainingError(f"the interrupted run could not be resumed: {ended.stderr.strip()}")
 
 
 def _read_results(run: RunFolder) -> Iterator[tuple[str, Any]]:

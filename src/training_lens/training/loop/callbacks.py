@@ -176,20 +176,17 @@ def progress_columns(width: int = WIDE) -> tuple[ProgressColumn, ...]:
     Args:
         width: of the window, in characters.
     """
-    is_wide, is_narrow = width >= WIDE, width < NARROW
-    bar = () if is_narrow else (BarColumn(40 if is_wide else 10),)
-    speed = () if is_narrow else (TextColumn("{task.fields[speed]}", markup=False),)
-    elapsed = (TimeElapsedColumn(),) if is_wide else ()
-    return (
-        TextColumn("{task.description}", markup=False),
-        *bar,
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}", markup=False),
-        *speed,
-        *elapsed,
-        TextColumn("ETA", markup=False),
-        TimeRemainingColumn(),
-    )
+    columns: dict[ProgressColumn, int] = {  # and from which width on it is shown
+        TextColumn("{task.description}", markup=False): 0,
+        BarColumn(40 if width >= WIDE else 10): NARROW,
+        MofNCompleteColumn(): 0,
+        TextColumn("{task.fields[status]}", markup=False): 0,
+        TextColumn("{task.fields[speed]}", markup=False): NARROW,
+        TimeElapsedColumn(): WIDE,
+        TextColumn("ETA", markup=False): 0,
+        TimeRemainingColumn(): 0,
+    }
+    return tuple(column for column, least in columns.items() if width >= least)
 
 
 class ProgressBar(Callback):

@@ -33,18 +33,14 @@ def lr_at(step: int, total_steps: int, training: TrainingSection) -> float:
     warmup = count_warmup_steps(training, total_steps)
     if step <= warmup:
         return training.lr * step / (warmup + 1)
-    floor = training.min_lr_ratio
-    return training.lr * (floor + (1 - floor) * _decay_factor(step - 1 - warmup, total_steps - warmup, training))
-
-
-def _decay_factor(done: int, steps: int, training: TrainingSection) -> float:
-    """The decay, from 1 to 0, after `done` of the `steps` steps that follow the warm-up."""
     if training.scheduler == "constant":
-        return 1.0
+        return training.lr
+    done, steps = step - 1 - warmup, total_steps - warmup
     if training.scheduler == "linear":
-        return 1 - done / steps
-    cycles = training.scheduler_cycles  # 1 where the scheduler is cosine
-    return 0.5 * (1 + math.cos(math.pi * (done * cycles % steps) / steps))
+        decay = 1 - done / steps
+    else:  # scheduler_cycles is 1 where the scheduler is cosine
+        decay = 0.5 * (1 + math.cos(math.pi * (done * training.scheduler_cycles % steps) / steps))
+    return training.lr * (training.min_lr_ratio + (1 - training.min_lr_ratio) * decay)
 
 
 def count_warmup_steps(training: TrainingSection, total_steps: int) -> int:

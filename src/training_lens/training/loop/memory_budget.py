@@ -12,14 +12,7 @@ import torch
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import OutOfMemoryError
 from training_lens.models.adapters import count_parameters
-from training_lens.utils.devices import (
-    DTYPES,
-    Precision,
-    available_bytes,
-    free_memory,
-    peak_bytes,
-    reset_peak,
-)
+from training_lens.utils.devices import DTYPES, Precision, available_bytes, free_memory, peak_bytes, reset_peak
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
@@ -59,20 +52,15 @@ def estimate_footprint(skeleton: Any, config: TrainingConfig, precision: Precisi
     text = skeleton.config.get_text_config()
     layers, longest = text.num_hidden_layers, min(config.model.seq_len or ATTENTION_TOKENS, ATTENTION_TOKENS)
     weights = layers * getattr(text, "num_attention_heads", 0) * longest
-    numbers = SAVED_PER_WIDTH * _sum_layer_widths(skeleton) + weights
+    tables = {id(m.weight) for m in skeleton.modules() if isinstance(m, torch.nn.Embedding)}
+    matrices = [p for p in skeleton.parameters() if p.ndim > 1 and not p.requires_grad and id(p) not in tables]
+    numbers = SAVED_PER_WIDTH * sum(p.shape[-1] + p.shape[-2] for p in matrices) + weights
     if config.training.gradient_checkpointing:
         numbers = numbers // layers + layers * text.hidden_size
     parameters, size = count_parameters(skeleton), DTYPES[precision].itemsize
     frozen = parameters.total - parameters.trainable
     fixed = frozen * QUANTIZED_BYTES.get(config.model.quantization, size) + parameters.trainable * BYTES_PER_TRAINED
     return Footprint(fixed + BUFFER_BYTES, numbers * size)
-
-
-def _sum_layer_widths(skeleton: Any) -> int:
-    """The sum of input and output widths over the decoder's frozen matrices, embeddings left out."""
-    tables = {id(m.weight) for m in skeleton.modules() if isinstance(m, torch.nn.Embedding)}
-    matrices = (p for p in skeleton.parameters() if p.ndim > 1 and not p.requires_grad and id(p) not in tables)
-    return sum(p.shape[-1] + p.shape[-2] for p in matrices)
 
 
 def affordable_tokens(free: int | None, needs: Footprint, device: torch.device) -> int:
@@ -126,12 +114,13 @@ def explain_out_of_memory(config: TrainingConfig) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         budget = config.training.micro_batch_tokens
-        remedies = (
-            [] if budget == "auto" else [f"lower training.micro_batch_tokens (now {budget}; never changes the result)"]
-        )
-        remedies += [f"lower model.seq_len (now {config.model.seq_len})"]
-        remedies += [] if config.training.gradient_checkpointing else ["set training.gradient_checkpointing=true"]
-        remedies += [] if config.model.quantization == "4bit" else ["set model.quantization=4bit"]
+        remedies = {  # and whether it is one here
+            f"lower training.micro_batch_tokens (now {budget}; never changes the result)": budget != "auto",
+            f"lower model.seq_len (now {config.model.seq_len})": True,
+            "set training.gradient_checkpointing=true": not config.training.gradient_checkpointing,
+            "set model.quantization=4bit": config.model.quantization != "4bit",
+        }
+        helpful = "; ".join(remedy for remedy, helps in remedies.items() if helps)
         raise OutOfMemoryError(
-            f"the run does not fit into memory: {describe_error(error)} Do any: {'; '.join(remedies)}."
+            f"the run does not fit into memory: {describe_error(error)} Do any: {helpful}."
         ) from error

@@ -28,7 +28,12 @@ def build_optimizer(named: Named, training: TrainingSection, lora_plus_ratio: fl
     Raises:
         ConfigurationError: adamw_8bit without bitsandbytes.
     """
-    groups, decay = _build_groups(named, lora_plus_ratio), training.weight_decay
+    groups: list[dict[str, Any]] = [{"params": list(named), "lr_factor": 1.0}]
+    if lora_plus_ratio is not None:  # LoRA+ (arXiv 2402.12354)
+        b = [(name, p) for name, p in named if ".lora_B." in name]
+        rest = [(name, p) for name, p in named if ".lora_B." not in name]
+        groups = [{"params": rest, "lr_factor": 1.0}, {"params": b, "lr_factor": lora_plus_ratio}]
+    decay = training.weight_decay
     adam: dict[str, Any] = {"lr": training.lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay}
     optimizer: Optimizer
     if training.optimizer == "adafactor":
@@ -41,15 +46,6 @@ def build_optimizer(named: Named, training: TrainingSection, lora_plus_ratio: fl
         fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
         optimizer = torch.optim.AdamW(groups, **adam, fused=fused)
     return optimizer
-
-
-def _build_groups(named: Named, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
-    """One parameter group; with LoRA+ (arXiv 2402.12354) a second one of the B matrices with a higher rate."""
-    if lora_plus_ratio is None:
-        return [{"params": list(named), "lr_factor": 1.0}]
-    b = [(name, p) for name, p in named if ".lora_B." in name]
-    rest = [(name, p) for name, p in named if ".lora_B." not in name]
-    return [{"params": rest, "lr_factor": 1.0}, {"params": b, "lr_factor": lora_plus_ratio}]
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processes) -> None:

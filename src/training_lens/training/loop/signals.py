@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -31,20 +32,17 @@ class SignalListener:
         return int(processes.reduce_sum(torch.tensor(float(self.number))).item())
 
     def __enter__(self) -> SignalListener:
-        try:
-            self._before = {
-                number: signal.signal(number, self._record_signal) for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        except ValueError:
-            self._before = {}
+        def record(number: int, _frame: FrameType | None) -> None:
+            if self.number:
+                raise KeyboardInterrupt
+            self.number = number
+            logger.warning("%s: saving after this step, then leaving", signal.Signals(number).name)
+
+        self._before = {}
+        with suppress(ValueError):  # not the main thread
+            self._before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def _record_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.number:
-            raise KeyboardInterrupt
-        self.number = number
-        logger.warning("%s: saving after this step, then leaving", signal.Signals(number).name)

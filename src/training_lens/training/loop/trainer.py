@@ -153,7 +153,8 @@ class Trainer:
 
     def _run_steps(self) -> None:
         if self.state.step == 0 and self.validation is not None:
-            self._evaluate_base()
+            with base_only(self.model):
+                self._validate(base=True)
         plans = self.schedule.iterate_steps(after=self.state.step)
         for plan in self.dataloader.iterate_steps(plans, lambda: self.micro_batch_tokens):
             if self._should_stop_early():  # before the step: a resumed run may have stopped already
@@ -164,7 +165,8 @@ class Trainer:
             self._notify_callbacks("on_step_end", report)
             last = plan.number == self.schedule.total_steps
             if self.is_validation_due(plan.number):
-                self._evaluate_adapter()
+                self._validate()
+                trim_heap()  # validation's blocks would fragment the heap for later steps; costs milliseconds
             best = self.state.best_step == plan.number
             save_steps = self.settings.save_steps or self.settings.eval_steps
             if last or best or self._should_stop_early() or self._is_due(plan.number, save_steps):
@@ -195,7 +197,11 @@ class Trainer:
         if not report.finite:
             raise build_not_finite_error(report, self.checkpoints.find_newest_intact())
         clip_gradients(self.parameters, norm, self.settings.max_grad_norm)
-        self._apply_update(report.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = report.lr * group["lr_factor"]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         return replace(report, seconds=time.perf_counter() - started)
 
     def _accumulate_gradients(self, plan: StepPlan, targets: int) -> torch.Tensor:
@@ -240,13 +246,6 @@ class Trainer:
         """Most tokens in one forward pass: as planned, or as memory was measured to hold."""
         return self.state.micro_batch_tokens or self._planned_tokens
 
-    def _apply_update(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
     def _count_step(self, report: StepReport) -> None:
         s = self.state
         self.state = replace(
@@ -269,19 +268,11 @@ class Trainer:
         patience = self.settings.early_stopping_patience
         return patience is not None and self.state.evaluations_since_best >= patience
 
-    def _evaluate_adapter(self) -> None:
+    def _validate(self, base: bool = False) -> None:
         if self.validation is not None and (report := self._evaluate_dataset(self.validation)):
-            self.state = self.state.count_evaluation(report.loss)
-            self._notify_callbacks("on_evaluate", self.state.step, report, base=False)
-        trim_heap()  # validation's blocks would fragment the heap for later steps; costs milliseconds
-
-    def _evaluate_base(self) -> None:
-        assert self.validation is not None
-        with base_only(self.model):
-            report = self._evaluate_dataset(self.validation)
-        if report:
-            self.state = replace(self.state, base_validation_loss=report.loss)
-            self._notify_callbacks("on_evaluate", 0, report, base=True)
+            s = self.state
+            self.state = replace(s, base_validation_loss=report.loss) if base else s.count_evaluation(report.loss)
+            self._notify_callbacks("on_evaluate", s.step, report, base=base)
 
     def _evaluate_dataset(self, dataset: TokenDataset) -> LossReport | None:
         """The loss on `dataset`; None if the evaluation failed, which is logged and does not end the run."""
