@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from training_lens import CheckpointAnalyzer
-from training_lens.core.analyzer import DataAnalyzer
-from training_lens.core.recording import Recording
+from training_lens.core.recording import DataAnalyzer, Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.errors import ConfigurationError, LensError
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.collector import CaptureContext, DataCollector
-from training_lens.core.recording import Recording
+from training_lens.core.recording import DataAnalyzer, Recording
 from training_lens.core.registry import AnalyzerRegistry, CollectorRegistry
 from training_lens.core.types import Captured, DataType
 from training_lens.errors import ConfigurationError

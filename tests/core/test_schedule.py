@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from training_lens.core.schedule import CaptureSchedule, round_interval
+from training_lens.core.overhead_budget import CaptureSchedule, round_interval
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ from typing import Any
 
 from training_lens.analyzers.module_groups import find_extremes, group_series, json_numbers, latest_values, thin_series
 from training_lens.core import table_names as tables
-from training_lens.core.analyzer import DataAnalyzer
-from training_lens.core.recording import Recording
+from training_lens.core.recording import DataAnalyzer, Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import RUN, DataType, Series
 

@@ -10,8 +10,7 @@ import numpy as np
 from training_lens.analyzers.activation_analyzer import MAX_POINTS, run_curve
 from training_lens.analyzers.module_groups import json_number, nan_median
 from training_lens.core import table_names as tables
-from training_lens.core.analyzer import DataAnalyzer
-from training_lens.core.recording import Recording
+from training_lens.core.recording import DataAnalyzer, Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import RUN, DataType, Series
 from training_lens.measures.curves import FitEstimate, log_slope, remaining_gain

@@ -10,8 +10,7 @@ import numpy as np
 from training_lens.analyzers.lora_analyzer import find_nonfinite
 from training_lens.analyzers.module_groups import group_series, json_number, json_numbers, nan_median
 from training_lens.core import table_names as tables
-from training_lens.core.analyzer import DataAnalyzer
-from training_lens.core.recording import Recording
+from training_lens.core.recording import DataAnalyzer, Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import DataType, Series
 

@@ -17,8 +17,7 @@ from training_lens.analyzers.module_groups import (
     update_strength,
 )
 from training_lens.core import table_names as tables
-from training_lens.core.analyzer import DataAnalyzer
-from training_lens.core.recording import Recording
+from training_lens.core.recording import DataAnalyzer, Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import DataType, Series
 

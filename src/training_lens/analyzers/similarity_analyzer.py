@@ -13,8 +13,7 @@ from torch import Tensor
 from training_lens.analyzers.module_groups import json_number, json_numbers
 from training_lens.analyzers.saved_factors import FactorBatch, batch_factors, snapshot_factors
 from training_lens.core import table_names as tables
-from training_lens.core.analyzer import DataAnalyzer
-from training_lens.core.recording import Recording
+from training_lens.core.recording import DataAnalyzer, Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import DataType, ModuleRecord
 from training_lens.errors import LensError

@@ -104,8 +104,13 @@ def _build_uniform_table(buffers: Sequence[CaptureBuffer]) -> pa.Table:
         STEP: pa.array(np.repeat(steps, len(rows))),
         MODULE: pa.DictionaryArray.from_arrays(pa.array(modules), pa.array(rows, pa.string())),
         **{measure: pa.array(scalars[:, i].ravel()) for i, measure in enumerate(measures)},
-        **{measure: _build_list_array([step.vectors[measure] for step in buffers]) for measure in buffers[0].vectors},
     }
+    for measure in buffers[0].vectors:
+        vectors = [step.vectors[measure] for step in buffers]
+        lengths = np.concatenate([np.array(lengths, np.int32) for _, lengths in vectors])
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        values = torch.cat([flat for flat, _ in vectors]).cpu().numpy()
+        columns[measure] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
     return pa.table(columns)
 
 
@@ -116,13 +121,6 @@ def _require_distinct(names: Sequence[str], what: str) -> None:
             f"two {what} of one table are called '{duplicates[0]}': a collector's measures and rows need different "
             f"names, and no measure may be called '{STEP}' or '{MODULE}'."
         )
-
-
-def _build_list_array(vectors: Sequence[tuple[Tensor, tuple[int, ...]]]) -> pa.ListArray:
-    lengths = np.concatenate([np.array(lengths, np.int32) for _, lengths in vectors])
-    values = torch.cat([flat for flat, _ in vectors]).cpu().numpy()
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
@@ -174,17 +172,12 @@ def extract_vectors(table: pa.Table, measure: str) -> tuple[np.ndarray, dict[str
     filled = np.arange(lengths.max(initial=0)) < lengths[:, None]  # (table rows, longest)
     padded = np.full(filled.shape, np.nan)
     padded[filled] = pc.list_flatten(column).to_numpy()
-    return steps, {
-        name: _fill_module_vectors(padded, lengths, rows, columns == i, len(steps)) for i, name in enumerate(names)
-    }
-
-
-def _fill_module_vectors(
-    padded: np.ndarray, lengths: np.ndarray, rows: np.ndarray, own: np.ndarray, steps: int
-) -> np.ndarray:
-    values = np.full((steps, lengths[own].max(initial=0)), np.nan)
-    values[rows[own]] = padded[own, : values.shape[1]]
-    return values
+    found = {}
+    for i, name in enumerate(names):
+        own = columns == i
+        found[name] = np.full((len(steps), lengths[own].max(initial=0)), np.nan)
+        found[name][rows[own]] = padded[own, : found[name].shape[1]]
+    return steps, found
 
 
 def _locate_values(

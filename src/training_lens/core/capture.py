@@ -140,20 +140,16 @@ class Capture:
 
     def stop(self, has_failed: bool) -> None:
         """See `TrainingLensFramework.stop`."""
-        if self._step and not (has_failed or self._is_over):
-            self._capture_last_step()
+        if self._step and not (has_failed or self._is_over):  # what is captured at intervals and was not due now
+            missing = [c for c in self._active if c.cadence is not Cadence.SCALARS]
+            missing = [c for c in missing if self._last_steps.get(c.name) != self._step]
+            with self._budget.measure("stacks"), self._end_on_failure():
+                self.context.after = [batch.copy_weights() for batch in self.context.batches]
+            self._collect([c for c in missing if c.moment is Moment.UPDATE], self._step)
+            self._run_probe(self._step, [c for c in missing if c.moment is Moment.PROBE])
         with self._budget.measure("flush"), self._end_on_failure():
             self._writer.close(self.seconds)
         self._is_over = True
-
-    def _capture_last_step(self) -> None:
-        """What is captured at intervals, once more where the last step was not due."""
-        missing = [c for c in self._active if c.cadence is not Cadence.SCALARS]
-        missing = [c for c in missing if self._last_steps.get(c.name) != self._step]
-        with self._budget.measure("stacks"), self._end_on_failure():
-            self.context.after = [batch.copy_weights() for batch in self.context.batches]
-        self._collect([c for c in missing if c.moment is Moment.UPDATE], self._step)
-        self._run_probe(self._step, [c for c in missing if c.moment is Moment.PROBE])
 
     def _batch_cadence(self, step: int) -> Cadence | None:
         """Which cadence pays for a step's copies: scalars, which need them most often."""
@@ -224,9 +220,13 @@ class Capture:
         if not self._is_over:
             device = next((v.device for v in values.values() if isinstance(v, Tensor)), "cpu")
             with self._budget.measure("stacks"), self._end_on_failure():
-                known = {k: _row_tensor(v, device) for k, v in values.items() if v is not None}
-                if known:
-                    self._writer.add(table, step, Captured(known))
+                rows = {
+                    name: torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(1)
+                    for name, value in values.items()
+                    if value is not None
+                }
+                if rows:
+                    self._writer.add(table, step, Captured(rows))
 
     @contextmanager
     def _guard(self, collector: DataCollector, step: int) -> Iterator[None]:
@@ -260,7 +260,3 @@ class Capture:
                     "the lens stops capturing after step %d: %s Training continues.", self._step, describe_error(error)
                 )
                 logger.debug("in what all collectors need", exc_info=error)
-
-
-def _row_tensor(value: float | Tensor, device: torch.device | str) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(1)

@@ -29,7 +29,12 @@ class ModuleBatch:
 
     def copy_gradients(self, gradient_of: GradientGetter) -> Factors:
         """The factors' gradients, copied; zeros where a parameter has none."""
-        return self._copy_factors(lambda parameter: _gradient_or_zeros(parameter, gradient_of))
+
+        def copy_gradient(parameter: torch.nn.Parameter) -> Tensor:
+            gradient = gradient_of(parameter)
+            return torch.zeros_like(parameter) if gradient is None else gradient
+
+        return self._copy_factors(copy_gradient)
 
     def _copy_factors(self, tensor_of: Callable[[torch.nn.Parameter], Tensor]) -> Factors:
         magnitudes = [tensor_of(m.magnitude) for m in self.modules if m.magnitude is not None]
@@ -85,8 +90,3 @@ def _measure_or_nan(part: Mapping[str, Tensor], name: str) -> Tensor:
 def stack_float32(tensors: Iterable[Tensor]) -> Tensor:
     """Tensors of one shape as one float32 tensor with a leading dimension, detached."""
     return torch.stack([tensor.detach() for tensor in tensors]).float()
-
-
-def _gradient_or_zeros(parameter: torch.nn.Parameter, gradient_of: GradientGetter) -> Tensor:
-    gradient = gradient_of(parameter)
-    return torch.zeros_like(parameter) if gradient is None else gradient

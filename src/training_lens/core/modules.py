@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,13 +84,18 @@ def adapter_modules(model: Any) -> tuple[AdapterModule, ...]:
     from peft.tuners.lora import LoraLayer
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
-    found = _drop_shared(part for name, layer in layers for part in _layer_adapters(strip_wrappers(name), layer))
+    first: dict[int, AdapterModule] = {}  # by its A, which shared layers and tied adapters have in common
+    for name, layer in layers:
+        for module in _layer_adapters(strip_wrappers(name), layer):
+            first.setdefault(id(module.a), module)
+    found = list(first.values())
     training = {m.record.adapter for m in found if any(p.requires_grad for p in m.trained_parameters)}
     if not found:
         raise LensError(_describe_missing_adapter(model, len(layers)))
     chosen = [m for m in found if m.record.adapter in training] or found
-    adapters = {m.record.adapter for m in chosen}
-    return tuple(chosen if len(adapters) == 1 else [_qualify_name(m) for m in chosen])
+    if len({m.record.adapter for m in chosen}) > 1:
+        chosen = [replace(m, record=replace(m.record, name=f"{m.name}#{m.record.adapter}")) for m in chosen]
+    return tuple(chosen)
 
 
 def is_identity_adapter(model: Any) -> bool:
@@ -129,21 +134,17 @@ def _describe_missing_adapter(model: Any, layers: int) -> str:
 
 def _layer_adapters(name: str, layer: Any) -> Iterator[AdapterModule]:
     """One module for each adapter on a layer."""
-    for adapter, linear in layer.lora_A.items():
-        yield from _linear_adapter(name, layer, adapter, linear, layer.lora_B[adapter])
+    for adapter, down in layer.lora_A.items():
+        up = layer.lora_B[adapter]
+        if not isinstance(down, torch.nn.Linear) or getattr(layer, "num_experts", 1) != 1:
+            logger.info("the lens does not capture %s: its adapter is not a pair of matrices", name)
+        elif parametrize.is_parametrized(down, "weight"):
+            (a, frozen_a), (b, frozen_b) = pissa.split_halves(down), pissa.split_halves(up)
+            yield _build_module(name, layer, adapter, a, b, frozen_a, frozen_b)
+        else:
+            yield _build_module(name, layer, adapter, down.weight, up.weight)
     for adapter, a in layer.lora_embedding_A.items():
         yield _build_module(name, layer, adapter, a, layer.lora_embedding_B[adapter])
-
-
-def _linear_adapter(name: str, layer: Any, adapter: str, down: Any, up: Any) -> Iterator[AdapterModule]:
-    if not isinstance(down, torch.nn.Linear) or getattr(layer, "num_experts", 1) != 1:
-        logger.info("the lens does not capture %s: its adapter is not a pair of matrices", name)
-        return
-    if parametrize.is_parametrized(down, "weight"):
-        (a, frozen_a), (b, frozen_b) = pissa.split_halves(down), pissa.split_halves(up)
-        yield _build_module(name, layer, adapter, a, b, frozen_a, frozen_b)
-    else:
-        yield _build_module(name, layer, adapter, down.weight, up.weight)
 
 
 def _build_module(
@@ -182,21 +183,6 @@ def module_record(
         variant=variant,
         adapter=adapter,
     )
-
-
-def _drop_shared(modules: Iterator[AdapterModule]) -> list[AdapterModule]:
-    """Drop modules whose A belongs to an earlier one: shared layers, tied adapters."""
-    first: dict[int, AdapterModule] = {}
-    for module in modules:
-        first.setdefault(id(module.a), module)
-    return list(first.values())
-
-
-def _qualify_name(module: AdapterModule) -> AdapterModule:
-    from dataclasses import replace
-
-    record = replace(module.record, name=f"{module.name}#{module.record.adapter}")
-    return replace(module, record=record)
 
 
 def strip_wrappers(name: str) -> str:

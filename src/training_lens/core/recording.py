@@ -1,16 +1,17 @@
-"""A run's captures, as analyzers and reports read them."""
+"""A run's captures, as analyzers and reports read them; and what an analyzer is."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from training_lens.core.types import LensManifest, ModuleRecord, Series
+from training_lens.core.types import DataType, LensManifest, ModuleRecord, Series
 
 
 class Captures(Protocol):
@@ -63,3 +64,32 @@ class Recording:
         if not self.has(table, measure):
             return Series.empty()
         return self.captures.series(table, measure)
+
+
+class DataAnalyzer(ABC):
+    """Reads a recording and returns plain values, for the reports and for `analyze --json`.
+
+    `needs` are the data types that it cannot do without; `gives` are the names that it returns.
+
+    Example:
+        @AnalyzerRegistry.register
+        class LoudestModule(DataAnalyzer):
+            name, needs, gives = "loudest", frozenset({DataType.ADAPTER_GRADIENTS}), ("module",)
+
+            def analyze(self, recording: Recording) -> Mapping[str, Any]:
+                norms = recording.series("adapter_gradients", "norm_b")
+                return {"module": norms.names[norms.values[-1].argmax()]}
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[DataType]]
+    gives: ClassVar[tuple[str, ...]]
+
+    def can_read(self, recording: Recording) -> bool:
+        """Whether the recording has a table of every data type in `needs`."""
+        types = {recording.manifest.tables.get(name) for name in recording.captures.tables()}
+        return self.needs <= types
+
+    @abstractmethod
+    def analyze(self, recording: Recording) -> Mapping[str, Any]:
+        """Numbers, texts, and lists and mappings of them, by the names in `gives`."""

@@ -6,8 +6,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import ClassVar, Generic, TypeVar
 
-from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.collector import DataCollector
+from training_lens.core.recording import DataAnalyzer
 from training_lens.errors import ConfigurationError
 from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.logging import get_logger
