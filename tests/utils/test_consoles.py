@@ -13,7 +13,7 @@ from rich.table import Table
 
 import training_lens
 from training_lens.display.progress import Progress
-from training_lens.utils.consoles import plain_console
+from training_lens.utils.logging import plain_console
 
 WORDS = "[bold red]a[/] [/] [link=file:///x]b[/link] :smile: [draft] rows.jsonl"
 
@@ -37,7 +37,7 @@ def test_a_bar_has_its_title_as_it_is() -> None:
 def test_every_console_is_such_a_one_and_no_text_of_ours_is_markup() -> None:
     for path in Path(training_lens.__file__).parent.rglob("*.py"):
         text = path.read_text()
-        assert path.name == "consoles.py" or not re.search(r"(?<![\w.])Console\(", text), path
+        assert path.name == "logging.py" or not re.search(r"(?<![\w.])Console\(", text), path
         assert not re.search(r"\[/(bold|dim|red|green|italic)?\](?!\w)", text), path
         assert not re.search(r"from_markup|TextColumn\((?!.*markup=False)", text), path
 

@@ -83,7 +83,7 @@ def print_table(console: Console, table: Table) -> None:
     if console.is_terminal:
         console.print(table)
         return
-    from training_lens.utils.consoles import plain_console
+    from training_lens.utils.logging import plain_console
 
     table.box, table.pad_edge = None, False  # or a long cell would make every line as long
     page = StringIO()
@@ -100,8 +100,7 @@ def command(options: OutputOptions, *, has_log: bool = False) -> Iterator[Screen
         has_log: the command writes its results to files as well, so a screen that cannot be written is no failure.
     """
     from training_lens.errors import TrainingLensError
-    from training_lens.utils.consoles import plain_console
-    from training_lens.utils.logging import setup_logging
+    from training_lens.utils.logging import plain_console, setup_logging
     from training_lens.utils.resource_errors import describe_shortage
 
     console = plain_console(stderr=options.json)

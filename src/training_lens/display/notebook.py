@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, TaskID
 
-from training_lens.utils.consoles import plain_console
+from training_lens.utils.logging import plain_console
 
 WIDTH = 100  # characters of a line
 EVERY = 0.25  # seconds between two updates

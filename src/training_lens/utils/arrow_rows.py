@@ -26,21 +26,16 @@ def iterate_arrow_rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
     cleaners: dict[str, Clean] | None = None
     for batch in batches:
         if cleaners is None:
-            _check_nesting(batch.schema)
+            level = [field.type for field in batch.schema]  # too deep, it would end recursive functions, pyarrow's too
+            for _ in range(NESTING + 1):
+                level = [kind.field(i).type for kind in level for i in range(kind.num_fields)]
+            if level:
+                raise TooMuchError(NESTED)
             cleaners = {field.name: clean for field in batch.schema if (clean := _make_cleaner(field.type)) is not None}
         for values in batch.to_pylist(maps_as_pydicts="strict"):
             for name, clean in cleaners.items():
                 values[name] = clean(values[name])
             yield values
-
-
-def _check_nesting(schema: Any) -> None:
-    """Check that types are not nested too deep for recursive functions, including pyarrow's own."""
-    level = [field.type for field in schema]
-    for _ in range(NESTING + 1):
-        level = [kind.field(i).type for kind in level for i in range(kind.num_fields)]
-    if level:
-        raise TooMuchError(NESTED)
 
 
 def _make_cleaner(kind: Any) -> Clean | None:
@@ -49,19 +44,15 @@ def _make_cleaner(kind: Any) -> Clean | None:
 
     if types.is_struct(kind):
         return _make_struct_cleaner({field.name: _make_cleaner(field.type) for field in kind})
-    if types.is_map(kind):
-        return _make_map_cleaner(_make_cleaner(kind.item_type))
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_list_view(kind):
-        return _make_list_cleaner(_make_cleaner(kind.value_type))
-    return None
-
-
-def _make_map_cleaner(clean: Clean | None) -> Clean | None:
-    return clean and (lambda value: value and {key: clean(item) for key, item in value.items()})
-
-
-def _make_list_cleaner(clean: Clean | None) -> Clean | None:
-    return clean and (lambda value: value and [clean(item) for item in value])
+    is_map, is_list = types.is_map(kind), types.is_list(kind) or types.is_large_list(kind)
+    is_list = is_list or types.is_fixed_size_list(kind) or types.is_list_view(kind)
+    inner = kind.item_type if is_map else kind.value_type if is_list else None
+    clean = None if inner is None else _make_cleaner(inner)
+    if clean is None:
+        return None
+    if is_map:
+        return lambda value: value and {key: clean(item) for key, item in value.items()}
+    return lambda value: value and [clean(item) for item in value]
 
 
 def _make_struct_cleaner(fields: dict[str, Clean | None]) -> Clean:

@@ -31,12 +31,10 @@ def compile_library(sources: Sequence[Path], name: str) -> ctypes.CDLL:
     Raises:
         CompilationError: there is no compiler, or it rejects the source.
     """
-    command = [*find_compiler(), *OPTIONS, *_processor_options()]
-    inputs = [
-        *(source.read_bytes() for source in sources),
-        shlex.join(command).encode(),
-        _describe_processor().encode(),
-    ]
+    is_x86 = platform.machine() in {"x86_64", "AMD64"}
+    native = ["-march=native", "-mprefer-vector-width=512"] if is_x86 else ["-mcpu=native"]
+    command = [*find_compiler(), *OPTIONS, *native]
+    inputs = [*(s.read_bytes() for s in sources), shlex.join(command).encode(), _describe_processor().encode()]
     digest = hashlib.sha256(b"\0".join(inputs)).hexdigest()[:24]
     cached = cache_folder() / f"{name}-{digest}.so"
     if _is_ours(cached):
@@ -60,12 +58,6 @@ def find_compiler() -> list[str]:
     if os.name != "posix" or found is None:
         raise CompilationError(f"there is no C compiler ({', '.join(named[:1] or COMPILERS)})")
     return [found, *named[1:]]
-
-
-def _processor_options() -> list[str]:
-    if platform.machine() in {"x86_64", "AMD64"}:
-        return ["-march=native", "-mprefer-vector-width=512"]
-    return ["-mcpu=native"]
 
 
 def _describe_processor() -> str:

@@ -100,9 +100,8 @@ def find_type_error(name: str, values: Mapping[str, Any]) -> str:
         _type_adapter(name).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        names = (
-            part for part in first["loc"] if isinstance(part, str)
-        )  # skip list indices and members of unions such as 'list[str]'
+        # List indices and members of unions, such as 'list[str]', are left out.
+        names = (part for part in first["loc"] if isinstance(part, str))
         key = ".".join(name for name in names if name not in ("str", "int") and not name.endswith("]"))
         shown = repr(first["input"])
         shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."

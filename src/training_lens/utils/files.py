@@ -104,7 +104,14 @@ def read_json(path: Path) -> Any:
 
 def parse_json(text: str) -> Any:
     """The value of a JSON text; raises as `read_json`."""
-    return load_bounded_json(text, object_pairs_hook=_unique_pairs)
+
+    def require_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise DuplicateKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+        return values
+
+    return load_bounded_json(text, object_pairs_hook=require_unique)
 
 
 class DuplicateKeyError(ValueError):
@@ -112,13 +119,6 @@ class DuplicateKeyError(ValueError):
 
     def __str__(self) -> str:
         return f"the key '{self.args[0]}' stands twice in one place; keep one"
-
-
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise DuplicateKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
-    return values
 
 
 @contextmanager

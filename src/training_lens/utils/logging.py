@@ -12,13 +12,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 
-from training_lens.utils.consoles import plain_console
 from training_lens.utils.secrets import redact_text
 
 ROOT = "training_lens"
+
+
+def plain_console(**options: Any) -> Console:
+    """A Rich console without markup in texts, tables and titles; without a terminal it folds no line.
+
+    Pass styles as arguments or `Text`.
+
+    Args:
+        options: as for Rich's `Console`.
+    """
+    console = Console(**{"highlight": False, "emoji": False, "markup": False, **options})
+    console.soft_wrap = not console.is_terminal
+    return console
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -111,10 +124,9 @@ def hide_progress_bars() -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Set environment variables that libraries read at import; call before importing torch and transformers."""
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer's number type
     # PEFT uses an old name of a transformers property; users cannot change that.

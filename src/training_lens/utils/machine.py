@@ -58,13 +58,22 @@ def check_machine(base_output_dir: str) -> Iterator[MachineCheck]:
     base, temporary = Path(base_output_dir), Path(tempfile.gettempdir())
     for name, folder in {"runs": base, "temporary files": temporary, "compiled kernels": cache_folder()}.items():
         yield _check_folder(name, folder)
-    yield _check_compiler()
+    try:
+        compiler = find_compiler()[0]
+    except CompilationError as error:
+        compiler = f"{error}: kernels are torch's, and slower"
+    yield MachineCheck("C compiler", True, compiler)
     there = {extra for extra, module in OPTIONAL.items() if find_spec(module)}
     absent = sorted(OPTIONAL.keys() - there)
     yield MachineCheck(
         "optional packages", True, f"here: {', '.join(sorted(there)) or 'none'}; not: {', '.join(absent)}"
     )
-    yield _check_hub()
+    try:
+        require_hub("hub", TrainingLensError)
+        hub = "answers, or HF_HUB_OFFLINE is set"
+    except TrainingLensError as error:
+        hub = f"no answer ({error.__cause__}): local models and data alone"
+    yield MachineCheck("Hugging Face hub", True, hub)
 
 
 def _check_folder(name: str, folder: Path) -> MachineCheck:
@@ -75,18 +84,3 @@ def _check_folder(name: str, folder: Path) -> MachineCheck:
     free = shutil.disk_usage(folder).free
     remedy = "" if free >= LITTLE_BYTES else "Free some space."
     return MachineCheck(name, free >= LITTLE_BYTES, f"{folder} can be written, {format_size(free)} free", remedy)
-
-
-def _check_compiler() -> MachineCheck:
-    try:
-        return MachineCheck("C compiler", True, find_compiler()[0])
-    except CompilationError as error:
-        return MachineCheck("C compiler", True, f"{error}: kernels are torch's, and slower")
-
-
-def _check_hub() -> MachineCheck:
-    try:
-        require_hub("hub", TrainingLensError)
-    except TrainingLensError as error:
-        return MachineCheck("Hugging Face hub", True, f"no answer ({error.__cause__}): local models and data alone")
-    return MachineCheck("Hugging Face hub", True, "answers, or HF_HUB_OFFLINE is set")

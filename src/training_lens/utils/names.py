@@ -40,7 +40,8 @@ def check_experiment(name: str) -> str:
         ConfigurationError: it is empty or too long, has '/', a backslash or an unprintable character, starts with
             '.', '-' or a space, ends with a space, or is 'latest' or 'none'.
     """
-    if not is_printable(name) or name[0] in ".-" or set(name) & set("/\\") or _is_too_long(name) or name in RESERVED:
+    is_too_long = len(name) > LONGEST or len(name.encode("utf-8", "surrogatepass")) > LONGEST_BYTES
+    if not is_printable(name) or name[0] in ".-" or set(name) & set("/\\") or is_too_long or name in RESERVED:
         raise ConfigurationError(
             f"{_quote_name(name)} cannot name a folder of runs; use at most {LONGEST} letters, digits, '-', '_', '.' "
             "and spaces between them, not '.' or '-' at the start, and neither 'latest' nor 'none'"
@@ -117,10 +118,6 @@ def _find_links(folder: Path, besides: set[Path]) -> list[Path]:
         elif path.is_dir() and path not in besides:
             found += _find_links(path, besides)
     return found
-
-
-def _is_too_long(name: str) -> bool:
-    return len(name) > LONGEST or len(name.encode()) > LONGEST_BYTES
 
 
 def _quote_name(name: str) -> str:

@@ -79,9 +79,12 @@ FORMS = tuple(
 
 @lru_cache(maxsize=4)
 def _environment_pattern(environment: frozenset[tuple[str, str]]) -> re.Pattern[str] | None:
-    values = {value.strip() for _, value in environment if _is_secret(value.strip())}
-    spelled = sorted({text for value in values for text in _list_spellings(value)}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, spelled))) if spelled else None
+    spelled: set[str] = set()
+    for value in {value.strip() for _, value in environment if _is_secret(value.strip())}:
+        # As it is, and as written in URLs, JSON and Python strings; also each of its lines.
+        spelled |= {value, quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1], repr(value)[1:-1]}
+        spelled |= {line.strip() for line in value.splitlines() if _is_secret(line.strip())}
+    return re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True)))) if spelled else None
 
 
 @lru_cache(maxsize=1024)
@@ -92,12 +95,6 @@ def _is_named(variable: str) -> bool:
 def _is_secret(value: str) -> bool:
     """Whether a value is long and unusual enough to be redacted everywhere."""
     return len(value) >= (SHORTEST_OF_LETTERS if value.isalpha() and value.islower() else SHORTEST)
-
-
-def _list_spellings(value: str) -> Iterator[str]:
-    """A value as it is, and as written in URLs, JSON and Python strings; also each of its lines."""
-    yield from (value, quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1], repr(value)[1:-1])
-    yield from (line.strip() for line in value.splitlines() if _is_secret(line.strip()))
 
 
 def redact_text(text: str) -> str:
@@ -140,12 +137,10 @@ def _secrets_of(name: str, key: str, value: Any) -> Iterator[str]:
         for place, item in enumerate(value):
             if not (name in ROWS and isinstance(item, Mapping)):
                 yield from _secrets_of(f"{name}[{place}]", key, item)
-    elif _is_text_or_number(value) and (_is_named(key) or redact_text(str(value)) != str(value)):
+    elif not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+        return
+    elif _is_named(key) or redact_text(str(value)) != str(value):
         yield name
-
-
-def _is_text_or_number(value: Any) -> bool:
-    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
 
 
 def has_password(url: str) -> bool:
