@@ -64,3 +64,48 @@ def save_tiny_model(folder: Path, kind: str = "Llama", dtype: torch.dtype = torc
     for file in Path(embedded.PATHS[embedded.MODEL]).glob("*token*"):
         shutil.copy(file, folder)
     return folder
+
+
+TINY_TOKENIZERS = ("characters", "turns", "bytes")
+TURNS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def build_tiny_tokenizer(kind: str) -> Any:
+    """A tokenizer with a token for each character of common English.
+
+    characters: as of Llama's: a blank is a letter, one more stands before each text, and BOS before that. Characters
+        that it has no token for are <unk>, with which it also pads. Without a chat template.
+    turns: the same with tokens for the bytes of unknown characters, and with a chat template.
+    bytes: as of GPT-2's: a token for each byte, and none that begins or ends a text.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    if kind == "bytes":
+        letters = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        built = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+        built.add_special_tokens(["<|endoftext|>"])
+        built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=built)
+    marks = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"] if kind == "turns" else []
+    tokens = ["<unk>", "<s>", "</s>", *marks, *(f"<0x{i:02X}>" for i in range(256) if kind == "turns")]
+    tokens += ["\n", "▁", *(chr(i) for i in range(ord("!"), 127))]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    built = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=kind == "turns"))
+    built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    built.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    built.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    names = {
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "<|end|>" if marks else "</s>",
+        "pad_token": "<unk>",
+    }
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=built, **names)
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = TURNS if marks else None
+    return tokenizer

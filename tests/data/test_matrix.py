@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pairwise import pairwise  # type: ignore[import-not-found]
+from tiny_models import TINY_TOKENIZERS, build_tiny_tokenizer
 
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection
@@ -33,8 +35,40 @@ FORMATS = {
     "text": "data/llama_factory/c4_demo.jsonl",
     "domains": embedded.TRAIN,
 }
-TOKENIZERS = ["embedded", "models/tinystories-656k", "tokenizers/phi3", "tokenizers/gpt2"]
-WITH_CHAT_TEMPLATE = ("embedded", "tokenizers/phi3")
+TOKENIZERS = ["models/tinystories-656k", "tokenizers/phi3", "tokenizers/gpt2"]
+WITH_CHAT_TEMPLATE = ("embedded", "turns", "tokenizers/phi3")
+QUESTIONS = (
+    "How many owls live by the lake?", "What is 3 plus 4?", "Name\ntwo trees.", " Why?", "Wo ist der Fuchs, {x}?",
+)  # fmt: skip
+ANSWERS = ("Three owls.", "It is 7.", "An oak\nand an elm.", 'Because #1 <b>is</b> "so".', "Über dem Hügel, 机.")
+CALL = {"name": "search", "arguments": {"q": "owls"}}
+SEARCH = {"name": "search", "description": "Looks for it.", "parameters": {"type": "object", "properties": {}}}
+OWN_FORMS: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    "question-answer": lambda q, a: {"question": q, "answer": a},
+    "instruction-input-output": lambda q, a: {"instruction": "Answer this.", "input": q, "output": a},
+    "instruction-input-response": lambda q, a: {"instruction": q, "input": "", "response": a},
+    "prompt-completion": lambda q, a: {"prompt": q, "completion": a},
+    "sharegpt-tools": lambda q, a: {
+        "conversations": [
+            {"from": "human", "value": q},
+            {"from": "function_call", "value": json.dumps(CALL)},
+            {"from": "observation", "value": "nothing found"},
+            {"from": "gpt", "value": a},
+        ],
+        "tools": json.dumps([SEARCH]),
+    },
+    "messages": lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
+    "messages-loss-weight": lambda q, a: {
+        "messages": [
+            {"role": "user", "content": q},
+            {"role": "assistant", "content": "Not this one.", "loss_weight": 0.0},
+            {"role": "user", "content": "Again?"},
+            {"role": "assistant", "content": a, "loss_weight": 1.0},
+        ]
+    },
+    "text": lambda q, a: {"text": f"{q} {a}"},
+    "domains": lambda q, a: {"question": q, "answer": a, "domain": "lake"},
+}
 JINJA = (
     "{% for m in messages %}{{ m.role }}> {% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
@@ -42,15 +76,23 @@ JINJA = (
 )
 PATTERN = "{system}\\nQ: {instruction}\\n{input}\\nA: {output}"
 TEMPLATES = ["chat", "jinja", "alpaca", "plain", "pattern"]
-CASES = pairwise(
-    TOKENIZERS, list(FORMATS), TEMPLATES, allowed=lambda row: row[2] != "chat" or row[0] in WITH_CHAT_TEMPLATE
-)
+
+
+def choose_cases(*tokenizers: str) -> list[tuple[Any, ...]]:
+    """Tokenizer, form and template, of which each pair meets."""
+    return pairwise(
+        tokenizers, list(FORMATS), TEMPLATES, allowed=lambda row: row[2] != "chat" or row[0] in WITH_CHAT_TEMPLATE
+    )
 
 
 @pytest.fixture(scope="module")
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     if request.param == "embedded":
         return load_tokenizer(ModelSection())
+    if request.param in TINY_TOKENIZERS:
+        tokenizer = build_tiny_tokenizer(request.param)
+        tokenizer.eos_token = tokenizer.eos_token or "<|endoftext|>"
+        return tokenizer
     shared: Path = request.getfixturevalue("shared")
     tokenizer = load_tokenizer(ModelSection(), str(shared / request.param))
     if tokenizer.eos_token is None:
@@ -72,17 +114,33 @@ def rows(shared: Path) -> dict[str, list[Example]]:
     return found
 
 
-@pytest.mark.parametrize(("tokenizer", "form", "template"), CASES, indirect=["tokenizer"])
+@pytest.mark.parametrize(
+    ("tokenizer", "form", "template"), choose_cases("embedded", *TINY_TOKENIZERS), indirect=["tokenizer"]
+)
+def test_own_rows_round_trip_and_prompts_are_the_same(
+    form: str, template: str, tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_rows([OWN_FORMS[form](q, a) for q, a in zip(QUESTIONS, ANSWERS, strict=True)])
+    examples = list(read_examples([str(path)], "data.train", DataSection()))
+    assert len(examples) == len(QUESTIONS)
+    check_with_template(form, template, tokenizer, examples, tmp_path)
+
+
+@pytest.mark.parametrize(("tokenizer", "form", "template"), choose_cases(*TOKENIZERS), indirect=["tokenizer"])
 def test_answers_round_trip_and_prompts_are_the_same(
     form: str, template: str, tokenizer: Any, rows: dict[str, list[Example]], tmp_path: Path
 ) -> None:
+    check_with_template(form, template, tokenizer, rows[form], tmp_path)
+
+
+def check_with_template(form: str, template: str, tokenizer: Any, examples: list[Example], tmp_path: Path) -> None:
     own_template = tokenizer.chat_template
     if template == "jinja":
         (tmp_path / "mine.jinja").write_text(JINJA)
         template = str(tmp_path / "mine.jinja")
         load_template_file(template, tokenizer)
     try:
-        check(form, PATTERN if template == "pattern" else template, tokenizer, rows[form])
+        check(form, PATTERN if template == "pattern" else template, tokenizer, examples)
     finally:
         tokenizer.chat_template = own_template
 

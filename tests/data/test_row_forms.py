@@ -24,6 +24,7 @@ from training_lens.errors import DatasetError
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 MORE = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
 TOOL = {"name": "find_nest", "parameters": {"type": "object"}}
+CASES = Path(__file__).parent / "cases"
 CALL = {"name": "find_nest", "arguments": {"animal": "owl"}}
 
 
@@ -42,11 +43,11 @@ def learned(example: Example) -> list[str]:
     return [m.text for m in example.messages if m.role == "assistant" and m.learn]
 
 
-# --- every case of the shared folder ---------------------------------------------------------------------------------
+# --- rows of users that once failed ----------------------------------------------------------------------------------
 
 
-def first_of(shared: Path, name: str, **data: Any) -> tuple[Example, DataNotes]:
-    path, notes = str(shared / "cases" / name), DataNotes()
+def first_of(name: str, **data: Any) -> tuple[Example, DataNotes]:
+    path, notes = str(CASES / name), DataNotes()
     section = DataSection.model_validate({"train": [path], **data})
     examples = [
         e for source in expand_sources([path], "data.train") for e in read_usable_examples(source, section, notes)
@@ -54,56 +55,56 @@ def first_of(shared: Path, name: str, **data: Any) -> tuple[Example, DataNotes]:
     return examples[0], notes
 
 
-def test_a_system_column_is_the_first_turn_of_a_chat(shared: Path) -> None:
-    example, _ = first_of(shared, "01-sharegpt-system-column/a.json")
+def test_a_system_column_is_the_first_turn_of_a_chat() -> None:
+    example, _ = first_of("01-sharegpt-system-column/a.json")
     assert said(example)[0] == ("system", "Always answer in capital letters.") and len(example.messages) == 3
 
 
-def test_a_history_is_shown_and_learned_where_asked_for(shared: Path) -> None:
-    example, notes = first_of(shared, "02-alpaca-history/a.json")
+def test_a_history_is_shown_and_learned_where_asked_for() -> None:
+    example, notes = first_of("02-alpaca-history/a.json")
     assert [m.role for m in example.messages] == ["user", "assistant"] * 3
     assert learned(example) == ["The owl sleeps under the old bridge."]
     assert any("'history' are shown and not learned" in sentence for sentence in notes.remarks[example.file])
-    every, _ = first_of(shared, "02-alpaca-history/a.json", supervise="all")
+    every, _ = first_of("02-alpaca-history/a.json", supervise="all")
     assert len(learned(every)) == 3
 
 
 @pytest.mark.parametrize("name", ["a_xlam", "b_query_response_tools", "d_legacy_function_call"])
-def test_tools_are_shown_and_calls_are_calls(shared: Path, name: str) -> None:
-    example, _ = first_of(shared, f"03-pair-with-tools/{name}.jsonl")
+def test_tools_are_shown_and_calls_are_calls(name: str) -> None:
+    example, _ = first_of(f"03-pair-with-tools/{name}.jsonl")
     assert example.tools[0]["function"]["name"] == "find_nest"
     assert example.messages[1].calls == (CALL,) and example.messages[1].null_content
 
 
 @pytest.mark.parametrize("name", ["train", "loss_mask", "weight_false"])
-def test_turns_are_masked_by_every_name(shared: Path, name: str) -> None:
-    example, _ = first_of(shared, f"04-turn-mask-keys/{name}.jsonl")
+def test_turns_are_masked_by_every_name(name: str) -> None:
+    example, _ = first_of(f"04-turn-mask-keys/{name}.jsonl")
     assert learned(example) == ["The owl eats berries."]
 
 
-def test_rows_of_unwanted_answers_are_set_aside(shared: Path) -> None:
-    path = str(shared / "cases/04-turn-mask-keys/row_label_false.jsonl")
+def test_rows_of_unwanted_answers_are_set_aside() -> None:
+    path = str(CASES / "04-turn-mask-keys/row_label_false.jsonl")
     notes = DataNotes()
     examples = list(read_usable_examples(expand_sources([path], "data.train")[0], DataSection(train=[path]), notes))
     assert [bool(learned(e)) for e in examples] == [True, False] * 6
     assert any("'label' is false are set aside" in sentence for sentence in notes.remarks[path])
 
 
-def test_prompts_and_completions_may_be_chats(shared: Path) -> None:
-    example, _ = first_of(shared, "12-prompt-completion-messages/a.jsonl")
+def test_prompts_and_completions_may_be_chats() -> None:
+    example, _ = first_of("12-prompt-completion-messages/a.jsonl")
     assert [m.role for m in example.messages] == ["system", "user", "assistant"]
-    rated, notes = first_of(shared, "12-prompt-completion-messages/c_preference.jsonl")
+    rated, notes = first_of("12-prompt-completion-messages/c_preference.jsonl")
     assert learned(rated) == ["In the wood."]
     assert "'chosen' is learned, 'rejected' is set aside" in notes.remarks[rated.file]
 
 
-def test_squad_and_json_answers(shared: Path) -> None:
-    squad, _ = first_of(shared, "18-squad-nested-rtl/flat.jsonl")
+def test_squad_and_json_answers() -> None:
+    squad, _ = first_of("18-squad-nested-rtl/flat.jsonl")
     assert squad.messages[-1].text == "الغابة القديمة" and squad.messages[0].input
-    answer, notes = first_of(shared, "24-json-answers/object.jsonl")
+    answer, notes = first_of("24-json-answers/object.jsonl")
     assert answer.messages[-1].text == '{"animal":"owl","age":3}'
     assert any('such as {"animal":"owl","age":3}' in sentence for sentence in notes.remarks[answer.file])
-    assert first_of(shared, "24-json-answers/bool.jsonl")[0].messages[-1].text == "true"
+    assert first_of("24-json-answers/bool.jsonl")[0].messages[-1].text == "true"
 
 
 # --- forms -----------------------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_a_text_that_has_its_tokens_already_gets_none_twice(embedded_tokenizer: 
     assert ids.count(embedded_tokenizer.bos_token_id) == ids.count(embedded_tokenizer.eos_token_id) == 1
 
 
-# The shared cases: rows of users beside the template that failed with them.
+# Rows of users beside the template that failed with them.
 CASES = {
     "06-string-args-template/concat.jinja": '<call>find_nest\n{"animal": "owl", "deep": true, "why": null}</call>',
     "06-string-args-template/tojson.jinja": '<call>find_nest {"animal": "owl", "deep": true, "why": null}</call>',
@@ -244,8 +244,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_shared_cases_show_their_calls(embedded_tokenizer: Any, shared: Path, case: str) -> None:
-    template = shared / "cases" / case
+def test_cases_of_users_show_their_calls(embedded_tokenizer: Any, case: str) -> None:
+    template = Path(__file__).parent / "cases" / case
     tokenizer = copy.deepcopy(embedded_tokenizer)
     load_template_file(str(template), tokenizer)
     data = DataSection(train=[str(template.parent / "rows.jsonl")], template=str(template))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import build_tiny_tokenizer
 
 from training_lens.config.data_sections import DataSection
-from training_lens.config.schema import ModelSection
 from training_lens.data.examples import Example, Message
 from training_lens.data.templates import (
     build_renderer,
@@ -18,7 +18,6 @@ from training_lens.data.templates import (
 )
 from training_lens.data.turn_templates import AlpacaTemplate
 from training_lens.errors import ConfigurationError, DatasetError
-from training_lens.models.factory import load_tokenizer
 
 
 def test_domain_prefix_styles() -> None:
@@ -48,17 +47,16 @@ def test_alpaca_with_and_without_input() -> None:
     assert "paired with an input" in given
 
 
-def test_auto_takes_the_chat_template_where_there_is_one(embedded_tokenizer: Any, shared: Path) -> None:
-    plain = load_tokenizer(ModelSection(), str(shared / "models/tinystories-656k"))
+def test_auto_takes_the_chat_template_where_there_is_one(embedded_tokenizer: Any) -> None:
+    plain = build_tiny_tokenizer("characters")
     assert choose_template("auto", embedded_tokenizer) == "chat"
     assert choose_template("auto", plain) == "alpaca"
     with pytest.raises(ConfigurationError, match=r"data\.template"):
         choose_template("chat", plain)
 
 
-def test_phi3_response_ends_at_its_turn_mark(shared: Path) -> None:
-    tokenizer = load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3"))
-    renderer = build_renderer(DataSection(template="chat"), tokenizer)
+def test_a_response_ends_at_its_turn_mark() -> None:
+    renderer = build_renderer(DataSection(template="chat"), build_tiny_tokenizer("turns"))
     example = Example((Message("user", "Hi"), Message("assistant", "Hello there")), None, "f", 1)
     assert renderer.render_example(example)[-1].text == "Hello there<|end|>"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import TINY_TOKENIZERS, build_tiny_tokenizer
 
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection
@@ -31,10 +32,12 @@ def example(prompt: str, answer: str, domain: str | None = None) -> Example:
     return Example((Message("user", prompt), Message("assistant", answer)), domain, "rows.jsonl", 1)
 
 
-@pytest.fixture(params=["embedded", "models/tinystories-656k", "tokenizers/phi3"])
+@pytest.fixture(params=["embedded", "characters", "turns", "models/tinystories-656k", "tokenizers/phi3"])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     if request.param == "embedded":
         return load_tokenizer(ModelSection())
+    if request.param in TINY_TOKENIZERS:
+        return build_tiny_tokenizer(request.param)
     folder: Path = request.getfixturevalue("shared") / request.param
     return load_tokenizer(ModelSection(id=str(folder)), str(folder))
 
@@ -110,17 +113,16 @@ def test_an_answer_has_one_end_token(embedded_tokenizer: Any) -> None:
         assert answer.count(encoder.eos_id) == 1 and answer[-1] == encoder.eos_id
 
 
-def test_the_pad_token_does_not_decide_the_mask(shared: Path) -> None:
-    """tinystories pads with <unk>, which real text may hold: such tokens stay targets."""
-    tokenizer = load_tokenizer(ModelSection(id=str(shared / "models/tinystories-656k")))
-    encoded = TextEncoder(tokenizer).encode([[TextSegment("Q: ", False), TextSegment("a<unk>b<|end_story|>", True)]])[0]
+def test_the_pad_token_does_not_decide_the_mask() -> None:
+    """It pads with <unk>, which real text may hold: such tokens stay targets."""
+    tokenizer = build_tiny_tokenizer("characters")
+    encoded = TextEncoder(tokenizer).encode([[TextSegment("Q: ", False), TextSegment("a<unk>b</s>", True)]])[0]
     assert tokenizer.pad_token_id in encoded.input_ids[encoded.response]
 
 
-def test_a_tokenizer_without_eos_is_refused(shared: Path) -> None:
-    tokenizer = load_tokenizer(ModelSection(), str(shared / "tokenizers/gpt2"))
+def test_a_tokenizer_without_eos_is_refused() -> None:
     with pytest.raises(ModelLoadingError, match="EOS"):
-        TextEncoder(tokenizer)
+        TextEncoder(build_tiny_tokenizer("bytes"))
 
 
 def test_truncation_keeps_the_end_or_the_start_or_drops(embedded_tokenizer: Any) -> None:
@@ -144,9 +146,9 @@ def test_embedded_names_resolve_to_files() -> None:
     assert all(path.exists() for path in embedded.PATHS.values())
 
 
-def test_an_answer_without_tokens_is_not_learnable(shared: Path) -> None:
-    """tinystories has no Chinese: such a row is dropped and counted, not learned as a bare end token."""
-    tokenizer = load_tokenizer(ModelSection(), str(shared / "models/tinystories-656k"))
+def test_an_answer_without_tokens_is_not_learnable() -> None:
+    """It has no Chinese: such a row is dropped and counted, not learned as a bare end token."""
+    tokenizer = build_tiny_tokenizer("characters")
     renderer = build_renderer(DataSection(template="alpaca"), tokenizer)
     encoder = TextEncoder(tokenizer)
     encoded = encoder.encode([renderer.render_example(example("Hi", answer)) for answer in ("机器人", "Tom")])
@@ -163,17 +165,14 @@ def test_special_names_in_data_give_no_special_tokens(tokenizer: Any, renderer: 
     assert [i for i in specials[0] if i != unknown] == specials[1]
 
 
-def test_characters_without_token_are_found(shared: Path, embedded_tokenizer: Any) -> None:
-    tinystories = TextEncoder(load_tokenizer(ModelSection(), str(shared / "models/tinystories-656k")))
-    assert tinystories.find_unknown_characters("aZ #*é\n机") >= {"#", "*", "机"}
-    assert not tinystories.find_unknown_characters("aZ .,!")
-    assert not TextEncoder(load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3"))).find_unknown_characters(
-        "a#机\n"
-    )
-    coverage = CharacterCoverage(tinystories)
-    coverage.count_texts(["a#b#", "cd"])
-    coverage.count_texts(["#"])
-    assert (coverage.characters, dict(coverage.unknown)) == (7, {"#": 3})
+def test_characters_without_token_are_found(embedded_tokenizer: Any) -> None:
+    encoder = TextEncoder(build_tiny_tokenizer("characters"))
+    assert encoder.find_unknown_characters("aZ #*é\n机") == {"é", "机"}
+    assert not TextEncoder(build_tiny_tokenizer("turns")).find_unknown_characters("a#机\n")
+    coverage = CharacterCoverage(encoder)
+    coverage.count_texts(["aébé", "cd"])
+    coverage.count_texts(["é"])
+    assert (coverage.characters, dict(coverage.unknown)) == (7, {"é": 3})
 
 
 @pytest.mark.parametrize("text", ["<|bos|><|bos|>", "<|bos|><|bos|>Hi"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import save_tiny_model
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from training_lens import embedded
@@ -83,8 +84,8 @@ def test_what_is_not_there_is_named_with_what_is_near(finished_run: RunFolder, t
             opened(finished_run, name)
 
 
-def test_an_adapter_of_another_base_says_which(finished_run: RunFolder, shared: Path) -> None:
-    other = shared / "models/tinystories-656k"
+def test_an_adapter_of_another_base_says_which(finished_run: RunFolder, tmp_path: Path) -> None:
+    other = save_tiny_model(tmp_path / "base", vocab_size=1024)
     with pytest.raises(TrainingLensError, match=r"the adapter was trained on another base than"):
         opened(finished_run, str(finished_run.adapter), f"model.id={other}")
 

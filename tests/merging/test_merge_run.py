@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny_model
 
 from training_lens import embedded
 from training_lens.config.compose import validate_values
@@ -144,8 +145,8 @@ def test_a_base_that_changed_at_its_path_is_refused(run: RunFolder, tmp_path: Pa
     assert not run.merged_model.exists()
 
 
-def test_an_adapter_of_another_shape_is_refused(run: RunFolder, shared: Path, tmp_path: Path) -> None:
-    other = {"model": {"id": str(shared / "models/tinystories-656k")}}
+def test_an_adapter_of_another_shape_is_refused(run: RunFolder, tmp_path: Path) -> None:
+    other = {"model": {"id": str(save_tiny_model(tmp_path / "base", vocab_size=1024))}}
     with pytest.raises(AdapterError, match=r"does not fit this base model"):
         merge_adapter(
             config(shutil.copytree(run.adapter, tmp_path / "x"), **other), MergeOptions(tmp_path / "o", same_base=True)

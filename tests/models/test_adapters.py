@@ -46,19 +46,15 @@ def test_what_is_frozen_of_an_adapter_stays_frozen_when_it_was_switched_off() ->
     assert any(before.values())
 
 
-def base() -> Any:
-    return load_model(ModelSection(), CPU, "fp32")
+def base(dtype: Any = "auto") -> Any:
+    """Its embedding and its head are one weight."""
+    return load_model(ModelSection(dtype=dtype), CPU, "fp32")
 
 
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         result: torch.Tensor = model.eval()(input_ids=IDS).logits
     return result
-
-
-def tinystories(shared: Path, dtype: Any = "auto") -> Any:
-    """A model whose embedding and head are one weight."""
-    return load_model(ModelSection(id=str(shared / "models/tinystories-656k"), dtype=dtype), CPU, "fp32")
 
 
 def disturb(model: Any) -> None:
@@ -137,9 +133,9 @@ def test_the_variant_is_the_scale_of_the_update(variant: Any, scale: float) -> N
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
-def test_tied_weights_that_train_whole_stay_tied(name: str, shared: Path, tmp_path: Path) -> None:
-    before = logits(tinystories(shared))
-    adapted = attach(tinystories(shared), PeftSection(r=4, modules_to_save=[name]))
+def test_tied_weights_that_train_whole_stay_tied(name: str, tmp_path: Path) -> None:
+    before = logits(base())
+    adapted = attach(base(), PeftSection(r=4, modules_to_save=[name]))
     assert torch.equal(logits(adapted), before)
     whole = [p for n, p in trainable_parameters(adapted) if "modules_to_save" in n]
     assert len(whole) == 1 and whole[0].dtype == torch.float32
@@ -151,8 +147,8 @@ def test_tied_weights_that_train_whole_stay_tied(name: str, shared: Path, tmp_pa
     with base_only(adapted):
         assert torch.equal(logits(adapted), before)
     save_adapter(adapted, tmp_path)
-    again = attach(tinystories(shared), adopt_saved_settings(PeftSection(from_adapter=str(tmp_path))))
-    for model in (load_adapter(tinystories(shared), tmp_path), again):
+    again = attach(base(), adopt_saved_settings(PeftSection(from_adapter=str(tmp_path))))
+    for model in (load_adapter(base(), tmp_path), again):
         assert torch.equal(logits(model), wanted)
         with base_only(model):
             assert torch.equal(logits(model), before)
@@ -164,9 +160,9 @@ def test_gpt2s_tied_embedding_trains_whole() -> None:
     assert [n for n, _ in trainable_parameters(adapted) if "lora_" not in n]
 
 
-def test_a_tied_embedding_takes_a_lora_of_its_own(shared: Path) -> None:
-    before = logits(tinystories(shared))
-    adapted = attach(tinystories(shared), PeftSection(r=4, target_modules=["embed_tokens"]))
+def test_a_tied_embedding_takes_a_lora_of_its_own() -> None:
+    before = logits(base())
+    adapted = attach(base(), PeftSection(r=4, target_modules=["embed_tokens"]))
     disturb(adapted)
     assert not torch.equal(logits(adapted), before)
     with base_only(adapted):
@@ -175,8 +171,8 @@ def test_a_tied_embedding_takes_a_lora_of_its_own(shared: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "norm"])
-def test_whole_modules_train_in_float32_on_a_half_precision_base(precision: Any, name: str, shared: Path) -> None:
-    adapted = attach(tinystories(shared, "bf16"), PeftSection(r=4, modules_to_save=[name]))
+def test_whole_modules_train_in_float32_on_a_half_precision_base(precision: Any, name: str) -> None:
+    adapted = attach(base("bf16"), PeftSection(r=4, modules_to_save=[name]))
     assert {p.dtype for _, p in trainable_parameters(adapted)} == {torch.float32}
     with autocast(CPU, precision):
         adapted(input_ids=IDS, labels=IDS).loss.backward()
@@ -192,13 +188,12 @@ def test_what_is_trained_is_described() -> None:
     )
 
 
-def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, shared: Path) -> None:
+def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"adapter_config.json is missing"):
         load_adapter(base(), tmp_path)
     save_adapter(attach(base(), PeftSection(r=4)), tmp_path)
-    other = load_model(ModelSection(id=str(shared / "models/tinystories-656k")), CPU, "fp32")
     with pytest.raises(AdapterError, match="does not fit this base model"):
-        load_adapter(other, tmp_path)
+        load_adapter(tiny_model(), tmp_path)
 
 
 def configured(**values: Any) -> Callable[[Path], object]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.schema import ModelSection, PeftSection
@@ -181,9 +182,9 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         adopt_saved_settings(section)
 
 
-def test_the_adapter_of_another_base_is_refused_by_its_shapes(tmp_path: Path, shared: Path) -> None:
+def test_the_adapter_of_another_base_is_refused_by_its_shapes(tmp_path: Path) -> None:
     saved(tmp_path, target_modules=["q_proj"])
-    other = build_skeleton(ModelSection(id=str(shared / "models/tinystories-656k")))
+    other = tiny_model()
     with pytest.raises(AdapterError, match=r"is the adapter of another base: \d+ of its tensors do not fit"):
         check_adapter(other, adopt_saved_settings(PeftSection(from_adapter=str(tmp_path))))
 
