@@ -37,12 +37,13 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# A worker takes a run of neighbouring tests, so that what a file shares is mostly made once.
 test: check
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 # The proofs that take long, each of a kind of which another is in `make test`.
 test-slow: $(STAMP)
-	$(BIN)/pytest -n 2 -m slow
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 # Changed inputs of every kind, and what became of them, as a table in docs/reliability.md.
 FUZZ_CASES := 10000

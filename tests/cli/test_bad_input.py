@@ -259,8 +259,9 @@ def test_there_are_more_than_forty_kinds() -> None:
     assert len(CASES) > 40
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("command", ["validate", "train"])
+@pytest.mark.parametrize(
+    ("command", "name"), [*(("train", name) for name in CASES), *(("validate", name) for name in list(CASES)[::4])]
+)
 def test_bad_input_is_said_and_leaves_nothing(
     command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

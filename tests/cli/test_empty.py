@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ def options() -> list[tuple[str, ...]]:
     return of(ROOT_COMMAND, ())
 
 
-@pytest.mark.parametrize("words", options(), ids=" ".join)
-@pytest.mark.parametrize("empty", ["", " ", "\t"])
+@pytest.mark.parametrize(("words", "empty"), zip(options(), cycle(["", " ", "\t"]), strict=False), ids=str)
 def test_no_option_takes_an_empty_text(call: Call, words: tuple[str, ...], empty: str) -> None:
     needed = {"export": ("--data-type", "loss"), "tag": ("RUN", "x"), "compare": ("a", "b"), "push": ("RUN",)}
     needed |= {"show": ("RUN",), "delete": ("RUN",)}
