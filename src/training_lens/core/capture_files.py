@@ -42,7 +42,14 @@ def truncate_listing(folder: Path, last_step: int) -> list[Path]:
     Raises:
         LensError: it is damaged.
     """
-    kept = [kept_path for path in read_listing(folder) if (kept_path := _truncated_path(path, last_step))]
+    kept = []
+    for path in read_listing(folder):
+        segment = parse_segment_path(path)
+        first = segment.first if segment else snapshot_step(path)
+        if segment and segment.first <= last_step:
+            kept.append(TableSegment.from_range(path.parent, segment.first, min(segment.last, last_step)).path)
+        elif first is not None and first <= last_step:
+            kept.append(path)
     write_listing(folder, kept)
     return _find_missing(folder, kept)
 
@@ -83,12 +90,3 @@ def _exists(path: Path, segments: Iterable[TableSegment]) -> bool:
     if wanted is None:
         return path.is_file()
     return any(segment.first <= wanted.first and wanted.last <= segment.last for segment in segments)
-
-
-def _truncated_path(path: Path, last_step: int) -> Path | None:
-    """A file's path after all steps after `last_step` are dropped; None: the file is dropped."""
-    segment = parse_segment_path(path)
-    first = segment.first if segment else snapshot_step(path)
-    if first is None or first > last_step:
-        return None
-    return TableSegment.from_range(path.parent, segment.first, min(segment.last, last_step)).path if segment else path

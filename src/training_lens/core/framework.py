@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -194,9 +194,10 @@ class TrainingLensFramework:
 
     def step(self, loss: Tensor | float, **values: float | Tensor) -> None:
         """In your own loop: this step's loss, before or after `optimizer.step()`; `values` such as lr=1e-4."""
-        if self._has_scaler_skipped_update():
+        before, self._scale = self._scale, self._scaler.get_scale() if self._scaler else 0.0
+        if self._scale < before:  # the scaler met a gradient that is not finite, and skipped the update
             if self._pending_values is None:
-                return  # this loss belongs to the skipped update
+                return  # this loss belongs to it
             self._pending_values = None
         all_values = {"loss": loss, **values}
         if self._update_step > self._loss_step:
@@ -205,32 +206,23 @@ class TrainingLensFramework:
         self._dropped_losses += self._pending_values is not None
         self._pending_values = all_values
 
-    def _has_scaler_skipped_update(self) -> bool:
-        """Whether the scaler met a gradient that is not finite since the last call: it then lowers its scale."""
-        before, self._scale = self._scale, self._scaler.get_scale() if self._scaler else 0.0
-        return bool(self._scale < before)
-
     def _capture_before_update(
         self, gradients: GradientHooks, _optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The optimizer's pre-hook. With a closure it returns new arguments, as gradients exist only inside of it."""
         self._close_step()
-        closures = [*args[1:], *kwargs.values()]  # args[0] is the optimizer
-        if not closures or closures[0] is None:
+        closure = next(iter([*args[1:], *kwargs.values()]), None)  # args[0] is the optimizer
+        if closure is None:
             self.capture_gradients(self._update_step + 1, gradients)
             return None
-        return (args[0], self._wrap_closure(gradients, closures[0])), {}
-
-    def _wrap_closure(self, gradients: GradientHooks, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Capture after the closure's first call, whose gradients belong to the weights before the update."""
 
         def capture_after_closure() -> Any:
             loss = closure()
-            if self._gradient_step == self._update_step:
+            if self._gradient_step == self._update_step:  # its first call: gradients of the weights before the update
                 self.capture_gradients(self._update_step + 1, gradients)
             return loss
 
-        return capture_after_closure
+        return (args[0], capture_after_closure), {}
 
     def _close_step(self) -> None:
         """End a step that got no loss."""

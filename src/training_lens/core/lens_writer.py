@@ -90,29 +90,22 @@ class LensWriter:
         Raises:
             LensError: values that do not fit their rows, or a table name that cannot be a folder's.
         """
-        if table not in self._pending:
-            self._begin_table(table)
+        if not TABLE_NAME.fullmatch(table):
+            raise LensError(f"'{table}' cannot name a table: use letters, digits, '_', '-' and '.', as for a folder.")
         try:
             packed = buffer_capture(step, captured)
         except LensError as error:
             raise LensError(f"{table}: {error}") from error
-        self._pending[table].append(packed)
+        self._pending.setdefault(table, []).append(packed)
         self._pending_bytes += packed.nbytes
         if captured.tensors:
             self._snapshots.add_snapshot(table, step, captured.tensors)
 
-    def _begin_table(self, table: str) -> None:
-        if not TABLE_NAME.fullmatch(table):
-            raise LensError(f"'{table}' cannot name a table: use letters, digits, '_', '-' and '.', as for a folder.")
-        self._pending[table] = []
-
     def flush_if_due(self, cost: Mapping[str, float] | None = None) -> None:
         """Flush if `lens.flush_seconds` have passed since the last flush, or much is pending; raises as `flush`."""
         pending = self._pending_bytes + self._snapshots.pending_bytes
-        is_full = pending > min(
-            MAX_PENDING_BYTES, self._limit_bytes / 8
-        )  # an eighth, as the newest segment is not thinned
-        if is_full or time.monotonic() - self._flushed_at >= self._flush_seconds:
+        most = min(MAX_PENDING_BYTES, self._limit_bytes / 8)  # an eighth, as the newest segment is not thinned
+        if pending > most or time.monotonic() - self._flushed_at >= self._flush_seconds:
             self.flush(cost)
 
     def flush(self, cost: Mapping[str, float] | None = None) -> None:

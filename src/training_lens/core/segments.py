@@ -221,7 +221,10 @@ class SegmentedTable:
         readable = [(segment, table) for segment in group if (table := self._read_or_mark(segment)) is not None]
         if len(readable) < len(group) and not more:
             return 0  # the damaged one stays, so that its loss stays known
-        table = _thin_table(concat_tables([*(table for _, table in readable), *more]), stride)
+        table = concat_tables([*(table for _, table in readable), *more])
+        if stride > 1:
+            steps = table.column(STEP).to_numpy()
+            table = table.filter(pa.array((steps % stride == 0) | (steps <= 1)))
         first = min([segment.first for segment in group] + [t.column(STEP)[0].as_py() for t in more])
         last = max([segment.last for segment in group] + [t.column(STEP)[-1].as_py() for t in more])
         left = min((max(segment.stride, stride) for segment, _ in readable), default=1)
@@ -238,11 +241,6 @@ class SegmentedTable:
             logger.warning("%s", error)
             self.segments[self.segments.index(segment)] = replace(segment, damaged=True)
             return None
-
-
-def _thin_table(table: pa.Table, stride: int) -> pa.Table:
-    steps = table.column(STEP).to_numpy()
-    return table if stride == 1 else table.filter(pa.array((steps % stride == 0) | (steps <= 1)))
 
 
 def _group_neighbours(segments: Sequence[TableSegment], stride: int, target_bytes: float) -> list[list[TableSegment]]:

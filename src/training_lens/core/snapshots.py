@@ -106,18 +106,15 @@ class SnapshotWriter:
         if not self._limit_bytes:
             return
         if size > self._limit_bytes:
-            self._warn_too_large(table, size)
+            if not self._has_warned:
+                logger.warning(
+                    "%s: a snapshot takes %s, more than lens.snapshots_megabytes allows (%s): none is kept.",
+                    *(table, format_size(size), format_size(self._limit_bytes)),
+                )
+            self._has_warned = True
             return
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._pending.setdefault((table, step), {}).update(copies)
-
-    def _warn_too_large(self, table: str, size: int) -> None:
-        if not self._has_warned:
-            logger.warning(
-                "%s: a snapshot takes %s, more than lens.snapshots_megabytes allows (%s): none is kept.",
-                *(table, format_size(size), format_size(self._limit_bytes)),
-            )
-        self._has_warned = True
 
     def flush(self) -> int:
         """Write what is pending, and drop old snapshots while the total is over the limit.
