@@ -9,6 +9,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -121,30 +122,29 @@ def test_nothing_is_written_through_a_link_in_a_sweep(
     assert look_at(precious) == before
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
+def test_what_no_sweep_writes_into_its_study_is_refused(
+    call: Call, own: list[str], precious: Path, tmp_path: Path
+) -> None:
+    settings = [*own, "sweep.space.training.lr=[1e-3,1e-2]", "sweep.trials=1", "sweep.sampler=grid"]
+    assert call("sweep", *settings).exit_code == 0
+    study, before = tmp_path / "outputs/sweeps/sweep/study.db", look_at(precious)
+    written = study.read_bytes()
+    for key, value in (
         ("token", '"../../precious"'),
         ("token", "3"),
         ("continues", '"x"'),
         ("default", "[1]"),
         ("block_nll", '{"a": 1}'),
-    ],
-)
-def test_what_no_sweep_writes_into_its_study_is_refused(
-    call: Call, own: list[str], precious: Path, tmp_path: Path, key: str, value: str
-) -> None:
-    settings = [*own, "sweep.space.training.lr=[1e-3,1e-2]", "sweep.trials=1", "sweep.sampler=grid"]
-    call("sweep", *settings)
-    with sqlite3.connect(tmp_path / "outputs/sweeps/sweep/study.db") as database:
-        (trial,) = database.execute("SELECT trial_id FROM trials").fetchone()
-        database.execute("DELETE FROM trial_user_attributes WHERE key = ?", (key,))
-        words = "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)"
-        database.execute(words, (trial, key, value))
-    before = look_at(precious)
-    result = call("sweep", *settings)
-    assert result.exit_code == 2 and result.stderr.startswith("error: "), result.output
-    assert look_at(precious) == before
+    ):
+        study.write_bytes(written)
+        with closing(sqlite3.connect(study)) as database, database:
+            (trial,) = database.execute("SELECT trial_id FROM trials").fetchone()
+            database.execute("DELETE FROM trial_user_attributes WHERE key = ?", (key,))
+            words = "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)"
+            database.execute(words, (trial, key, value))
+        result = call("sweep", *settings)
+        assert result.exit_code == 2 and result.stderr.startswith("error: "), (key, value, result.output)
+        assert look_at(precious) == before
 
 
 def test_a_prepared_folder_from_elsewhere_runs_no_code_and_writes_nowhere_else(
