@@ -176,7 +176,7 @@ def progress_columns(width: int = WIDE) -> tuple[ProgressColumn, ...]:
     Args:
         width: of the window, in characters.
     """
-    columns: dict[ProgressColumn, int] = {  # and from which width on it is shown
+    columns: dict[ProgressColumn, int] = {  # column -> the least width that shows it
         TextColumn("{task.description}", markup=False): 0,
         BarColumn(40 if width >= WIDE else 10): NARROW,
         MofNCompleteColumn(): 0,

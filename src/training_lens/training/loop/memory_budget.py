@@ -114,7 +114,7 @@ def explain_out_of_memory(config: TrainingConfig) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         budget = config.training.micro_batch_tokens
-        remedies = {  # and whether it is one here
+        remedies = {  # remedy -> whether it can help here
             f"lower training.micro_batch_tokens (now {budget}; never changes the result)": budget != "auto",
             f"lower model.seq_len (now {config.model.seq_len})": True,
             "set training.gradient_checkpointing=true": not config.training.gradient_checkpointing,
