@@ -15,10 +15,9 @@ import tempfile
 from pathlib import Path
 
 from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
-from training_lens.analysis.figures.catalogue import find_figure
+from training_lens.analysis.figures.catalogue import REPORT_FIGURES
 from training_lens.analysis.reports.executive import build_verdict
-from training_lens.analysis.reports.facts import read_changes, read_losses
-from training_lens.analysis.run_verdict import find_verdict
+from training_lens.analysis.reports.facts import find_verdict, read_changes, read_losses
 from training_lens.display.html import Picture, write_page
 from training_lens.runs.run_lookup import find_run
 
@@ -42,7 +41,7 @@ def main() -> None:
 def write_part_of_report(run: Path, page: Path) -> None:
     """A page with the verdict, whether it learned, and how strongly each layer is changed."""
     analysis = CheckpointAnalyzer(run).analyze()
-    drawing = find_figure("update_strength")
+    drawing = next(figure for figure in REPORT_FIGURES if figure.name == "update_strength")
     parts = [
         build_verdict(analysis.findings, find_verdict(analysis.recording)),
         read_losses(analysis.recording).as_sentence(),

@@ -18,10 +18,8 @@ from training_lens.analysis.figures import (
     plot_cost,
     plot_loss,
 )
-from training_lens.analysis.figures.catalogue import find_figure
 from training_lens.analysis.figures.style import plot_heat_map
-from training_lens.collectors.layer_activations import LayerStates
-from training_lens.collectors.token_positions import TokenPositions
+from training_lens.collectors.layer_activations import LayerStates, TokenPositions
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord, Series
@@ -29,6 +27,7 @@ from training_lens.display.downsampling import thin_line, thin_rows, thin_steps
 from training_lens.errors import LensError
 
 Record = Callable[..., Recording]
+FIGURES = {figure.name: figure for figure in REPORT_FIGURES}
 STEPS = [1, 2, 3]
 NORMS = np.arange(1.0, 16.0).reshape(3, 5)  # (steps, modules)
 
@@ -39,7 +38,7 @@ def _trace(figure: go.Figure, name: str) -> Any:
 
 def test_update_strength_is_the_median_of_each_layers_modules(record: Record) -> None:
     weights, base = {"norm_update": NORMS}, {"norm": np.full((1, 5), 10.0)}
-    figure = find_figure("update_strength").draw(record({tables.WEIGHTS: (STEPS, weights), tables.BASE: ([0], base)}))
+    figure = FIGURES["update_strength"].draw(record({tables.WEIGHTS: (STEPS, weights), tables.BASE: ([0], base)}))
     heat = figure.data[0]
     assert list(heat.y) == ["0", "1", "outside"] and list(heat.x) == STEPS
     assert heat.z[0, 2] == pytest.approx((11 + 12) / 2 / 10)
@@ -47,7 +46,7 @@ def test_update_strength_is_the_median_of_each_layers_modules(record: Record) ->
 
 
 def test_without_the_base_the_change_itself_is_drawn_and_said_so(record: Record) -> None:
-    figure = find_figure("update_strength").draw(record({tables.WEIGHTS: (STEPS, {"norm_update": NORMS})}))
+    figure = FIGURES["update_strength"].draw(record({tables.WEIGHTS: (STEPS, {"norm_update": NORMS})}))
     assert figure.data[0].z[0, 0] == pytest.approx(np.hypot(1, 2))
     assert "unknown" in figure.data[0].colorbar.title.text
 
@@ -55,17 +54,17 @@ def test_without_the_base_the_change_itself_is_drawn_and_said_so(record: Record)
 def test_kinds_are_lines_of_the_modules_of_all_layers(record: Record) -> None:
     gradients = {"norm_a": NORMS, "norm_b": 0 * NORMS, "cosine_mean": NORMS / 20}
     recording = record({tables.GRADIENTS: (STEPS, gradients)})
-    norms = find_figure("gradient_norm_by_kind").draw(recording)
+    norms = FIGURES["gradient_norm_by_kind"].draw(recording)
     assert _trace(norms, "q").y[0] == pytest.approx(np.hypot(1, 3))
     assert [trace.name for trace in norms.data] == ["q", "v", "lm_head"]
-    assert _trace(find_figure("gradient_cosine").draw(recording), "v").y[2] == pytest.approx((12 + 14) / 2 / 20)
+    assert _trace(FIGURES["gradient_cosine"].draw(recording), "v").y[2] == pytest.approx((12 + 14) / 2 / 20)
 
 
 def test_gradients_are_coloured_by_their_power_of_ten_and_hover_shows_the_number(record: Record) -> None:
     norms = np.full((3, 5), 1e-3)
     norms[1] = 0.0
     recording = record({tables.GRADIENTS: (STEPS, {"norm_a": norms, "norm_b": 0 * norms})})
-    heat = find_figure("gradient_norm").draw(recording).data[0]
+    heat = FIGURES["gradient_norm"].draw(recording).data[0]
     assert heat.z[2, 0] == pytest.approx(-3) and heat.z[2, 1] == pytest.approx(-3)
     assert heat.customdata[2, 1] == 0 and heat.customdata[0, 0] == pytest.approx(np.sqrt(2) * 1e-3)
 
@@ -74,7 +73,7 @@ def test_what_is_not_finite_is_marked_and_not_drawn_as_a_number(record: Record) 
     norms = NORMS.copy()
     norms[1, 2], norms[2, 4] = np.nan, np.inf
     recording = record({tables.GRADIENTS: (STEPS, {"norm_a": norms, "norm_b": norms})})
-    heat, crosses = find_figure("gradient_norm").draw(recording).data
+    heat, crosses = FIGURES["gradient_norm"].draw(recording).data
     assert sorted(zip(crosses.x, crosses.y, strict=True)) == [(2, "1"), (3, "outside")]
     assert np.isnan(heat.z[1, 1]) and np.isnan(heat.z[2, 2])
 
@@ -83,24 +82,24 @@ def test_spectra_are_those_of_the_strongest_module_and_the_median_of_each_kind(r
     values = np.ones((2, 5, 4)) * [4.0, 2.0, 1.0, 0.5]
     values[:, 3] *= 3
     recording = record({tables.SPECTRA: ([1, 2], {"singular_values": values})})
-    over_steps, at_end = (find_figure(name).draw(recording) for name in ("spectrum", "spectrum_by_kind"))
+    over_steps, at_end = (FIGURES[name].draw(recording) for name in ("spectrum", "spectrum_by_kind"))
     assert list(_trace(over_steps, "2.").y) == [6, 6]
     assert list(_trace(at_end, "v").y) == [1, 0.5, 0.25, 0.125]
 
 
 def test_of_a_long_spectrum_twelve_lines_are_drawn_the_first_and_last_among_them(record: Record) -> None:
     values = np.ones((2, 5, 64)) * np.arange(64, 0, -1.0)
-    figure = find_figure("spectrum").draw(record({tables.SPECTRA: ([1, 2], {"singular_values": values})}))
+    figure = FIGURES["spectrum"].draw(record({tables.SPECTRA: ([1, 2], {"singular_values": values})}))
     assert len(figure.data) == 12 and [figure.data[0].name, figure.data[-1].name] == ["1.", "64."]
 
 
 def test_balance_is_the_size_of_b_over_that_of_a(record: Record) -> None:
-    figure = find_figure("balance").draw(record({tables.WEIGHTS: (STEPS, {"norm_a": 2 * NORMS, "norm_b": NORMS})}))
+    figure = FIGURES["balance"].draw(record({tables.WEIGHTS: (STEPS, {"norm_a": 2 * NORMS, "norm_b": NORMS})}))
     assert list(_trace(figure, "lm_head").y) == [0.5, 0.5, 0.5]
 
 
 def test_effective_rank_has_the_full_rank_as_its_brightest_colour(record: Record) -> None:
-    figure = find_figure("effective_rank").draw(record({tables.SPECTRA: (STEPS, {"effective_rank": NORMS / 15})}))
+    figure = FIGURES["effective_rank"].draw(record({tables.SPECTRA: (STEPS, {"effective_rank": NORMS / 15})}))
     assert figure.data[0].zmax == 4 and figure.data[0].z[1, 0] == pytest.approx((3 + 4) / 2 / 15)
 
 
@@ -154,7 +153,7 @@ def test_scatter_that_shrinks_with_the_loss_is_no_spike() -> None:
 
 
 def test_the_title_of_a_heat_maps_steps_keeps_clear_of_their_numbers(record: Record) -> None:
-    drawn = find_figure("update_strength").draw(record({tables.WEIGHTS: (STEPS, {"norm_update": NORMS})}))
+    drawn = FIGURES["update_strength"].draw(record({tables.WEIGHTS: (STEPS, {"norm_update": NORMS})}))
     assert drawn.layout.yaxis.type == "category" and drawn.layout.xaxis.title.standoff > drawn.layout.font.size
 
 
@@ -189,7 +188,7 @@ def test_a_module_named_as_markup_is_shown_as_text(record: Record) -> None:
     evil = "<a href='x'>layer</a>"
     of = (ModuleRecord(evil, None, evil, 4, 8, 8, 1.0),)
     recording = record({tables.GRADIENTS: ([1], {"norm_a": [[1.0]], "norm_b": [[1.0]]})}, of=of)
-    assert _trace(find_figure("gradient_norm_by_kind").draw(recording), "&lt;a href=&#x27;x&#x27;&gt;layer&lt;/a&gt;")
+    assert _trace(FIGURES["gradient_norm_by_kind"].draw(recording), "&lt;a href=&#x27;x&#x27;&gt;layer&lt;/a&gt;")
 
 
 def test_a_thinned_line_keeps_its_ends_its_extremes_and_what_is_not_finite() -> None:

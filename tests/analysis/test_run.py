@@ -15,7 +15,7 @@ import pytest
 
 from training_lens import CheckpointAnalyzer, Run, TrainingWrapper
 from training_lens.analysis.reports.technical import marked_steps
-from training_lens.analysis.run_comparison import DIFFERENT_ROWS
+from training_lens.analysis.run_card import DIFFERENT_ROWS
 from training_lens.core import table_names as tables
 from training_lens.errors import CheckpointError, ConfigurationError, LensError
 from training_lens.runs.metrics_log import read_metrics

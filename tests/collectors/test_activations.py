@@ -11,8 +11,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from training_lens.collectors import ActivationExtractor, ActivationsCollector, DivergenceCollector
-from training_lens.collectors.layer_activations import decoder_layers
-from training_lens.collectors.token_positions import MAX_POSITIONS, TokenPositions
+from training_lens.collectors.layer_activations import MAX_POSITIONS, TokenPositions, decoder_layers
 from training_lens.core.probe import Probe, evaluation_mode
 from training_lens.errors import LensError
 from training_lens.models.adapters import base_only

@@ -14,6 +14,7 @@ from training_lens.measures import curves as convergence
 checked = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))  # an int is a float, too
 trend, remaining_gain = checked(convergence.log_slope), checked(convergence.remaining_gain)
 robust_z, epoch_drops = checked(convergence.robust_z), checked(convergence.epoch_drops)
+point_noise = checked(convergence.point_noise)
 
 
 def test_a_line_against_the_logarithm_gives_its_slope_without_error() -> None:
@@ -67,6 +68,16 @@ def test_robust_distance_at_its_ends() -> None:
     known = robust_z(np.array([1.0, np.nan, 2.0, np.inf, 3.0, -np.inf]))
     np.testing.assert_allclose(known, [-1 / 1.4826, np.nan, 0, np.inf, 1 / 1.4826, -np.inf])
     assert np.isnan(robust_z(np.full(3, np.nan))).all() and not len(robust_z(np.zeros(0)))
+
+
+def test_the_noise_of_a_point_is_that_of_its_neighbours_differences() -> None:
+    line = 5 - 0.3 * np.arange(7)
+    assert point_noise(line) == pytest.approx(0, abs=1e-12)  # an even trend adds nothing
+    steps = np.array([0.0, 1.0, 1.0, 3.0, 9.0])  # differences 1, 0, 2, 6: 0.5, 1.5, 0.5, 4.5 from their median
+    assert point_noise(steps) == pytest.approx(1.4826 * 1.0 / math.sqrt(2))
+    noise = np.random.default_rng(0).normal(0, 0.2, 20_000)
+    assert point_noise(noise) == pytest.approx(0.2, rel=0.03)
+    assert np.isnan(point_noise(line[:1]))
 
 
 def staircase(drop: float, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from torch.linalg import matrix_norm
 
 from training_lens.analysis.saved_adapters import open_adapter, open_base_weights
 from training_lens.analyzers.module_groups import json_number, json_numbers
-from training_lens.core.modules import AdapterModule, adapter_modules
+from training_lens.core.modules import adapter_modules
 from training_lens.core.types import ModuleRecord
 from training_lens.measures import singular_values as spectra
 from training_lens.measures.adapter_measures import adapter_norms, update_spectrum
@@ -47,26 +47,18 @@ class AdaptedWeight:
         a, b, scaling, weight = self.a, self.b, self.record.scaling, self.weight
         singular = spectra.singular_values(a, b, scaling)
         directions = int(spectra.energy_rank(singular).nan_to_num(0))
-        top = spectra.top_singular_value(weight)
-        return {
-            "strength": json_number(spectra.update_norm(a, b, scaling) / matrix_norm(weight)),
-            "top_strength": json_number(singular[0] / top),
-            "amplification": json_number(spectra.amplification(weight, a, b, scaling, directions))
-            if directions
-            else None,
-            **(self._measure_intruders(weight) if intruders else {}),
-            **self._measure_dora_change(weight),
+        found = {
+            "strength": spectra.update_norm(a, b, scaling) / matrix_norm(weight),
+            "top_strength": singular[0] / spectra.top_singular_value(weight),
+            "amplification": spectra.amplification(weight, a, b, scaling, directions) if directions else torch.nan,
         }
-
-    def _measure_intruders(self, weight: Tensor) -> dict[str, Any]:
-        found = spectra.find_intruders(weight, self.a, self.b, self.record.scaling)
-        return {"intruders": json_number(found.count), "intruder_energy_share": json_number(found.energy_share)}
-
-    def _measure_dora_change(self, weight: Tensor) -> dict[str, Any]:
-        if self.magnitude is None:
-            return {}
-        changes = spectra.dora_change(weight, self.a, self.b, self.record.scaling, self.magnitude)
-        return dict(zip(("magnitude_change", "direction_change"), map(json_number, changes), strict=True))
+        if intruders:
+            strange = spectra.find_intruders(weight, a, b, scaling)
+            found |= {"intruders": strange.count, "intruder_energy_share": strange.energy_share}
+        if self.magnitude is not None:
+            changes = spectra.dora_change(weight, a, b, scaling, self.magnitude)
+            found |= dict(zip(("magnitude_change", "direction_change"), changes, strict=True))
+        return {name: json_number(value) for name, value in found.items()}
 
 
 class LoRAParameterAnalyzer:
@@ -113,18 +105,12 @@ class LoRAParameterAnalyzer:
     def weights(self) -> Iterator[AdaptedWeight]:
         """Each module with its factors and its W, with one W in memory at a time."""
         if self._opened is None:
-            yield from map(_read_adapted_weight, self._modules)
+            for module in self._modules:
+                magnitude = None if module.magnitude is None else module.magnitude.detach()
+                yield AdaptedWeight(module.record, *module.factors(), magnitude, module.base_weight())
             return
         updates = self._opened.read_factors()
         for record in self._opened.records:
             update = updates[record.name]
             weight = self._weights.read_weight(record) if self._weights else None
             yield AdaptedWeight(record, update.a, update.b, update.magnitude, weight)
-
-
-def _read_adapted_weight(module: AdapterModule) -> AdaptedWeight:
-    a, b = module.a.detach(), module.b.detach()
-    if module.frozen_a is not None and module.frozen_b is not None:
-        a, b = torch.cat([a, module.frozen_a]), torch.cat([b, module.frozen_b], 1)
-    magnitude = None if module.magnitude is None else module.magnitude.detach()
-    return AdaptedWeight(module.record, a, b, magnitude, module.base_weight())

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training_lens.analysis.evolution import read_evolution
 from training_lens.analysis.findings.diagnosis import diagnose
 from training_lens.analysis.open_recording import open_recording
-from training_lens.analyzers.module_groups import By, json_number, json_numbers
+from training_lens.analyzers.module_groups import By, json_number, json_numbers, read_evolution
 from training_lens.analyzers.saved_factors import snapshot_factors
 from training_lens.analyzers.similarity_analyzer import (
     SimilarityAnalyzer,
@@ -21,7 +20,7 @@ from training_lens.analyzers.similarity_analyzer import (
     decompose_updates,
 )
 from training_lens.core import table_names as tables
-from training_lens.core.recording import DataAnalyzer, Recording
+from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import Series
 from training_lens.errors import LensError
@@ -113,21 +112,18 @@ class CheckpointAnalyzer:
         results: dict[str, Mapping[str, Any]] = {}
         for name in AnalyzerRegistry.names():
             analyzer = AnalyzerRegistry.get(name)()
-            if analyzer.can_read(self.recording):
-                results |= self._run_analyzer(analyzer)
+            if not analyzer.can_read(self.recording):
+                continue
+            try:
+                results[name] = analyzer.analyze(self.recording)
+            except Exception as error:
+                if type(analyzer).__module__.startswith("training_lens."):
+                    raise
+                logger.warning("the analyzer '%s' failed and is left out: %s", name, describe_error(error))
         return Analysis(self.recording, results, diagnose(self.recording))
 
-    def _run_analyzer(self, analyzer: DataAnalyzer) -> dict[str, Mapping[str, Any]]:
-        try:
-            return {analyzer.name: analyzer.analyze(self.recording)}
-        except Exception as error:
-            if type(analyzer).__module__.startswith("training_lens."):
-                raise
-            logger.warning("the analyzer '%s' failed and is left out: %s", analyzer.name, describe_error(error))
-            return {}
-
     def evolution(self, measure: str, by: By = "module") -> Series:
-        """See `analysis.evolution.read_evolution`."""
+        """See `analyzers.module_groups.read_evolution`."""
         return read_evolution(self.recording, measure, by)
 
     def adapter(self, step: int | None = None) -> dict[str, Factors]:

@@ -24,14 +24,12 @@ from training_lens.core.arrow import (
     require_measure,
     suggest_name,
 )
-from training_lens.core.types import Captured, ModuleRecord, Series
+from training_lens.core.types import Captured, Series
 from training_lens.errors import LensError
-from training_lens.measures import singular_values as spectra
 from training_lens.measures.adapter_measures import adapter_norms, update_spectrum
 from training_lens.measures.factors import Factors
+from training_lens.measures.singular_values import dora_change, top_singular_value
 from training_lens.merging.weight_update import LowRankUpdate
-
-Rows = list[tuple[int, Captured]]
 
 
 class CheckpointCaptures:
@@ -127,19 +125,20 @@ class CheckpointCaptures:
     @cached_property
     def _adapter_tables(self) -> dict[str, pa.Table]:
         """The weight and spectrum tables, in one pass over the checkpoints."""
-        weights: Rows = []
-        spectral: Rows = []
-        before: list[FactorBatch] = []
+        weights: list[tuple[int, Captured]] = []
+        spectral: list[tuple[int, Captured]] = []
+        before: Sequence[FactorBatch] = ()
         for step, adapter in sorted(self._adapters.items()):
             updates = adapter.read_factors()
             now = batch_factors(self._records, {name: Factors(u.a, u.b) for name, u in updates.items()})
-            weights.append(
-                (
-                    step,
-                    self._collect_modules(now, [_measure_weights(*pair) for pair in _pair_with_previous(now, before)]),
-                )
-            )
-            found = self._collect_modules(now, [_measure_spectra(stack) for stack in now])
+            earlier: Sequence[FactorBatch | None] = before or [None] * len(now)
+            norms, spectra = [], []
+            for batch, old in zip(now, earlier, strict=True):  # all checkpoints of a run have the same batches
+                factors = batch.factors  # of a saved PiSSA adapter both halves, which cancel
+                norms.append(adapter_norms(factors, batch.scaling, factors, old.factors if old else None))
+                spectra.append(update_spectrum(factors, factors, batch.scaling))
+            weights.append((step, self._collect_modules(now, norms)))
+            found = self._collect_modules(now, spectra)
             spectral.append((step, replace(found, scalars={**found.scalars, **self._measure_dora_changes(updates)})))
             before = now
         return {tables.WEIGHTS: arrow_table(weights), tables.SPECTRA: arrow_table(spectral)}
@@ -163,48 +162,22 @@ class CheckpointCaptures:
         """DoRA's change of magnitude and direction by module; empty for other adapters, or without the base."""
         if self._base is None or all(update.magnitude is None for update in updates.values()):
             return {}
-        changes = [self._measure_dora_change(record, updates[record.name], self._base) for record in self._records]
-        magnitude, direction = zip(*changes, strict=True)
-        return {"magnitude_change": torch.tensor(magnitude), "direction_change": torch.tensor(direction)}
-
-    def _measure_dora_change(
-        self, record: ModuleRecord, update: LowRankUpdate, base: BaseWeights
-    ) -> tuple[float, float]:
-        weight = base.read_weight(record)
-        if weight is None or update.magnitude is None:
-            return torch.nan, torch.nan
-        magnitude, direction = spectra.dora_change(weight, update.a, update.b, update.factor, update.magnitude)
-        return float(magnitude), float(direction)
+        changes = torch.full((2, len(self._records)), torch.nan)
+        for i, record in enumerate(self._records):
+            update, weight = updates[record.name], self._base.read_weight(record)
+            if weight is not None and update.magnitude is not None:
+                found = dora_change(weight, update.a, update.b, update.factor, update.magnitude)
+                changes[:, i] = torch.stack(found)
+        return dict(zip(("magnitude_change", "direction_change"), changes, strict=True))
 
     @cached_property
     def _base_table(self) -> pa.Table:
         """Norm and largest singular value of each base weight, with one weight in memory at a time."""
         assert self._base is not None
-        known = [record for record in self._records if self._base.has_weight(record)]
-        norms, tops = [], []
-        for record in known:
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for record in self._records:
             weight = self._base.read_weight(record)
-            assert weight is not None
-            norms.append(matrix_norm(weight))
-            tops.append(spectra.top_singular_value(weight))
-        rows = Captured({"norm": torch.stack(norms), "top": torch.stack(tops)}, rows=[r.name for r in known])
-        return arrow_table([(0, rows)])
-
-
-def _pair_with_previous(
-    now: Sequence[FactorBatch], before: Sequence[FactorBatch]
-) -> list[tuple[FactorBatch, FactorBatch | None]]:
-    """Each batch with its predecessor; all checkpoints of a run have the same batches."""
-    earlier: Sequence[FactorBatch | None] = before or [None] * len(now)
-    return list(zip(now, earlier, strict=True))
-
-
-def _measure_weights(now: FactorBatch, before: FactorBatch | None) -> dict[str, Tensor]:
-    factors = Factors(now.a, now.b)
-    previous = Factors(before.a, before.b) if before else None
-    return adapter_norms(factors, now.scaling, factors, previous)  # a saved PiSSA adapter has both halves, which cancel
-
-
-def _measure_spectra(stack: FactorBatch) -> dict[str, Tensor]:
-    factors = Factors(stack.a, stack.b)
-    return update_spectrum(factors, factors, stack.scaling)
+            if weight is not None:
+                found[record.name] = matrix_norm(weight), top_singular_value(weight)
+        norms, tops = (torch.stack(values) for values in zip(*found.values(), strict=True))
+        return arrow_table([(0, Captured({"norm": norms, "top": tops}, rows=list(found)))])

@@ -43,15 +43,13 @@ def export_tables(
     if standing and not force:
         raise OutputError(f"{standing[0]} exists already. Give --force to overwrite it, or another --output.")
     folder.mkdir(parents=True, exist_ok=True)
-    return {path: _write_table(recording.captures.table(name), format, path) for name, path in targets.items()}
-
-
-def _write_table(table: pa.Table, format: str, path: Path) -> int:
-    """Returns the row count, which could be larger at the next read while training runs."""
-    with atomic_file(path) as temporary:
-        WRITERS[format](table, temporary)
-    rows: int = table.num_rows
-    return rows
+    counts = {}
+    for name, path in targets.items():
+        table = recording.captures.table(name)  # read once, as it may be longer at the next read while training runs
+        with atomic_file(path) as temporary:
+            WRITERS[format](table, temporary)
+        counts[path] = table.num_rows
+    return counts
 
 
 def _write_csv(table: pa.Table, path: Path) -> None:

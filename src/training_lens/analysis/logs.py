@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from training_lens.utils.files import read_json
 
 TRAINER_STATE = "trainer_state.json"
 TRAINER_NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr", "epoch": "epoch"}
-LogRow = tuple[str, int, dict[str, float]]  # table, step, measures
+LogRow = tuple[str, int, dict[str, float | None]]  # table, step, measures
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,17 @@ def read_our_log(metrics: Path, settings: Mapping[str, Any] | None = None) -> Lo
         settings: known `LensManifest.settings` of the run; they override those of the log.
     """
     lines = read_metrics(metrics) if metrics.is_file() else []
-    return Log(_build_tables(_read_our_rows(lines)), {**_estimate_run_length(lines), **(settings or {})})
-
-
-def _estimate_run_length(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The steps per epoch, from the last step."""
-    last = next((line for line in reversed(lines) if line.get("kind") == "step" and line.get("epoch")), None)
-    return {"steps_per_epoch": max(1, round(last["step"] / last["epoch"]))} if last else {}
-
-
-def _read_our_rows(lines: Iterable[Mapping[str, Any]]) -> Iterator[LogRow]:
+    rows: list[LogRow] = []
+    estimated: dict[str, Any] = {}
     for line in lines:
         if line.get("kind") == "step":
-            yield (
-                tables.LOSS,
-                line["step"],
-                _drop_missing({name: line.get(name) for name in tables.MEASURES[tables.LOSS]}),
-            )
+            rows.append((tables.LOSS, line["step"], {name: line.get(name) for name in tables.MEASURES[tables.LOSS]}))
+            if line.get("epoch"):
+                estimated["steps_per_epoch"] = max(1, round(line["step"] / line["epoch"]))
         elif line.get("kind") in ("validation", "base"):
             measure = "base_loss" if line["kind"] == "base" else "loss"
-            yield tables.EVALUATION, line["step"], _drop_missing({measure: line.get("loss")})
+            rows.append((tables.EVALUATION, line["step"], {measure: line.get("loss")}))
+    return Log(_build_tables(rows), {**estimated, **(settings or {})})
 
 
 def read_trainer_log(path: Path) -> Log:
@@ -77,7 +68,14 @@ def read_trainer_log(path: Path) -> Log:
     try:
         state = read_json(path)
         steps, epochs = state["max_steps"], state["num_train_epochs"]
-        rows = list(_read_trainer_rows(state["log_history"]))
+        rows: list[LogRow] = []
+        for entry in state["log_history"]:
+            if "loss" in entry:
+                given = {ours: entry.get(theirs) for theirs, ours in TRAINER_NAMES.items()}
+                rows.append((tables.LOSS, int(entry["step"]), given))
+            elif "eval_loss" in entry:
+                rows.append((tables.EVALUATION, int(entry["step"]), {"loss": entry["eval_loss"]}))
+        logged = _build_tables(rows)
         done = state["global_step"] >= steps > 0
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LensError(
@@ -85,7 +83,7 @@ def read_trainer_log(path: Path) -> Log:
             "the adapters without losses."
         ) from error
     settings = {"total_steps": steps, "steps_per_epoch": max(1, round(steps / epochs)) if epochs else None}
-    return Log(_build_tables(rows), settings, "finished" if done else "unknown")
+    return Log(logged, settings, "finished" if done else "unknown")
 
 
 def read_trainer_step(path: Path) -> int:
@@ -100,24 +98,12 @@ def read_trainer_step(path: Path) -> int:
         raise LensError(f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or move it away.") from error
 
 
-def _read_trainer_rows(history: Iterable[Mapping[str, Any]]) -> Iterator[LogRow]:
-    for entry in history:
-        if "loss" in entry:
-            given = {ours: entry.get(theirs) for theirs, ours in TRAINER_NAMES.items()}
-            yield tables.LOSS, int(entry["step"]), _drop_missing(given)
-        elif "eval_loss" in entry:
-            yield tables.EVALUATION, int(entry["step"]), _drop_missing({"loss": entry["eval_loss"]})
-
-
-def _drop_missing(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items() if value is not None}
-
-
 def _build_tables(rows: Iterable[LogRow]) -> dict[str, pa.Table]:
     """One table per name; of two rows for one step, as a resumed run logs them, the later one wins."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for table, step, values in rows:
-        found.setdefault(table, {}).setdefault(step, {}).update(values)
+        known = {name: float(value) for name, value in values.items() if value is not None}
+        found.setdefault(table, {}).setdefault(step, {}).update(known)
     return {
         table: arrow_table([(s, Captured({m: torch.tensor([v]) for m, v in values.items()})) for s, values in steps])
         for table, by_step in found.items()

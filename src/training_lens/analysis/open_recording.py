@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from training_lens.core.lens_store import LensStore
 from training_lens.core.recording import Recording
 from training_lens.core.types import DataType, LensManifest
 from training_lens.errors import AdapterError, CheckpointError, LensError
-from training_lens.runs.checkpoint_format import list_checkpoints
 from training_lens.runs.run_folder import RunFolder, list_run_folders
 from training_lens.utils.formatting import suggest_path
 from training_lens.utils.logging import get_logger
@@ -63,10 +62,15 @@ def open_recording(path: Path | str, base: Path | str | None = None) -> Recordin
         recording.series("adapter_weights", "norm_update").column("model.layers.0.self_attn.q_proj")
     """
     folder = _require_folder(expand_home(path))
-    for holds, read in _FORMS:
-        if holds(folder):
-            return read(folder, base)
-    raise LensError(_explain_unreadable(folder))
+    for captures in (folder, folder / "lens"):
+        if (captures / LENS).is_file():
+            return _open_captures(captures)
+    if RunFolder(folder).metadata.is_dir():
+        return _open_run_adapters(folder, base)
+    source = _find_adapters(folder)
+    if source is None:
+        raise LensError(_explain_unreadable(folder))
+    return _build_recording(folder, source, base, source.log.status)
 
 
 def _require_folder(path: Path) -> Path:
@@ -77,28 +81,12 @@ def _require_folder(path: Path) -> Path:
     raise LensError(f"no folder '{path}'.{suggest_path(path)}")
 
 
-def _is_lens(folder: Path) -> bool:
-    return (folder / LENS).is_file()
-
-
-def _has_lens(folder: Path) -> bool:
-    return _is_lens(folder / "lens")
-
-
-def _is_run(folder: Path) -> bool:
-    return RunFolder(folder).metadata.is_dir()
-
-
-def _is_our_checkpoint(folder: Path) -> bool:
-    return has_adapter_files(folder / "adapter")
-
-
-def _open_captures(folder: Path, _base: Path | str | None) -> Recording:
+def _open_captures(folder: Path) -> Recording:
     """A recording of captures; a folder named `lens` belongs to the run around it."""
     store, run = LensStore(folder), RunFolder(folder.parent)
     if folder.name != "lens":
         return Recording(folder.name, folder, store.manifest, store)
-    status = _read_status(run) if _is_run(run.root) else "unknown"
+    status = _read_status(run) if run.metadata.is_dir() else "unknown"
     return Recording(run.run_id, run.root, store.manifest, store, status)
 
 
@@ -136,7 +124,7 @@ def _find_run_adapters(run: RunFolder) -> AdapterSource:
         settings["total_steps"] = summary.get("steps")
         if summary.get("epochs"):
             settings["steps_per_epoch"] = max(1, round(summary["steps"] / summary["epochs"]))
-    folders = _find_our_checkpoints(run.checkpoints)
+    folders = _find_checkpoints(run.checkpoints, OURS, "adapter")
     if has_adapter_files(run.adapter):
         folders.setdefault(int(summary.get("adapter_step") or max(folders, default=0)), run.adapter)
     return AdapterSource(folders, read_our_log(run.metrics_file, settings), "training-lens")
@@ -151,47 +139,33 @@ def _read_metadata(run: RunFolder, name: str) -> Mapping[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _find_our_checkpoints(folder: Path) -> dict[int, Path]:
-    found = [(OURS.fullmatch(path.name), path / "adapter") for path in list_checkpoints(folder)]
-    return {int(match[1]): path for match, path in found if match and has_adapter_files(path)}
-
-
-def _find_trainer_checkpoints(folder: Path) -> dict[int, Path]:
-    found = [(TRAINERS.fullmatch(path.name), path) for path in folder.glob("checkpoint-*/")]
-    return {int(match[1]): path for match, path in found if match and has_adapter_files(path)}
-
-
-def _open_our_checkpoints(folder: Path, base: Path | str | None) -> Recording:
-    return _build_recording(folder, AdapterSource(_find_our_checkpoints(folder), Log(), "training-lens"), base)
-
-
-def _open_our_checkpoint(folder: Path, base: Path | str | None) -> Recording:
-    match = OURS.fullmatch(folder.name)
-    step = int(match[1]) if match else 0
-    return _build_recording(folder, AdapterSource({step: folder / "adapter"}, Log(), "training-lens"), base)
-
-
-def _open_trainer_output(folder: Path, base: Path | str | None) -> Recording:
-    """The output folder of the HF Trainer; its newest state has the log of all steps."""
-    folders = _find_trainer_checkpoints(folder)
-    states = [folder / TRAINER_STATE, *(folders[step] / TRAINER_STATE for step in sorted(folders, reverse=True))]
-    state = next((path for path in states if path.is_file()), None)
-    log = read_trainer_log(state) if state else Log()
-    if state is None:
-        logger.info("%s has no %s: losses are unknown", folder, TRAINER_STATE)
-    return _build_recording(folder, AdapterSource(folders, log, "transformers"), base, log.status)
-
-
-def _open_single_adapter(folder: Path, base: Path | str | None) -> Recording:
-    """One adapter, perhaps with the state of the HF Trainer beside it."""
+def _find_adapters(folder: Path) -> AdapterSource | None:
+    """The adapters in a folder that is no run of ours, with the log of their trainer; None if there are none."""
     state = folder / TRAINER_STATE
-    step, log = (read_trainer_step(state), read_trainer_log(state)) if state.is_file() else (0, Log())
-    return _build_recording(folder, AdapterSource({step: folder}, log, "transformers" if step else "hand"), base)
+    if has_adapter_files(folder):  # one adapter, perhaps with the state of the HF Trainer beside it
+        step, log = (read_trainer_step(state), read_trainer_log(state)) if state.is_file() else (0, Log())
+        return AdapterSource({step: folder}, log, "transformers" if step else "hand")
+    if folders := _find_checkpoints(folder, TRAINERS):
+        # the newest state has the log of all steps
+        states = [state, *(folders[step] / TRAINER_STATE for step in sorted(folders, reverse=True))]
+        newest = next((path for path in states if path.is_file()), None)
+        if newest is None:
+            logger.info("%s has no %s: losses are unknown", folder, TRAINER_STATE)
+        return AdapterSource(folders, read_trainer_log(newest) if newest else Log(), "transformers")
+    folders = _find_checkpoints(folder, OURS, "adapter")
+    if has_adapter_files(folder / "adapter"):
+        match = OURS.fullmatch(folder.name)
+        folders = {int(match[1]) if match else 0: folder / "adapter"}
+    return AdapterSource(folders, Log(), "training-lens") if folders else None
 
 
-def _build_recording(
-    folder: Path, source: AdapterSource, base: Path | str | None, status: str = "unknown"
-) -> Recording:
+def _find_checkpoints(folder: Path, pattern: re.Pattern[str], inner: str = "") -> dict[int, Path]:
+    """By step, the folders with adapter files whose names match; the files of ours are in the folder `inner`."""
+    matches = [(pattern.fullmatch(path.name), path / inner) for path in folder.glob("*/")]
+    return {int(match[1]): path for match, path in matches if match and has_adapter_files(path)}
+
+
+def _build_recording(folder: Path, source: AdapterSource, base: Path | str | None, status: str) -> Recording:
     adapters = _open_intact_adapters(source.folders)
     captures = CheckpointCaptures(adapters, source.log.tables, open_base_weights(adapters[-1], base))
     manifest = LensManifest(
@@ -224,9 +198,10 @@ def _explain_unreadable(folder: Path) -> str:
     there = sorted(p.name for p in folder.iterdir())
     if not there:
         return f"{folder} is empty. Give {EXPECTED_FOLDERS}."
-    if found := _find_full_weights(folder):
+    patterns = (*FULL_WEIGHTS, *(f"*/{name}" for name in FULL_WEIGHTS))
+    if found := next((path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()), None):
         return (
-            f"{found[0]} is a full model without an adapter: a full fine-tune or a merged model. The lens reads LoRA "
+            f"{found} is a full model without an adapter: a full fine-tune or a merged model. The lens reads LoRA "
             "and DoRA adapters; give the folder that PEFT's save_pretrained wrote."
         )
     runs = list_run_folders(folder) or list_run_folders(folder / "runs")
@@ -234,21 +209,3 @@ def _explain_unreadable(folder: Path) -> str:
         return f"{folder} contains {len(runs)} runs. Give one of them, such as {runs[-1].root}."
     shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
     return f"{folder} is not a run. Expected {EXPECTED_FOLDERS}; found {shown}."
-
-
-def _find_full_weights(folder: Path) -> list[Path]:
-    return [
-        path for name in FULL_WEIGHTS for path in (folder / name, *sorted(folder.glob(f"*/{name}"))) if path.is_file()
-    ]
-
-
-# The kinds of folders and how to open them; the first match wins.
-_FORMS: tuple[tuple[Callable[[Path], object], Callable[[Path, Path | str | None], Recording]], ...] = (
-    (_is_lens, _open_captures),
-    (_has_lens, lambda folder, base: _open_captures(folder / "lens", base)),
-    (_is_run, _open_run_adapters),
-    (has_adapter_files, _open_single_adapter),
-    (_find_trainer_checkpoints, _open_trainer_output),
-    (_is_our_checkpoint, _open_our_checkpoint),
-    (_find_our_checkpoints, _open_our_checkpoints),
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +24,12 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from training_lens.analysis.findings import Finding
-    from training_lens.analysis.run_comparison import RunComparison
+    from training_lens.analysis.run_card import RunComparison
     from training_lens.inference.session import Session
 
 OUTPUTS = "outputs"
 STEP_COLUMNS = ("epoch", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "seconds", "finite")
-NULLABLE_TYPES = {
-    "tokens": "Int64",
-    "supervised_tokens": "Int64",
-    "finite": "boolean",
-}  # kept in spite of empty cells
+NULLABLE_TYPES = {"tokens": "Int64", "supervised_tokens": "Int64", "finite": "boolean"}  # kept beside empty cells
 SAMPLE_COLUMNS = ("step", "base", "id", "prompt", "expected", "generated")
 IN_A_MIRROR = (
     "a run in a mirror must be fetched first: Run(fetch_to_read(URL, 'outputs', finished=None).root), with "
@@ -121,13 +117,35 @@ class Run:
         without padding; `supervised_tokens`; `seconds`; `finite`. Validated steps also have `validation_loss`,
         and `validation_loss_NAME` for several domains or files, NaN elsewhere. Row 0 is the validation of the base.
         """
-        return _metrics_frame(self.folder.metrics_file)
+        import pandas
+
+        rows: dict[int, dict[str, Any]] = {}
+        for line in _read_lines(self.folder.metrics_file):
+            row = rows.setdefault(line["step"], {})
+            if line.get("kind") == "step":
+                row.update({name: line.get(name) for name in STEP_COLUMNS})
+            elif line.get("kind") in ("base", "validation"):
+                parts = {**line.get("by_domain", {}), **line.get("by_file", {})}
+                row["validation_loss"] = line.get("loss")
+                row.update({f"validation_loss_{part}": loss for part, loss in parts.items()})
+        validation = dict.fromkeys(name for row in rows.values() for name in row if name not in STEP_COLUMNS)
+        index = pandas.Index(list(rows), name="step", dtype="int64")
+        columns = {name: [row.get(name) for row in rows.values()] for name in (*STEP_COLUMNS, *validation)}
+        kinds = {name: NULLABLE_TYPES.get(name, "float64") for name in columns}
+        return pandas.DataFrame(columns, index=index).astype(kinds).sort_index()
 
     @property
     def samples(self) -> DataFrame:
         """logs/samples.jsonl with one row per answer: `step`, `base` (whether by the base model), `id`, `prompt`,
         `expected`, `generated`; empty if the run generates no samples (tracking.samples)."""
-        return _samples_frame(self.folder.samples_file)
+        import pandas
+
+        samples = [
+            {"step": line["step"], "base": line.get("base", False), **sample}
+            for line in _read_lines(self.folder.samples_file)
+            for sample in line.get("samples", ())
+        ]
+        return pandas.DataFrame(samples, columns=list(SAMPLE_COLUMNS))
 
     @property
     def lens(self) -> CheckpointAnalyzer:
@@ -194,14 +212,11 @@ class Run:
         Raises:
             CheckpointError: the run does not exist, or the metadata of one run is missing or broken.
         """
-        from training_lens.analysis.run_comparison import RunComparison
+        from training_lens.analysis.run_card import RunComparison
 
-        there = other if isinstance(other, Run) else Run(other, self._outputs_folder())
+        outputs = self.folder.root.parents[3] if is_in_place(self.folder) else self._base_output_dir  # if it was moved
+        there = other if isinstance(other, Run) else Run(other, outputs)
         return RunComparison(self.folder, there.folder)
-
-    def _outputs_folder(self) -> Path:
-        """The outputs folder of the run, or the given one if the run was moved elsewhere."""
-        return self.folder.root.parents[3] if is_in_place(self.folder) else self._base_output_dir
 
     def __repr__(self) -> str:
         summary = self.summary
@@ -219,50 +234,6 @@ class Run:
         return run_card(self.folder, self.summary, lens)
 
 
-def _metrics_frame(path: Path) -> DataFrame:
-    """See `Run.metrics`.
-
-    Args:
-        path: a metrics.jsonl; the frame has no rows if it does not exist yet.
-    """
-    import pandas
-
-    rows: dict[int, dict[str, Any]] = {}
-    for line in _read_lines(path):
-        rows.setdefault(line["step"], {}).update(_row_cells(line))
-    validation = dict.fromkeys(name for row in rows.values() for name in row if name not in STEP_COLUMNS)
-    index = pandas.Index(list(rows), name="step", dtype="int64")
-    columns = {name: [row.get(name) for row in rows.values()] for name in (*STEP_COLUMNS, *validation)}
-    kinds = {name: NULLABLE_TYPES.get(name, "float64") for name in columns}
-    return pandas.DataFrame(columns, index=index).astype(kinds).sort_index()
-
-
 def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal; none if it does not exist yet."""
     return read_metrics(path) if path.is_file() else []
-
-
-def _row_cells(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The cells that a line adds to the row of its step."""
-    if line.get("kind") == "step":
-        return {name: line.get(name) for name in STEP_COLUMNS}
-    if line.get("kind") not in ("base", "validation"):
-        return {}
-    parts = {**line.get("by_domain", {}), **line.get("by_file", {})}
-    return {"validation_loss": line.get("loss"), **{f"validation_loss_{part}": loss for part, loss in parts.items()}}
-
-
-def _samples_frame(path: Path) -> DataFrame:
-    """See `Run.samples`.
-
-    Args:
-        path: a samples.jsonl; the frame has no rows if it does not exist.
-    """
-    import pandas
-
-    return pandas.DataFrame(list(_iterate_samples(_read_lines(path))), columns=list(SAMPLE_COLUMNS))
-
-
-def _iterate_samples(lines: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        for sample in line.get("samples", ()):
-            yield {"step": line["step"], "base": line.get("base", False), **sample}

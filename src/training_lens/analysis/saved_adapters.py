@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -72,7 +70,7 @@ def open_adapter(folder: Path, step: int = 0) -> SavedAdapter:
     require_plain(config, folder, "the lens", "be read", also=ELSEWHERE)
     shapes = saved_shapes(folder)
     records = [_build_record(path, keys, shapes, config, folder) for path, keys in low_rank_keys(shapes).items()]
-    pairs = tuple(sorted((record for record in records if record), key=lambda record: _natural_order(record.name)))
+    pairs = tuple(sorted((record for record in records if record), key=_natural_order))
     if not pairs:
         raise AdapterError(
             f"{folder / WEIGHTS} holds no pair of LoRA matrices among its {len(shapes)} tensors. Give the folder that "
@@ -97,9 +95,9 @@ def _build_record(
     return module_record(path, a, b, read_scaling(path, a[0], config), variant)
 
 
-def _natural_order(name: str) -> list[tuple[int, str]]:
+def _natural_order(record: ModuleRecord) -> list[tuple[int, str]]:
     """A sort key that puts layers.10 after layers.9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"[.]", name)]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in record.name.split(".")]
 
 
 def require_alike(adapters: list[SavedAdapter]) -> None:
@@ -113,15 +111,14 @@ def require_alike(adapters: list[SavedAdapter]) -> None:
         here, there = ({r.name: (r.rank, r.in_features, r.out_features) for r in x.records} for x in (first, other))
         wrong = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
         if wrong:
-            sizes = [_describe_shape(shapes.get(wrong[0])) for shapes in (here, there)]
+            sizes = [
+                "rank {}, {} inputs and {} outputs".format(*shapes[wrong[0]]) if wrong[0] in shapes else "no adapter"
+                for shapes in (here, there)
+            ]
             raise LensError(
                 f"the checkpoints are of different runs: {wrong[0]} has {sizes[0]} in {first.folder}, and {sizes[1]} "
                 f"in {other.folder}. Give each run's checkpoints in a separate folder."
             )
-
-
-def _describe_shape(shape: tuple[int, int, int] | None) -> str:
-    return "rank {}, {} inputs and {} outputs".format(*shape) if shape else "no adapter"
 
 
 class BaseWeights:
@@ -156,7 +153,9 @@ class BaseWeights:
             return None
         with safe_open(self._files[key], "pt") as file:
             weight: Tensor = file.get_tensor(key).float()
-        return weight.T if self._is_transposed(weight.shape, record) else weight
+        shape = (record.out_features, record.in_features)
+        is_transposed = self._transposed if shape[0] == shape[1] else tuple(weight.shape) != shape
+        return weight.T if is_transposed else weight
 
     def has_weight(self, record: ModuleRecord) -> bool:
         """Whether the files have the weight of a module."""
@@ -171,10 +170,6 @@ class BaseWeights:
             if found in (shape, shape[::-1]) and (f".{wanted}".endswith(f".{key}") or f".{key}".endswith(f".{wanted}"))
         ]
         return max(matching, key=lambda key: (key == wanted, len(key)), default=None)
-
-    def _is_transposed(self, found: torch.Size, record: ModuleRecord) -> bool:
-        shape = (record.out_features, record.in_features)
-        return self._transposed if shape[0] == shape[1] else tuple(found) != shape
 
 
 def open_base_weights(adapter: SavedAdapter, base: Path | str | None = None) -> BaseWeights | None:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from training_lens.analyzers.activation_analyzer import MAX_POINTS, run_curve
-from training_lens.analyzers.module_groups import json_number, nan_median
+from training_lens.analyzers.module_groups import finite_points, json_number, nan_median, spread_indices
 from training_lens.core import table_names as tables
 from training_lens.core.recording import DataAnalyzer, Recording
 from training_lens.core.registry import AnalyzerRegistry
-from training_lens.core.types import RUN, DataType, Series
-from training_lens.measures.curves import FitEstimate, log_slope, remaining_gain
+from training_lens.core.types import DataType, Series
+from training_lens.measures.curves import log_slope, remaining_gain
 
 WINDOWS = 50  # smoothing windows in a run
 MIN_VALIDATIONS = 4  # so that the later half has a slope
@@ -40,21 +40,26 @@ class ConvergenceAnalyzer(DataAnalyzer):
 
     def analyze(self, recording: Recording) -> Mapping[str, Any]:
         training = recording.series(tables.LOSS, "loss")
-        validation = _drop_missing(recording.series(tables.EVALUATION, "loss"))
-        by_validation = len(validation.steps) >= MIN_VALIDATIONS
-        late = _later_half(validation if by_validation else training)
-        until = _planned_end(recording, int(late.steps[-1])) if len(late.steps) else None
+        steps, losses = finite_points(recording, tables.EVALUATION, "loss")
+        base = finite_points(recording, tables.EVALUATION, "base_loss")[1]
+        validations = [{"step": int(step), "loss": float(loss)} for step, loss in zip(steps, losses, strict=True)]
+        by_validation = len(validations) >= MIN_VALIDATIONS
+        if not by_validation:
+            steps, losses = training.steps, training.values.ravel()
+        half = len(steps) // 2
+        until = _planned_end(recording, int(steps[-1])) if len(steps) else None
+        estimates = {
+            "slope": log_slope(steps[half:], losses[half:]),
+            "remaining_gain": remaining_gain(steps[half:], losses[half:], until or 0),
+        }
         return {
             "training": run_curve(smooth_series(training)),
             "of": "validation" if by_validation else "training",
-            "slope": _estimate_to_json(log_slope(late.steps, _run_values(late))),
-            "remaining_gain": _estimate_to_json(remaining_gain(late.steps, _run_values(late), until or 0)),
+            **{name: {key: json_number(x) for key, x in each._asdict().items()} for name, each in estimates.items()},
             "until_step": until,
-            "best_validation": _validation_point(validation, int(np.argmin(_run_values(validation))))
-            if len(validation.steps)
-            else None,
-            "last_validation": _validation_point(validation, -1) if len(validation.steps) else None,
-            "base_loss": _first_value(recording.series(tables.EVALUATION, "base_loss")),
+            "best_validation": min(validations, key=lambda point: point["loss"], default=None),
+            "last_validation": validations[-1] if validations else None,
+            "base_loss": float(base[0]) if len(base) else None,
         }
 
 
@@ -64,11 +69,7 @@ def smooth_series(series: Series, most: int = MAX_POINTS) -> Series:
     Args:
         most: steps kept at most, evenly over the run. 100,000 windows would take gigabytes.
     """
-    kept = (
-        np.unique(np.linspace(0, len(series.steps) - 1, most).round().astype(int))
-        if len(series.steps)
-        else np.zeros(0, int)
-    )
+    kept = spread_indices(len(series.steps), most)
     width = max(1, len(series.steps) // WINDOWS) | 1  # odd, so that it is centred
     padded = np.pad(series.values, ((width // 2, width // 2), (0, 0)), constant_values=np.nan)
     values = np.zeros((len(kept), series.values.shape[1]))
@@ -78,34 +79,6 @@ def smooth_series(series: Series, most: int = MAX_POINTS) -> Series:
     return Series(series.steps[kept], series.names, values)
 
 
-def _drop_missing(series: Series) -> Series:
-    """Leave out the steps without a finite number."""
-    kept = np.isfinite(series.values).all(1)
-    return Series(series.steps[kept], series.names, series.values[kept])
-
-
-def _later_half(series: Series) -> Series:
-    half = len(series.steps) // 2
-    return Series(series.steps[half:], series.names, series.values[half:])
-
-
-def _run_values(series: Series) -> np.ndarray:
-    return series.column(RUN) if RUN in series.names else np.zeros(0)
-
-
 def _planned_end(recording: Recording, last: int) -> int:
     planned = recording.settings.get("total_steps") or 0
     return int(planned) if planned > last else 2 * last
-
-
-def _estimate_to_json(estimate: FitEstimate) -> dict[str, float | None]:
-    return {"value": json_number(estimate.value), "error": json_number(estimate.error)}
-
-
-def _validation_point(series: Series, index: int) -> dict[str, Any]:
-    return {"step": int(series.steps[index]), "loss": json_number(series.column(RUN)[index])}
-
-
-def _first_value(series: Series) -> float | None:
-    known = _run_values(_drop_missing(series))
-    return json_number(known[0]) if len(known) else None

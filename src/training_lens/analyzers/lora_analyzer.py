@@ -1,4 +1,4 @@
-"""The adapter's update: its size, its rank, and the layers that carry it."""
+"""The adapter: its update's size and rank, the layers that carry it, and its gradients with their certificate."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import numpy as np
 from training_lens.analyzers.module_groups import (
     energy_shares,
     find_extremes,
+    gradient_norms,
+    group_series,
+    json_number,
     json_numbers,
     latest_values,
     nan_median,
@@ -21,6 +24,7 @@ from training_lens.core.recording import DataAnalyzer, Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import DataType, Series
 
+END_SHARE = 0.1  # of the run: its end
 RANKS = ("effective_rank", "stable_rank", "energy_rank", "top_ratio")
 
 
@@ -43,12 +47,12 @@ class LoRAAnalyzer(DataAnalyzer):
     )
 
     def analyze(self, recording: Recording) -> Mapping[str, Any]:
-        norms, balance = recording.series(tables.WEIGHTS, "norm_update"), recording.series(tables.WEIGHTS, "balance")
+        norms, ratios = recording.series(tables.WEIGHTS, "norm_update"), step_ratio(recording)
         columns: dict[str, dict[str, float | None]] = {
             "norm_update": latest_values(norms),
             "strength": latest_values(update_strength(recording)),
-            "step_ratio": _median_over_steps(step_ratio(recording)),
-            "balance": latest_values(balance),
+            "step_ratio": dict(zip(ratios.names, json_numbers(nan_median(ratios.values.T)), strict=True)),
+            "balance": latest_values(recording.series(tables.WEIGHTS, "balance")),
             **{rank: latest_values(recording.series(tables.SPECTRA, rank)) for rank in RANKS},
         }
         return {
@@ -66,9 +70,57 @@ class LoRAAnalyzer(DataAnalyzer):
         }
 
 
-def _median_over_steps(series: Series) -> dict[str, float | None]:
-    """Each name's median over the steps."""
-    return dict(zip(series.names, json_numbers(nan_median(series.values.T)), strict=True))
+@AnalyzerRegistry.register
+class GradientAnalyzer(DataAnalyzer):
+    """Norms by layer, consistency of direction, and the certificate of the capture.
+
+    Gives `steps`, how many were captured; `norm_by_layer` and `norm_by_kind`, the median over steps of the norm of
+    (dL/dA, dL/dB) of all modules there; `directions`, medians of the cosines over modules and steps, in the whole run
+    and in its last tenth; `certificate`, the largest residual of B^T dB = dA A^T (`measures.directions.self_check`)
+    with its module and step, and the number of values checked; `not_finite`, the modules whose gradient was NaN or
+    infinite, with the first such step.
+    """
+
+    name = "gradients"
+    needs = frozenset({DataType.ADAPTER_GRADIENTS})
+    gives = ("steps", "norm_by_layer", "norm_by_kind", "directions", "certificate", "not_finite")
+
+    def analyze(self, recording: Recording) -> Mapping[str, Any]:
+        norms = gradient_norms(recording)
+        directions = {name: recording.series(tables.GRADIENTS, name) for name in ("cosine_previous", "cosine_mean")}
+        return {
+            "steps": len(norms.steps),
+            "norm_by_layer": _median_by_group(norms, recording, "layer"),
+            "norm_by_kind": _median_by_group(norms, recording, "kind"),
+            "directions": {name: _median_cosines(series) for name, series in directions.items()},
+            "certificate": certify_capture(recording.series(tables.GRADIENTS, "self_check")),
+            "not_finite": find_nonfinite(norms),
+        }
+
+
+def _median_by_group(norms: Series, recording: Recording, by: Any) -> dict[str, float | None]:
+    together = group_series(norms, recording.modules, by, norms=True)
+    return dict(zip(together.names, json_numbers(nan_median(together.values.T)), strict=True))
+
+
+def _median_cosines(series: Series) -> dict[str, float | None]:
+    late = series.values[-max(1, int(END_SHARE * len(series.values))) :]
+    parts = {"run": series.values, "end": late}
+    return {name: json_number(nan_median(values.reshape(1, -1))[0]) for name, values in parts.items()}
+
+
+def certify_capture(residuals: Series) -> dict[str, Any]:
+    """The largest residual with its module and step, and the number checked; None where nothing was checked."""
+    known = ~np.isnan(residuals.values)
+    if not known.any():
+        return {"largest": None, "module": None, "step": None, "checked": 0}
+    row, column = np.unravel_index(np.nanargmax(residuals.values), residuals.values.shape)
+    return {
+        "largest": json_number(residuals.values[row, column]),
+        "module": residuals.names[column],
+        "step": int(residuals.steps[row]),
+        "checked": int(known.sum()),
+    }
 
 
 def find_nonfinite(series: Series) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Measures of modules grouped by layer or by kind, relative to the base's, and thinned for figures; in numpy."""
+"""Measures of modules over the steps: by module, layer or type, relative to the base's, thinned for figures."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from training_lens.core import table_names as tables
+from training_lens.core.arrow import suggest_name
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord, Series
 from training_lens.errors import ConfigurationError
 
 By = Literal["module", "layer", "kind"]
-NORMS = {measure for table in tables.MEASURES.values() for measure in table if measure.startswith("norm")}
+MODULE_TABLES = (tables.GRADIENTS, tables.WEIGHTS, tables.SPECTRA, tables.OPTIMIZER, tables.LORA_ACTIVATIONS)
+VECTORS = ("singular_values",)
 OUTSIDE = "outside"  # the decoder layers: embeddings, the output head
 
 
@@ -46,14 +48,9 @@ def group_series(series: Series, modules: Sequence[ModuleRecord], by: By, *, nor
         group: [column[name] for name in names if name in column] for group, names in group_modules(modules, by).items()
     }
     groups = {group: columns for group, columns in groups.items() if columns}
-    together = _root_of_squares if norms else nan_median
-    values = [together(series.values[:, columns]) for columns in groups.values()]
+    members = [series.values[:, columns] for columns in groups.values()]
+    values = [np.sqrt(np.square(each).sum(1)) if norms else nan_median(each) for each in members]
     return Series(series.steps, tuple(groups), np.stack(values, 1) if values else np.zeros((len(series.steps), 0)))
-
-
-def _root_of_squares(values: np.ndarray) -> np.ndarray:
-    root: np.ndarray = np.sqrt(np.square(values).sum(1))
-    return root
 
 
 def nan_median(values: np.ndarray) -> np.ndarray:
@@ -70,10 +67,10 @@ def nan_median(values: np.ndarray) -> np.ndarray:
 def relative_to_base(norms: Series, base: Series) -> Series:
     """Norms over the frozen weights' norms: update strength from norm_update, step ratio from norm_step.
 
-    NaN where the base's norm is unknown. Formula: ||dW||_F / ||W||_F, `base` being the table's `norm` of one step.
+    NaN where the base's norm is unknown or 0. Formula: ||dW||_F / ||W||_F, `base` being the table's `norm` of one step.
     """
     known = dict(zip(base.names, base.values[-1], strict=True)) if len(base.steps) else {}
-    divisors = np.array([known.get(name, np.nan) for name in norms.names])
+    divisors = np.array([known.get(name) or np.nan for name in norms.names])
     return Series(norms.steps, norms.names, norms.values / divisors)
 
 
@@ -85,6 +82,55 @@ def update_strength(recording: Recording) -> Series:
 def step_ratio(recording: Recording) -> Series:
     """The change of dW in a step (of checkpoints: since the one before) over ||W||_F, of each module."""
     return relative_to_base(recording.series(tables.WEIGHTS, "norm_step"), recording.series(tables.BASE, "norm"))
+
+
+def gradient_norms(recording: Recording) -> Series:
+    """The norm of (dL/dA, dL/dB) of each module over the steps, before clipping."""
+    a, b = (recording.series(tables.GRADIENTS, measure) for measure in ("norm_a", "norm_b"))
+    if a.names != b.names or not np.array_equal(a.steps, b.steps):
+        return b
+    return Series(b.steps, b.names, np.hypot(a.values, b.values))
+
+
+DERIVED = {"strength": update_strength, "step_ratio": step_ratio, "gradient_norm": gradient_norms}
+
+
+def measure_names() -> tuple[str, ...]:
+    """The measures that `read_evolution` accepts: the derived ones, and `table.measure` of each measure of modules."""
+    own = (
+        f"{table}.{measure}" for table in MODULE_TABLES for measure in tables.MEASURES[table] if measure not in VECTORS
+    )
+    return (*DERIVED, *own)
+
+
+def read_evolution(recording: Recording, measure: str, by: By = "module") -> Series:
+    """A measure of modules over the steps at which it was captured.
+
+    By layer or kind, norms (including gradient norms) are combined as the root of the sum of squares, which is the norm
+    of all matrices together; ratios, ranks and cosines are medians over modules.
+
+    Args:
+        measure: strength (||dW|| / ||W||), step_ratio (||change of dW|| / ||W||), gradient_norm, or `table.measure`
+            such as `spectra.effective_rank` (see `measure_names`). A bare measure is one of `adapter_weights`.
+        by: module, layer or kind.
+
+    Returns:
+        A series without steps if it was not captured.
+
+    Raises:
+        ConfigurationError: the measure or `by` is unknown.
+    """
+    table, _, column = measure.rpartition(".")
+    table = table or tables.WEIGHTS
+    if measure in DERIVED:
+        series = DERIVED[measure](recording)
+    elif f"{table}.{column}" in measure_names():
+        series = recording.series(table, column)
+    else:
+        hint = suggest_name(measure, measure_names())
+        raise ConfigurationError(f"measure: there is no measure of modules '{measure}'.{hint}")
+    is_norm = column.startswith("norm") or measure == "gradient_norm"
+    return series if by == "module" else group_series(series, recording.modules, by, norms=is_norm)
 
 
 def energy_shares(norms: Series, modules: Sequence[ModuleRecord], by: By) -> Series:
@@ -100,16 +146,26 @@ def energy_shares(norms: Series, modules: Sequence[ModuleRecord], by: By) -> Ser
     return Series(groups.steps, groups.names, shares)
 
 
-def thin_series(series: Series, most: int) -> Series:
-    """At most `most` steps, evenly over the run, with the first and the last.
+def spread_indices(count: int, most: int) -> np.ndarray:
+    """At most `most` (at least 2) of the indices below `count`, evenly, with the first and the last."""
+    indices: np.ndarray = np.unique(np.linspace(0, max(0, count - 1), min(count, most)).round().astype(int))
+    return indices
 
-    Args:
-        most: at least 2.
-    """
+
+def thin_series(series: Series, most: int) -> Series:
+    """At most `most` (at least 2) steps, evenly over the run, with the first and the last."""
     if len(series.steps) <= most:
         return series
-    kept = np.unique(np.linspace(0, len(series.steps) - 1, most).round().astype(int))
+    kept = spread_indices(len(series.steps), most)
     return Series(series.steps[kept], series.names, series.values[kept])
+
+
+def finite_points(recording: Recording, table: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
+    """The steps at which a measure of the whole run is finite, and its values there, (points,) each."""
+    series = recording.series(table, measure)
+    values = series.values.ravel()
+    kept = np.isfinite(values)
+    return series.steps[kept], values[kept]
 
 
 def json_number(value: Any) -> float | None:

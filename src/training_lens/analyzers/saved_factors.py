@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from training_lens.core import table_names as tables
 from training_lens.core.module_batches import stack_float32
 from training_lens.core.recording import Recording
@@ -18,15 +16,14 @@ from training_lens.measures.factors import Factors
 
 @dataclass(frozen=True)
 class FactorBatch:
-    """A (modules, rank, in) and B (modules, out, rank), float32, of named modules of one shape and scaling.
+    """Named modules of one shape and scaling: `factors` are A (modules, rank, in) and B (modules, out, rank), float32.
 
     dW of each is `scaling` B A.
     """
 
     names: tuple[str, ...]
     scaling: float
-    a: Tensor
-    b: Tensor
+    factors: Factors
 
 
 def snapshot_factors(recording: Recording, step: int) -> dict[str, Factors]:
@@ -38,15 +35,13 @@ def snapshot_factors(recording: Recording, step: int) -> dict[str, Factors]:
         LensError: there is no snapshot of that step, it is damaged, or it is another adapter's.
     """
     tensors = recording.captures.snapshot(tables.SNAPSHOTS, step)
-    records = [record for record in recording.modules if f"{record.name}.a" in tensors]
-    factors = {name: _read_factors(tensors, name) for name in (record.name for record in records)}
-    for record in records:
-        _require_shape(record, factors[record.name], f"{recording.folder}: the snapshot of step {step}")
+    factors: dict[str, Factors] = {}
+    for record in recording.modules:
+        name = record.name
+        if f"{name}.a" in tensors:
+            factors[name] = Factors(tensors[f"{name}.a"], tensors[f"{name}.b"], tensors.get(f"{name}.magnitude"))
+            _require_shape(record, factors[name], f"{recording.folder}: the snapshot of step {step}")
     return factors
-
-
-def _read_factors(tensors: Mapping[str, Tensor], name: str) -> Factors:
-    return Factors(tensors[f"{name}.a"], tensors[f"{name}.b"], tensors.get(f"{name}.magnitude"))
 
 
 def _require_shape(record: ModuleRecord, found: Factors, where: str) -> None:
@@ -67,12 +62,9 @@ def batch_factors(records: Sequence[ModuleRecord], factors: Mapping[str, Factors
         if record.name in factors:
             pair = factors[record.name]
             records_by_shape[pair.a.shape, pair.b.shape, record.scaling].append(record)
-    return [
-        FactorBatch(
-            names := tuple(record.name for record in group),
-            group[0].scaling,
-            stack_float32(factors[name].a for name in names),
-            stack_float32(factors[name].b for name in names),
-        )
-        for group in records_by_shape.values()
-    ]
+    batches = []
+    for group in records_by_shape.values():
+        names = tuple(record.name for record in group)
+        a, b = (stack_float32(getattr(factors[name], part) for name in names) for part in "ab")
+        batches.append(FactorBatch(names, group[0].scaling, Factors(a, b)))
+    return batches

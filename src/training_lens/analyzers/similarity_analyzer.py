@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training_lens.analyzers.module_groups import json_number, json_numbers
+from training_lens.analyzers.module_groups import json_number, json_numbers, spread_indices
 from training_lens.analyzers.saved_factors import FactorBatch, batch_factors, snapshot_factors
 from training_lens.core import table_names as tables
 from training_lens.core.recording import DataAnalyzer, Recording
@@ -61,18 +61,18 @@ class UpdateDirections:
     def select_modules(self, names: Sequence[str]) -> UpdateDirections:
         """The directions of some of its modules, in this order."""
         index = [self.batch.names.index(name) for name in names]
-        batch = FactorBatch(tuple(names), self.batch.scaling, self.batch.a[index], self.batch.b[index])
+        factors = Factors(self.batch.factors.a[index], self.batch.factors.b[index])
+        batch = FactorBatch(tuple(names), self.batch.scaling, factors)
         return UpdateDirections(batch, self.u[index], self.v[index], self.count[index])
 
 
 def decompose_updates(records: Sequence[ModuleRecord], factors: Mapping[str, Factors]) -> list[UpdateDirections]:
     """Decompose the updates of an adapter, shape by shape. Cost: O((in + out) rank^2) for each module."""
-    return [_decompose_batch(batch) for batch in batch_factors(records, factors)]
-
-
-def _decompose_batch(batch: FactorBatch) -> UpdateDirections:
-    u, singular, v = singular_vectors(batch.a, batch.b, batch.scaling)
-    return UpdateDirections(batch, u.float(), v.float(), energy_rank(singular).nan_to_num(0).long())
+    found = []
+    for batch in batch_factors(records, factors):
+        u, singular, v = singular_vectors(batch.factors.a, batch.factors.b, batch.scaling)
+        found.append(UpdateDirections(batch, u.float(), v.float(), energy_rank(singular).nan_to_num(0).long()))
+    return found
 
 
 def compare_updates(
@@ -89,24 +89,22 @@ def compare_updates(
             other_names = set(two.batch.names)
             shared = [name for name in one.batch.names if name in other_names]
             if shared:
-                _require_one_shape(shared[0], one.batch, two.batch)
+                here, there = (
+                    f"{each.batch.factors.b.shape[1]} x {each.batch.factors.a.shape[2]}" for each in (one, two)
+                )
+                if here != there:
+                    raise LensError(
+                        f"the two cannot be compared: {shared[0]} is {here} in one and {there} in the other. Give two "
+                        "runs on one base model."
+                    )
                 found |= _compare_batches(one.select_modules(shared), two.select_modules(shared))
     return found
 
 
-def _require_one_shape(name: str, first: FactorBatch, second: FactorBatch) -> None:
-    sizes = [f"{batch.b.shape[1]} x {batch.a.shape[2]}" for batch in (first, second)]
-    if sizes[0] != sizes[1]:
-        raise LensError(
-            f"the two cannot be compared: {name} is {sizes[0]} in one and {sizes[1]} in the other. Give two runs on "
-            "one base model."
-        )
-
-
 def _compare_batches(one: UpdateDirections, two: UpdateDirections) -> dict[str, UpdateSimilarity]:
     """Both have the same modules in the same order."""
-    (a, b), (a2, b2) = (one.batch.a, one.batch.b), (two.batch.a, two.batch.b)
-    cosines = update_cosine(a, b, one.batch.scaling, a2, b2, two.batch.scaling)
+    first, second = one.batch.factors, two.batch.factors
+    cosines = update_cosine(first.a, first.b, one.batch.scaling, second.a, second.b, two.batch.scaling)
     counts = torch.minimum(one.count, two.count)
     found: dict[str, UpdateSimilarity] = {}
     for k in counts.unique().tolist():
@@ -123,9 +121,7 @@ def _compare_batches(one: UpdateDirections, two: UpdateDirections) -> dict[str, 
 
 def _measure_angles(first: Tensor, second: Tensor, k: int) -> list[list[float]]:
     """Between the first k directions of each module, (modules, size, directions)."""
-    if k == 0:
-        return [[] for _ in first]
-    angles: list[list[float]] = principal_angles(first[..., :k], second[..., :k]).tolist()
+    angles: list[list[float]] = principal_angles(first[..., :k], second[..., :k]).tolist() if k else [[] for _ in first]
     return angles
 
 
@@ -149,16 +145,15 @@ class SimilarityAnalyzer(DataAnalyzer):
 
     def analyze(self, recording: Recording) -> Mapping[str, Any]:
         *steps, last = recording.captures.snapshot_steps(tables.SNAPSHOTS)
-        kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_SNAPSHOTS)).round().astype(int))
-        steps = [steps[i] for i in kept]
+        steps = [steps[i] for i in spread_indices(len(steps), MAX_SNAPSHOTS)]
         target = _decompose_snapshot(recording, last)
         similarities = [compare_updates(_decompose_snapshot(recording, step), target) for step in steps]
         return {
             "steps": steps,
             "last": last,
-            "cosine": [_finite_median([one.cosine for one in each.values()]) for each in similarities],
-            "columns": [_finite_median([_mean_or_nan(one.columns) for one in each.values()]) for each in similarities],
-            "rows": [_finite_median([_mean_or_nan(one.rows) for one in each.values()]) for each in similarities],
+            "cosine": [_median_over_modules(each, lambda one: [one.cosine]) for each in similarities],
+            "columns": [_median_over_modules(each, lambda one: one.columns) for each in similarities],
+            "rows": [_median_over_modules(each, lambda one: one.rows) for each in similarities],
             "modules": {name: json_number(one.cosine) for name, one in similarities[0].items()},
         }
 
@@ -167,10 +162,10 @@ def _decompose_snapshot(recording: Recording, step: int) -> list[UpdateDirection
     return decompose_updates(recording.modules, snapshot_factors(recording, step))
 
 
-def _mean_or_nan(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else np.nan
-
-
-def _finite_median(values: Sequence[float]) -> float | None:
-    known = [value for value in values if np.isfinite(value)]
+def _median_over_modules(
+    similarities: Mapping[str, UpdateSimilarity], read: Callable[[UpdateSimilarity], Sequence[float]]
+) -> float | None:
+    """The median over modules of the mean of what `read` gives; modules without finite values do not count."""
+    means = [float(np.mean(values)) for one in similarities.values() if (values := read(one))]
+    known = [mean for mean in means if np.isfinite(mean)]
     return float(np.median(known)) if known else None

@@ -5,16 +5,19 @@ Importing this package registers them with `CollectorRegistry`.
 
 from __future__ import annotations
 
-from training_lens.collectors.activation_collector import ActivationsCollector, DivergenceCollector
-from training_lens.collectors.gradient_collector import AdapterGradientsCollector
-from training_lens.collectors.layer_activations import ActivationExtractor, LayerStates
+from training_lens.collectors.gradient_collector import AdapterGradientsCollector, OptimizerStateCollector
+from training_lens.collectors.layer_activations import (
+    ActivationExtractor,
+    ActivationsCollector,
+    DivergenceCollector,
+    LayerStates,
+)
 from training_lens.collectors.lora_activation_collector import LoRAActivationsCollector, LoRAActivationTracker
-from training_lens.collectors.optimizer_collector import OptimizerStateCollector
-from training_lens.collectors.spectrum_collector import SpectraCollector
 from training_lens.collectors.weight_collector import (
     AdapterSnapshotsCollector,
     AdapterWeightsCollector,
     BaseWeightsCollector,
+    SpectraCollector,
 )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The outputs of the decoder layers, without and with the adapter, on the same tokens."""
+"""The outputs of the decoder layers, without and with the adapter, on the same few real tokens; and its predictions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training_lens.collectors.token_positions import TokenPositions
+from training_lens.core import table_names as tables
+from training_lens.core.collector import CaptureContext, DataCollector
 from training_lens.core.probe import Probe, evaluation_mode
+from training_lens.core.registry import CollectorRegistry
+from training_lens.core.types import Cadence, Captured, DataType, Moment
 from training_lens.errors import LensError
-from training_lens.measures.activation_measures import drift, linear_cka, rms
+from training_lens.measures.activation_measures import drift, linear_cka, random_projection, rms
 from training_lens.models.adapters import base_only
 from training_lens.models.model_classes import decoder_of, unwrap_adapter
+
+MAX_POSITIONS = 256  # of one batch
+SKETCH_POSITIONS = 64
+SKETCH_DIMS = 16  # at each position
+SKETCH_SEED = 0
+
+
+@dataclass(frozen=True)
+class TokenPositions:
+    """At most `MAX_POSITIONS` real positions of a batch, evenly spread; the same at each call.
+
+    `index` (n,) counts positions row by row; `shape` is the batch's (rows, width).
+    """
+
+    index: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def from_mask(cls, attention_mask: Tensor) -> TokenPositions:
+        """From a (rows, width) mask that is true where there is no padding. Waits for the device."""
+        rows, width = attention_mask.shape
+        return cls(_spread_evenly(attention_mask.flatten().nonzero()[:, 0]), (rows, width))
+
+    def select_states(self, states: Tensor) -> Tensor:
+        """(n, features), from (rows, width, features) or (rows * width, features).
+
+        In any other layout, such as the tokens routed to one expert, padding cannot be recognized: then up to
+        `MAX_POSITIONS` of all positions.
+        """
+        return self._select_flat(states.reshape(-1, states.shape[-1]))
+
+    def select_ids(self, ids: Tensor) -> Tensor:
+        """(n,), from token ids (rows, width); in any other layout as in `select_states`."""
+        return self._select_flat(ids.reshape(-1))
+
+    def _select_flat(self, flat: Tensor) -> Tensor:
+        rows, width = self.shape
+        if len(flat) == rows * width:
+            return flat[self.index.to(flat.device)]
+        return flat[_spread_evenly(torch.arange(len(flat), device=flat.device))]
+
+
+def _spread_evenly(index: Tensor) -> Tensor:
+    """At most `MAX_POSITIONS` of an index, evenly."""
+    if len(index) <= MAX_POSITIONS:
+        return index
+    return index[torch.arange(MAX_POSITIONS, device=index.device) * len(index) // MAX_POSITIONS]
 
 
 def decoder_layers(model: Any) -> list[torch.nn.Module]:
@@ -138,3 +188,74 @@ class ActivationExtractor:
         with record_states(self._layers, positions) as states:
             decoder_of(self._model)(input_ids=probe.input_ids, use_cache=False)
         return tuple(states)
+
+
+@CollectorRegistry.register
+class ActivationsCollector(DataCollector):
+    """Each decoder layer's output on the probe set, with the adapter and against the base (table `activations`).
+
+    Rows are layers.0, layers.1, ... Measured at up to 256 real tokens of the probe set (the smaller of this and the
+    manifest's `probe` tokens), which is also the sample size of CKA. Tensors: `{layer}.sketch` (64, 16), a fixed random
+    projection of the adapter's states at up to 64 of these tokens, the same at each step; and `positions` (64,), which
+    count the probe's positions row by row, padding included.
+
+    Cost: besides the probe's two forward passes, memory for the states of both at 256 tokens; a CKA for each layer.
+    """
+
+    name, data_type = tables.ACTIVATIONS, DataType.ACTIVATIONS
+    moment, cadence = Moment.PROBE, Cadence.PROBE
+
+    def start(self, context: CaptureContext) -> None:
+        """Find the layers.
+
+        Raises:
+            LensError: the model's decoder has no list of layers.
+        """
+        self._layers = decoder_layers(context.model)
+
+    @contextmanager
+    def probe_hooks(self, context: CaptureContext) -> Iterator[None]:
+        """Record the layers' outputs in the base's pass and then in the adapter's, or in the one for both."""
+        assert context.probe is not None
+        positions = TokenPositions.from_mask(context.probe.attention_mask)
+        with record_states(self._layers, positions) as states:
+            yield
+        half = len(states) // 2
+        base, adapter = (states, states) if context.one_pass else (states[:half], states[half:])
+        self._states = LayerStates(tuple(base), tuple(adapter), positions)
+
+    def collect(self, context: CaptureContext, step: int) -> Captured:
+        """Measure the states of the probe's passes."""
+        states = self._states
+        del self._states  # frees the memory of two passes
+        return Captured(states.measures(), tensors=_sketch_layers(states), rows=states.names)
+
+
+def _sketch_layers(states: LayerStates) -> dict[str, Tensor]:
+    count = len(states.positions.index)
+    kept = min(count, SKETCH_POSITIONS)
+    chosen = [i * count // kept for i in range(kept)]
+    sketches = {"positions": states.positions.index[chosen]}
+    for name, h in zip(states.names, states.adapter, strict=True):
+        projection = random_projection(h.shape[1], SKETCH_DIMS, SKETCH_SEED).to(h.device)
+        sketches[f"{name}.sketch"] = h[chosen].float() @ projection  # (positions, 16)
+    return sketches
+
+
+@CollectorRegistry.register
+class DivergenceCollector(DataCollector):
+    """KL from the base to the adapter, and the losses of both, on the probe set (table `divergence`).
+
+    NaN where the probe set has no supervised token. Cost: none besides the probe's passes.
+    """
+
+    name, data_type = tables.DIVERGENCE, DataType.LOSS
+    moment, cadence = Moment.PROBE, Cadence.PROBE
+
+    def collect(self, context: CaptureContext, step: int) -> Captured:
+        """Average the scores of the probe's passes over the supervised tokens."""
+        scores = context.scores
+        assert scores is not None
+        means = {"kl": scores.kl, "loss": scores.adapter.nll, "base_loss": scores.base.nll}
+        tokens = torch.full((1,), float(len(scores.kl)), device=scores.kl.device)
+        return Captured({name: values.mean()[None] for name, values in means.items()} | {"tokens": tokens})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training_lens.collectors.token_positions import TokenPositions
+from training_lens.collectors.layer_activations import TokenPositions
 from training_lens.core import table_names as tables
 from training_lens.core.collector import CaptureContext, DataCollector
 from training_lens.core.modules import AdapterModule, adapter_modules
@@ -117,47 +117,25 @@ class LoRAActivationTracker:
 
 def _sum_squares(module: AdapterModule, x: Tensor, output: Tensor) -> Tensor:
     """(parts, 2): each part's sum of squares, and how many numbers it has."""
-    frozen = None if _is_plain_sum(module) else _subtract_bias(module, _frozen_output(module, x))
+    layer: Any = module.module
+    base = layer.get_base_layer()
+    active = [name for name in layer.active_adapters if name in layer.lora_A or name in layer.lora_embedding_A]
+    is_plain_sum = module.magnitude is None and len(active) == 1  # of the frozen layer's output and this adapter's
+    frozen = None if is_plain_sum else base.forward(x).float()
     with torch.autocast(x.device.type, enabled=False):
-        down, up = _run_adapter(module, x)
+        a, b = (factor.float() for factor in module.factors())
+        down = x.float() @ a.T if x.is_floating_point() else a.T[x]  # (n, rank)
+        up = module.record.scaling * (down @ b.T)  # (n, out)
+        up = up * getattr(base, "embed_scale", 1)  # Gemma's embeddings scale their output
         output = output.float()
-        frozen = _subtract_bias(module, output - up) if frozen is None else frozen
+        frozen = output - up if frozen is None else frozen
+        bias = getattr(base, "bias", None)
+        frozen = frozen if bias is None else frozen - bias.detach().float()
         inputs = x.float() if x.is_floating_point() else x.new_full((1,), torch.nan, dtype=torch.float32)
         parts = (inputs, down, up, output, frozen)
         squares = torch.stack([part.square().sum() for part in parts])
     counts = torch.tensor([float(part.numel()) for part in parts]).to(squares.device, non_blocking=True)
     return torch.stack([squares, counts], 1)
-
-
-def _run_adapter(module: AdapterModule, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A x (n, rank) and s B A x (n, out), float32."""
-    a, b = (factor.float() for factor in module.factors())
-    down = x.float() @ a.T if x.is_floating_point() else a.T[x]
-    up = module.record.scaling * (down @ b.T)
-    scale = getattr(_frozen_layer(module), "embed_scale", None)  # Gemma's embeddings scale their output
-    return down, up if scale is None else up * scale
-
-
-def _frozen_layer(module: AdapterModule) -> Any:
-    return module.module.get_base_layer()  # type: ignore[operator]
-
-
-def _frozen_output(module: AdapterModule, x: Tensor) -> Tensor:
-    output: Tensor = _frozen_layer(module).forward(x)
-    return output
-
-
-def _subtract_bias(module: AdapterModule, output: Tensor) -> Tensor:
-    """The frozen layer's output without its bias, float32."""
-    bias = getattr(_frozen_layer(module), "bias", None)
-    return output.float() if bias is None else output.float() - bias.detach().float()
-
-
-def _is_plain_sum(module: AdapterModule) -> bool:
-    """Whether the module's output is the sum of the frozen layer's and this adapter's."""
-    layer: Any = module.module
-    here = [name for name in layer.active_adapters if name in layer.lora_A or name in layer.lora_embedding_A]
-    return module.magnitude is None and len(here) == 1
 
 
 @CollectorRegistry.register

@@ -1,4 +1,4 @@
-"""The adapter's weights, the frozen weights under them, and snapshots of the whole adapter."""
+"""The adapter's weights and spectra, the frozen weights under them, and snapshots of the whole adapter."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from torch.linalg import vector_norm
 
 from training_lens.core import table_names as tables
 from training_lens.core.collector import CaptureContext, DataCollector
-from training_lens.core.module_batches import ModuleBatch
 from training_lens.core.modules import AdapterModule
 from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import Cadence, Captured, DataType
-from training_lens.measures.adapter_measures import adapter_norms
+from training_lens.measures.adapter_measures import adapter_norms, update_spectrum
 from training_lens.measures.factors import Factors
-from training_lens.measures.singular_values import top_singular_value
+from training_lens.measures.singular_values import dora_change, top_singular_value
 
 
 @CollectorRegistry.register
@@ -34,15 +33,58 @@ class AdapterWeightsCollector(DataCollector):
     def collect(self, context: CaptureContext, step: int) -> Captured:
         """Measure the weights after the update."""
         before: Sequence[Factors | None] = context.before or [None] * len(context.after)
-        batches = zip(context.batches, before, context.after, strict=True)
-        parts = [_measure_batch(*batch) for batch in batches]
+        parts = []
+        for batch, old, new in zip(context.batches, before, context.after, strict=True):
+            full = batch.full_factors(new)  # with PiSSA's other half, which stays
+            parts.append(adapter_norms(new, batch.scaling, None if full is new else full, old))
         return Captured(context.batches.restore_order_all(parts), rows=context.module_names)
 
 
-def _measure_batch(batch: ModuleBatch, before: Factors | None, after: Factors) -> dict[str, Tensor]:
-    """Each (modules of the batch,)."""
-    full = batch.full_factors(after)
-    return adapter_norms(after, batch.scaling, None if full is after else full, before)  # PiSSA's other half stays
+@CollectorRegistry.register
+class SpectraCollector(DataCollector):
+    """Singular values of dW and their ranks (table `spectra`); with DoRA, also how far the rows of W have moved.
+
+    With PiSSA, dW includes the frozen halves, and `top_ratio` is that of the trained halves. `magnitude_change` and
+    `direction_change` are NaN for a module without DoRA or without a single weight matrix; the columns are absent where
+    no module has DoRA.
+
+    Cost: two QR decompositions and an SVD in rank dimensions for each shape, waiting for the device on CUDA; with DoRA,
+    a float32 copy of one W at a time.
+    """
+
+    name, data_type, cadence = tables.SPECTRA, DataType.ADAPTER_WEIGHTS, Cadence.SPECTRA
+
+    def collect(self, context: CaptureContext, step: int) -> Captured:
+        """Measure the weights after the update."""
+        parts = [
+            update_spectrum(batch.full_factors(after), after, batch.scaling)
+            for batch, after in zip(context.batches, context.after, strict=True)
+        ]
+        singular = [part.pop("singular_values") for part in parts]  # (modules of the batch, k) each
+        scalars = context.batches.restore_order_all(parts) | _measure_dora(context.modules)
+        return Captured(scalars, {"singular_values": _restore_row_order(context, singular)}, rows=context.module_names)
+
+
+def _restore_row_order(context: CaptureContext, batches: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of batches of different widths, in the model's order."""
+    positions = [i for batch in context.batches for i in batch.positions]
+    rows = dict(zip(positions, (row for batch in batches for row in batch), strict=True))
+    return [rows[i] for i in range(len(rows))]
+
+
+def _measure_dora(modules: Sequence[AdapterModule]) -> dict[str, Tensor]:
+    """magnitude_change and direction_change, each (modules,); empty where no module has DoRA."""
+    if all(module.magnitude is None for module in modules):
+        return {}
+    changes = []
+    for module in modules:
+        weight = module.base_weight() if module.magnitude is not None else None
+        if weight is None or module.magnitude is None:
+            changes.append(torch.full((2,), torch.nan, dtype=torch.float64))
+            continue
+        found = dora_change(weight, *module.factors(), module.record.scaling, module.magnitude.detach())
+        changes.append(torch.stack(found).cpu())  # rare enough that waiting for the device costs little
+    return dict(zip(("magnitude_change", "direction_change"), torch.stack(changes, 1), strict=True))
 
 
 @CollectorRegistry.register
@@ -59,19 +101,15 @@ class BaseWeightsCollector(DataCollector):
 
     def start(self, context: CaptureContext) -> Captured:
         """Measure the frozen weights, which never change."""
-        norms, tops = zip(*(_measure_base(module) for module in context.modules), strict=True)
-        return Captured({"norm": torch.stack(norms), "top": torch.stack(tops)}, rows=context.module_names)
+        norms, tops = torch.full((2, len(context.modules)), torch.nan)
+        for i, module in enumerate(context.modules):
+            weight = module.base_weight()
+            if weight is not None:  # before the first step, waiting for the device costs nothing
+                norms[i], tops[i] = vector_norm(weight), top_singular_value(weight)
+        return Captured({"norm": norms, "top": tops}, rows=context.module_names)
 
     def collect(self, context: CaptureContext, step: int) -> None:
         """Nothing after step 0."""
-
-
-def _measure_base(module: AdapterModule) -> tuple[Tensor, Tensor]:
-    weight = module.base_weight()
-    if weight is None:
-        unknown = torch.tensor(torch.nan)
-        return unknown, unknown
-    return vector_norm(weight).cpu(), top_singular_value(weight).cpu()  # before the first step, waiting costs nothing
 
 
 @CollectorRegistry.register

@@ -6,9 +6,10 @@ from training_lens._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     {
-        "training_lens.analysis.figures.activation_figures": ("ActivationVisualizer", "plot_activation_drift"),
         "training_lens.analysis.figures.catalogue": ("REPORT_FIGURES", "ReportFigure"),
         "training_lens.analysis.figures.layer_figures": (
+            "ActivationVisualizer",
+            "plot_activation_drift",
             "plot_adapter_share",
             "plot_balance",
             "plot_effective_rank",
@@ -16,6 +17,9 @@ __getattr__, __dir__, __all__ = attach(
             "plot_gradient_norm",
             "plot_gradient_norm_by_kind",
             "plot_optimizer_jumps",
+            "plot_spectrum_by_kind",
+            "plot_spectrum_over_steps",
+            "find_strongest_module",
             "plot_step_ratio_by_kind",
             "plot_update_strength",
             "plot_update_strength_by_kind",
@@ -26,11 +30,6 @@ __getattr__, __dir__, __all__ = attach(
             "find_epoch_ends",
             "plot_loss",
             "find_spikes",
-        ),
-        "training_lens.analysis.figures.spectrum_figures": (
-            "plot_spectrum_by_kind",
-            "plot_spectrum_over_steps",
-            "find_strongest_module",
         ),
         "training_lens.analysis.figures.style": ("match_scales",),
     }

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from training_lens.analysis.figures import activation_figures as activations
 from training_lens.analysis.figures import layer_figures as layers
 from training_lens.analysis.figures import run_figures as runs
-from training_lens.analysis.figures import spectrum_figures as spectra
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 
@@ -84,14 +82,14 @@ REPORT_FIGURES = (
     ReportFigure(
         "spectrum",
         "Spectrum of the strongest module over steps",
-        spectra.plot_spectrum_over_steps,
+        layers.plot_spectrum_over_steps,
         (tables.SPECTRA, "singular_values"),
         "Each line is a singular value of dW. If a few lines are far above the rest, most of the rank is hardly used.",
     ),
     ReportFigure(
         "spectrum_by_kind",
         "Spectrum at the last step by module type",
-        spectra.plot_spectrum_by_kind,
+        layers.plot_spectrum_by_kind,
         (tables.SPECTRA, "singular_values"),
         "Median over the modules of a type, relative to the largest value. A steep decrease uses few directions; a "
         "flat line uses all of them and may need a higher rank.",
@@ -113,7 +111,7 @@ REPORT_FIGURES = (
     ReportFigure(
         "drift",
         "Drift of layer outputs from the base",
-        activations.plot_activation_drift,
+        layers.plot_activation_drift,
         (tables.ACTIVATIONS, "drift"),
         f"On the probe set. Changes of early layers add up in later ones, so upper rows are often brighter. {CROSS}",
     ),
@@ -133,8 +131,3 @@ REPORT_FIGURES = (
         "model may be forgetting.",
     ),
 )
-
-
-def find_figure(name: str) -> ReportFigure:
-    """The entry of `REPORT_FIGURES` with this name."""
-    return next(figure for figure in REPORT_FIGURES if figure.name == name)

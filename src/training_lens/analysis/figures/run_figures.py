@@ -44,17 +44,13 @@ def plot_loss(recording: LossSource, checkpoints: Sequence[int] = ()) -> go.Figu
     _add_validation(figure, recording, validation)
     if len(checkpoints):
         marker = {"symbol": "triangle-up", "size": 9, "color": COLOURS[3]}
-        base = dict.fromkeys(checkpoints, _lowest_loss(series, validation))
-        figure.add_scatter(x=list(base), y=list(base.values()), mode="markers", marker=marker, name="checkpoint")
+        losses = np.concatenate([series.values.ravel(), validation.values.ravel()])
+        lowest = min(losses[np.isfinite(losses)], default=0.0)
+        y = [float(lowest)] * len(checkpoints)
+        figure.add_scatter(x=list(checkpoints), y=y, mode="markers", marker=marker, name="checkpoint")
     for step in find_epoch_ends(recording):
         figure.add_vline(x=step, line={"color": GRID, "width": 1.5, "dash": "dash"})
     return figure
-
-
-def _lowest_loss(series: Series, validation: Series) -> float:
-    values = np.concatenate([series.values.ravel(), validation.values.ravel()])
-    finite = values[np.isfinite(values)]
-    return float(finite.min()) if finite.size else 0.0
 
 
 def _add_training(figure: go.Figure, steps: np.ndarray, values: np.ndarray) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from training_lens.analysis.findings.evidence import thin_points, total_steps
+from training_lens.analysis.findings.evidence import LEAST, HeldOut, measure_scatter, read_held_out, thin_points
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.held_out import LEAST, HeldOut, measure_scatter, read_held_out
-from training_lens.analysis.findings.rank_record import read_rank_check
+from training_lens.analysis.findings.rank import read_rank_check
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import FitEstimate, remaining_gain
 
@@ -35,9 +32,11 @@ def check_convergence(recording: Recording) -> Finding:
         )
     steps, losses = held_out.late_half()
     last, running = int(steps[-1]), recording.status == "running"
-    end = total_steps(recording) if running else None
-    goal = end if end and end > last else 2 * last
-    gain, noise = remaining_gain(steps, losses, goal), _loss_noise(recording, steps, losses)
+    end = int(recording.settings.get("total_steps") or 0) if running else 0
+    goal = end if end > last else 2 * last
+    checked = read_rank_check(recording.folder)
+    by_rows = checked.loss_error if checked is not None else None
+    gain, noise = remaining_gain(steps, losses, goal), measure_scatter(steps, losses) if by_rows is None else by_rows
     words = f"training to step {goal}" if running else "a run twice as long"
     measured = (
         f"{words} would change the loss on the {held_out.what} by about {-gain.value:+.2g} nats per token (between "
@@ -80,11 +79,3 @@ def _decide(held_out: HeldOut, gain: FitEstimate, noise: float, measured: str, r
         "more validations (training.eval_steps), on more rows",
         evidence,
     )
-
-
-def _loss_noise(recording: Recording, steps: np.ndarray, losses: np.ndarray) -> float:
-    """The noise of one held-out loss, in nats per token."""
-    checked = read_rank_check(recording.folder)
-    if checked is not None and checked.loss_error is not None:
-        return checked.loss_error
-    return measure_scatter(steps, losses)

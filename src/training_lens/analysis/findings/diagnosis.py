@@ -14,6 +14,7 @@ from training_lens.analysis.findings.rate_high import check_rate_high
 from training_lens.analysis.findings.rate_low import check_rate_low
 from training_lens.analysis.findings.untrained import check_untrained
 from training_lens.core.recording import Recording
+from training_lens.evaluation.verdict import ORDER
 
 CHECKS: tuple[Callable[[Recording], Finding], ...] = (
     check_untrained,
@@ -25,7 +26,6 @@ CHECKS: tuple[Callable[[Recording], Finding], ...] = (
     check_memorization,
     check_convergence,
 )
-ORDER = ("problem", "warning", "note", "fine")
 
 
 def diagnose(recording: Recording) -> tuple[Finding, ...]:

@@ -1,76 +1,44 @@
-"""Values that several findings read from a recording, as plain arrays."""
+"""Values that several findings read from a recording: curves, and the held-out loss with its direction."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from training_lens.analyzers.module_groups import finite_points, nan_median, spread_indices
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
+from training_lens.measures.curves import log_slope
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps (points,) int64 and values (points,) float64
+Direction = Literal["falls", "flat", "rises", "unknown"]
 LISTED = 3  # names listed in a text before the rest is counted
+LEAST = 4  # points that a curve needs to have a direction
+CERTAIN = 3.0  # a change must be this many times its noise
+ABOVE_BEST = 4.0  # times the scatter: the best of many points is low by chance
+LEAST_RISE = 0.02  # of the lowest loss: a smaller rise is not worth acting on
 
 
 def read_curve(recording: Recording, table: str, measure: str) -> Curve:
     """A measure of the whole run: the steps after 0 at which it is finite, and its values."""
-    series = recording.series(table, measure)
-    values = series.values[:, 0] if series.names else np.zeros(0)
-    kept = np.isfinite(values) & (series.steps > 0)
-    return series.steps[kept], values[kept]
+    steps, values = finite_points(recording, table, measure)
+    return steps[steps > 0], values[steps > 0]
 
 
 def median_over_modules(series: Series) -> Curve:
-    """The median over modules, at the steps at which any module has a finite value."""
-    kept = np.isfinite(series.values).any(1) & (series.steps > 0)
-    values = np.where(np.isfinite(series.values), series.values, np.nan)[kept]
-    return series.steps[kept], np.nanmedian(values, axis=1) if len(values) else np.zeros(0)
+    """The median over modules, at the steps after 0 at which any module has a finite value."""
+    medians = nan_median(np.where(np.isfinite(series.values), series.values, np.nan))
+    kept = np.isfinite(medians) & (series.steps > 0)
+    return series.steps[kept], medians[kept]
 
 
 def median_or_nan(values: np.ndarray) -> float:
     """The median; NaN without a warning if `values` is empty."""
     return float(np.median(values)) if len(values) else np.nan
-
-
-def read_base_value(recording: Recording, table: str, measure: str) -> float:
-    """A measure of the whole run at step 0; NaN if there is none."""
-    series = recording.series(table, measure)
-    known = series.values[(series.steps == 0)]
-    return float(known[0, 0]) if known.size else np.nan
-
-
-def divide_by_base(recording: Recording, measure: str) -> Series:
-    """A norm of the adapter's change (norm_update, norm_step) divided by that of the frozen weight, by module.
-
-    Modules without a measured frozen weight are left out.
-    """
-    series, base = recording.series(tables.WEIGHTS, measure), recording.series(tables.BASE, "norm")
-    norms = dict(zip(base.names, base.values[0], strict=True)) if len(base.steps) else {}
-    known = [i for i, name in enumerate(series.names) if norms.get(name, 0) > 0]
-    names = tuple(series.names[i] for i in known)
-    return Series(series.steps, names, series.values[:, known] / np.array([norms[name] for name in names]))
-
-
-def read_gradient_norms(recording: Recording) -> Series:
-    """|(dL/dA, dL/dB)| of each module, before clipping."""
-    a, b = (recording.series(tables.GRADIENTS, measure) for measure in ("norm_a", "norm_b"))
-    if a.names != b.names or not np.array_equal(a.steps, b.steps):
-        return b
-    return Series(b.steps, b.names, np.hypot(a.values, b.values))
-
-
-def total_steps(recording: Recording) -> int | None:
-    """The planned number of steps; None if unknown."""
-    total = recording.settings.get("total_steps")
-    return int(total) if total else None
-
-
-def find_warmup_end(recording: Recording) -> int:
-    """The first step with the highest learning rate; 0 if no rate was captured."""
-    steps, rates = read_curve(recording, tables.LOSS, "lr")
-    return int(steps[rates.argmax()]) if len(steps) else 0
 
 
 def list_names(names: Sequence[str]) -> str:
@@ -81,5 +49,67 @@ def list_names(names: Sequence[str]) -> str:
 
 def thin_points(*, x: np.ndarray, y: np.ndarray, most: int = 400) -> dict[str, list[float]]:
     """A curve as lists for figures, thinned evenly to at most `most` points, including the last."""
-    kept = np.unique(np.linspace(0, max(0, len(x) - 1), min(len(x), most)).round().astype(int))
+    kept = spread_indices(len(x), most)
     return {"steps": [int(v) for v in x[kept]], "values": [float(v) for v in y[kept]]}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """`losses` (points,) in nats per supervised token after `steps`; `start` is the base model's, NaN if unknown.
+
+    `what` names the rows: `validation set`, or `probe set`, which is smaller and measured more often.
+    """
+
+    what: str
+    steps: np.ndarray
+    losses: np.ndarray
+    start: float
+
+    @property
+    def best_index(self) -> int:
+        """The index of the lowest loss."""
+        return int(self.losses.argmin())
+
+    @property
+    def final_rise(self) -> float:
+        """How far the end (the median of the last quarter) is above the best point."""
+        return median_or_nan(self.losses[-max(2, len(self.losses) // 4) :]) - float(self.losses[self.best_index])
+
+    def find_direction(self) -> Direction:
+        """The trend of the later half against ln(steps), or since the best point.
+
+        A rise must also exceed 2 % of the lowest loss.
+        """
+        if len(self.steps) < LEAST:
+            return "unknown"
+        slope = log_slope(*self.late_half())
+        steps, losses = self.steps[self.best_index + 1 :], self.losses[self.best_index + 1 :]
+        is_well_above_best = len(steps) > LEAST and self.final_rise > ABOVE_BEST * measure_scatter(steps, losses)
+        rises = slope.value - CERTAIN * slope.error > 0 or is_well_above_best
+        if rises and self.final_rise > LEAST_RISE * self.losses[self.best_index]:
+            return "rises"
+        return "falls" if slope.value + CERTAIN * slope.error < 0 else "flat"
+
+    def late_half(self) -> Curve:
+        """The later half of the points, at least four of them."""
+        first = -max(LEAST, len(self.steps) // 2)
+        return self.steps[first:], self.losses[first:]
+
+
+def measure_scatter(steps: np.ndarray, losses: np.ndarray) -> float:
+    """The standard deviation of losses around their line against ln(steps), from the standard error of its slope."""
+    logs = np.log(steps)
+    return float(log_slope(steps, losses).error * np.sqrt(((logs - logs.mean()) ** 2).sum()))
+
+
+def read_held_out(recording: Recording) -> HeldOut:
+    """The validation loss, or the probe set's loss if there are fewer than four validations."""
+    validation = _read_losses(recording, "validation set", tables.EVALUATION)
+    probe = _read_losses(recording, "probe set", tables.DIVERGENCE)
+    return validation if len(validation.steps) >= LEAST or len(probe.steps) <= len(validation.steps) else probe
+
+
+def _read_losses(recording: Recording, what: str, table: str) -> HeldOut:
+    steps, losses = finite_points(recording, table, "loss")
+    base = [*finite_points(recording, table, "base_loss")[1], *losses[steps == 0]]
+    return HeldOut(what, steps[steps > 0], losses[steps > 0], float(base[0]) if base else np.nan)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training_lens.analysis.findings.evidence import divide_by_base, list_names, read_gradient_norms, thin_points
+from training_lens.analysis.findings.evidence import list_names, thin_points
 from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analyzers.module_groups import gradient_norms, step_ratio
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord, Series
 from training_lens.measures.curves import robust_z
@@ -48,14 +49,14 @@ class _Outlier(NamedTuple):
 
 def check_layers(recording: Recording) -> Finding:
     """Whether a layer explodes or vanishes: its values depart from those of its siblings during the run."""
-    measures = {"gradient norm": read_gradient_norms(recording), "step ratio": divide_by_base(recording, "norm_step")}
+    measures = {"gradient norm": gradient_norms(recording), "step ratio": step_ratio(recording)}
     seen = {name: series for name, series in measures.items() if len(_split_steps(series)) > 1}
     kinds = {name: _group_siblings(recording.modules, series) for name, series in seen.items()}
     if not any(kinds.values()):
         return RULE.report_inconclusive(
             "Not enough data on exploding or vanishing layers",
             f"{', '.join(f'{len(series.steps)} steps of the {name}' for name, series in measures.items())}; at most "
-            f"{_largest_kind_size(recording.modules)} modules of one type",
+            f"{max(Counter(module.kind for module in recording.modules).values(), default=0)} modules of one type",
             f"captures of at least {2 * LEAST_STEPS} steps, and {LEAST_SIBLINGS} modules of one type: a model with "
             "fewer layers has too little to compare",
         )
@@ -66,10 +67,6 @@ def check_layers(recording: Recording) -> Finding:
             "No layer explodes or vanishes", f"{' and '.join(seen)} of {len(watched)} modules compared with their type"
         )
     return _report_outliers(found, measures)
-
-
-def _largest_kind_size(modules: Sequence[ModuleRecord]) -> int:
-    return max(Counter(module.kind for module in modules).values(), default=0)
 
 
 def _group_siblings(modules: Sequence[ModuleRecord], series: Series) -> list[list[str]]:
@@ -90,7 +87,12 @@ def _split_steps(series: Series) -> list[np.ndarray]:
 def _find_outliers(measure: str, series: Series, kind: list[str]) -> list[_Outlier]:
     """The modules of a type that depart from it, each with the first segment in which it does."""
     segments = _split_steps(series)
-    levels = _log_medians(series, kind, segments)  # (segments, modules)
+    values = series.values[:, [series.names.index(name) for name in kind]]
+    values = np.where(np.isfinite(values), values, 0.0)
+    least = values[values > 0].min() / FACTOR**2  # replaces values that became 0
+    levels = np.log(
+        [np.median(np.maximum(values[places], least), axis=0) for places in segments]
+    )  # (segments, modules)
     away, z = levels - np.median(levels, axis=1, keepdims=True), np.array([robust_z(level) for level in levels])
     found: dict[str, _Outlier] = {}
     for i in range(1, len(segments)):
@@ -102,14 +104,6 @@ def _find_outliers(measure: str, series: Series, kind: list[str]) -> list[_Outli
             apart = _Outlier(kind[j], measure, step, float(np.exp(away[i, j])), float(np.exp(moved[j])), float(z[i, j]))
             found.setdefault(kind[j], apart)
     return list(found.values())
-
-
-def _log_medians(series: Series, kind: list[str], segments: list[np.ndarray]) -> np.ndarray:
-    """The logarithm of each module's median in each segment, (segments, modules)."""
-    values = series.values[:, [series.names.index(name) for name in kind]]
-    values = np.where(np.isfinite(values), values, 0.0)
-    least = values[values > 0].min() / FACTOR**2  # replaces values that became 0
-    return np.log([np.median(np.maximum(values[places], least), axis=0) for places in segments])
 
 
 def _report_outliers(found: list[_Outlier], measures: dict[str, Series]) -> Finding:

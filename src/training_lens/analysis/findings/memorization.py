@@ -6,9 +6,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training_lens.analysis.findings.evidence import median_or_nan, read_curve, thin_points
+from training_lens.analysis.findings.evidence import (
+    ABOVE_BEST,
+    CERTAIN,
+    LEAST,
+    LEAST_RISE,
+    HeldOut,
+    median_or_nan,
+    read_curve,
+    read_held_out,
+    thin_points,
+)
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.held_out import ABOVE_BEST, CERTAIN, LEAST, LEAST_RISE, HeldOut, read_held_out
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import epoch_drops, log_slope
@@ -54,8 +63,10 @@ def check_memorization(recording: Recording) -> Finding:
             f"at least {LEAST} held-out losses: set data.validation or data.val_ratio, and training.eval_steps",
         )
     late = median_or_nan(losses[-max(LEAST, len(losses) // 10) :])
-    far_under = late < FAR_UNDER * float(held_out.losses[-1])
-    return _decide(held_out, drops, far_under or _has_training_gain(steps, losses, held_out), late)
+    since = steps >= held_out.steps[held_out.best_index]
+    slope = log_slope(steps[since], losses[since])
+    has_training_gain = late < FAR_UNDER * held_out.losses[-1] or slope.value + CERTAIN * slope.error < 0
+    return _decide(held_out, drops, bool(has_training_gain), late)
 
 
 def _decide(held_out: HeldOut, drops: _EpochDrops, has_training_gain: bool, late: float) -> Finding:
@@ -72,13 +83,12 @@ def _decide(held_out: HeldOut, drops: _EpochDrops, has_training_gain: bool, late
         "drop_error": drops.error,
         "held_out": thin_points(x=held_out.steps, y=held_out.losses),
     }
+    where = f"from step {best}"
     if direction == "rises" and (has_training_gain or drops.is_significant):
-        return RULE.report_symptom("warning", "Overfitting", measured, where=f"from step {best}", evidence=evidence)
+        return RULE.report_symptom("warning", "Overfitting", measured, where=where, evidence=evidence)
     if direction == "flat" and drops.is_significant:
-        return RULE.report_symptom(
-            "note", "The training loss improves only on repeated rows", measured, where=f"from step {best}",
-            evidence=evidence,
-        )  # fmt: skip
+        title = "The training loss improves only on repeated rows"
+        return RULE.report_symptom("note", title, measured, where=where, evidence=evidence)
     if direction == "rises":
         return RULE.report_inconclusive(
             "The held-out loss rises, and the training loss does not fall",
@@ -114,10 +124,3 @@ def _describe_drops(drops: _EpochDrops) -> str:
     if not drops.is_significant:
         return f"the training loss has no significant drop {ends}"
     return f"the training loss drops by {drops.drop:.3g} {ends} (standard error {drops.error:.2g})"
-
-
-def _has_training_gain(steps: np.ndarray, losses: np.ndarray, held_out: HeldOut) -> bool:
-    """Whether the training loss still falls after the best held-out loss."""
-    since = steps >= held_out.steps[held_out.best_index]
-    slope = log_slope(steps[since], losses[since])
-    return bool(slope.value + CERTAIN * slope.error < 0)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
-from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.finding import Finding, FindingDetails, Rule
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 
@@ -56,6 +55,16 @@ class _FirstNonfinite:
         finite = [i for i, name in enumerate(self.rows) if name not in self.bad]
         return self.rows[min(finite, key=lambda i: abs(i - place))] if finite else ""
 
+    def describe(self) -> str:
+        """What was not finite first, where and when."""
+        if self.table == tables.LOSS:
+            return f"first the loss, at step {self.step}"
+        nearest = f"the nearest finite one is {self.nearest_finite}" if self.nearest_finite else "none is finite"
+        return (
+            f"first {self.what} of {self.source_module}, at step {self.step}; {len(self.bad)} of {len(self.rows)} are "
+            f"not finite there, {nearest}"
+        )
+
 
 def check_nonfinite(recording: Recording) -> Finding:
     """Whether every value stayed finite; else the first that did not, and the nearest finite module."""
@@ -72,8 +81,26 @@ def check_nonfinite(recording: Recording) -> Finding:
             "All values are finite", f"every value of {', '.join(dict.fromkeys(t for t, _, _ in looked))}"
         )
     first = min(broken, key=lambda each: each.step)
-    skipped = all(each.recovered and each.table == tables.GRADIENTS for each in broken)
-    return _report_skipped_steps(first) if skipped else _report_corruption(first)
+    details: FindingDetails = {
+        "where": f"step {first.step}" if first.table == tables.LOSS else f"{first.source_module}, step {first.step}",
+        "confidence": "sure",
+        "evidence": {
+            "step": first.step,
+            "table": first.table,
+            "module": first.source_module,
+            "clean_neighbour": first.nearest_finite,
+            "modules": first.bad,
+        },
+    }
+    if all(each.recovered and each.table == tables.GRADIENTS for each in broken):
+        measured = first.describe() + "; later gradients and all weights are finite"
+        details["action"] = "nothing with fp16: its loss scaling skips such steps"
+        return RULE.report_symptom("note", "Single steps had non-finite gradients", measured, **details)
+    if first.table != tables.LOSS and not first.nearest_finite:
+        details["decide"] = (
+            "where it began: all modules broke at once, so train with lens.scalars_every=1 and lens.probe_every=1"
+        )
+    return RULE.report_symptom("problem", "Non-finite values", first.describe(), **details)
 
 
 def _find_first(recording: Recording, table: str, measure: str, what: str) -> _FirstNonfinite | None:
@@ -84,60 +111,7 @@ def _find_first(recording: Recording, table: str, measure: str, what: str) -> _F
         return None
     step = pc.min(bad.column("step")).as_py()
     recovered = pc.max(bad.column("step")).as_py() < pc.max(rows.column("step")).as_py()
-    return _FirstNonfinite(step, table, what, _module_names(rows, step), _module_names(bad, step), recovered)
-
-
-def _module_names(rows: pa.Table, step: int) -> list[str]:
-    names: list[str] = rows.filter(pc.equal(rows.column("step"), step)).column("module").to_pylist()
-    return names
-
-
-def _report_skipped_steps(first: _FirstNonfinite) -> Finding:
-    return RULE.report_symptom(
-        "note",
-        "Single steps had non-finite gradients",
-        _describe_first(first) + "; later gradients and all weights are finite",
-        where=_describe_place(first),
-        confidence="sure",
-        action="nothing with fp16: its loss scaling skips such steps",
-        evidence=_collect_evidence(first),
+    names, bad_names = (
+        each.filter(pc.equal(each.column("step"), step)).column("module").to_pylist() for each in (rows, bad)
     )
-
-
-def _report_corruption(first: _FirstNonfinite) -> Finding:
-    everywhere = first.table != tables.LOSS and not first.nearest_finite
-    return RULE.report_symptom(
-        "problem",
-        "Non-finite values",
-        _describe_first(first),
-        where=_describe_place(first),
-        confidence="sure",
-        decide="where it began: all modules broke at once, so train with lens.scalars_every=1 and lens.probe_every=1"
-        if everywhere
-        else "",
-        evidence=_collect_evidence(first),
-    )
-
-
-def _describe_first(first: _FirstNonfinite) -> str:
-    if first.table == tables.LOSS:
-        return f"first the loss, at step {first.step}"
-    nearest = f"the nearest finite one is {first.nearest_finite}" if first.nearest_finite else "none is finite"
-    return (
-        f"first {first.what} of {first.source_module}, at step {first.step}; {len(first.bad)} of {len(first.rows)} are "
-        f"not finite there, {nearest}"
-    )
-
-
-def _describe_place(first: _FirstNonfinite) -> str:
-    return f"step {first.step}" if first.table == tables.LOSS else f"{first.source_module}, step {first.step}"
-
-
-def _collect_evidence(first: _FirstNonfinite) -> dict[str, object]:
-    return {
-        "step": first.step,
-        "table": first.table,
-        "module": first.source_module,
-        "clean_neighbour": first.nearest_finite,
-        "modules": first.bad,
-    }
+    return _FirstNonfinite(step, table, what, names, bad_names, recovered)

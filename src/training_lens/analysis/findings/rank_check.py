@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from training_lens.analysis.findings.rank_record import RankCheck, RankLoss
+from training_lens.analysis.findings.rank import RankCheck, RankLoss
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.display.progress import Progress
 from training_lens.evaluation.evaluation_rows import EvaluationRows
@@ -60,7 +60,8 @@ def measure_rank(
     rows = EvaluationRows.from_examples(validation_examples(run, session, max_examples, data), session)
     modules = adapter_modules(session.model)
     energy = {m.name: int(energy_rank(singular_values(m.a.detach(), m.b.detach(), m.record.scaling))) for m in modules}
-    fixed = _powers_below(max(m.record.rank for m in modules))
+    largest = max(m.record.rank for m in modules)
+    fixed = [2**i for i in range((largest - 1).bit_length())]  # 1, 2, 4, ... below it
     with (progress or Progress()).task("losses by rank", (len(fixed) + 3) * len(rows.examples)) as advance:
         measure = _TruncationLosses(session, rows, modules, advance)
         base, whole = measure.measure_loss(base_only(session.model)), measure.measure_loss(nullcontext())
@@ -125,11 +126,6 @@ def _set_factors(module: AdapterModule, a: torch.Tensor, b: torch.Tensor) -> Non
     with torch.no_grad():
         module.a.copy_(a)
         module.b.copy_(b)
-
-
-def _powers_below(rank: int) -> list[int]:
-    """1, 2, 4, ... below a rank."""
-    return [2**i for i in range((rank - 1).bit_length())]
 
 
 def _build_rank_pattern(energy: Mapping[str, int]) -> dict[str, int]:

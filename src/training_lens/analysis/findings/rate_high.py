@@ -7,19 +7,19 @@ from collections.abc import Callable
 import numpy as np
 
 from training_lens.analysis.findings.evidence import (
-    divide_by_base,
-    find_warmup_end,
+    CERTAIN,
     median_or_nan,
     median_over_modules,
     read_curve,
+    read_held_out,
     thin_points,
 )
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.held_out import CERTAIN, read_held_out
+from training_lens.analyzers.module_groups import update_strength
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
-from training_lens.measures.curves import MAD_TO_DEVIATION
+from training_lens.measures.curves import point_noise
 
 LEAST_STEPS = 10
 OUTGROWN = 1.0  # |dW| / |W|
@@ -84,17 +84,14 @@ def _detect_loss_rise(recording: Recording) -> str | None:
     _, losses = read_curve(recording, tables.LOSS, "loss")
     width = max(5, len(losses) // 50)
     means = np.convolve(losses, np.full(width, 1 / width), "valid")
-    jumps = np.diff(losses[-max(LEAST_STEPS, len(losses) // 2) :])  # of the later half: it is compared with the start
-    noise = MAD_TO_DEVIATION * median_or_nan(np.abs(jumps - median_or_nan(jumps))) / np.sqrt(2)
+    noise = point_noise(
+        losses[-max(LEAST_STEPS, len(losses) // 2) :]
+    )  # of the later half: it is compared with the start
     start = _starting_loss(recording, losses)
     if len(means) and means.max() > start + CERTAIN * noise:
         return f"the loss rises to {means.max():.3g} (mean of {width} steps), from {start:.3g} at its start"
     held_out = read_held_out(recording)
-    if (
-        len(held_out.losses)
-        and np.isfinite(held_out.start)
-        and held_out.losses[-1] > held_out.start + CERTAIN * held_out.point_noise
-    ):
+    if len(held_out.losses) and held_out.losses[-1] > held_out.start + CERTAIN * point_noise(held_out.losses):
         return f"the {held_out.what}'s loss ends at {held_out.losses[-1]:.3g}, above the base's {held_out.start:.3g}"
     return None
 
@@ -105,7 +102,7 @@ def _starting_loss(recording: Recording, losses: np.ndarray) -> float:
 
 
 def _detect_outgrown_weight(recording: Recording) -> str | None:
-    _, strength = median_over_modules(divide_by_base(recording, "norm_update"))
+    _, strength = median_over_modules(update_strength(recording))
     if len(strength) and strength.max() > OUTGROWN:
         return f"dW grows to {strength.max():.3g} times the weight it changes (median over modules)"
     return None
@@ -117,7 +114,7 @@ def _detect_update_rms(recording: Recording) -> str | None:
     if not a.names or a.values.shape != b.values.shape:
         return None
     steps, rms = median_over_modules(Series(a.steps, a.names, np.fmax(a.values, b.values)))
-    rms = rms[steps > find_warmup_end(recording)]
+    rms = rms[steps > _find_warmup_end(recording)]
     if not len(rms):
         return None
     spikes = rms > RMS_SPIKE * max(median_or_nan(rms), RMS_STEADY)
@@ -125,17 +122,22 @@ def _detect_update_rms(recording: Recording) -> str | None:
         return f"the update RMS is over {RMS_SPIKE:g} times its usual level in {spikes.mean():.0%} of the steps"
     _, losses = read_curve(recording, tables.LOSS, "loss")
     late = median_or_nan(rms[-max(1, len(rms) // 4) :])
-    if (
-        late < RMS_STUCK and median_or_nan(losses[-LEAST_STEPS:]) > losses[0] / 4
-    ):  # gradients also fade when the loss is low
+    is_loss_high = median_or_nan(losses[-LEAST_STEPS:]) > losses[0] / 4  # gradients also fade when the loss is low
+    if late < RMS_STUCK and is_loss_high:
         return f"the update RMS ends at {late:.2g}: Adam still divides by an earlier gradient spike"
     return None
+
+
+def _find_warmup_end(recording: Recording) -> int:
+    """The first step with the highest learning rate; 0 if no rate was captured."""
+    steps, rates = read_curve(recording, tables.LOSS, "lr")
+    return int(steps[rates.argmax()]) if len(steps) else 0
 
 
 def _detect_clipping(recording: Recording) -> str | None:
     """Clipping alone is no sign: with max_grad_norm=1 a good run may clip every step. Increasing clipping is."""
     steps, clip = read_curve(recording, tables.LOSS, "clip")
-    clip = clip[steps > find_warmup_end(recording)]
+    clip = clip[steps > _find_warmup_end(recording)]
     if len(clip) < LEAST_STEPS:
         return None
     share, (early, late) = float((clip < 1).mean()), (median_or_nan(part) for part in np.array_split(clip, 2))

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from training_lens.analysis.findings.evidence import Curve, median_or_nan, median_over_modules, read_curve, thin_points
+from training_lens.analysis.findings.evidence import (
+    CERTAIN,
+    LEAST,
+    median_or_nan,
+    median_over_modules,
+    read_curve,
+    read_held_out,
+    thin_points,
+)
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.held_out import CERTAIN, LEAST, read_held_out
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import log_slope
@@ -31,19 +38,21 @@ RULE = Rule(
 
 def check_rate_low(recording: Recording) -> Finding:
     """Whether the learning rate is too low for the length of the run."""
-    losses, straight = _read_loss(recording), _measure_straightness(recording)
-    if len(losses[0]) < LEAST_STEPS or np.isnan(straight):
+    (steps, losses), straight = read_curve(recording, tables.LOSS, "loss"), _measure_straightness(recording)
+    if len(steps) < LEAST_STEPS or np.isnan(straight):
         return RULE.report_inconclusive(
             "Not enough data on a low learning rate",
-            f"the loss of {len(losses[0])} steps" + (", no complete path of dW" if np.isnan(straight) else ""),
+            f"the loss of {len(steps)} steps" + (", no complete path of dW" if np.isnan(straight) else ""),
             f"at least {LEAST_STEPS} steps, each captured (lens.scalars_every=1)",
         )
-    falls, ahead = _is_still_falling(recording), straight > STRAIGHT
-    others = [sign for sign in (_detect_aligned_gradients(recording), _detect_small_divergence(recording)) if sign]
-    measured = [f"|dW| is {straight:.2f} of the length of its path (1 is a straight line)", *others] + (
-        ["the loss falls as fast as before"] if falls else []
-    )
-    evidence = {"straightness": straight, "loss": thin_points(x=losses[0], y=losses[1])}
+    # the loss of single steps is noisy: held-out losses are better if there are enough
+    held_out = read_held_out(recording)
+    by_held_out = len(held_out.steps) >= 2 * LEAST
+    falls = _is_still_falling(*((held_out.steps, held_out.losses) if by_held_out else (steps, losses)))
+    ahead, others = straight > STRAIGHT, _detect_other_signs(recording)
+    measured = [f"|dW| is {straight:.2f} of the length of its path (1 is a straight line)", *others]
+    measured += ["the loss falls as fast as before"] if falls else []
+    evidence = {"straightness": straight, "loss": thin_points(x=steps, y=losses)}
     if ahead and len(others) + falls >= 2:  # two signs without a falling loss: the rate is so low that it never fell
         return RULE.report_symptom("warning", "The learning rate is too low", "; ".join(measured), evidence=evidence)
     if falls and (ahead or others):
@@ -56,17 +65,8 @@ def check_rate_low(recording: Recording) -> Finding:
     return RULE.report_fine("The learning rate is not too low", "; ".join(measured), "likely", evidence)
 
 
-def _read_loss(recording: Recording) -> Curve:
-    return read_curve(recording, tables.LOSS, "loss")
-
-
-def _is_still_falling(recording: Recording) -> bool:
-    """Whether the slope against ln(steps) of the later half is significant and not much smaller than the one before.
-
-    Uses the held-out loss if it has enough points, because the loss of single steps is noisy.
-    """
-    held_out = read_held_out(recording)
-    steps, values = (held_out.steps, held_out.losses) if len(held_out.steps) >= 2 * LEAST else _read_loss(recording)
+def _is_still_falling(steps: np.ndarray, values: np.ndarray) -> bool:
+    """Whether the slope against ln(steps) of the later half is significant and not much smaller than the one before."""
     late, early = steps > steps[-1] / 2, (steps > steps[-1] / 8) & (steps <= steps[-1] / 2)
     now, before = log_slope(steps[late], values[late]), log_slope(steps[early], values[early])
     return bool(now.value + CERTAIN * now.error < 0 and now.value <= FALLS_ON * min(before.value, 0.0))
@@ -86,15 +86,15 @@ def _measure_straightness(recording: Recording) -> float:
     return median_or_nan((update.values[-1] / np.where(path > 0, path, np.inf))[path > 0])
 
 
-def _detect_aligned_gradients(recording: Recording) -> str | None:
+def _detect_other_signs(recording: Recording) -> list[str]:
+    """Gradients that agree in direction, and predictions that are still the base's."""
+    signs = []
     _, cosines = median_over_modules(recording.series(tables.GRADIENTS, "cosine_mean"))
     level = median_or_nan(cosines[len(cosines) // 2 :])
-    return f"gradients have a cosine of {level:.2f} with the mean of earlier ones" if level > ALIGNED else None
-
-
-def _detect_small_divergence(recording: Recording) -> str | None:
+    if level > ALIGNED:
+        signs.append(f"gradients have a cosine of {level:.2f} with the mean of earlier ones")
     steps, kl = read_curve(recording, tables.DIVERGENCE, "kl")
     base = median_or_nan(read_curve(recording, tables.DIVERGENCE, "base_loss")[1])
     if len(kl) and kl[-1] < NEAR_BASE * base:
-        return f"KL to the base is {kl[-1]:.2g} nats after step {steps[-1]}"
-    return None
+        signs.append(f"KL to the base is {kl[-1]:.2g} nats after step {steps[-1]}")
+    return signs

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from training_lens.analysis.findings.evidence import list_names, read_curve, read_gradient_norms
+from training_lens.analysis.findings.evidence import list_names, read_curve
 from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analyzers.module_groups import gradient_norms
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
@@ -73,7 +74,7 @@ def _compare_norms(norm_a: Series, norm_b: Series) -> tuple[dict[str, bool], int
 
 def _choose_action(recording: Recording, still: list[str]) -> str:
     """The action that fits the gradients of the untrained modules."""
-    gradients = read_gradient_norms(recording)
+    gradients = gradient_norms(recording)
     reached = [name for name in still if name in gradients.names and (np.nan_to_num(gradients.column(name)) > 0).any()]
     rates = read_curve(recording, tables.LOSS, "lr")[1]
     if len(rates) and not rates.any():

@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = attach(
     {
         "training_lens.analysis.reports.comparison_report": ("comparison",),
         "training_lens.analysis.reports.executive": ("three_lines",),
-        "training_lens.analysis.reports.report_document": ("Report",),
-        "training_lens.analysis.reports.standard": ("KINDS", "StandardReports"),
+        "training_lens.analysis.reports.standard": ("KINDS", "Report", "StandardReports"),
     }
 )

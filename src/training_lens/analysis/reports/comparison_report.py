@@ -13,7 +13,7 @@ from training_lens.analysis.figures.run_figures import plot_loss
 from training_lens.analysis.figures.style import match_scales
 from training_lens.analysis.reports.executive import WRONG, collect_values
 from training_lens.analysis.reports.facts import read_certificate, read_changes, read_losses
-from training_lens.analysis.reports.report_document import Report
+from training_lens.analysis.reports.standard import Report
 from training_lens.analysis.reports.technical import LOSS_CAPTION, format_cell, marked_steps
 from training_lens.display.html import Picture, PictureGrid, Table
 from training_lens.errors import LensError
@@ -28,7 +28,11 @@ def comparison(first: Analysis, second: Analysis) -> Report:
     """Two runs side by side. The last snapshots are compared by principal angles, or the report says why not."""
     pair = (first, second)
     names = (f"A: {first.recording.name}", f"B: {second.recording.name}")
-    similarity, reason = _compare_adapters(first.recording, second.recording)
+    similarity, reason = None, ""
+    try:
+        similarity = compare_adapters(first.recording, second.recording)
+    except LensError as error:
+        reason = str(error)
     parts: list[Part] = [
         Table("The two runs", ("", *names), list(_fact_rows(pair))),
         "# Similarity of the updates",
@@ -43,13 +47,6 @@ def comparison(first: Analysis, second: Analysis) -> Report:
     if reason:
         values["not_compared"] = reason
     return Report("comparison", f"{names[0]} and {names[1]}", tuple(parts), values)
-
-
-def _compare_adapters(first: Recording, second: Recording) -> tuple[AdapterComparison | None, str]:
-    try:
-        return compare_adapters(first, second), ""
-    except LensError as error:
-        return None, str(error)
 
 
 def _fact_rows(pair: tuple[Analysis, Analysis]) -> Iterator[tuple[str, str, str]]:
@@ -77,16 +74,8 @@ def _describe_similarity(found: AdapterComparison) -> Iterator[Part]:
         "the same direction, 0 is orthogonal. Principal angles are between the column spaces (outputs) and row spaces "
         "(inputs) of the strongest directions: 0° is the same subspace, 90° is orthogonal."
     )
-    columns = (
-        "module",
-        "cosine",
-        "smallest column angle",
-        "median",
-        "largest",
-        "smallest row angle",
-        "median",
-        "largest",
-    )
+    angles = [column for space in ("column", "row") for column in (f"smallest {space} angle", "median", "largest")]
+    columns = ("module", "cosine", *angles)
     rows = [
         (name, f"{each.cosine:.3f}", *_format_angles(each.columns), *_format_angles(each.rows))
         for name, each in found.modules.items()

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training_lens.analysis.reports.executive import build_verdict, collect_values
-from training_lens.analysis.reports.facts import read_certificate
-from training_lens.analysis.reports.report_document import Report
-from training_lens.analysis.run_verdict import find_verdict
+from training_lens.analysis.reports.facts import find_verdict, read_certificate
+from training_lens.analysis.reports.standard import Report
 from training_lens.display.html import Callout, Picture, Table
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ def build_diagnostic(analysis: Analysis) -> Report:
 
 
 def _show_finding(finding: Finding) -> Iterator[Part]:
+    plain = [(name, value) for name, value in finding.evidence.items() if not isinstance(value, Mapping)]
     facts = (
         ("where", finding.where or "the whole run"),
         ("signature", finding.signature),
@@ -49,7 +49,7 @@ def _show_finding(finding: Finding) -> Iterator[Part]:
         ("confidence", finding.confidence),
         ("what to do", finding.action),
         ("what would decide it", finding.decide),
-        ("evidence", _list_evidence(finding.evidence)),
+        ("evidence", "\n".join(f"{name.replace('_', ' ')}: {_format_value(value)}" for name, value in plain)),
     )
     yield Callout(finding.severity, finding.title, tuple((name, words) for name, words in facts if words))
     yield from (_plot_curve(name, steps, values) for name, steps, values in find_curves(finding.evidence))
@@ -71,12 +71,6 @@ def _plot_curve(name: str, steps: list[float], values: list[float]) -> Picture:
     figure = build_canvas("step", escape_label(name.replace("_", " ")), height=260)
     add_line(figure, np.asarray(steps), np.asarray(values, float), escape_label(name))
     return Picture(name.replace("_", " "), figure, "Evidence for the finding above.")
-
-
-def _list_evidence(evidence: Mapping[str, Any]) -> str:
-    return "\n".join(
-        f"{name.replace('_', ' ')}: {_format_value(v)}" for name, v in evidence.items() if not isinstance(v, Mapping)
-    )
 
 
 def _format_value(value: Any) -> str:

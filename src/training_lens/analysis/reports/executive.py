@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from training_lens.analysis.reports.facts import (
     cost_brief,
     cost_sentence,
+    find_verdict,
     list_captured,
     list_missing,
     read_certificate,
     read_changes,
     read_losses,
 )
-from training_lens.analysis.reports.report_document import Report
-from training_lens.analysis.run_verdict import find_verdict
+from training_lens.analysis.reports.standard import Report
 from training_lens.display.html import BulletList, Callout
 from training_lens.evaluation.verdict import ORDER, Verdict
 
@@ -34,14 +34,15 @@ def build_executive(analysis: Analysis) -> Report:
     recording, wrong = analysis.recording, [f for f in analysis.findings if f.severity in WRONG]
     verdict = find_verdict(recording)
     unknown = [f for f in analysis.findings if f.confidence == "inconclusive"]
+    faults = [verdict.sentence] if verdict is not None and verdict.outcome == "worse" else []
+    faults += [remark.sentence for remark in (verdict.remarks if verdict else ()) if remark.severity in WRONG]
+    faults += [summarize_finding(finding) for finding in wrong]
     parts: list[Part] = [
         build_verdict(analysis.findings, verdict),
         *("# Did it learn?", read_losses(recording).as_sentence()),
         *("# Next steps", BulletList(next_steps(analysis))),
         "# Problems",
-        BulletList(faults)
-        if (faults := [*_verdict_faults(verdict), *map(summarize_finding, wrong)])
-        else "No problems were found.",
+        BulletList(faults) if faults else "No problems were found.",
         *([f"Inconclusive ({len(unknown)} of {len(analysis.findings)} checks):"] * bool(unknown)),
         *([BulletList([summarize_finding(f) for f in unknown])] * bool(unknown)),
         *("# Which layers changed?", read_changes(recording).as_sentence()),
@@ -92,14 +93,6 @@ def _verdict_callout(verdict: Verdict, worst: Finding | None, findings: Sequence
     return Callout(severity, verdict.sentence, tuple((name, words) for name, words in facts.items() if words))
 
 
-def _verdict_faults(verdict: Verdict | None) -> list[str]:
-    """Problems and warnings of the verdict, one per line."""
-    if verdict is None:
-        return []
-    worse = [verdict.sentence] if verdict.outcome == "worse" else []
-    return [*worse, *(remark.sentence for remark in verdict.remarks if remark.severity in WRONG)]
-
-
 def _count_inconclusive(findings: Sequence[Finding]) -> str:
     """How many checks are inconclusive; empty if none is."""
     unknown = sum(finding.confidence == "inconclusive" for finding in findings)
@@ -107,7 +100,7 @@ def _count_inconclusive(findings: Sequence[Finding]) -> str:
 
 
 def find_worst(findings: Sequence[Finding]) -> Finding | None:
-    """The first of the gravest findings; None where nothing is wrong."""
+    """The first of the most severe findings; None if nothing is wrong."""
     wrong = [finding for finding in findings if finding.severity in WRONG]
     return min(wrong, key=lambda finding: WRONG.index(finding.severity)) if wrong else None
 
@@ -120,7 +113,7 @@ def summarize_finding(finding: Finding) -> str:
 
 def next_steps(analysis: Analysis) -> list[str]:
     """The actions of findings, most severe first; without any, what would settle the inconclusive ones."""
-    ordered = sorted(analysis.findings, key=lambda f: ("problem", "warning", "note", "fine").index(f.severity))
+    ordered = sorted(analysis.findings, key=lambda f: ORDER.index(f.severity))
     actions = [f"{f.title}: {_add_full_stop(f.action)}" for f in ordered if f.action]
     if not actions:
         actions = [

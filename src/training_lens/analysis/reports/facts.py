@@ -1,19 +1,27 @@
-"""Facts of a run that every report and the end of training state."""
+"""Facts of a run that every report and the end of training state, with the verdict on its adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from training_lens.analysis.evolution import read_evolution
-from training_lens.analyzers.gradient_analyzer import certify_capture
-from training_lens.analyzers.module_groups import energy_shares, latest_values
+from training_lens.analyzers.lora_analyzer import certify_capture
+from training_lens.analyzers.module_groups import energy_shares, finite_points, latest_values, read_evolution
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
+from training_lens.errors import CheckpointError
+from training_lens.evaluation.training_verdict import TrainingRecord, assess_training, build_training_record
+from training_lens.evaluation.verdict import Verdict
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.formatting import format_seconds
+from training_lens.utils.integrity import read_sealed
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 # relative rounding is at most 1e-7 in float32 and 0.2 % in bfloat16: a few roundings stay below this
 SOUND = 0.01
@@ -148,28 +156,21 @@ class LossSummary:
 
 def read_losses(recording: Recording) -> LossSummary:
     """The training and validation losses of a run, and the base's."""
-    training, every = _finite_points(recording, tables.LOSS, "loss")[1], recording.series(tables.LOSS, "loss")
-    broken = every.steps[~np.isfinite(every.values).all(1)]
+    every, training = recording.series(tables.LOSS, "loss"), finite_points(recording, tables.LOSS, "loss")[1]
+    broken = every.steps[~np.isfinite(every.values).all(1)].tolist()
     part = max(1, len(training) // 20)
-    steps, validation = _finite_points(recording, tables.EVALUATION, "loss")
-    base = _finite_points(recording, tables.EVALUATION, "base_loss")[1]
-    best = int(validation.argmin()) if len(validation) else None
+    validations = list(zip(*(a.tolist() for a in finite_points(recording, tables.EVALUATION, "loss")), strict=True))
+    best_step, best = min(validations, key=lambda point: point[1], default=(None, None))
+    base = finite_points(recording, tables.EVALUATION, "base_loss")[1].tolist()
     return LossSummary(
         first=float(np.median(training[:part])) if len(training) else None,
         last=float(np.median(training[-part:])) if len(training) else None,
-        base=float(base[0]) if len(base) else None,
-        best=None if best is None else float(validation[best]),
-        best_step=None if best is None else int(steps[best]),
-        final=float(validation[-1]) if len(validation) else None,
-        broken_step=int(broken[0]) if len(broken) else None,
+        base=base[0] if base else None,
+        best=best,
+        best_step=best_step,
+        final=validations[-1][1] if validations else None,
+        broken_step=broken[0] if broken else None,
     )
-
-
-def _finite_points(recording: Recording, table: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
-    series = recording.series(table, measure)
-    values = series.values.ravel()
-    kept = np.isfinite(values)
-    return series.steps[kept], values[kept]
 
 
 @dataclass(frozen=True)
@@ -216,24 +217,60 @@ def read_changes(recording: Recording) -> WeightChanges:
     norms, strengths = recording.series(tables.WEIGHTS, "norm_update"), read_evolution(recording, "strength")
     known = np.flatnonzero(np.isfinite(norms.values).all(1))
     last = int(known[-1]) if len(known) else -1
-    by_layer, by_kind = (
-        _largest_shares(_values_at(energy_shares(norms, recording.modules, by), last)) for by in ("layer", "kind")
-    )
-    strength = {name: ratio for name, ratio in _values_at(strengths, last).items() if ratio is not None}
-    most = max(strength, key=strength.__getitem__) if strength else None
+    by_layer, by_kind = (_largest_values(energy_shares(norms, recording.modules, by), last) for by in ("layer", "kind"))
+    most, strength = next(iter(_largest_values(strengths, last).items()), (None, None))
     step = int(norms.steps[last]) if len(known) else 0
-    is_last = last == len(norms.steps) - 1
-    return WeightChanges(step, is_last, by_layer, by_kind, most, strength[most] if most else None)
+    return WeightChanges(step, last == len(norms.steps) - 1, by_layer, by_kind, most, strength)
 
 
-def _values_at(series: Series, place: int) -> dict[str, float | None]:
-    return latest_values(Series(series.steps[: place + 1], series.names, series.values[: place + 1]))
-
-
-def _largest_shares(shares: Mapping[str, float | None]) -> dict[str, float]:
-    known = {name: share for name, share in shares.items() if share is not None}
+def _largest_values(series: Series, place: int) -> dict[str, float]:
+    """The three largest values at a step, the largest first."""
+    values = latest_values(Series(series.steps[: place + 1], series.names, series.values[: place + 1]))
+    known = {name: value for name, value in values.items() if value is not None}
     return dict(sorted(known.items(), key=lambda item: -item[1])[:3])
 
 
 def _format_shares(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{name} ({share:.0%})" for name, share in shares.items())
+
+
+def find_verdict(recording: Recording) -> Verdict | None:
+    """The verdict of `compare` unless the run was trained further; else the verdict of its validation.
+
+    None if the recording has no losses.
+    """
+    run = RunFolder(recording.folder)
+    if (compared := _read_comparison_verdict(run)) is not None:
+        return compared
+    record = _training_record(recording)
+    if record is None:
+        return None
+    return assess_training(record, str(run.root) if run.metadata.is_dir() else "")
+
+
+def _read_comparison_verdict(run: RunFolder) -> Verdict | None:
+    path = run.reports / "compare.json"
+    if not path.is_file():
+        return None
+    try:
+        report: Mapping[str, Any] = read_sealed(path)
+        steps = run.read_metadata("summary.json").get("steps", 0)
+        if "verdict" not in report or report.get("steps", steps) != steps:
+            return None  # written before verdicts existed, or before the run was resumed
+        return Verdict.from_json(report["verdict"])
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s has no valid verdict (%s): run training-lens compare again", path, error)
+        return None
+
+
+def _training_record(recording: Recording) -> TrainingRecord | None:
+    trained, validated = (recording.series(table, "loss") for table in (tables.LOSS, tables.EVALUATION))
+    if not trained.steps.size and not validated.steps.size:
+        return None
+    losses, base = (
+        finite_points(recording, table, measure)[1].tolist()
+        for table, measure in ((tables.LOSS, "loss"), (tables.EVALUATION, "base_loss"))
+    )
+    points = zip(*finite_points(recording, tables.EVALUATION, "loss"), strict=True)
+    validations = [(float(step), float(loss)) for step, loss in points if step > 0]
+    return build_training_record(trained.steps.tolist(), losses, base[0] if base else None, validations)

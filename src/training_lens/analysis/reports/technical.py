@@ -10,14 +10,14 @@ from training_lens.analysis.figures.run_figures import plot_cost, plot_loss
 from training_lens.analysis.reports.executive import build_verdict, collect_values
 from training_lens.analysis.reports.facts import (
     cost_sentence,
+    find_verdict,
     list_captured,
     list_missing,
     read_certificate,
     read_changes,
     read_losses,
 )
-from training_lens.analysis.reports.report_document import Report
-from training_lens.analysis.run_verdict import find_verdict
+from training_lens.analysis.reports.standard import Report
 from training_lens.core import table_names as tables
 from training_lens.display.html import BulletList, Picture, Table
 from training_lens.runs.checkpoint_format import list_checkpoint_steps
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from training_lens.display.html import Part
 
 MOST_ROWS = 300  # of one table; the JSON has all
+COST_CAPTION = "Seconds in the training process by collector, plus shared work (module batches, probe, flush)."
 LOSS_CAPTION = (
     "Lower is better. Dashed vertical lines: epoch ends. Star: best validation. Triangles: checkpoints (or adapter "
     "snapshots if there are none). Cross: a loss that is not finite (drawn at the highest loss) or a spike (6 robust "
@@ -39,26 +40,30 @@ LOSS_CAPTION = (
 def build_technical(analysis: Analysis) -> Report:
     """The technical report of a run, with the results of every registered analyzer."""
     recording, absent = analysis.recording, list_missing(analysis.recording)
+    sizes = [f"{count:,} {what.replace('_', ' ')}" for what, count in (recording.manifest.probe or {}).items()]
+    undrawn = [figure.title for figure in REPORT_FIGURES if not recording.has(*figure.needs)]
+    drawn = [figure for figure in REPORT_FIGURES if figure.title not in undrawn]
     parts: list[Part] = [
         f"Run {recording.name}, {recording.status}; captured in {recording.manifest.origin}.",
         build_verdict(analysis.findings, find_verdict(analysis.recording)),
         "# Did it learn?",
         read_losses(recording).as_sentence(),
-        *_findings_table(analysis),
+        *(["# Findings", _findings_table(analysis)] if analysis.findings else []),
         "# Loss and events",
         Picture("Loss", plot_loss(recording, marked_steps(recording)), LOSS_CAPTION),
         "# Which layers changed?",
         read_changes(recording).as_sentence(),
-        *_recording_pictures(recording),
+        *(Picture(figure.title, figure.draw(recording), figure.caption) for figure in drawn),
+        *([f"Not drawn because no data was captured: {'; '.join(undrawn)}."] if undrawn else []),
         "# Captured data",
         f"Capture self-check. {read_certificate(recording).as_sentence()}",
         _captured_table(recording),
-        *([f"Probe set: {_format_sizes(recording.manifest.probe)}."] if recording.manifest.probe else []),
+        *([f"Probe set: {', '.join(sizes)}."] if sizes else []),
         *(["Not captured:", BulletList(absent)] if absent else []),
         *_analyzer_tables(analysis.results),
         "# Cost of the capture",
         cost_sentence(recording),
-        *_cost_picture(recording),
+        *([Picture("Seconds by collector", plot_cost(recording), COST_CAPTION)] if recording.captures.cost() else []),
     ]
     return Report("technical", f"Run {recording.name}: technical report", tuple(parts), collect_values(analysis))
 
@@ -79,32 +84,10 @@ def _captured_table(recording: Recording) -> Table:
     return Table(caption, ("table", "data type", "steps", "last step", "rows a step"), rows)
 
 
-def _format_sizes(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in sizes.items())
-
-
-def _recording_pictures(recording: Recording) -> Iterator[Part]:
-    """Figures whose data was captured, and one line that lists the others."""
-    absent = [figure.title for figure in REPORT_FIGURES if not recording.has(*figure.needs)]
-    for figure in REPORT_FIGURES:
-        if figure.title not in absent:
-            yield Picture(figure.title, figure.draw(recording), figure.caption)
-    if absent:
-        yield f"Not drawn because no data was captured: {'; '.join(absent)}."
-
-
-def _cost_picture(recording: Recording) -> Iterator[Part]:
-    if recording.captures.cost():
-        caption = "Seconds in the training process by collector, plus shared work (module batches, probe, flush)."
-        yield Picture("Seconds by collector", plot_cost(recording), caption)
-
-
-def _findings_table(analysis: Analysis) -> Iterator[Part]:
+def _findings_table(analysis: Analysis) -> Table:
     columns = ("finding", "severity", "what to do", "measured", "where", "confidence")
     rows = [(f.title, f.severity, f.action or f.decide, f.measured, f.where, f.confidence) for f in analysis.findings]
-    if rows:
-        yield "# Findings"
-        yield Table("all checks; the diagnostic report has thresholds, sources and evidence", columns, rows)
+    return Table("all checks; the diagnostic report has thresholds, sources and evidence", columns, rows)
 
 
 def _analyzer_tables(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Part]:
@@ -113,25 +96,17 @@ def _analyzer_tables(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Part]
         yield f"# Analyzer {name}"
         single, lists = dict[str, str](), dict[str, Sequence[Mapping[str, Any]]]()
         for key, value in values.items():
-            if _is_rows(value):
+            if isinstance(value, list | tuple) and value and all(isinstance(each, Mapping) for each in value):
                 lists[key] = value
             else:
                 single |= dict(_flatten_value(key, value))
         if single:
             yield Table("values", ("what", "value"), list(single.items())[:MOST_ROWS])
         for key, rows in lists.items():
-            yield _rows_table(key, rows)
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, Mapping) for each in value)
-
-
-def _rows_table(caption: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    shown = [[format_cell(row.get(column)) for column in columns] for row in rows[:MOST_ROWS]]
-    more = f" (the first {MOST_ROWS} of {len(rows)})" if len(rows) > MOST_ROWS else ""
-    return Table(f"{caption}{more}", columns, shown)
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            shown = [[format_cell(row.get(column)) for column in columns] for row in rows[:MOST_ROWS]]
+            more = f" (the first {MOST_ROWS} of {len(rows)})" if len(rows) > MOST_ROWS else ""
+            yield Table(f"{key}{more}", columns, shown)
 
 
 def _flatten_value(key: str, value: Any) -> Iterator[tuple[str, str]]:
