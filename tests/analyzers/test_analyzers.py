@@ -161,6 +161,47 @@ def test_smoothing_ignores_a_spike_and_the_best_validation_is_the_lowest(write: 
     assert values["base_loss"] == 5.0 and values["until_step"] == 600 and values["slope"]["value"] == pytest.approx(0)
 
 
+@pytest.mark.parametrize(("validations", "of"), [(3, "training"), (4, "validation")])
+def test_four_validations_are_enough_for_a_slope(write: Write, validations: int, of: str) -> None:
+    kinds = {"loss": DataType.LOSS, "evaluation": DataType.LOSS}
+    assert read(ConvergenceAnalyzer(), write(losses(40, -0.2, validations), kinds))["of"] == of
+
+
+@pytest.mark.parametrize(("planned", "until"), [(101, 101), (100, 200), (None, 200)])
+def test_the_gain_is_until_the_planned_end_or_for_twice_as_many_steps(
+    write: Write, planned: int | None, until: int
+) -> None:
+    settings = {"total_steps": planned} if planned else {}
+    values = read(ConvergenceAnalyzer(), write(losses(100, -0.2), {"loss": DataType.LOSS}, **settings))
+    assert values["until_step"] == until
+    assert values["remaining_gain"]["value"] == pytest.approx(0.2 * math.log(until / 100), rel=1e-3)
+
+
+@pytest.mark.parametrize(("spike", "smoothed"), [(3, {2.0}), (4, {2.0, 9.0})])
+def test_the_smoothing_window_is_a_fiftieth_of_the_run(spike: int, smoothed: set[float]) -> None:
+    """Of 300 steps, the odd seven: the median sees what lasts four of them."""
+    losses = np.full(300, 2.0)
+    losses[100 : 100 + spike] = 9.0
+    assert set(smooth_series(Series(np.arange(1, 301), (RUN,), losses[:, None]), most=300).values[:, 0]) == smoothed
+
+
+def test_the_slope_is_that_of_the_later_half(write: Write) -> None:
+    rows = [("loss", step, of_run(loss=5.0 - step if step <= 10 else 3 - math.log(step))) for step in range(1, 21)]
+    values = read(ConvergenceAnalyzer(), write(rows, {"loss": DataType.LOSS}))
+    assert values["slope"]["value"] == pytest.approx(-1, rel=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "late"), [(30, 3), (9, 1)])
+def test_the_end_of_the_directions_is_the_last_tenth(write: Write, steps: int, late: int) -> None:
+    rows = []
+    for step in range(1, steps + 1):
+        cosine = float(step > steps - late)
+        measures = of_modules(norm_a=[1.0, 1.0], norm_b=[1.0, 1.0], cosine_mean=[cosine, cosine])
+        rows.append(("adapter_gradients", step, measures))
+    values = read(GradientAnalyzer(), write(rows, {"adapter_gradients": DataType.ADAPTER_GRADIENTS}))
+    assert values["directions"]["cosine_mean"] == {"run": 0.0, "end": 1.0}
+
+
 def snapshot(step: int, turn: float) -> tuple[str, int, Captured]:
     """Rank-1 updates turned by an angle from the first axis, what they write and what they read."""
     a, b = torch.zeros(2, 6), torch.zeros(5, 2)

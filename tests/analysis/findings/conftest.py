@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from training_lens.analysis.findings import Finding, diagnose
+from training_lens.analysis.findings import Finding
+from training_lens.analysis.findings.diagnosis import CHECKS
 from training_lens.config.lens_section import LensSection
 from training_lens.core.capture import RunFacts
 from training_lens.core.framework import TrainingLensFramework
@@ -105,13 +107,13 @@ def healthy(sound: type[Healthy]) -> Healthy:
 
 @pytest.fixture
 def finding(record: Callable[..., Recording]) -> Callable[..., Finding]:
-    """What `diagnose` says under a code of changed tables."""
+    """The finding of one check, by its code, for changed tables."""
+    checks = {sys.modules[check.__module__].RULE.code: check for check in CHECKS}
 
     def find(code: str, run: Healthy, **settings: Any) -> Finding:
         settings = {"total_steps": 200, "steps_per_epoch": 100, **settings}
         status = settings.pop("status", "finished")
-        found = diagnose(record(run.tables, settings, run.modules, status))
-        return next(each for each in found if each.code == code)
+        return checks[code](record(run.tables, settings, run.modules, status))
 
     return find
 
