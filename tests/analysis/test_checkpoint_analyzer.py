@@ -113,7 +113,7 @@ def test_evolution_is_that_of_the_tables(trainer_output: Path) -> None:
     assert analyzer.evolution("strength", by="layer").names == ("0", "1")
     assert not len(analyzer.evolution("gradient_norm").steps)
     with pytest.raises(
-        ConfigurationError, match=r"'adapter_weights.norm_updat'; did you mean 'adapter_weights.norm_update'"
+        ConfigurationError, match=r"'adapter_weights.norm_updat'. Did you mean 'adapter_weights.norm_update'"
     ):
         analyzer.evolution("adapter_weights.norm_updat")
     with pytest.raises(ConfigurationError, match="by: 'head'"):

@@ -76,7 +76,7 @@ def test_measures_are_chosen(trainer_output: Path) -> None:
     recording = open_recording(trainer_output)
     assert recording.captures.table("spectra", ["stable_rank"]).column_names == ["step", "module", "stable_rank"]
     assert recording.has("spectra", "stable_rank") and not recording.has("spectra", "magnitude_change")
-    with pytest.raises(LensError, match="did you mean 'stable_rank'"):
+    with pytest.raises(LensError, match="Did you mean 'stable_rank'"):
         recording.captures.table("spectra", ["stable_rnk"])
 
 
