@@ -16,9 +16,8 @@ import torch
 from training_lens.config.evaluation_sections import BenchmarkSection
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError
-from training_lens.inference.benchmark_cells import Speed, Spread, TimedCall
 from training_lens.inference.benchmark_page import build_table, list_skipped_cells, write_benchmark_page
-from training_lens.inference.benchmark_run import Benchmark, run_benchmark
+from training_lens.inference.benchmark_run import Benchmark, Speed, Spread, TimedCall, run_benchmark
 from training_lens.inference.session import Session, open_run
 from training_lens.runs.run_folder import RunFolder
 

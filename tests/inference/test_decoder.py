@@ -101,8 +101,7 @@ def no_collection() -> Iterator[None]:
         gc.enable()
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["loaded", "training"])
-@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize(("training", "base"), [(False, False), (True, True)], ids=["loaded", "base of a training"])
 def test_the_decoders_weights_are_freed_with_it(training: bool, base: bool) -> None:
     session = adapted(size=0.5)
     if training:

@@ -82,7 +82,10 @@ def answer_file(
                 answers = generate_answers(session, ids, settings, base=base, draw=number, advance=advance)
                 lines.append_lines([p.output_line(answer) for p, answer in zip(prompts, answers, strict=True)][kept:])
     lines.refuse_more_lines(source)
-    _log_skipped_rows(passed_over, source)
+    for item in passed_over[:NAMED]:
+        logger.warning("%s, row %d passed over: %s", source.name, item.row, item.reason)
+    if len(passed_over) > NAMED:
+        logger.warning("and %d more rows passed over", len(passed_over) - NAMED)
     if not answered:
         raise DatasetError(f"{source.name}: none of its {len(rows)} rows can be answered.")
     ends = lines.finish_reasons
@@ -134,13 +137,6 @@ def _describe_answerer(session: Session, settings: InferenceSection, base: bool)
     return json.dumps(parts, sort_keys=True)
 
 
-def _log_skipped_rows(passed_over: Sequence[SkippedRow], source: DataSource) -> None:
-    for item in passed_over[:NAMED]:
-        logger.warning("%s, row %d passed over: %s", source.name, item.row, item.reason)
-    if len(passed_over) > NAMED:
-        logger.warning("and %d more rows passed over", len(passed_over) - NAMED)
-
-
 class _AnswerLines:
     """The output file: its complete lines, matched with rows one after the other, and the lines appended to it.
 
@@ -169,19 +165,17 @@ class _AnswerLines:
                 raise self._make_refusal(f"line {self._matched} {mismatch}")
         self._count_finish_reasons(lines)
         if self._cut and len(lines) < len(prompts):
-            self._check_partial_line(prompts[len(lines)], source)
+            prompt = prompts[len(lines)]
+            if not prompt.can_start_with(self._cut):
+                raise self._make_refusal(
+                    f"its last line has no end and does not begin as the answer to row {prompt.row} of {source.name} "
+                    "would, so it belongs to another input or to other settings"
+                )
+            self._cut = b""
         return len(lines)
 
     def _count_finish_reasons(self, lines: Sequence[bytes]) -> None:
         self.finish_reasons.update((read_answer_line(line) or {}).get("finish_reason") for line in lines)
-
-    def _check_partial_line(self, prompt: PromptRow, source: DataSource) -> None:
-        if not prompt.can_start_with(self._cut):
-            raise self._make_refusal(
-                f"its last line has no end and does not begin as the answer to row {prompt.row} of {source.name} "
-                "would, so it belongs to another input or to other settings"
-            )
-        self._cut = b""
 
     def refuse_more_lines(self, source: DataSource) -> None:
         if more := len(self._left) + bool(self._cut):

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training_lens.display.html import Table, write_page
-from training_lens.inference.benchmark_cells import METHOD, Cell, Speed
-from training_lens.inference.benchmark_run import Benchmark
+from training_lens.inference.benchmark_run import METHOD, Benchmark, Speed
 from training_lens.utils.formatting import format_size
 
 if TYPE_CHECKING:
@@ -27,7 +26,16 @@ def build_table(report: Benchmark) -> Table:
         f"{settings.new_tokens} new tokens a row, {settings.repetitions} repetitions, {machine['weights']} on "
         f"{machine['device_name']}; prompt in tokens, batch in rows, times in ms: means, and percentiles of the latency"
     )
-    return Table(caption, COLUMNS, [_format_row(cell, cell.speed) for cell in report.cells if cell.speed])
+    rows = []
+    for cell in report.cells:
+        if speed := cell.speed:
+            latency = speed.latency
+            times = (speed.first_token.mean, speed.token.mean, latency.mean, latency.p50, latency.p95, latency.p99)
+            milliseconds = [f"{1000 * t:,.1f}" if t < 0.1 else f"{1000 * t:,.0f}" for t in times]
+            peak = "-" if speed.peak_bytes is None else f"{speed.peak_bytes / 1e6:,.0f}"
+            place = [cell.model, str(cell.prompt_length), str(cell.batch_size)]
+            rows.append([*place, *milliseconds, f"{speed.tokens_per_second:,.0f}", peak])
+    return Table(caption, COLUMNS, rows)
 
 
 def list_skipped_cells(report: Benchmark) -> list[str]:
@@ -50,24 +58,14 @@ def write_benchmark_page(path: Path, report: Benchmark) -> None:
         _draw_figure(report, "Time per token", "ms, mean of the decode steps", lambda speed: 1000 * speed.token.mean),
         _draw_figure(report, "Latency", "ms, p95 of whole calls", lambda speed: 1000 * speed.latency.p95),
     ]
-    parts = [f"Run {report.run}", *figures, "# Numbers", build_table(report), *list_skipped_cells(report)]
-    write_page(
-        path,
-        "Inference benchmark",
-        [*parts, "# How it was measured", _describe_machine(report), _describe_method(report)],
+    settings = report.settings
+    method = (
+        f"Prompts: {report.prompts}, cut to length with seed {settings.seed}. For each row {settings.new_tokens} new "
+        f"tokens, greedy, end tokens or not; {settings.warmup} calls to warm up, then {settings.repetitions} that "
+        f"count, {', '.join(settings.models)} in turn. {METHOD}"
     )
-
-
-def _format_row(cell: Cell, speed: Speed) -> list[str]:
-    latency = speed.latency
-    times = [speed.first_token.mean, speed.token.mean, latency.mean, latency.p50, latency.p95, latency.p99]
-    peak = "-" if speed.peak_bytes is None else f"{speed.peak_bytes / 1e6:,.0f}"
-    place = [cell.model, str(cell.prompt_length), str(cell.batch_size)]
-    return [*place, *(_format_milliseconds(t) for t in times), f"{speed.tokens_per_second:,.0f}", peak]
-
-
-def _format_milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:,.1f}" if seconds < 0.1 else f"{1000 * seconds:,.0f}"
+    parts = [f"Run {report.run}", *figures, "# Numbers", build_table(report), *list_skipped_cells(report)]
+    write_page(path, "Inference benchmark", [*parts, "# How it was measured", _describe_machine(report), method])
 
 
 def _draw_figure(report: Benchmark, title: str, unit: str, measure: Callable[[Speed], float]) -> Figure:
@@ -97,13 +95,4 @@ def _describe_machine(report: Benchmark) -> str:
         f"{machine['device_name']} ({machine['device']}, {machine['threads']} threads), {machine['platform']}, Python "
         f"{machine['python']}, {packages}. Weights in {machine['weights']} ({weights}), quantization "
         f"{machine['quantization']}, attention {machine['attention']}."
-    )
-
-
-def _describe_method(report: Benchmark) -> str:
-    settings = report.settings
-    return (
-        f"Prompts: {report.prompts}, cut to length with seed {settings.seed}. For each row {settings.new_tokens} new "
-        f"tokens, greedy, end tokens or not; {settings.warmup} calls to warm up, then {settings.repetitions} that "
-        f"count, {', '.join(settings.models)} in turn. {METHOD}"
     )

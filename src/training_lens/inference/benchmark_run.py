@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 import torch
 
 from training_lens.config.evaluation_sections import BenchmarkSection
 from training_lens.display.progress import Progress
 from training_lens.errors import AdapterError, DatasetError
-from training_lens.inference.benchmark_cells import METHOD, Cell, Speed, TimedCall
 from training_lens.inference.heldout_examples import read_training_tokens
 from training_lens.inference.session import Session
 from training_lens.models.copies import copy_base, copy_merged
@@ -38,6 +38,81 @@ from training_lens.utils.resource_errors import is_out_of_memory
 logger = get_logger(__name__)
 TEXT_TOKENS = 8192  # of the run's rows, at most; prompts are cut from them
 PACKAGES = ("torch", "transformers", "peft")
+METHOD = (
+    "Percentiles are interpolated linearly between samples (numpy's default): latency and time to first token have one "
+    "sample a repetition, time per token one for each decode step of each repetition. With few samples p95 and p99 lie "
+    "close to the slowest one. Tokens per second are the new tokens of all rows over the latency. Peak memory is the "
+    "device's (CUDA) or the process's (Linux) during the calls, with the weights of all measured models loaded: what "
+    "differs between models is what their calls took."
+)
+
+
+@dataclass(frozen=True)
+class TimedCall:
+    """One timed call of `generate`: seconds from its start to each new token of the batch, and to its end.
+
+    `peak_bytes` is the most memory in use during the call; None where the system does not report it.
+    """
+
+    token_times: tuple[float, ...]
+    latency: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and percentiles of samples, in seconds."""
+
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+    samples: int
+
+    @classmethod
+    def from_samples(cls, samples: Sequence[float] | np.ndarray) -> Spread:
+        """Example:
+        >>> Spread.from_samples([1.0, 2.0, 3.0]).p50
+        2.0
+        """
+        p50, p95, p99 = (float(value) for value in np.percentile(samples, (50, 95, 99)))
+        return cls(float(np.mean(samples)), p50, p95, p99, len(samples))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The speed of one cell; `token` is one decoding step, which gives every row of the batch a token."""
+
+    first_token: Spread
+    token: Spread
+    latency: Spread
+    tokens_per_second: float
+    peak_bytes: int | None
+
+    @classmethod
+    def from_calls(cls, calls: Sequence[TimedCall], batch_size: int) -> Speed:
+        """From at least one call, each of at least two tokens."""
+        new_tokens = sum(batch_size * len(call.token_times) for call in calls)
+        return cls(
+            first_token=Spread.from_samples([call.token_times[0] for call in calls]),  # the prefill, and sampling once
+            token=Spread.from_samples(np.concatenate([np.diff(call.token_times) for call in calls])),
+            latency=Spread.from_samples([call.latency for call in calls]),
+            tokens_per_second=new_tokens / sum(call.latency for call in calls),
+            peak_bytes=max((call.peak_bytes for call in calls if call.peak_bytes is not None), default=None),
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model at one batch size and prompt length: its speed, or the reason why it was not measured."""
+
+    model: str
+    batch_size: int
+    prompt_length: int
+    speed: Speed | None
+    reason: str | None
+
+
 Outcome = list[TimedCall] | str  # a model's calls, or why there are none
 
 
@@ -77,15 +152,23 @@ def run_benchmark(session: Session, settings: BenchmarkSection, progress: Progre
     cells: list[Cell] = []
     with progress.task("measuring", len(shapes) * calls) as advance:
         for rows, length in shapes:
-            ids = _cut_prompts(text, rows, length, generator)
-            if reason := _explain_no_room(session, length, settings.new_tokens):
+            starts = torch.randint(len(text), (rows, 1), generator=generator)
+            ids = text[(starts + torch.arange(length)) % len(text)]  # (rows, length); a short text is repeated
+            if session.positions is not None and length + settings.new_tokens > session.positions:
+                reason = f"{length} + {settings.new_tokens} tokens do not fit the model's {session.positions} positions"
                 outcomes: dict[str, Outcome] = dict.fromkeys(models, reason)
                 advance(calls)
             else:
                 outcomes = _time_models(models, ids.to(session.device), settings, session.pad_id, advance)
             outcomes |= missing
-            cells += [_make_cell(name, rows, length, outcomes[name]) for name in settings.models]
-    sizes = {name: _weights_bytes(model) for name, model in models.items()}
+            for name in settings.models:
+                outcome = outcomes[name]
+                if isinstance(outcome, str):
+                    cells.append(Cell(name, rows, length, None, outcome))
+                else:
+                    cells.append(Cell(name, rows, length, Speed.from_calls(outcome, rows), None))
+    weights = {name: [*model.parameters(), *model.buffers()] for name, model in models.items()}  # tied ones once
+    sizes = {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in weights.items()}
     return Benchmark(session.source, _describe_machine(session), settings, prompts, sizes, cells)
 
 
@@ -97,15 +180,18 @@ def _build_models(session: Session, names: Sequence[str]) -> tuple[dict[str, Any
     for name in names:
         try:
             models[name] = make[name](session.model)
+        except AdapterError as error:
+            missing[name] = describe_error(error)
         except Exception as error:
-            if not isinstance(error, AdapterError) and not is_out_of_memory(error):
-                raise
-            missing[name] = _describe_failure(error)
+            missing[name] = _describe_lack_of_memory(error)
     return models, missing
 
 
-def _describe_failure(error: Exception) -> str:
-    return f"out of memory: {describe_error(error)}" if is_out_of_memory(error) else describe_error(error)
+def _describe_lack_of_memory(error: Exception) -> str:
+    """The reason; raises again what is none."""
+    if not is_out_of_memory(error):
+        raise error
+    return f"out of memory: {describe_error(error)}"
 
 
 def _read_prompt_tokens(session: Session, seed: int) -> tuple[torch.Tensor, str]:
@@ -118,19 +204,6 @@ def _read_prompt_tokens(session: Session, seed: int) -> tuple[torch.Tensor, str]
         vocabulary = session.model.config.get_text_config().vocab_size
         return torch.randint(vocabulary, (TEXT_TOKENS,), generator=generator), f"random tokens ({error})"
     return torch.tensor(tokens), "the run's training rows"
-
-
-def _cut_prompts(text: torch.Tensor, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """Random stretches of the text, (rows, length); a text that is too short is repeated."""
-    starts = torch.randint(len(text), (rows, 1), generator=generator)
-    return text[(starts + torch.arange(length)) % len(text)]
-
-
-def _explain_no_room(session: Session, length: int, new_tokens: int) -> str | None:
-    """Why prompts of this length and their answers do not fit the model; None if they do."""
-    if session.positions is None or length + new_tokens <= session.positions:
-        return None
-    return f"{length} + {new_tokens} tokens do not fit the model's {session.positions} positions"
 
 
 def _time_models(
@@ -151,9 +224,7 @@ def _time_models(
             try:
                 call = _time_call(model, ids, settings.new_tokens, pad_id)
             except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed[name] = _describe_failure(error)
+                failed[name] = _describe_lack_of_memory(error)
                 continue
             if repetition >= 0:
                 calls[name].append(call)
@@ -171,7 +242,11 @@ def _time_call(model: Any, ids: torch.Tensor, new_tokens: int, pad_id: int) -> T
         times.append(time.perf_counter() - start)
         return torch.zeros(len(rows), dtype=torch.bool, device=device)
 
-    counted = _restart_peak(device)
+    counted = True  # false where the system cannot restart the count of peak memory
+    if device.type == "cuda":
+        reset_peak(device)
+    else:
+        counted = reset_process_peak()
     synchronize(device)
     start = time.perf_counter()
     with torch.inference_mode():
@@ -187,25 +262,6 @@ def _time_call(model: Any, ids: torch.Tensor, new_tokens: int, pad_id: int) -> T
     synchronize(device)
     latency = time.perf_counter() - start
     return TimedCall(tuple(times), latency, peak_bytes(device) if counted else None)
-
-
-def _restart_peak(device: torch.device) -> bool:
-    """Restart the count of peak memory; False where the system cannot."""
-    if device.type != "cuda":
-        return reset_process_peak()
-    reset_peak(device)
-    return True
-
-
-def _make_cell(name: str, rows: int, length: int, outcome: Outcome) -> Cell:
-    if isinstance(outcome, str):
-        return Cell(name, rows, length, None, outcome)
-    return Cell(name, rows, length, Speed.from_calls(outcome, rows), None)
-
-
-def _weights_bytes(model: Any) -> int:
-    """Bytes of the model's parameters and buffers, tied ones once."""
-    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
 def _describe_machine(session: Session) -> dict[str, Any]:

@@ -63,21 +63,18 @@ class Conversation:
 
     def _drop_old_turns(self, message: Message) -> None:
         """Drop the oldest turns until there is room for an answer."""
-        turns = len(self._history) // 2
-        while self._history and not self._has_room([*self._history, message]):
+        turns, positions, session = len(self._history) // 2, self._session.positions, self._session
+        while self._history and positions is not None:
+            prompt = session.renderer.render_prompt([*self._history, message], self._domain)
+            room = min(self._settings.max_new_tokens, positions // 2)
+            if len(session.encoder.encode_prompt(prompt)) + room <= positions:
+                break
             del self._history[:2]
         if dropped := turns - len(self._history) // 2:
             self._write(
                 f"({dropped} of {turns} earlier turns dropped: the conversation outgrew the model's "
-                f"{self._session.positions} positions; /reset forgets it all)\n"
+                f"{positions} positions; /reset forgets it all)\n"
             )
-
-    def _has_room(self, messages: list[Message]) -> bool:
-        positions = self._session.positions
-        if positions is None:
-            return True
-        ids = self._session.encoder.encode_prompt(self._session.renderer.render_prompt(messages, self._domain))
-        return len(ids) + min(self._settings.max_new_tokens, positions // 2) <= positions
 
     def _run_command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
@@ -85,25 +82,19 @@ class Conversation:
             case "/reset":
                 self._history.clear()
                 self._write("forgotten.\n")
+            case "/base" if not self._session.has_adapter:
+                self._write("there is no adapter here: the base answers.\n")
             case "/base":
-                self._toggle_base()
+                self._base = not self._base
+                self._write(f"now the {'base' if self._base else 'adapter'} answers.\n")
             case "/domain":
-                self._set_domain(argument.strip() or None)
+                domain = argument.strip() or None
+                self._session.check_domain(domain)
+                self._domain = domain
+                known = f" (this run knows {', '.join(self._session.domains)})" if self._session.domains else ""
+                self._write(f"domain: {domain}\n" if domain else f"no domain{known}\n")
             case "/help":
                 self._write("".join(f"{command:8} {what}\n" for command, what in COMMANDS.items()))
             case _:
                 hint = did_you_mean(name, COMMANDS)
                 self._write(f"there is no command {name}; /help lists them.{hint}\n")
-
-    def _toggle_base(self) -> None:
-        if not self._session.has_adapter:
-            self._write("there is no adapter here: the base answers.\n")
-            return
-        self._base = not self._base
-        self._write(f"now the {'base' if self._base else 'adapter'} answers.\n")
-
-    def _set_domain(self, domain: str | None) -> None:
-        self._session.check_domain(domain)
-        self._domain = domain
-        known = f" (this run knows {', '.join(self._session.domains)})" if self._session.domains else ""
-        self._write(f"domain: {domain}\n" if domain else f"no domain{known}\n")

@@ -47,9 +47,8 @@ def configured_examples(session: Session, limit: int | None = None) -> list[Exam
     """
     data = session.config.data
     if data.validation_sources:
-        return filter_fitting(
-            read_examples(_source_paths(data.validation_sources), "data.validation", data), session, limit
-        )
+        examples = read_examples(_source_paths(data.validation_sources), "data.validation", data)
+        return filter_fitting(examples, session, limit)
     if not data.val_ratio:
         raise ConfigurationError(
             "there are no rows to evaluate on; give data.validation, or data.train and data.val_ratio."

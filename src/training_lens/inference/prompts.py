@@ -129,16 +129,12 @@ class PromptReader:
     def read_prompts(self, rows: Sequence[Row | SkippedRow]) -> tuple[list[PromptRow], list[SkippedRow]]:
         """The rows that can be answered, and those that cannot."""
         found = [self._read_prompt(row) if isinstance(row, Row) else row for row in rows]
-        self._log_unused_keys()
-        return [p for p in found if isinstance(p, PromptRow)], [s for s in found if isinstance(s, SkippedRow)]
-
-    def _log_unused_keys(self) -> None:
-        """Log keys that are not used, each once."""
-        logged = {*self._logged_keys, *self._id_keys}
-        new = [key for key in self._notes.ignored_keys.get(self._source, ()) if key not in logged]
+        ignored = self._notes.ignored_keys.get(self._source, ())
+        new = [key for key in ignored if key not in {*self._logged_keys, *self._id_keys}]
         self._logged_keys.update(new)
         if new:
             logger.info("%s: not used: %s", self._source, ", ".join(new))
+        return [p for p in found if isinstance(p, PromptRow)], [s for s in found if isinstance(s, SkippedRow)]
 
     def _read_prompt(self, row: Row) -> PromptRow | SkippedRow:
         try:
@@ -164,7 +160,7 @@ class PromptReader:
         except DatasetError as error:
             if self._mapping.text:
                 raise
-            row = replace(row, values=_add_placeholder(row.values, self._mapping))
+            row = replace(row, values={**row.values, **_placeholder(row.values, self._mapping)})
             example, has_answer = self._reader.read_row(row), False
             if example.messages[-2].role == "assistant":  # it had an answer, and another fault
                 raise error from None
@@ -211,13 +207,13 @@ def _choose_mapping(rows: Sequence[Row], session: Session, data: DataSection) ->
     return find_mapping(keys, data.model_copy(update={"fields": fields}), rows[0].file)
 
 
-def _add_placeholder(values: Mapping[str, Any], mapping: FieldMapping) -> dict[str, Any]:
-    """The row with a placeholder where it has no answer."""
+def _placeholder(values: Mapping[str, Any], mapping: FieldMapping) -> dict[str, Any]:
+    """A placeholder under the key of the answer, or at the end of the chat."""
     if mapping.output:
-        return {**values, mapping.output: PLACEHOLDER}
+        return {mapping.output: PLACEHOLDER}
     chat = values.get(str(mapping.messages))
-    more = [*chat, {"role": "assistant", "content": PLACEHOLDER}] if isinstance(chat, list) else chat
-    return {**values, str(mapping.messages): more}
+    more = [{"role": "assistant", "content": PLACEHOLDER}]
+    return {str(mapping.messages): [*chat, *more] if isinstance(chat, list) else chat}
 
 
 def find_id_keys(keys: Iterable[str], used: Collection[str]) -> tuple[str, ...]:
@@ -226,12 +222,11 @@ def find_id_keys(keys: Iterable[str], used: Collection[str]) -> tuple[str, ...]:
     Args:
         used: keys that mean something else, such as the domain's, and field names of an output line.
     """
-    return tuple(key for key in keys if key not in used and is_id_name(key))
-
-
-def is_id_name(key: str) -> bool:
-    """Whether a key of this name holds an id."""
-    return re.sub(r"[^a-z0-9]", "", key.lower()) in ID_NAMES or bool(ID_ENDING.search(key))
+    return tuple(
+        key
+        for key in keys
+        if key not in used and (re.sub(r"[^a-z0-9]", "", key.lower()) in ID_NAMES or ID_ENDING.search(key))
+    )
 
 
 def read_ids(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
