@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+
+from training_lens.config.keys import known_keys
+from training_lens.config.schema import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,3 +75,21 @@ def test_the_functions_that_maintainers_are_sent_to_exist(page: str) -> None:
         file = next(f for f in (ROOT / "src/training_lens" / path, ROOT / path) if f.exists())
         for part in filter(None, name.split(".")):
             assert re.search(rf"^ *(def|class) {part}\b|^{part}\b", file.read_text(), re.MULTILINE), f"{path} {name}"
+
+
+def test_the_python_page_names_what_python_finds() -> None:
+    """`room.module.name` of the page resolves: a module, or an attribute of one."""
+    rooms = "|".join(p.name for p in (ROOT / "src/training_lens").iterdir() if (p / "__init__.py").exists())
+    text = (ROOT / "docs/python.md").read_text()
+    names = re.findall(rf"`(?:training_lens\.)?((?:{rooms})\.[A-Za-z_][\w.]*)", text)
+    keys = known_keys(TrainingConfig)
+    missing = [name for name in names if name not in keys and not _is_importable(f"training_lens.{name}")]
+    assert len(names) > 20 and missing == []
+
+
+def _is_importable(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
