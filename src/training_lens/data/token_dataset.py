@@ -136,7 +136,7 @@ class TokenTable:
 
     @property
     def content_hash(self) -> str:
-        """A hash of a file's content; empty for examples in memory."""
+        """A hash of a file's tokens and loss masks; empty for examples in memory."""
         return ""
 
     def require_tokens(self, row: int) -> None:
@@ -182,7 +182,7 @@ class TokenFile(TokenTable):
 
     @property
     def content_hash(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self._checksums)).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([checksum for *_, checksum in self._checksums.tokens]).encode()).hexdigest()
 
     def require_tokens(self, row: int) -> None:
         """Verify the record batch of a row, once; damaged tokens are rebuilt.

@@ -93,10 +93,11 @@ def require_same_tokens(run: RunFolder, plan: RunPlan) -> None:
     if recorded["fingerprint"] == plan.fingerprint:
         return
     fingerprint, _, examples = recorded["fingerprint"].partition(":")
-    tokens = recorded.get("tokens", {}).get("train")  # earlier versions recorded them in the cache only
-    if tokens is None and (cached := open_cached_split(fingerprint, token_cache_folder(plan.config))):
-        tokens = cached.source.content_hash
-    is_same = tokens == plan.splits["train"].dataset.source.content_hash and examples == str(len(plan.train))
+    tokens = plan.splits["train"].dataset.source.content_hash
+    is_same = tokens == recorded.get("tokens", {}).get("train")
+    if not is_same and (cached := open_cached_split(fingerprint, token_cache_folder(plan.config))):
+        is_same = tokens == cached.source.content_hash  # earlier versions recorded no hash, or one of more than tokens
+    is_same = is_same and examples == str(len(plan.train))
     if (run.metadata / "held_out.json").is_file() and plan.validation is not None:
         is_same = is_same and run.read_metadata("held_out.json") == plan.held_out_ids()
     if not is_same:
