@@ -28,7 +28,9 @@ that of the other trainer: see it with `training-lens validate --config training
 result here (logging, saving, speed, where things go) are then set aside, and named in one line that run.log keeps. Keys
 that say what is done here anyway are set aside too (`stage: sft`, `adam_beta1: 0.9`). Those that would change the
 result are refused, with the values that could stay. Names that only the other trainer knows (LLaMA-Factory's `dataset`
-and `template`, axolotl's `datasets`) are set aside once you say what they stand for:
+and `template`, axolotl's `datasets`) are set aside once you say what they stand for. Where a key means more there
+than here, a line says so: with `packing` a step there takes `batch_size` rows of packed examples, here `batch_size`
+examples; `deepspeed` and `fsdp` shard weights, which nothing here does.
 
 ```
 training-lens train --config llama3_lora_sft.yaml --from llama-factory data.train=rows.jsonl data.template=auto

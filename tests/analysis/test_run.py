@@ -95,7 +95,7 @@ def test_a_run_is_found_by_folder_id_and_as_the_latest(copied: RunFolder) -> Non
     for run in (Run(str(copied.root)), Run(copied.run_id, base), Run.latest(base), Run.latest(base, "default")):
         assert run.folder.root.samefile(copied.root)
     mistyped = f"{copied.run_id[:-1]}z"
-    with pytest.raises(CheckpointError, match=f"no run '{mistyped}'.*Did you mean {copied.run_id}"):
+    with pytest.raises(CheckpointError, match=f"no run '{mistyped}'.*Did you mean '{copied.run_id}'"):
         Run(mistyped, base)
     assert Run(copied.run_id[:-1], base).run_id == copied.run_id  # no other run's id begins so
     with pytest.raises(CheckpointError, match=r"fetch_to_read\(URL"):

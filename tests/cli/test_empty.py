@@ -7,6 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import typer
 
@@ -27,14 +28,15 @@ def options() -> list[tuple[str, ...]]:
 
     def of(command: Any, path: tuple[str, ...]) -> list[tuple[str, ...]]:
         if hasattr(command, "commands"):
-            return [found for name, inner in command.commands.items() for found in of(inner, (*path, name))]
+            inner = {name: command.get_command(click.Context(command), name) for name in command.commands}
+            return [found for name, one in inner.items() for found in of(one, (*path, name))]
         taken = [p for p in command.params if p.param_type_name == "option" and not p.is_flag]
         return [(*path, p.opts[0]) for p in taken if p.type_descriptor.annotation in (str, str | None, list[str])]
 
     return of(ROOT_COMMAND, ())
 
 
-@pytest.mark.parametrize(("words", "empty"), zip(options(), cycle(["", " ", "\t"]), strict=False), ids=str)
+@pytest.mark.parametrize(("words", "empty"), list(zip(options(), cycle(["", " ", "\t"]), strict=False)), ids=str)
 def test_no_option_takes_an_empty_text(call: Call, words: tuple[str, ...], empty: str) -> None:
     needed = {"export": ("--data-type", "loss"), "tag": ("RUN", "x"), "compare": ("a", "b"), "push": ("RUN",)}
     needed |= {"show": ("RUN",), "delete": ("RUN",)}

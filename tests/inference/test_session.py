@@ -75,8 +75,8 @@ def test_what_is_not_there_is_named_with_what_is_near(finished_run: RunFolder, t
     config.parent.mkdir()
     config.write_text(json.dumps({"base_model_name_or_path": "x"}))
     for name, message in (
-        (finished_run.run_id[:-1] + "z", f"Did you mean {finished_run.run_id}"),
-        (str(tmp_path / "adaptor"), f"Did you mean {tmp_path / 'adapter'}"),
+        (finished_run.run_id[:-1] + "z", f"Did you mean '{finished_run.run_id}"),
+        (str(tmp_path / "adaptor"), f"Did you mean '{tmp_path / 'adapter'}"),
         (str(tmp_path / "empty"), "holds neither adapter_config.json"),
         (str(tmp_path / "wide"), "adapter_model.safetensors is missing"),
     ):

@@ -189,10 +189,10 @@ def test_values_that_a_format_cannot_hold_name_the_row(tmp_path: Path, write_row
     pq.write_table(table, tmp_path / "dated.parquet")
     with pytest.raises(DatasetError, match=r"dated.parquet, row 1: JSON cannot hold .* datetime"):
         rewrite([str(tmp_path / "dated.parquet")], tmp_path, "jsonl")
-    asked = {"role": "user", "content": "Hi", "name": 5}
-    chat = own([{"messages": [asked, {"role": "assistant", "content": "Yes."}]}], write_rows, "chat.jsonl")
+    writer = open_writer(tmp_path / "chat.parquet", "messages", False)
+    writer.write(Row("chat.jsonl", 1, {}), {"messages": [{"role": "user", "content": 5}]})
     with pytest.raises(DatasetError, match=r"chat.jsonl, row 1, .*Parquet cannot hold"):
-        rewrite([chat], tmp_path, "parquet")
+        writer.close()
 
 
 def test_numbers_that_json_has_no_word_for_become_null_and_are_counted(tmp_path: Path) -> None:

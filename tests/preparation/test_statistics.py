@@ -11,7 +11,7 @@ import pytest
 
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
-from training_lens.preparation import deduplication, splitting, statistics
+from training_lens.preparation import deduplication, selection, statistics
 from training_lens.preparation.statistics import (
     DomainStatistics,
     compute_domain_statistics,
@@ -74,7 +74,7 @@ def test_a_long_tail_is_one_open_line() -> None:
     assert " on " in draw_histogram(np.array([*range(100, 400), 100_000]))[-1]
 
 
-@pytest.mark.parametrize("module", [deduplication, splitting, statistics])
+@pytest.mark.parametrize("module", [deduplication, selection, statistics])
 def test_examples_in_the_docstrings_hold(module: object) -> None:
     result = doctest.testmod(module)  # type: ignore[arg-type]
     assert result.attempted and not result.failed
