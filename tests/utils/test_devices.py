@@ -1,4 +1,4 @@
-"""The peak is the program's own, and never below what it holds."""
+"""Devices that are not there are refused; the peak is the program's own, and never below what it holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from training_lens.utils.devices import peak_bytes, reset_process_peak
+from training_lens.errors import ConfigurationError
+from training_lens.utils.devices import get_device, peak_bytes, reset_process_peak
 
 CPU = torch.device("cpu")
 
@@ -33,3 +34,9 @@ def test_a_process_peak_can_be_counted_anew() -> None:
     del held
     assert reset_process_peak()
     assert peak_bytes(CPU) < high - 200 * 2**20
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "cuda:x", "warp", "cpu:3", ""])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"model.device: '{name}' is not available here; available: .*cpu"):
+        get_device(name)

@@ -25,13 +25,29 @@ def get_device(name: str = "auto") -> torch.device:
     Raises:
         ConfigurationError: this machine has no such device.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available.get(name.split(":")[0], False):
-        there = ", ".join(kind for kind, yes in available.items() if yes)
+        name = next(kind for kind in ("cuda", "mps", "cpu") if _count_devices(kind))
+    try:
+        device = torch.device(name)
+        count = _count_devices(device.type)
+    except RuntimeError:  # not the name of a device
+        count = 0
+    if count == 0 or (device.index or 0) >= count:
+        there = ", ".join(
+            kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+            for kind in ("cuda", "mps", "cpu")
+            if (count := _count_devices(kind))
+        )
         raise ConfigurationError(f"model.device: '{name}' is not available here; available: {there}.")
-    return torch.device(name)
+    return device
+
+
+def _count_devices(kind: str) -> int:
+    """How many devices of this kind torch can use here."""
+    if kind == "cpu":
+        return 1
+    module = torch.get_device_module(kind)
+    return module.device_count() if module.is_available() else 0
 
 
 def resolve_precision(asked: str, device: torch.device) -> Precision:
