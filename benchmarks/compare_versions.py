@@ -17,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from machine import described
 from training_jobs import ROOT, write_model
@@ -28,6 +28,9 @@ RESULTS = Path(__file__).parent / "results" / "versions.json"
 ROWS = ROOT.parent / "shared/data/gsm8k/train.jsonl"
 PHI3 = ROOT.parent / "shared/tokenizers/phi3"
 QUIET = ("tracking.tensorboard=false", "tracking.samples=0", "tracking.histograms_every=null", "lens.report=false")
+Cost = TypeVar("Cost", bound=Any)  # what the least is taken of
+Measure = Callable[[Path, Path], dict[str, Cost]]
+Row = Callable[[Cost, Cost], Mapping[str, Any]]
 FIRST_STEPS = 2  # touch memory for the first time, and are not counted
 GENERATION = ("benchmark.batch_sizes=[1,16]", "benchmark.prompt_lengths=[64]", "benchmark.new_tokens=32",
               "benchmark.repetitions=2")  # fmt: skip
@@ -83,15 +86,15 @@ def measure(checkout: Path, folder: Path, model: Path) -> dict[str, float]:
     }
 
 
-def measure_in_turn(checkouts: Mapping[str, Path], model: Path, repeats: int) -> dict[str, dict[str, float]]:
-    """The fewest seconds of each measurement, by version."""
-    found: dict[str, dict[str, float]] = {name: {} for name in checkouts}
+def measure_in_turn(measure: Measure[Cost], checkouts: Mapping[str, Path], repeats: int) -> dict[str, dict[str, Cost]]:
+    """The least of each measurement, by version; `measure` gets a checkout and an empty folder."""
+    found: dict[str, dict[str, Cost]] = {name: {} for name in checkouts}
     for _ in range(repeats):
         for name, checkout in checkouts.items():
             with tempfile.TemporaryDirectory() as folder:
-                for what, seconds in measure(checkout, Path(folder), model).items():
-                    found[name][what] = min(seconds, found[name].get(what, seconds))
-                    print(f"{name}: {what}: {seconds:.4g} s", flush=True)
+                for what, cost in measure(checkout, Path(folder)).items():
+                    found[name][what] = min(cost, found[name].get(what, cost))
+                    print(f"{name}: {what}: {cost}", flush=True)
     return found
 
 
@@ -100,30 +103,36 @@ def describe_commit(checkout: Path) -> str:
     return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def compare(
+    description: str | None, measure: Callable[[Path, Path, Path], dict[str, Cost]], results: Path, row: Row[Cost]
+) -> None:
+    """Measure the two checkouts of the command line, and write a row for each measurement.
+
+    Args:
+        measure: gets a checkout, an empty folder, and a Llama of 125 M random weights.
+        row: what is written of an old and a new measurement.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     checkouts = {"old": options.old.resolve(), "new": options.new.resolve()}
     with tempfile.TemporaryDirectory() as place:
-        write_model(Path(place) / "model", "125m", PHI3)
-        seconds = measure_in_turn(checkouts, Path(place) / "model", options.repeats)
-    rows: list[dict[str, Any]] = [
-        {
-            "measurement": what,
-            "old_seconds": old,
-            "new_seconds": seconds["new"][what],
-            "speed": old / seconds["new"][what],
-        }
-        for what, old in seconds["old"].items()
-    ]
+        model = Path(place) / "model"
+        write_model(model, "125m", PHI3)
+        found = measure_in_turn(lambda checkout, folder: measure(checkout, folder, model), checkouts, options.repeats)
+    rows = [{"measurement": what, **row(old, found["new"][what])} for what, old in found["old"].items()]
     commits = {name: describe_commit(checkout) for name, checkout in checkouts.items()}
-    RESULTS.write_text(json.dumps({"machine": described(), "commits": commits, "rows": rows}, indent=1) + "\n")
-    for row in rows:
-        print(f"{row['speed']:.3f}  {row['measurement']}")
+    results.write_text(json.dumps({"machine": described(), "commits": commits, "rows": rows}, indent=1) + "\n")
+    for values in rows:
+        print(*values.values(), sep="  ")
+
+
+def compare_speed(old: float, new: float) -> dict[str, float]:
+    """Seconds of both, and the new one's speed in multiples of the old one's."""
+    return {"old_seconds": old, "new_seconds": new, "speed": old / new}
 
 
 if __name__ == "__main__":
-    main()
+    compare(__doc__, measure, RESULTS, compare_speed)

@@ -1,6 +1,6 @@
 """What it costs to start: from the command to a run's first step, and to the first token of an answer.
 
-    python benchmarks/startup.py OLD NEW [--repeats 3]
+    python benchmarks/startup.py OLD NEW [--repeats 2]
 
 OLD and NEW are checkouts; each command runs in a process of its own, in turn for both. Seconds on the clock and of CPU
 time (user and system, with the process's children), the fewest of all repeats, for the embedded model and a Llama of
@@ -9,21 +9,17 @@ time (user and system, with the process's children), the fewest of all repeats, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from compare_versions import PHI3, QUIET, ROWS, describe_commit
-from machine import described
-from training_jobs import write_model
+from compare_versions import QUIET, ROWS, compare
 
 RESULTS = Path(__file__).parent / "results" / "startup.json"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -92,7 +88,7 @@ def time_first_steps(checkout: Path, folder: Path, name: str, *settings: str) ->
 def measure(checkout: Path, folder: Path, model: Path) -> dict[str, Cost | float]:
     """Every measurement with one version; `folder` is empty."""
     found: dict[str, Cost | float] = {"import torch and transformers": time_process(checkout, folder, "-c", IMPORTS)}
-    large = (f"model.id={model}", "model.seq_len=256", "training.precision=bf16", "data.max_examples=64")
+    large = (f"model.id={model}", "model.seq_len=256", "training.precision=fp32", "data.max_examples=64")
     for name, settings in (("embedded", ("data.max_examples=160", "model.seq_len=256")), ("125m", large)):
         found |= {f"{name}: {what}": x for what, x in time_first_steps(checkout, folder, name, *settings).items()}
         answer = ("-m", "training_lens", "infer", "--run", name, "What is 3 plus 4?", "inference.max_new_tokens=1")
@@ -100,39 +96,10 @@ def measure(checkout: Path, folder: Path, model: Path) -> dict[str, Cost | float
     return found
 
 
-def repeat(run: Callable[[Path, Path], dict[str, Cost | float]], checkouts: Mapping[str, Path], times: int) -> dict:
-    """The cheapest of each measurement, by version; versions in turn."""
-    found: dict[str, dict[str, Cost | float]] = {name: {} for name in checkouts}
-    for _ in range(times):
-        for name, checkout in checkouts.items():
-            with tempfile.TemporaryDirectory() as folder:
-                for what, cost in run(checkout, Path(folder)).items():
-                    found[name][what] = min(cost, found[name].get(what, cost))
-                    print(f"{name}: {what}: {cost}", flush=True)
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    checkouts = {"old": options.old.resolve(), "new": options.new.resolve()}
-    with tempfile.TemporaryDirectory() as place:
-        write_model(Path(place) / "model", "125m", PHI3)
-        found = repeat(
-            lambda checkout, folder: measure(checkout, folder, Path(place) / "model"), checkouts, options.repeats
-        )
-    rows = {
-        what: {name: vars(cost[what]) if isinstance(cost[what], Cost) else cost[what] for name, cost in found.items()}
-        for what in found["old"]
-    }
-    commits = {name: describe_commit(checkout) for name, checkout in checkouts.items()}
-    RESULTS.write_text(json.dumps({"machine": described(), "commits": commits, "rows": rows}, indent=1) + "\n")
-    for what, row in rows.items():
-        print(what, row)
+def pair_costs(old: Cost | float, new: Cost | float) -> dict[str, Any]:
+    """Both measurements as plain values."""
+    return {name: vars(cost) if isinstance(cost, Cost) else cost for name, cost in (("old", old), ("new", new))}
 
 
 if __name__ == "__main__":
-    main()
+    compare(__doc__, measure, RESULTS, pair_costs)

@@ -135,7 +135,7 @@ def test_a_run_that_has_kept_nothing_says_so(tmp_path: Path) -> None:
     (run.metadata / "summary.json").write_text(json.dumps({"status": "failed"}))
     (run.metadata / "config.json").write_text("{}")
     refused(run.root, "failed", "nothing to analyse", "no captures", "no checkpoints", "lens.enabled=true")
-    refused(tmp_path, "contains 1 runs", str(run.root))
+    refused(tmp_path, "contains 1 run.", str(run.root))
 
 
 @pytest.mark.parametrize("within", ["", "checkpoint-2"])

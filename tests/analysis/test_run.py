@@ -244,7 +244,7 @@ def test_a_run_has_its_id_wherever_it_is_and_however_it_is_named(
 
 
 def test_runs_of_one_id_are_told_apart_by_their_folders(copied: RunFolder, finished_run: Any) -> None:
-    names = Run(copied.root).compare(finished_run.root).names
+    names = Run(copied.root).compare(finished_run.root).run_names
     assert names == (str(copied.root), str(finished_run.root))
 
 

@@ -160,7 +160,7 @@ def test_a_damaged_segment_costs_its_steps_alone(call: Call, run: Path) -> None:
     [
         ("20260101T000000Z-aaab", "Did you mean '20260101T000000Z-aaaa'?"),
         ("./outputz", "Did you mean 'outputs'?"),
-        ("outputs/experiments/default", "contains 1 runs"),
+        ("outputs/experiments/default", "contains 1 run."),
         ("empty", "is empty"),
         ("file.txt", "is a file"),
         ("full", "is a full model"),

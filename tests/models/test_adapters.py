@@ -184,7 +184,8 @@ def test_what_is_trained_is_described() -> None:
     described = describe_adapter(PeftSection(variant="rslora", use_dora=True, init="pissa", modules_to_save=["norm"]))
     assert described == "rslora+dora, pissa start, r=16, norm whole"
     assert (
-        describe_adapter(PeftSection(lora_plus_ratio=8, from_adapter="a")) == "lora, r=16, B at 8 x lr, going on from a"
+        describe_adapter(PeftSection(lora_plus_ratio=8, from_adapter="a"))
+        == "lora, r=16, B at 8 x lr, continuing from a"
     )
 
 

@@ -18,7 +18,7 @@ from training_lens.core.recording import Recording
 from training_lens.core.types import DataType, LensManifest
 from training_lens.errors import AdapterError, CheckpointError, LensError
 from training_lens.runs.run_folder import RunFolder, list_run_folders
-from training_lens.utils.formatting import suggest_path
+from training_lens.utils.formatting import pluralize, suggest_path
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
 
@@ -206,6 +206,6 @@ def _explain_unreadable(folder: Path) -> str:
         )
     runs = list_run_folders(folder) or list_run_folders(folder / "runs")
     if runs:
-        return f"{folder} contains {len(runs)} runs. Give one of them, such as {runs[-1].root}."
+        return f"{folder} contains {pluralize(len(runs), 'run')}. Give one of them, such as {runs[-1].root}."
     shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
     return f"{folder} is not a run. Expected {EXPECTED_FOLDERS}; found {shown}."

@@ -119,7 +119,7 @@ class RunComparison:
                 raise CheckpointError(listed.detail)
 
     @property
-    def names(self) -> tuple[str, str]:
+    def run_names(self) -> tuple[str, str]:
         """The two run ids, or the two folders if both runs have the same id."""
         first, second = self._folders
         if first.run_id != second.run_id:
@@ -136,7 +136,7 @@ class RunComparison:
         """Numbers of the summaries, `compare.json` and `evaluation.json`: a row per number, a column per run."""
         import pandas
 
-        columns = {name: run.metrics for name, run in zip(self.names, self._listed, strict=True)}
+        columns = {name: run.metrics for name, run in zip(self.run_names, self._listed, strict=True)}
         return pandas.DataFrame(columns)
 
     @property
@@ -155,12 +155,12 @@ class RunComparison:
 
     def _loss_curves(self) -> list[Curve]:
         logs = [read_our_log(folder.metrics_file) for folder in self._folders]
-        pairs = zip(logs, self.names, COLOURS, strict=False)
+        pairs = zip(logs, self.run_names, COLOURS, strict=False)
         return [curve for log, name, colour in pairs for curve in loss_curves(log, name, colour)]
 
     def __repr__(self) -> str:
         differ = f"they differ in {', '.join(self.config)}" if self.config else "no setting differs"
-        return f"RunComparison of {self.names[0]} and {self.names[1]}: {differ}"
+        return f"RunComparison of {self.run_names[0]} and {self.run_names[1]}: {differ}"
 
     def _repr_html_(self) -> str:
         chart = render_chart(self._loss_curves(), *LOSS_AXES)
@@ -170,9 +170,9 @@ class RunComparison:
             for key, both in texts.items()
         ]
         parts: list[Part] = [
-            Table("", ("", *self.names), [("status", *(run.status for run in self._listed)), *self._number_rows()]),
+            Table("", ("", *self.run_names), [("status", *(run.status for run in self._listed)), *self._number_rows()]),
             *([] if self.same_validation else [DIFFERENT_ROWS]),
-            Table("settings that differ", ("", *self.names), settings) if settings else "No setting differs.",
+            Table("settings that differ", ("", *self.run_names), settings) if settings else "No setting differs.",
             SvgPicture(chart, "Validation is dashed; at step 0 it is that of the base model.") if chart else "",
         ]
         return render_card("Two runs", [part for part in parts if part])

@@ -85,13 +85,9 @@ def send_to_trackers(run: RunFolder | None, name: str, report: dict[str, Any]) -
 
 
 def describe_evaluation(evaluator: ModelEvaluator) -> dict[str, Any]:
-    """What a report says of how it was made; `steps` tells whether the run has gone on since."""
-    describe_evaluation: dict[str, Any] = {"run": evaluator.session.source, "settings": evaluator.settings.model_dump()}
-    return (
-        {**describe_evaluation, "steps": evaluator.trained_steps}
-        if evaluator.trained_steps is not None
-        else describe_evaluation
-    )
+    """How a report was made; `steps` shows whether the run has trained further since."""
+    made: dict[str, Any] = {"run": evaluator.session.source, "settings": evaluator.settings.model_dump()}
+    return made if evaluator.trained_steps is None else {**made, "steps": evaluator.trained_steps}
 
 
 def report_broken_adapter(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from training_lens.cli.common import print_table
+from training_lens.utils.formatting import format_size, pluralize, render_sparkline
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +96,7 @@ def show_runs(console: Console, runs: Sequence[RunOverview], metric: str) -> Non
         columns.append("tags")
         for row, run in zip(rows, runs, strict=True):
             row.append(", ".join(run.tags))
-    title, numbers = f"{len(runs)} runs", ("steps", metric, "rate")
+    title, numbers = pluralize(len(runs), "run"), ("steps", metric, "rate")
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     if console.is_terminal and sum(widths) + GAP * (len(widths) - 1) > console.width:
         _print_blocks(console, title, columns, rows)
@@ -175,7 +176,6 @@ def _shorten_path(name: str) -> str:
 
 
 def _show_losses(console: Console, losses: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    from training_lens.utils.formatting import render_sparkline
 
     steps = [loss for _, loss in losses["step"]]
     if steps:
@@ -212,7 +212,6 @@ def show_comparison(console: Console, runs: Sequence[RunOverview], differing: Ma
 
 def show_doomed(console: Console, runs: Sequence[RunOverview], sizes: Sequence[int]) -> None:
     """Print what would be deleted: each run's status, size and content."""
-    from training_lens.utils.formatting import format_size
 
     rows = [
         [run.run_id, run.status, format_size(size), _list_parts(run), ", ".join(run.tags)]

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from training_lens.config.data_sections import DataSection
 from training_lens.errors import DatasetError
+from training_lens.utils.formatting import pluralize
 from training_lens.utils.limits import BAD_ROWS
 
 # Limits that keep a report bounded, whatever the rows hold.
@@ -108,7 +109,7 @@ def classify_error(error: Exception, source: str, number: int) -> str:
 
 def count_rows(count: int) -> str:
     """'1 row', '1,200 rows'."""
-    return f"{count:,} row{'' if count == 1 else 's'}"
+    return pluralize(count, "row")
 
 
 def list_rows(numbers: Iterable[int], shown: int = 5) -> str:

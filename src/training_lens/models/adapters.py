@@ -88,7 +88,7 @@ def describe_adapter(peft: PeftSection) -> str:
     if peft.lora_plus_ratio:
         parts.append(f"B at {peft.lora_plus_ratio:g} x lr")
     if peft.from_adapter:
-        parts.append(f"going on from {peft.from_adapter}")
+        parts.append(f"continuing from {peft.from_adapter}")
     return ", ".join(parts)
 
 

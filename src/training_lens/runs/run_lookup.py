@@ -15,7 +15,7 @@ from training_lens.runs.run_folder import (
     open_run_folder,
     runs_folder,
 )
-from training_lens.utils.formatting import did_you_mean
+from training_lens.utils.formatting import did_you_mean, pluralize
 from training_lens.utils.names import expand_home
 
 BASE_ALONE = "none"  # the value of inference.adapter for the base model alone
@@ -91,8 +91,8 @@ def _require_one(
     beside = [str(p) for p in Path(reference).parent.glob("*/")] if "/" in reference else []
     known = {LATEST, *(run.run_id for run in everywhere), *(run.experiment_name for run in everywhere), *beside}
     raise CheckpointError(
-        f"no run '{reference}' in {place} ({len(everywhere)} runs in all), no experiment of that name, and no run "
-        "folder at that path. Give output.base_output_dir if it is elsewhere."
+        f"no run '{reference}' in {place} ({pluralize(len(everywhere), 'run')} in all), no experiment of that name, "
+        "and no run folder at that path. Give output.base_output_dir if it is elsewhere."
         f"{did_you_mean(reference.rstrip('/'), sorted(known - {reference.rstrip('/')}))}"
     )
 

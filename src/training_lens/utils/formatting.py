@@ -23,6 +23,11 @@ def format_size(size_bytes: float) -> str:
     return f"{size_bytes:.1f} TB"
 
 
+def pluralize(count: int, noun: str) -> str:
+    """A number of things: '1 row', '1,200 rows'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_count(count: float) -> str:
     """A count in three digits: `format_count(2_226_240)` is '2.23 M'."""
     for unit in ("", " k", " M"):
