@@ -2,8 +2,14 @@
 
 /* The sum of a vector's numbers, pair by pair. */
 static inline WIDE NAME(total)(NAME(vector) sums) {
+#if VECTOR == 64
     const NAME(half) half = ((NAME(half) *)&sums)[0] + ((NAME(half) *)&sums)[1];
     const NAME(quarter) quarter = ((NAME(quarter) *)&half)[0] + ((NAME(quarter) *)&half)[1];
+#elif VECTOR == 32
+    const NAME(quarter) quarter = ((NAME(quarter) *)&sums)[0] + ((NAME(quarter) *)&sums)[1];
+#else
+    const NAME(quarter) quarter = sums;
+#endif
     WIDE total = 0;
     for (size_t lane = 0; lane < 16 / sizeof(WIDE); lane++) total += quarter[lane];
     return total;
@@ -16,7 +22,8 @@ static inline NAME(vector) NAME(lanes_of)(const NUMBER *x) {
 }
 
 #define AHEAD 16 /* columns */
-#define QUAD 4 /* heads, and vectors of each, whose sums are in registers together */
+#define QUAD 4 /* heads whose sums are in registers together, */
+#define MIXED (VECTOR == 64 ? 4 : 2) /* with so many vectors of each */
 #define WIDTH 64 /* columns of a block */
 
 /* Inlined with a number of 1 to QUAD as a constant, so that sums stay in registers. */
@@ -30,7 +37,7 @@ static inline NAME(vector) NAME(lanes_of)(const NUMBER *x) {
 static inline __attribute__((always_inline)) void NAME(mix)(
     int64_t heads, int64_t parts, const WIDE *weights, const WIDE *sums, const NUMBER *values, int64_t count, int64_t size,
     NUMBER *y) {
-    NAME(vector) mixed[QUAD][QUAD] = {0};
+    NAME(vector) mixed[QUAD][MIXED] = {0};
     for (int64_t column = 0; column < count; column++)
         for (int64_t part = 0; part < parts; part++) {
             const NAME(vector) value = NAME(lanes_of)(values + column * size + part * LANES);
@@ -75,8 +82,8 @@ static inline __attribute__((always_inline)) void NAME(newest)(
         sums[head] = sum;
     }
     int64_t i = 0;
-    for (; i + QUAD * LANES <= size; i += QUAD * LANES)
-        NAME(mix)(heads, QUAD, weights, sums, values + i, count, size, y + i);
+    for (; i + MIXED * LANES <= size; i += MIXED * LANES)
+        NAME(mix)(heads, MIXED, weights, sums, values + i, count, size, y + i);
     for (; i < whole; i += LANES) NAME(mix)(heads, 1, weights, sums, values + i, count, size, y + i);
     for (; i < size; i++)
         for (int64_t head = 0; head < heads; head++) {
@@ -207,5 +214,6 @@ void NAME(branches)(int64_t begin, int64_t end, const struct NAME(branches_call)
 #undef CHUNK
 #undef AHEAD
 #undef QUAD
+#undef MIXED
 #undef WIDTH
 #undef BY_QUADS

@@ -15,6 +15,22 @@
 
 enum activation { SILU, GELU_TANH };
 
+/* Bytes of the processor's widest vector, and how many rows and vectors of a product's sums its registers hold. Wider
+ * vectors than it has would go through memory. */
+#if defined __AVX512F__
+#define VECTOR 64
+#define TILE_ROWS 8
+#define TILE_PARTS PARTS
+#elif defined __AVX__
+#define VECTOR 32
+#define TILE_ROWS 4
+#define TILE_PARTS 2
+#else
+#define VECTOR 16
+#define TILE_ROWS 4
+#define TILE_PARTS 2
+#endif
+
 /* e^x to within 2 ulp (Cephes' expf: Cody-Waite reduction, polynomial of degree 5), and 0 below the smallest normal
  * number; at most e^88. */
 static inline float exponential(float x) {

@@ -3,9 +3,9 @@
 #define GET NAME(get)
 #define PUT NAME(put)
 #define ROUND(x) GET(PUT(x))
-#define LANES ((int64_t)(64 / sizeof(WIDE))) /* of a vector */
+#define LANES ((int64_t)(VECTOR / sizeof(WIDE))) /* of a vector */
 
-typedef WIDE NAME(vector) __attribute__((vector_size(64), aligned(sizeof(WIDE)), may_alias));
+typedef WIDE NAME(vector) __attribute__((vector_size(VECTOR), aligned(sizeof(WIDE)), may_alias));
 typedef WIDE NAME(half) __attribute__((vector_size(32), aligned(sizeof(WIDE)), may_alias));
 typedef WIDE NAME(quarter) __attribute__((vector_size(16), aligned(sizeof(WIDE)), may_alias));
 
@@ -200,16 +200,17 @@ static inline WIDE NAME(cap_slope)(WIDE capped, WIDE softcap) {
     return share < -1 ? 0 : 1 - share * share;
 }
 
-#define TILE 8     /* rows of a product whose sums are in registers together, */
+#define TILE 8     /* rows of a product that are computed together, */
 #define COLUMNS 32 /* with so many columns */
 #define PARTS ((int64_t)COLUMNS / LANES)
 
-/* out (rows, parts vectors) = or += a b, TILE and PARTS of them at most, and inlined as constants: a's number (i, k) is
- * a[i down + k across], rows of b lie `apart` numbers from each other, those of out `width`. */
-static inline __attribute__((always_inline)) void NAME(tile)(
+/* out (rows, parts vectors) = or += a b, all sums in registers: at most TILE_ROWS rows and TILE_PARTS parts, inlined as
+ * constants. a's number (i, k) is a[i down + k across], rows of b lie `apart` numbers from each other, those of out
+ * `width`. */
+static inline __attribute__((always_inline)) void NAME(small_tile)(
     int64_t rows, int64_t parts, int64_t inner, const WIDE *a, int64_t down, int64_t across, const WIDE *b, int64_t apart,
     WIDE *out, int64_t width, int adds) {
-    NAME(vector) sums[TILE][PARTS];
+    NAME(vector) sums[TILE_ROWS][TILE_PARTS];
     for (int64_t i = 0; i < rows; i++)
         for (int64_t p = 0; p < parts; p++)
             sums[i][p] = adds ? *(NAME(vector) *)(out + i * width + p * LANES) : (NAME(vector)){0};
@@ -218,6 +219,28 @@ static inline __attribute__((always_inline)) void NAME(tile)(
             for (int64_t p = 0; p < parts; p++) sums[i][p] += a[i * down] * *(const NAME(vector) *)(b + p * LANES);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t p = 0; p < parts; p++) *(NAME(vector) *)(out + i * width + p * LANES) = sums[i][p];
+}
+
+/* The same of some rows and of 1 part, or of a multiple of TILE_PARTS. */
+static inline __attribute__((always_inline)) void NAME(row_tile)(
+    int64_t rows, int64_t parts, int64_t inner, const WIDE *a, int64_t down, int64_t across, const WIDE *b, int64_t apart,
+    WIDE *out, int64_t width, int adds) {
+    if (parts < TILE_PARTS)
+        NAME(small_tile)(rows, parts, inner, a, down, across, b, apart, out, width, adds);
+    else
+        for (int64_t p = 0; p < parts; p += TILE_PARTS)
+            NAME(small_tile)(rows, TILE_PARTS, inner, a, down, across, b + p * LANES, apart, out + p * LANES, width, adds);
+}
+
+/* The same of fewer than TILE_ROWS rows, or of a multiple. */
+static inline __attribute__((always_inline)) void NAME(tile)(
+    int64_t rows, int64_t parts, int64_t inner, const WIDE *a, int64_t down, int64_t across, const WIDE *b, int64_t apart,
+    WIDE *out, int64_t width, int adds) {
+    if (rows < TILE_ROWS)
+        NAME(row_tile)(rows, parts, inner, a, down, across, b, apart, out, width, adds);
+    else
+        for (int64_t i = 0; i < rows; i += TILE_ROWS)
+            NAME(row_tile)(TILE_ROWS, parts, inner, a + i * down, down, across, b, apart, out + i * width, width, adds);
 }
 
 #include "attention.h"
