@@ -35,8 +35,12 @@ class _Backend(_DummyBackendModule):
 
 
 def register() -> torch.device:
-    """The simulated device; torch knows it from the first call on, for the whole process."""
+    """The simulated device; torch knows it from the first call on, for the whole process.
+
+    Call it before the product is imported: `no_grad` stands for `inference_mode`, which a Python tensor cannot have.
+    """
     if torch._C._get_privateuse1_backend_name() != NAME:
+        torch.inference_mode = torch.no_grad  # type: ignore[assignment, misc]
         _setup_privateuseone_for_python_backend(rename=NAME, backend_module=_Backend())
         _library.impl("empty.memory_format", _empty, "PrivateUse1")
         _library.impl("empty_strided", _empty_strided, "PrivateUse1")
@@ -106,6 +110,12 @@ class SimulatedTensor(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         torch.Tensor.data.__set__(self, value)
         self.inner = unwrap(value)
+
+    def untyped_storage(self) -> Any:
+        return self.inner.untyped_storage()  # which safetensors and PEFT compare to find shared memory
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
 
     def tolist(self) -> Any:
         return self.to("cpu").tolist()

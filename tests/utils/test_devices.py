@@ -1,15 +1,18 @@
-"""Devices that are not there are refused; the peak is the program's own, and never below what it holds."""
+"""Devices that are not there are refused, what one can do is asked of it, copies are safe, and the peak is own."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import training_lens
 from training_lens.errors import ConfigurationError
-from training_lens.utils.devices import get_device, peak_bytes, reset_process_peak
+from training_lens.utils.devices import get_device, peak_bytes, reset_process_peak, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -40,3 +43,32 @@ def test_a_process_peak_can_be_counted_anew() -> None:
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"model.device: '{name}' is not available here; available: .*cpu"):
         get_device(name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((8, 6), "bf16"), ((9, 0), "bf16"), ((12, 0), "bf16")],
+)
+def test_the_chosen_gpu_computes_in_bf16_only_where_it_has_it_itself(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
+) -> None:
+    """V100 (7.0) and T4 (7.5) emulate it, which torch counts as support."""
+    asked = []
+
+    def get_capability(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return capability
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", get_capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert resolve_precision("auto", torch.device("cuda:1")) == precision
+    assert asked == [torch.device("cuda:1")]
+
+
+def test_one_place_copies_without_waiting() -> None:
+    """Anywhere else a pageable source could be freed, or a result be read, before the copy is done."""
+    root = Path(training_lens.__file__).parent
+    places = [p.name for p in root.rglob("*.py") if re.search(r"non_blocking", p.read_text())]
+    assert places == ["devices.py"]
+    text = (root / "utils/devices.py").read_text()
+    assert text.count("non_blocking=True") == 1 and "pin_memory()" in text

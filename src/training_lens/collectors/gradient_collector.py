@@ -16,6 +16,7 @@ from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import Captured, DataType, Moment
 from training_lens.measures.directions import adam_update_rms, self_check
 from training_lens.measures.factors import Factors, frobenius
+from training_lens.utils.devices import move_to_device, move_to_one_device
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -144,12 +145,13 @@ class _AdamState:
         """(parameters,), for parameters of one shape; NaN for one without a gradient or a state."""
         gradients = torch.stack([_tensor_or_nan(p.grad, p) for p in parameters])
         moments = torch.stack([_tensor_or_nan(self.state.get(p, {}).get("exp_avg_sq"), p) for p in parameters])
-        steps = torch.stack([torch.as_tensor(self.state.get(p, {}).get("step", 1)) for p in parameters]).float()
+        # Adam's own step counts are on the CPU, those of its fused form on the parameters' device.
+        counts = move_to_one_device(torch.as_tensor(self.state.get(p, {}).get("step", 1)).float() for p in parameters)
         unstepped = {"betas": (0.0, 0.0)}  # any value: these parameters have no moment either
         betas = torch.tensor([self.groups.get(id(p), unstepped)["betas"][1] for p in parameters])
-        betas = betas.to(steps.device, non_blocking=True)
-        corrections = -torch.expm1(steps * betas.log())  # 1 - beta2^t, exact where beta2^t is close to 1
-        moments = moments.float().div_(corrections.to(moments.device, non_blocking=True)[:, None, None])
+        steps = torch.stack(counts)
+        corrections = -torch.expm1(steps * move_to_device(betas.log(), steps.device))  # 1 - beta2^t, exact close to 1
+        moments = moments.float().div_(move_to_device(corrections, moments.device)[:, None, None])
         return adam_update_rms(gradients, moments, self.eps)
 
 

@@ -19,6 +19,7 @@ from training_lens.errors import LensError
 from training_lens.measures.activation_measures import drift, linear_cka, random_projection, rms
 from training_lens.models.adapters import base_only
 from training_lens.models.model_classes import decoder_of, unwrap_adapter
+from training_lens.utils.devices import move_to_one_device
 
 MAX_POSITIONS = 256  # of one batch
 SKETCH_POSITIONS = 64
@@ -132,8 +133,7 @@ class LayerStates:
             "drift": [drift(h, h0) for h0, h in pairs],
             "cka": [linear_cka(h0, h).value for h0, h in pairs],
         }
-        device = self.adapter[0].device  # with layers on several devices, the first one's
-        return {k: torch.stack([v.to(device, non_blocking=True) for v in values]) for k, values in by_measure.items()}
+        return {measure: torch.stack(move_to_one_device(values)) for measure, values in by_measure.items()}
 
 
 class ActivationExtractor:

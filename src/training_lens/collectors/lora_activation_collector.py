@@ -16,6 +16,7 @@ from training_lens.core.collector import CaptureContext, DataCollector
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import Cadence, Captured, DataType, Moment
+from training_lens.utils.devices import move_to_device, move_to_one_device
 
 PARTS = ("input", "down", "up", "output", "frozen")
 
@@ -78,8 +79,7 @@ class LoRAActivationTracker:
         NaN for a module that no pass went through; input_rms is NaN for an embedding, whose input is token ids.
         """
         unknown = torch.full((len(PARTS), 2), torch.nan)
-        device = next(iter(self._sums.values())).device if self._sums else unknown.device
-        sums = [self._sums.get(i, unknown).to(device, non_blocking=True) for i in range(len(self._modules))]
+        sums = move_to_one_device(self._sums.get(i, unknown) for i in range(len(self._modules)))
         squares, counts = torch.stack(sums).unbind(-1)  # (modules, parts) each
         means = (squares / counts).sqrt()
         found = {f"{part}_rms": means[:, i] for i, part in enumerate(PARTS) if part != "frozen"}
@@ -134,7 +134,7 @@ def _sum_squares(module: AdapterModule, x: Tensor, output: Tensor) -> Tensor:
         inputs = x.float() if x.is_floating_point() else x.new_full((1,), torch.nan, dtype=torch.float32)
         parts = (inputs, down, up, output, frozen)
         squares = torch.stack([part.square().sum() for part in parts])
-    counts = torch.tensor([float(part.numel()) for part in parts]).to(squares.device, non_blocking=True)
+    counts = move_to_device(torch.tensor([float(part.numel()) for part in parts]), squares.device)
     return torch.stack([squares, counts], 1)
 
 

@@ -16,6 +16,7 @@ from training_lens.core.types import Cadence, Captured, DataType
 from training_lens.measures.adapter_measures import adapter_norms, update_spectrum
 from training_lens.measures.factors import Factors
 from training_lens.measures.singular_values import dora_change, top_singular_value
+from training_lens.utils.devices import move_to_one_device
 
 
 @CollectorRegistry.register
@@ -80,11 +81,12 @@ def _measure_dora(modules: Sequence[AdapterModule]) -> dict[str, Tensor]:
     for module in modules:
         weight = module.base_weight() if module.magnitude is not None else None
         if weight is None or module.magnitude is None:
-            changes.append(torch.full((2,), torch.nan, dtype=torch.float64))
+            changes.append(torch.full((2,), torch.nan))
             continue
         found = dora_change(weight, *module.factors(), module.record.scaling, module.magnitude.detach())
-        changes.append(torch.stack(found).cpu())  # rare enough that waiting for the device costs little
-    return dict(zip(("magnitude_change", "direction_change"), torch.stack(changes, 1), strict=True))
+        changes.append(torch.stack(found).float())
+    columns = torch.stack(move_to_one_device(changes), 1)
+    return dict(zip(("magnitude_change", "direction_change"), columns, strict=True))
 
 
 @CollectorRegistry.register

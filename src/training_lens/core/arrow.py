@@ -14,6 +14,7 @@ from torch import Tensor
 
 from training_lens.core.types import Captured, Series
 from training_lens.errors import ConfigurationError, LensError
+from training_lens.utils.devices import move_to_one_device
 from training_lens.utils.formatting import did_you_mean
 
 STEP, MODULE = "step", "module"
@@ -52,11 +53,12 @@ def buffer_capture(step: int, captured: Captured) -> CaptureBuffer:
                 f"a collector returns a tensor of shape ({len(rows)},), one value for each row."
             )
     with torch.no_grad():
-        scalars = torch.stack(list(captured.scalars.values())) if captured.scalars else torch.empty(0, len(rows))
+        scalars = [values.to(torch.float32) for values in captured.scalars.values()]
+        stacked = torch.stack(move_to_one_device(scalars)) if scalars else torch.empty(0, len(rows))
         vectors = {
             m: _concatenate_vectors(m, step, values, len(rows)) for m, values in captured.vectors.items() if rows
         }
-    return CaptureBuffer(step, rows, tuple(captured.scalars), scalars.to(torch.float32), vectors)
+    return CaptureBuffer(step, rows, tuple(captured.scalars), stacked, vectors)
 
 
 def _concatenate_vectors(
@@ -67,7 +69,7 @@ def _concatenate_vectors(
             f"{measure} at step {step} has {len(values)} vectors for {rows} rows: "
             "a collector returns one vector for each row."
         )
-    flat = torch.cat([vector.reshape(-1) for vector in values]).to(torch.float32)
+    flat = torch.cat(move_to_one_device(vector.reshape(-1).to(torch.float32) for vector in values))
     return flat, tuple(vector.numel() for vector in values)
 
 
@@ -97,7 +99,9 @@ def _build_uniform_table(buffers: Sequence[CaptureBuffer]) -> pa.Table:
     rows, measures = buffers[0].rows, buffers[0].measures
     _require_distinct((STEP, MODULE, *measures, *buffers[0].vectors), "columns")
     _require_distinct(rows, "rows")
-    scalars = torch.stack([step.scalars for step in buffers]).cpu().numpy()  # (steps, measures, rows): the sync point
+    scalars = (
+        torch.stack(move_to_one_device(step.scalars for step in buffers)).cpu().numpy()
+    )  # (steps, measures, rows): the sync point
     steps = np.array([step.step for step in buffers], np.int32)
     modules = np.tile(np.arange(len(rows), dtype=np.int32), len(steps))
     columns = {
@@ -109,7 +113,7 @@ def _build_uniform_table(buffers: Sequence[CaptureBuffer]) -> pa.Table:
         vectors = [step.vectors[measure] for step in buffers]
         lengths = np.concatenate([np.array(lengths, np.int32) for _, lengths in vectors])
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        values = torch.cat([flat for flat, _ in vectors]).cpu().numpy()
+        values = torch.cat(move_to_one_device(flat for flat, _ in vectors)).cpu().numpy()
         columns[measure] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
     return pa.table(columns)
 

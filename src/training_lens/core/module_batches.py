@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training_lens.core.modules import AdapterModule
 from training_lens.measures.factors import Factors
+from training_lens.utils.devices import move_to_device, move_to_one_device
 
 GradientGetter = Callable[[torch.nn.Parameter], Tensor | None]
 
@@ -72,10 +73,10 @@ class ModuleBatches:
 
     def restore_order(self, parts: Sequence[Tensor]) -> Tensor:
         """(modules,) in the model's order, from (modules of the batch,) for each batch. Does not synchronise."""
-        device = parts[0].device
-        if self._order.device != device:
-            self._order = self._order.to(device, non_blocking=True)
-        return torch.cat([part.to(device, non_blocking=True) for part in parts])[self._order]
+        values = torch.cat(move_to_one_device(parts))
+        if self._order.device != values.device:
+            self._order = move_to_device(self._order, values.device)
+        return values[self._order]
 
     def restore_order_all(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """`restore_order` for each measure; `parts` has those of each batch. NaN where a batch lacks a measure."""

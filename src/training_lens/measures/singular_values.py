@@ -21,6 +21,7 @@ from training_lens.measures.factors import (
     to_float64,
     update_inner_product,
 )
+from training_lens.utils.devices import move_to_device
 
 
 def singular_values(
@@ -187,11 +188,10 @@ def top_singular_value(weight: Float[Tensor, "*batch outputs inputs"], iteration
 
 
 def _random_direction(weight: Tensor) -> Tensor:
-    """(*batch, 1, in), of length 1, the same at each call."""
+    """(*batch, 1, in), of length 1, the same at each call and on each device."""
     *batch, _, inputs = weight.shape
-    generator = torch.Generator(weight.device).manual_seed(0)
-    drawn = torch.randn((*batch, 1, inputs), generator=generator, dtype=weight.dtype, device=weight.device)
-    direction: Tensor = drawn / drawn.norm(dim=-1, keepdim=True)
+    drawn = torch.randn((*batch, 1, inputs), generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+    direction: Tensor = move_to_device(drawn / drawn.norm(dim=-1, keepdim=True), weight.device)
     return direction
 
 

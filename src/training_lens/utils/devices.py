@@ -6,6 +6,7 @@ import gc
 import platform
 import resource
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -59,12 +60,19 @@ def resolve_precision(asked: str, device: torch.device) -> Precision:
     if asked == "auto":
         if device.type != "cuda":
             return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if has_native_bf16(device) else "fp16"
     if asked == "fp16" and device.type != "cuda":
         raise ConfigurationError("training.precision: fp16 needs CUDA (loss scaling); use bf16 or fp32 here.")
     if asked not in DTYPES:
         raise ConfigurationError(f"training.precision: '{asked}' is none of auto, fp32, bf16, fp16.")
     return asked
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether this CUDA device multiplies bf16 itself. torch counts emulation too, which is slower than float32."""
+    if torch.version.hip:
+        return bool(torch.cuda.is_bf16_supported())
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
@@ -75,10 +83,23 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def move_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy the tensor to the device without waiting. CUDA can do that only from pinned memory."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    """Copy the tensor to the device; to CUDA without waiting, from pinned memory.
+
+    The only place that copies without waiting: from pageable memory, or to the CPU, the copy could be read too early or
+    its source freed too early (MPS does both).
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    if tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def move_to_one_device(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors on the device of the first one that is not on the CPU, as stacking and comparing them needs."""
+    tensors = list(tensors)
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)
+    return tensors if device is None else [move_to_device(tensor, device) for tensor in tensors]
 
 
 def synchronize(device: torch.device) -> None:

@@ -33,13 +33,19 @@ class PackedSequences:
         """Where each begins and ends."""
         return list(pairwise(self.bounds.tolist()))
 
+    @cached_property
+    def _moved(self) -> dict[torch.device, Tensor]:
+        return {}
+
     def position_ids(self, device: torch.device) -> Tensor:
         """(1, tokens) int64: each token's place in its sequence."""
         return move_to_device(torch.cat([torch.arange(length) for length in self.lengths])[None], device)
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
-        """The `bounds` on a device, int32."""
-        return move_to_device(self.bounds.int(), device)
+        """The `bounds` on a device, int32; copied there once, for all layers."""
+        if device not in self._moved:
+            self._moved[device] = move_to_device(self.bounds.int(), device)
+        return self._moved[device]
 
     def work_order(self, groups: int) -> Tensor:
         """(sequences * groups,) int64: pairs of both in the order in which workers take them, the longest first."""
