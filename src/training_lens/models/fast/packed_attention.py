@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +15,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from training_lens.models.fast.native.attention_kernels import PackedAttentionCall, PackedSequences, ScoreSpec
 from training_lens.models.fast.native.library import can_compute
+from training_lens.utils.devices import has_native_bf16
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+LARGEST_FLASH_HEAD = 256
 
 
 def packed_attention(
@@ -24,10 +32,10 @@ def packed_attention(
     """softmax(s) v of each token over the tokens before it in its example, and itself; `ScoreSpec` defines s.
 
     Groups of heads share keys and values (arXiv 2305.13245). On CUDA by the flash kernel for variable lengths
-    (arXiv 2307.08691), on a CPU by ours; both keep no softmax weights for the backward pass. Elsewhere, and on CUDA
-    with a softcap, one example after the other by torch.
+    (arXiv 2307.08691) where it can compute this, on a CPU by ours; both keep no softmax weights for the backward pass.
+    Elsewhere one example after the other by torch.
     """
-    if query.is_cuda and scores.softcap is None:
+    if can_use_varlen(query, scores):
         return _attend_with_varlen(query, key, value, packed, scores)
     if can_compute(query, key, value):
         attended: Tensor = _PackedAttention.apply(query, key, value, packed, scores)
@@ -54,16 +62,46 @@ class _PackedAttention(torch.autograd.Function):
         return *call.attend_backward(dout, out, sums), None, None
 
 
+@cache
+def find_varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
+    """torch's `varlen_attn` and the names of its parameters; None before torch 2.11, where it takes no scale."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before 2.10
+        names = frozenset[str]()
+    else:
+        names = frozenset(inspect.signature(varlen_attn).parameters)
+    if {"scale", "window_size"} <= names:
+        return varlen_attn, names
+    logger.info(
+        "torch %s has no varlen_attn with a scale: packed examples attend one by one (2.11 has)", torch.__version__
+    )
+    return None
+
+
+def can_use_varlen(query: Tensor, scores: ScoreSpec) -> bool:
+    """Whether torch's flash kernel computes this: half precision, on CUDA from Ampere on, and no softcap."""
+    is_fitting = query.is_cuda and scores.softcap is None and query.dtype in (torch.float16, torch.bfloat16)
+    if not is_fitting or query.shape[-1] > LARGEST_FLASH_HEAD or query.shape[-1] % 8:
+        return False
+    return has_native_bf16(query.device) and find_varlen() is not None
+
+
 def _attend_with_varlen(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scores: ScoreSpec
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
+    found = find_varlen()
+    assert found is not None, "can_use_varlen asks first"
+    varlen_attn, names = found
+    grouped = {}
+    if (shared := query.shape[1] // key.shape[1]) > 1 and "enable_gqa" in names:  # from torch 2.12 on
+        grouped = {"enable_gqa": True}
+    elif shared > 1:
+        key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
     cu_seqlens, longest = packed.cu_seqlens(query.device), max(packed.lengths)
     attended = varlen_attn(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scores.scale,
-        window_size=(-1, 0) if scores.window is None else (scores.window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        window_size=(-1, 0) if scores.window is None else (scores.window - 1, 0), **grouped,
     )  # fmt: skip
     assert isinstance(attended, Tensor), "no other results were asked for"
     return attended
