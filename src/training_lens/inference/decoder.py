@@ -27,7 +27,7 @@ from training_lens.models.quantization import is_quantized
 from training_lens.utils.devices import available_bytes
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
-from training_lens.utils.resource_errors import is_out_of_memory
+from training_lens.utils.resource_errors import is_out_of_memory, raise_out_of_memory
 
 logger = get_logger(__name__)
 PROBE_TOKENS = 32  # of a prompt, to verify the decoder on
@@ -217,8 +217,7 @@ def _add_stack(decoder: Decoder, tokens: list[int]) -> Decoder:
     try:
         found = _decode_probe(faster, tokens, count)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
+        raise_out_of_memory(error)
         raise UnknownLayerError(f"its parts are called in another way ({describe_error(error)})") from error
     if not is_close(found, _decode_probe(decoder, tokens, count), STACK_ROUNDINGS):
         raise UnknownLayerError("it computes more than its parts do")

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from training_lens.models.model_classes import decoder_of
+from training_lens.utils.resource_errors import raise_out_of_memory
 
 ROUTER = re.compile(r"(?:^|\.)(?:gate|router|\w*expert\w*_gate)(?:\.|$)")
 SHAPE_ONLY = {"data", "device", "dtype", "element_size", "ndim", "shape", "size"}
@@ -146,7 +147,8 @@ def gives_one_tensor(layer: Any) -> bool:
         return True
     try:
         result = layer(layer.weight.new_zeros(1, layer.in_features))
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise_out_of_memory(error)
         return False
     return isinstance(result, torch.Tensor) and result.shape == (1, layer.out_features)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+OUT_OF_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory"),
+    *("STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation"),  # cuBLAS, cuDNN and others of CUDA's libraries
+)
 LOST_ERROR = "error return without exception set"  # CPython, where memory runs out while it imports a module
 OUT_OF_THREADS = ("can't start new thread", "ThreadPoolBuildError", "Failed to launch worker thread")
 OUT_OF_ROOM = ("No space left on device", "Disk quota exceeded")
@@ -18,6 +21,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
     is_lost = isinstance(error, SystemError) and LOST_ERROR in str(error)
     return is_torch or is_said or is_refused or is_lost or isinstance(error, MemoryError)
+
+
+def raise_out_of_memory(error: BaseException) -> None:
+    """Raise the error again if memory ran out, where any other one says that something is done in another way."""
+    if is_out_of_memory(error):
+        raise error
 
 
 def is_out_of_threads(error: BaseException) -> bool:

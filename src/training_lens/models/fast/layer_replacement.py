@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from training_lens.models.fast.fused_layers import DecodingAttention, DecodingNorm, FusedMLP
@@ -23,6 +22,7 @@ from training_lens.models.fast.layer_spec import (
 )
 from training_lens.models.fast.recognition import recognize_layers
 from training_lens.models.fast.tolerance import is_close
+from training_lens.utils.resource_errors import raise_out_of_memory
 
 Specs = dict[Any, LayerSpec]
 
@@ -78,8 +78,7 @@ def _replace_layer(model: Any, name: str, specs: Specs, call: tuple[Any, Any, An
     except UnknownLayerError as reason:
         return str(reason)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+        raise_out_of_memory(error)
         return f"{kind} takes something else"
     found, expected = (x[0] if isinstance(x, tuple) else x for x in (found, result))
     if not (consistent and is_close(found, expected)):

@@ -32,6 +32,7 @@ from training_lens.models.fast.layer_spec import (
 from training_lens.models.fast.native.attention_kernels import ScoreSpec
 from training_lens.models.fast.tolerance import is_close, relative_error
 from training_lens.models.model_classes import decoder_of
+from training_lens.utils.resource_errors import raise_out_of_memory
 
 RECORDER = "training_lens_recorder"  # the attention function under which transformers calls ours
 PROBE_IDS = ((2, 3, 4, 5),)
@@ -141,6 +142,7 @@ def recognize_norm(module: Any) -> NormSpec:
         results = [normalize(x, weight, spec) for spec in candidates]
         _, best = min((relative_error(result, expected), i) for i, result in enumerate(results))
     except (TypeError, ValueError, RuntimeError) as error:
+        raise_out_of_memory(error)
         raise UnknownLayerError(f"{name} takes something else") from error
     if not is_close(results[best], expected):
         raise UnknownLayerError(f"{name} computes something else")
@@ -227,7 +229,8 @@ def _compare_projections(module: Any, spec: AttentionSpec, call: AttentionCall) 
         fused = torch.cat([getattr(module, name).forward(call.hidden) for name in spec.projections], -1)  # past hooks
         found = rotate_projections(fused, spec, module, call.cos, call.sin)
         errors = [relative_error(a, b) for a, b in zip(found, wanted, strict=True)]
-    except (TypeError, ValueError, RuntimeError):  # sizes that do not fit
+    except (TypeError, ValueError, RuntimeError) as error:  # sizes that do not fit
+        raise_out_of_memory(error)
         return float("inf"), False
     return errors[0] + errors[1], all(map(is_close, found, wanted))
 
@@ -257,7 +260,8 @@ def record_attentions(model: Any) -> dict[Any, AttentionCall | None]:
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:
         _run_with_attention(decoder_of(model), record)
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        raise_out_of_memory(error)
         return dict.fromkeys(modules)
     finally:
         for handle in handles:
