@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("both_ways")
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(losses, "CPU_CHUNK_BYTES", 400)
     monkeypatch.setattr(losses, "CACHED", 20)
 
 
@@ -69,3 +69,24 @@ def test_a_scaled_loss_has_a_scaled_gradient() -> None:
     (linear_nll(other, WEIGHT, None, TARGETS) / 7).backward()
     assert one.grad is not None
     torch.testing.assert_close(other.grad, one.grad / 7)
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_a_scale_that_float16_cannot_hold_gives_finite_gradients(scale: float) -> None:
+    """A scaler begins with 65536; where a step has one target, nothing divides it."""
+    states, weight, target = (0.01 * drawn(1, 6)).half().requires_grad_(), 0.1 * WEIGHT, TARGETS[:1]
+    (scale * linear_nll(states, weight.half(), None, target)).backward()
+    exact = states.detach().double().requires_grad_()
+    (scale * cross_entropy(linear(exact, weight), target, reduction="sum")).backward()
+    assert states.grad is not None and exact.grad is not None
+    torch.testing.assert_close(states.grad.double(), exact.grad, rtol=1e-2, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    ("device", "vocabulary", "itemsize", "rows"),
+    [("cpu", 32_000, 2, 458), ("cuda", 32_000, 2, 4194), ("cuda", 128_256, 2, 1046), ("mps", 262_144, 4, 256)],
+)
+def test_a_gpu_reads_the_output_layer_for_a_thousand_rows_at_a_time(
+    device: str, vocabulary: int, itemsize: int, rows: int
+) -> None:
+    assert losses.chunk_rows(torch.device(device), vocabulary, itemsize) == rows

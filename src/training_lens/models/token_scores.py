@@ -16,6 +16,7 @@ from training_lens.models.model_classes import decoder_of, unwrap_adapter
 from training_lens.models.rotary import padded_positions
 
 LOGITS_AT_ONCE = 2**23  # numbers in one chunk of logits: 32 MB in float32
+GPU_CHUNKS = 8  # of a CPU's chunks in one of a GPU: the output layer is read again for each
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class _DecoderPass:
 
     def split_chunks(self, states: Tensor, targets: Int[Tensor, targets]) -> Iterator[tuple[Tensor, Tensor]]:
         """States and targets in chunks whose logits fit into `LOGITS_AT_ONCE`."""
-        size = max(1, LOGITS_AT_ONCE // int(self._whole.config.get_text_config().vocab_size))
+        most = LOGITS_AT_ONCE * (1 if states.device.type == "cpu" else GPU_CHUNKS)
+        size = max(1, most // int(self._whole.config.get_text_config().vocab_size))
         return zip(states.split(size), targets.split(size), strict=True)
 
     def logits(self, states: Float[Tensor, "part hidden"]) -> Float[Tensor, "part vocabulary"]:

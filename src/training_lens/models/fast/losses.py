@@ -14,10 +14,19 @@ from torch.nn.functional import cross_entropy, linear, pad
 from training_lens.models.fast.native import training_kernels as native
 from training_lens.models.fast.native.library import can_compute, sum_dtype
 
-CHUNK_BYTES = 28 * 2**20  # of one chunk of logits: from 32 MB on glibc keeps none for the next
+CPU_CHUNK_BYTES = 28 * 2**20  # of one chunk of logits: from 32 MB on glibc keeps none for the next
+GPU_CHUNK_BYTES = 2**28  # the output layer is read again for each chunk, so that small ones leave a GPU waiting
 CACHED = 2**18  # logits that go through the passes of a softmax together on a CPU: they stay in its cache
-ROWS = 64  # chunks are of a multiple of so many: a product of a new shape costs oneDNN as much again to prepare
+SUMMED = 2**25  # the same on a GPU, where they take 128 MB in float32
+ROWS = 64  # a CPU's chunks are of a multiple of so many: a product of a new shape costs oneDNN as much to prepare
 Logits = Callable[[Tensor], Tensor]
+
+
+def chunk_rows(device: torch.device, vocabulary: int, itemsize: int) -> int:
+    """The rows of one chunk of logits; at least 1."""
+    if device.type != "cpu":
+        return max(1, GPU_CHUNK_BYTES // (vocabulary * itemsize))
+    return max(1, CPU_CHUNK_BYTES // (vocabulary * itemsize))
 
 
 def linear_nll(
@@ -29,7 +38,7 @@ def linear_nll(
     """Sum of -log softmax(states W^T + b)[target] in nats, float32, for a frozen output layer.
 
     The gradient is formed on the way: (softmax - onehot) W of each chunk. Kept for the backward pass: that alone, as
-    large as `states`. Memory: one chunk of `CHUNK_BYTES` logits in the states' dtype, and some rows of it in float32.
+    large as `states`. Memory: one chunk of logits in the states' dtype (`chunk_rows`), and some rows of it in float32.
     """
     total: Tensor = _LinearNll.apply(states, weight, bias, targets)
     return total
@@ -42,16 +51,19 @@ class _KnownGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * dtotal.to(grad.dtype), *(None for _ in ctx.needs_input_grad[1:])
+        scaled = (grad.to(dtotal.dtype) * dtotal).to(grad.dtype)  # a scale of 65536 is infinite in float16
+        return scaled, *(None for _ in ctx.needs_input_grad[1:])
 
 
 class _LinearNll(_KnownGradient):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        size = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()) // ROWS) * ROWS
+        size, multiple = chunk_rows(states.device, weight.shape[0], weight.element_size()), 1
+        if states.device.type == "cpu":
+            size, multiple = max(1, size // ROWS) * ROWS, ROWS
         grad, total = torch.empty_like(states), states.new_zeros((), dtype=sum_dtype(states))
         for part, wanted, into in zip(states.split(size), targets.split(size), grad.split(size), strict=True):
-            logits = linear(pad(part, (0, 0, 0, -len(part) % ROWS)), weight, bias)  # (filled, vocabulary)
+            logits = linear(pad(part, (0, 0, 0, -len(part) % multiple)), weight, bias)  # (filled, vocabulary)
             total += _to_gradient(logits[: len(part)], wanted, total.dtype)
             into.copy_((logits @ weight)[: len(part)])
         ctx.save_for_backward(grad)
@@ -63,7 +75,7 @@ def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
     if can_compute(logits):
         return native.write_nll_gradient(logits, targets).sum()
     total = logits.new_zeros((), dtype=dtype)
-    size = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    size = max(1, (CACHED if logits.device.type == "cpu" else SUMMED) // logits.shape[1])
     for part, wanted in zip(logits.split(size), targets[:, None].split(size), strict=True):
         wide = part.to(dtype)
         wide -= wide.amax(-1, keepdim=True)
@@ -85,7 +97,7 @@ class _Nll(_KnownGradient):
     def forward(ctx: Any, states: Tensor, logits: Logits, targets: Tensor) -> Tensor:
         vocabulary = logits(states[:1].detach()).shape[-1]
         grad, total = torch.empty_like(states), states.new_zeros((), dtype=sum_dtype(states))
-        size = max(1, CHUNK_BYTES // (vocabulary * total.element_size()))
+        size = chunk_rows(states.device, vocabulary, total.element_size())
         for part, wanted, into in zip(states.split(size), targets.split(size), grad.split(size), strict=True):
             with torch.enable_grad():
                 alone = part.detach().requires_grad_()
