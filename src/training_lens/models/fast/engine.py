@@ -21,7 +21,7 @@ from training_lens.models.model_classes import decoder_of, unwrap_adapter
 from training_lens.models.quantization import is_quantized
 from training_lens.models.rotary import padded_positions
 from training_lens.models.token_scores import logits_from_states
-from training_lens.utils.devices import move_to_device
+from training_lens.utils.devices import Precision, move_to_device
 
 TOKEN_MULTIPLE = (
     64  # lines are filled up to a multiple of so many tokens: a product of a new shape costs oneDNN time to prepare
@@ -34,6 +34,7 @@ class Engine:
 
     Args:
         model: the base with its adapter; kernels are installed in place.
+        precision: in which autocast lets the passes compute; fp32: the weights' own.
 
     Raises:
         ModelLoadingError: see `require_causal`.
@@ -43,10 +44,10 @@ class Engine:
         engine.loss_sum(input_ids, loss_mask).backward()
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, precision: Precision = "fp32") -> None:
         self.model = model
         require_causal(model)
-        self.kernels: InstalledKernels = install_kernels(model)
+        self.kernels: InstalledKernels = install_kernels(model, precision)
         self._decoder = decoder_of(model)
         self._whole = unwrap_adapter(model)
         self._head = self._whole.get_output_embeddings()

@@ -26,6 +26,8 @@ from training_lens.models.fast.native.attention_kernels import PackedSequences
 from training_lens.models.fast.recognition import RecognizedLayers, recognize_layers
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 from training_lens.models.model_classes import decoder_of
+from training_lens.utils.devices import DTYPES, Precision, autocast
+from training_lens.utils.resource_errors import raise_out_of_memory
 
 
 @dataclass
@@ -46,10 +48,14 @@ class InstalledKernels:
         return f"kernels compute {done}{left}"
 
 
-def install_kernels(model: Any) -> InstalledKernels:
-    """Let kernels compute what they can of a PEFT model, in place; `uninstall_kernels` takes it back."""
+def install_kernels(model: Any, precision: Precision = "fp32") -> InstalledKernels:
+    """Let kernels compute what they can of a PEFT model, in place; `uninstall_kernels` takes it back.
+
+    Args:
+        precision: of training's passes; fp32: the weights' own.
+    """
     report, layers = InstalledKernels(), recognize_layers(model)
-    _install_attention(model, layers, report)
+    _install_attention(model, layers, precision, report)
     adapted = [m for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A")]
     modules_by_kind: dict[str, tuple[Any, list[tuple[Any, Any]]]] = {
         "gated MLPs": (MLPKernel, [(m, spec) for m, spec in layers.specs.items() if isinstance(spec, MLPSpec)]),
@@ -87,7 +93,8 @@ def _install_kernel(module: Any, kind: Any, spec: Any) -> str:
         matches = kernel.matches_module()
     except UnknownLayerError as reason:
         return str(reason)
-    except (TypeError, ValueError, RuntimeError, LookupError):  # a module of that name which takes other arguments
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:  # a module of that name with other arguments
+        raise_out_of_memory(error)
         return f"{type(module).__name__} takes something else"
     if not matches:
         return f"{type(module).__name__} computes something else"
@@ -95,7 +102,7 @@ def _install_kernel(module: Any, kind: Any, spec: Any) -> str:
     return ""
 
 
-def _install_attention(model: Any, layers: RecognizedLayers, report: InstalledKernels) -> None:
+def _install_attention(model: Any, layers: RecognizedLayers, precision: Precision, report: InstalledKernels) -> None:
     """All attentions, or none: packed sequences go through every one of them."""
     report.skipped.update(layers.refusals.values())
     count = len(layers.attentions)
@@ -108,7 +115,7 @@ def _install_attention(model: Any, layers: RecognizedLayers, report: InstalledKe
         return
     for kernel in kernels:
         kernel.module.forward = kernel
-    if is_packing_exact(model):
+    if is_packing_exact(model) and (precision == "fp32" or is_packing_exact(model, precision)):
         report.installed["attention"] = count
     else:
         uninstall_kernels(model)
@@ -129,9 +136,12 @@ def unpackable_layers(model: Any) -> str:
     return ""
 
 
-@torch.no_grad()
-def is_packing_exact(model: Any) -> bool:
-    """Whether two packed examples give the hidden states that each gives alone."""
+def is_packing_exact(model: Any, precision: Precision = "fp32") -> bool:
+    """Whether two packed examples give the hidden states and the gradients that each gives alone.
+
+    Args:
+        precision: of the passes, by autocast; fp32: the weights' own.
+    """
     decoder = decoder_of(model)
     device = next(decoder.parameters()).device
     ids = [torch.arange(2, 2 + length, device=device)[None] for length in (PROBE_TOKENS, PROBE_TOKENS - 2)]
@@ -139,13 +149,31 @@ def is_packing_exact(model: Any) -> bool:
     was_training = decoder.training
     decoder.eval()
     try:
-        alone = torch.cat([decoder(input_ids=part, use_cache=False)[0] for part in ids], 1)
-        together = forward_packed(decoder, torch.cat(ids, 1), packed)[0]
-    except (TypeError, ValueError, RuntimeError, LookupError):  # an architecture that takes no such arguments
+        with torch.enable_grad(), autocast(device, precision):
+            alone = torch.cat([decoder(input_ids=part, use_cache=False)[0] for part in ids], 1)
+            together = forward_packed(decoder, torch.cat(ids, 1), packed)[0]
+        dtype = alone.dtype if precision == "fp32" else DTYPES[precision]
+        pairs = [(together.detach(), alone.detach()), *_pair_gradients(decoder, together, alone)]
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:  # an architecture without these arguments
+        raise_out_of_memory(error)
         return False
     finally:
         decoder.train(was_training)
-    return is_close(together, alone, WHOLE_MODEL)
+    return all(is_close(found, wanted, WHOLE_MODEL, dtype) for found, wanted in pairs)
+
+
+def _pair_gradients(decoder: Any, together: Tensor, alone: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The gradient of all trained parameters by both passes, one vector each; nothing where the decoder trains none."""
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    if not trained:
+        return []
+    weights = torch.linspace(-1, 1, alone.shape[-1], device=alone.device)  # of the sum whose gradient is compared
+    both = [
+        torch.autograd.grad((states.float() * weights).sum(), trained, allow_unused=True)
+        for states in (together, alone)
+    ]
+    found, wanted = (torch.cat([g.float().flatten() for g in gradients if g is not None]) for gradients in both)
+    return [(found, wanted)]
 
 
 def forward_packed(decoder: Any, input_ids: Tensor, packed: PackedSequences) -> Any:

@@ -21,8 +21,12 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float(difference / expected.to(wide).square().mean().sqrt().clamp_min(1e-30))
 
 
-def is_close(found: Tensor, expected: Tensor, slack: float = 1.0) -> bool:
-    """Whether both have one shape and dtype and differ by no more than `slack` times that dtype's rounding."""
+def is_close(found: Tensor, expected: Tensor, slack: float = 1.0, dtype: torch.dtype | None = None) -> bool:
+    """Whether both have one shape and dtype and differ by no more than `slack` times the rounding of `dtype`.
+
+    Args:
+        dtype: that they were computed in; None: their own.
+    """
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
-    return relative_error(found, expected) <= slack * ROUNDING.get(expected.dtype, 0.0)
+    return relative_error(found, expected) <= slack * ROUNDING.get(dtype or expected.dtype, 0.0)

@@ -79,7 +79,7 @@ class Trainer:
         self, model: Any, plan: LoopPlan, checkpoints: CheckpointManager, callbacks: Sequence[Callback] = ()
     ) -> None:
         self.model, self.dataset, self.validation = model, plan.dataset, plan.validation
-        self.engine = Engine(model)
+        self.engine = Engine(model, plan.precision)
         logger.debug("%s", self.engine.kernels)
         self.schedule, self.settings, self.precision = plan.schedule, plan.settings, plan.precision
         self.processes, self.checkpoints, self.pad_id = plan.processes, checkpoints, plan.pad_id
