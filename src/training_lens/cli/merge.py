@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,15 +15,6 @@ from training_lens.cli.options import CommandOptions
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
     from training_lens.merging.merge_run import MergeResult
-
-
-class Dtype(StrEnum):
-    """The number types that weights are written in."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 Run = Annotated[
@@ -39,7 +30,10 @@ Output = Annotated[
         metavar="FOLDER", help="Where it is written; without it, artifacts/merged or artifacts/delta of the run."
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="Number type of the written weights; auto: that of the base's files.")]
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(help="Number type of the written weights; auto: that of the base's files."),
+]
 Scale = Annotated[float, typer.Option(help="Multiplies the adapter's update; 1 is as trained.")]
 Delta = Annotated[bool, typer.Option("--delta", help="Write the differences of the changed weights alone.")]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of a file of weights.")]
@@ -56,7 +50,7 @@ class WriteOptions:
     """What is written, and where: see `MergeOptions`."""
 
     output: Output = None
-    dtype: DtypeOption = Dtype.auto
+    dtype: Dtype = "auto"
     scale: Scale = 1.0
     delta: Delta = False
     max_shard_size: ShardSize = "5GB"
@@ -72,12 +66,9 @@ def merge(run: Run = None, *, write: WriteOptions, options: CommandOptions) -> N
     """
     with command(options) as screen:
         settings = _load_config(options, run)
-        from pathlib import Path
-
         from training_lens.merging.merge_plan import MergeOptions, plan_merge
 
-        values = vars(write) | {"output": Path(write.output) if write.output else None, "dtype": write.dtype.value}
-        asked = MergeOptions(**values)
+        asked = MergeOptions(**vars(write) | {"output": Path(write.output) if write.output else None})
         plan_merge(settings, asked)  # refuses what is in the way before torch is imported
         from training_lens.merging.merge_run import merge_adapter
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,26 +11,9 @@ from training_lens.cli.common import command
 from training_lens.cli.lens import BaseFolder, RunPlace, open_analyzers
 from training_lens.cli.options import CommandOptions
 
-
-class ReportFormat(StrEnum):
-    """How a report is written."""
-
-    html = "html"
-    md = "md"
-    json = "json"
-
-
-class ReportKind(StrEnum):
-    """Which report: one screen in plain words, all of it, or what is wrong with the evidence."""
-
-    executive = "executive"
-    technical = "technical"
-    diagnostic = "diagnostic"
-
-
-FormatOption = Annotated[ReportFormat, typer.Option("--format", help="html is one file that opens offline.")]
-KindOption = Annotated[
-    ReportKind,
+Format = Annotated[Literal["html", "md", "json"], typer.Option("--format", help="html is one file that opens offline.")]
+Kind = Annotated[
+    Literal["executive", "technical", "diagnostic"],
     typer.Option(help="executive: one screen in plain words; technical: all; diagnostic: findings with evidence."),
 ]
 Against = Annotated[
@@ -44,8 +27,8 @@ Output = Annotated[
 def report(
     run: RunPlace = "latest",
     *,
-    format: FormatOption = ReportFormat.html,
-    kind: KindOption = ReportKind.technical,
+    format: Format = "html",
+    kind: Kind = "technical",
     against: Against = None,
     base: BaseFolder = None,
     output: Output = None,
@@ -57,8 +40,6 @@ def report(
     training-lens report RUN --against OTHER_RUN; training-lens report path/to/trainer_output
     """
     with command(options) as screen:
-        from pathlib import Path
-
         analyzer, other = open_analyzers(run, against, options, base)
         from training_lens.analysis.reports.standard import StandardReports
 
@@ -68,9 +49,8 @@ def report(
         if other:
             from training_lens.analysis.reports.comparison_report import comparison
 
-            beside = comparison(analysis, other.analyze())
-            written = beside.write(folder, format.value)
+            written = comparison(analysis, other.analyze()).write(folder, format)
         else:
-            written = StandardReports(analysis).write(folder, kind.value, format.value)
+            written = StandardReports(analysis).write(folder, kind, format)
         screen.print_line(f"the report is {written}")
-        screen.print_result({"report": str(written), "kind": kind.value, "format": format.value})
+        screen.print_result({"report": str(written), "kind": kind, "format": format})
