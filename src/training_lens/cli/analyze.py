@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import degrees, isnan
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from training_lens.cli.common import CONSENT, Screen, command, load_config, show_table
 from training_lens.cli.lens import BaseFolder, RunPlace, open_analyzers
 from training_lens.cli.options import CommandOptions
+from training_lens.errors import LensError
 
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import AdapterComparison, Analysis, CheckpointAnalyzer
@@ -70,7 +73,6 @@ def analyze(
 def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer, given: dict[str, Any]) -> None:
     from training_lens.analysis.findings import measure_rank
     from training_lens.display.progress import Progress
-    from training_lens.errors import LensError
     from training_lens.runs.run_folder import RunFolder
 
     run = RunFolder(analyzer.recording.folder)
@@ -89,8 +91,6 @@ def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer, given: dict[str,
 
 
 def _show_analysis(screen: Screen, analysis: Analysis) -> None:
-    from rich.text import Text
-
     from training_lens.analysis.reports.executive import three_lines
 
     console, recording = screen.console, analysis.recording
@@ -104,8 +104,6 @@ def _show_analysis(screen: Screen, analysis: Analysis) -> None:
 
 
 def _show_finding(screen: Screen, finding: Finding) -> None:
-    from rich.text import Text
-
     mark = finding.confidence if finding.confidence == "inconclusive" else finding.severity
     where = f" ({finding.where})" if finding.where else ""
     screen.console.print(Text.assemble((f"{mark}: ", MARKS[finding.severity]), (finding.title, "bold"), where))
@@ -140,8 +138,6 @@ def _show_layers(screen: Screen, weights: Mapping[str, Any]) -> None:
 
 
 def _format_median(modules: Sequence[Mapping[str, Any]], measure: str, form: str) -> str:
-    from statistics import median
-
     known = [module[measure] for module in modules if module[measure] is not None]
     return form.format(median(known)) if known else "-"
 

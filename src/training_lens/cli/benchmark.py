@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+from rich.text import Text
+
 from training_lens.cli.common import (
     OF_ANY_RUN,
     FinishedRun,
@@ -22,29 +25,22 @@ if TYPE_CHECKING:
     from training_lens.inference.benchmark_run import Benchmark
 
 
-def benchmark(
-    run: FinishedRun = "latest",
-    *,
-    options: CommandOptions,
-) -> None:
+def benchmark(run: FinishedRun = "latest", *, options: CommandOptions) -> None:
     """Measure how fast base, adapter and merged model answer: time to first token, per token, latency, memory."""
     with command(options) as screen:
         settings = load_config(options)
-        refuse_unused(
-            options.words,
-            ("benchmark.", "output.", *OF_ANY_RUN),
-            "benchmark measures with the run's own config.",
-        )
+        used = ("benchmark.", "output.", *OF_ANY_RUN)
+        refuse_unused(options.words, used, "benchmark measures with the run's own config.")
         found = locate_run(run, settings.output, finished=True)
         found.require_adapter()
         from training_lens.display.progress import Progress
         from training_lens.inference.benchmark_page import write_benchmark_page
-        from training_lens.inference.benchmark_run import run_benchmark as measure
+        from training_lens.inference.benchmark_run import run_benchmark
         from training_lens.inference.session import open_run
         from training_lens.utils.files import write_json
 
         session = open_run(found, chosen_device(settings), given=settings.explicit_values())
-        report = measure(session, settings.benchmark, Progress(screen.console))
+        report = run_benchmark(session, settings.benchmark, Progress(screen.console))
         write_json(found.reports / "benchmark.json", report.as_json())
         write_benchmark_page(found.reports / "benchmark.html", report)
         show_benchmark(screen, report)
@@ -55,9 +51,6 @@ def benchmark(
 
 def show_benchmark(screen: Screen, report: Benchmark) -> None:
     """The table of what was measured, and what was not."""
-    from rich.table import Table
-    from rich.text import Text
-
     from training_lens.inference.benchmark_page import build_table, list_skipped_cells
 
     numbers = build_table(report)

@@ -13,15 +13,21 @@ from io import StringIO
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from training_lens.cli.find_runs import locate_adapter
 from training_lens.cli.options import CommandOptions, ConfigOptions, OutputOptions
 from training_lens.cli.preflight import check_own_model
+from training_lens.errors import ConfigurationError, OutputError, TrainingLensError
+from training_lens.utils.formatting import did_you_mean
+from training_lens.utils.logging import plain_console, setup_logging
+from training_lens.utils.resource_errors import describe_shortage
+from training_lens.utils.secrets import redact_text
+from training_lens.utils.streams import lost_output
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from training_lens.config.schema import TrainingConfig
 
 CONSENT = "model.trust_remote_code="  # allows the code of a run's model, which no run allows by itself
@@ -64,13 +70,15 @@ class Screen:
 
 
 def show_table(
-    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()
+    console: Console,
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right: Collection[str] = (),
+    **style: Any,
 ) -> None:
-    """Print rows of text under their columns; those in `right` are right-aligned."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title or None, title_justify="left")
+    """Print rows of text under their columns; those in `right` are right-aligned. `style` is of Rich's `Table`."""
+    table = Table(title=title or None, title_justify="left", **style)
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
@@ -83,8 +91,6 @@ def print_table(console: Console, table: Table) -> None:
     if console.is_terminal:
         console.print(table)
         return
-    from training_lens.utils.logging import plain_console
-
     table.box, table.pad_edge = None, False  # or a long cell would make every line as long
     page = StringIO()
     plain_console(width=WIDEST, file=page, color_system=None).print(table)
@@ -99,10 +105,6 @@ def command(options: OutputOptions, *, has_log: bool = False) -> Iterator[Screen
     Args:
         has_log: the command writes its results to files as well, so a screen that cannot be written is no failure.
     """
-    from training_lens.errors import TrainingLensError
-    from training_lens.utils.logging import plain_console, setup_logging
-    from training_lens.utils.resource_errors import describe_shortage
-
     console = plain_console(stderr=options.json)
     setup_logging(console)
     output = sys.stdout
@@ -117,23 +119,14 @@ def command(options: OutputOptions, *, has_log: bool = False) -> Iterator[Screen
         is_of_streams = isinstance(error, OSError) and error.errno in (None, errno.EPIPE)
         if options.debug or not is_expected or (is_of_streams and not describe_shortage(error)):
             raise
-        traceback.clear_frames(
-            error.__traceback__
-        )  # frees their memory, which the report of an out-of-memory error needs
+        traceback.clear_frames(error.__traceback__)  # frees memory, which the report of its lack needs
         message, code = describe_error(error)
         plain_console(stderr=True).print(message, style="red", soft_wrap=True)
         sys.exit(code)
 
 
 def require_written(output: TextIO) -> None:
-    """Check that standard output was written; a closed pipe is no failure.
-
-    Raises:
-        OutputError: it was not, for example because the disk is full.
-    """
-    from training_lens.errors import OutputError
-    from training_lens.utils.streams import lost_output
-
+    """Raise an `OutputError` if standard output was not written, as on a full disk; a closed pipe is no failure."""
     lost = lost_output(output)
     if lost and lost.errno not in (errno.EPIPE, errno.EIO):  # EIO: a terminal that hung up
         raise OutputError(
@@ -149,10 +142,6 @@ def _shorten_lines(message: str) -> str:
 
 def describe_error(error: BaseException) -> tuple[str, int]:
     """The message of an expected error, and the exit code."""
-    from training_lens.errors import TrainingLensError
-    from training_lens.utils.resource_errors import describe_shortage
-    from training_lens.utils.secrets import redact_text
-
     if isinstance(error, TrainingLensError):
         return f"error: {_shorten_lines(redact_text(str(error)))}", error.exit_code
     if isinstance(error, OSError) and error.errno:
@@ -176,8 +165,6 @@ def refuse_unused(overrides: list[str] | None, used: tuple[str, ...], why: str) 
         used: prefixes of the keys that it uses; presets (`+experiment=...`) are always allowed.
         why: the reason, for the message.
     """
-    from training_lens.errors import ConfigurationError
-
     others = [text for text in overrides or [] if not text.startswith(("+", *used))]
     if others:
         keys = ", ".join(f"{key}*" if key.endswith(".") else key for key in used)
@@ -198,8 +185,6 @@ def load_config(options: CommandOptions, flags: dict[str, Any] | None = None) ->
 
 def _check_origin(options: ConfigOptions) -> None:
     from training_lens.config.ignored_keys import ORIGINS
-    from training_lens.errors import ConfigurationError
-    from training_lens.utils.formatting import did_you_mean
 
     origin = options.origin
     if origin is not None and origin not in ORIGINS:
@@ -212,13 +197,7 @@ def _check_origin(options: ConfigOptions) -> None:
 
 
 def load_run_config(options: CommandOptions, run: str | None) -> TrainingConfig:
-    """The config, with `--run` as its `inference.adapter`.
-
-    Raises:
-        ConfigurationError: see `load_config`; or both `--run` and a setting name an adapter.
-    """
-    from training_lens.errors import ConfigurationError
-
+    """The config, with `--run` as its `inference.adapter`; refused if a setting names an adapter, too."""
     if run is None:
         return load_config(options)
     if twice := next((word for word in options.words if word.startswith("inference.adapter=")), None):

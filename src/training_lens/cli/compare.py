@@ -17,6 +17,7 @@ from training_lens.cli.evaluation_output import (
 )
 from training_lens.cli.find_runs import locate_adapter
 from training_lens.cli.options import CommandOptions
+from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -28,12 +29,7 @@ Against = Annotated[
 ]
 
 
-def compare(
-    run: AdapterRun = None,
-    against: Against = None,
-    *,
-    options: CommandOptions,
-) -> None:
+def compare(run: AdapterRun = None, against: Against = None, *, options: CommandOptions) -> None:
     """Say whether an adapter is better than its base, or than another run: one sentence, then the evidence.
 
     Both answer the same rows: losses, scored answers, differences with intervals, controls, how answers end.
@@ -56,7 +52,7 @@ def compare(
         try:
             result = evaluator.compare(examples)
         except BrokenAdapterError as error:
-            report_broken_adapter(screen, error, evaluator, folder, "compare")
+            report_broken_adapter(screen, error, evaluator, folder)
             raise
         report_result(screen, result, evaluator, folder, "compare")
 
@@ -88,8 +84,6 @@ def _name_source(source: str) -> str:
 
 
 def _require_adapter(session: Session) -> None:
-    from training_lens.errors import ConfigurationError
-
     if not session.has_adapter:
         raise ConfigurationError(
             f"'{session.source}' has no adapter to compare; name a run or an adapter folder, or evaluate a model "

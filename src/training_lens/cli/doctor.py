@@ -10,6 +10,7 @@ import typer
 from training_lens.cli.common import Screen, command, load_config, refuse_unused
 from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
+from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from training_lens.utils.machine import MachineCheck
@@ -40,14 +41,11 @@ def doctor(
     Examples: training-lens doctor; training-lens doctor latest; training-lens doctor RUN --repair
     """
     with command(options) as screen:
-        from training_lens.errors import ConfigurationError
-
         run, options = options.split_argument(run)
         refuse_unused(options.words, ("output.",), "doctor looks at what is there.")
         if run is None and (repair or accept or verify):
             raise ConfigurationError("--repair, --accept and --verify are about a run; name one.")
         settings = load_config(options)
-        checks = []
         if run is None:
             from training_lens.utils.machine import check_machine
 
@@ -61,6 +59,7 @@ def doctor(
             if accept:
                 accept_run(folder)
             found = check_run(folder, verify=verify, repair=repair)
+        checks = []
         for check in found:
             _show_check(screen, check)
             checks.append(check)

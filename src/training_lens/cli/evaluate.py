@@ -17,12 +17,7 @@ BaseOf = Annotated[
 Base = Annotated[bool, typer.Option("--base", help="Evaluate the base model under the adapter.")]
 
 
-def evaluate(
-    run: AdapterRun = None,
-    base: Base = False,
-    *,
-    options: CommandOptions,
-) -> None:
+def evaluate(run: AdapterRun = None, base: Base = False, *, options: CommandOptions) -> None:
     """Evaluate one adapter on its validation rows: losses and scored answers, with intervals, by length and domain.
 
     Examples: training-lens evaluate; training-lens evaluate --run RUN data.validation=test.jsonl;
@@ -36,11 +31,7 @@ def evaluate(
         report_result(screen, result, evaluator, folder, "evaluation-of-base" if base else "evaluation")
 
 
-def baseline(
-    run: BaseOf = None,
-    *,
-    options: CommandOptions,
-) -> None:
+def baseline(run: BaseOf = None, *, options: CommandOptions) -> None:
     """Evaluate a base model before any training, on the rows that a config would validate on.
 
     Examples: training-lens baseline model.id=PATH data.validation=test.jsonl; training-lens baseline --config my.yaml;

@@ -6,17 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+from rich.text import Text
+
 from training_lens.cli.common import Screen, print_table
+from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
     from training_lens.data.examples import Example
-    from training_lens.evaluation.run_evaluation import (
-        BrokenAdapterError,
-        EvaluationResult,
-        ModelEvaluator,
-        ModelOutcome,
-    )
+    from training_lens.evaluation.run_evaluation import BrokenAdapterError, EvaluationResult, ModelEvaluator
     from training_lens.runs.run_folder import RunFolder
 
 SHOWN = 3
@@ -27,8 +26,6 @@ EVALUATION_KEYS = ("evaluation.", "data.validation", "inference.adapter", "infer
 
 def refuse_base_only(overrides: list[str] | None, *others: str) -> None:
     """Refuse settings that only a comparison with the base uses, and `others`."""
-    from training_lens.errors import ConfigurationError
-
     if given := [t for t in overrides or [] if t.startswith(("evaluation.controls", "evaluation.forgetting", *others))]:
         raise ConfigurationError(f"{', '.join(given)}: only compare, of an adapter with its base, looks at it.")
 
@@ -67,9 +64,13 @@ def report_result(screen: Screen, result: EvaluationResult, evaluator: ModelEval
 
     folder.mkdir(parents=True, exist_ok=True)
     report = write_reports(result, folder, name, describe_evaluation(evaluator))
-    show_verdict(screen, result)
-    show_example(screen, result)
-    show_tables(screen, result)
+    if result.verdict is not None:
+        first, *rest = result.verdict.text_lines()
+        screen.print_line(first, style="bold")
+        for line in rest:
+            screen.print_line(line)
+    _show_example(screen, result)
+    _show_tables(screen, result)
     screen.print_line(f"\nsaved as {folder / name}.{{json,md,csv}}")
     send_to_trackers(evaluator.run, name, report)
     screen.print_result(report)
@@ -90,36 +91,26 @@ def describe_evaluation(evaluator: ModelEvaluator) -> dict[str, Any]:
     return made if evaluator.trained_steps is None else {**made, "steps": evaluator.trained_steps}
 
 
-def report_broken_adapter(
-    screen: Screen, error: BrokenAdapterError, evaluator: ModelEvaluator, folder: Path, name: str
-) -> None:
+def report_broken_adapter(screen: Screen, error: BrokenAdapterError, evaluator: ModelEvaluator, folder: Path) -> None:
     """Write the verdict on an adapter whose losses are not finite, for the run's reports."""
     from training_lens.utils.integrity import write_sealed
 
     folder.mkdir(parents=True, exist_ok=True)
     report = {**describe_evaluation(evaluator), "verdict": error.verdict.as_json()}
-    write_sealed(folder / f"{name}.json", report)
+    write_sealed(folder / "compare.json", report)
     screen.print_result(report)
 
 
-def show_verdict(screen: Screen, result: EvaluationResult) -> None:
-    """Print the verdict: a sentence, remarks, the next command."""
-    if result.verdict is None:
-        return
-    first, *rest = result.verdict.text_lines()
-    screen.print_line(first, style="bold")
-    for line in rest:
-        screen.print_line(line)
-
-
-def show_example(screen: Screen, result: EvaluationResult) -> None:
+def _show_example(screen: Screen, result: EvaluationResult) -> None:
     """Print one prompt with each model's answer: that of the first row with a prompt."""
     asked = [i for i, reason in enumerate(next(iter(result.outcomes.values())).finish_reasons) if reason]
     if not asked:
         return
     label, outcomes = result.comparison.model_label, result.outcomes
-    lines = {"prompt": prompt_text(result, asked[0]), "expected": result.rows.references[asked[0]]}
-    lines |= {label(name): _describe_answer(outcome, asked[0]) for name, outcome in outcomes.items()}
+    lines = {"prompt": _prompt_text(result, asked[0]), "expected": result.rows.references[asked[0]]}
+    for name, outcome in outcomes.items():
+        text = outcome.answers[asked[0]].strip() or "(nothing)"
+        lines[label(name)] = f"{_cut_text(text, 140)} [cut]" if outcome.finish_reasons[asked[0]] == "length" else text
     width = max(map(len, lines)) + 2
     screen.console.print()
     for name, text in lines.items():
@@ -127,13 +118,7 @@ def show_example(screen: Screen, result: EvaluationResult) -> None:
     screen.console.print()
 
 
-def _describe_answer(outcome: ModelOutcome, row: int) -> str:
-    """An answer, shortened; marked if the model did not end it."""
-    text = outcome.answers[row].strip() or "(nothing)"
-    return f"{_cut_text(text, 140)} [cut]" if outcome.finish_reasons[row] == "length" else text
-
-
-def prompt_text(result: EvaluationResult, row: int) -> str:
+def _prompt_text(result: EvaluationResult, row: int) -> str:
     """The last prompt of a row, after its domain."""
     example = result.rows.examples[row]
     if len(example.messages) < 2:
@@ -143,17 +128,23 @@ def prompt_text(result: EvaluationResult, row: int) -> str:
     return f"{domain}{asked.text}\n{asked.input}"
 
 
-def show_tables(screen: Screen, result: EvaluationResult) -> None:
+def _show_tables(screen: Screen, result: EvaluationResult) -> None:
     """Print the tables of a result, then some rows with the models' answers side by side."""
     from training_lens.evaluation import reports
 
-    comparison = result.comparison
-    show_whole(screen, result)
+    comparison, whole = result.comparison, result.comparison.whole
+    title = f"on {whole.rows} rows, {whole.supervised_tokens} supervised tokens"
+    _print_table(screen, title, reports.measure_columns(comparison), reports.measure_rows(whole))
+    for line in reports.scoring_lines(comparison):
+        screen.print_line(line)
+    _show_endings(screen, result)
     for what, parts in (("tokens", comparison.by_length), ("domain", comparison.by_domain)):
         if len(parts) > 1:
             head, *lines = reports.part_table(comparison, what, intervals=False)
             _print_table(screen, f"by {'length' if what == 'tokens' else what}", head, lines)
-    show_controls(screen, result)
+    if comparison.controls:
+        head, *lines = reports.control_table(comparison, intervals=False)
+        _print_table(screen, "the adapter on corrupted prompts", head, lines)
     for name, moved in (("most improved rows", comparison.improved), ("most worsened rows", comparison.worsened)):
         if moved:
             _print_table(screen, name, reports.MOVED_COLUMNS, reports.moved_rows(moved, False))
@@ -161,22 +152,10 @@ def show_tables(screen: Screen, result: EvaluationResult) -> None:
         _print_table(screen, "lm-eval", reports.task_columns(comparison), reports.task_rows(comparison))
     if comparison.forgetting:
         screen.console.print(reports.forgetting_line(comparison), markup=False)
-    show_samples(screen, result)
+    _show_samples(screen, result)
 
 
-def show_whole(screen: Screen, result: EvaluationResult) -> None:
-    """Print the measures over all rows."""
-    from training_lens.evaluation import reports
-
-    whole = result.comparison.whole
-    title = f"on {whole.rows} rows, {whole.supervised_tokens} supervised tokens"
-    _print_table(screen, title, reports.measure_columns(result.comparison), reports.measure_rows(whole))
-    for line in reports.scoring_lines(result.comparison):
-        screen.print_line(line)
-    show_endings(screen, result)
-
-
-def show_endings(screen: Screen, result: EvaluationResult) -> None:
+def _show_endings(screen: Screen, result: EvaluationResult) -> None:
     """Print how many answers were cut and how many repeat themselves, if any."""
     comparison = result.comparison
     for model, endings in comparison.endings.items():
@@ -188,19 +167,7 @@ def show_endings(screen: Screen, result: EvaluationResult) -> None:
             )
 
 
-def show_controls(screen: Screen, result: EvaluationResult) -> None:
-    """Print the controls, if any."""
-    from training_lens.evaluation import reports
-
-    if result.comparison.controls:
-        head, *lines = reports.control_table(result.comparison, intervals=False)
-        _print_table(screen, "the adapter on corrupted prompts", head, lines)
-
-
 def _print_table(screen: Screen, title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     table, lines = Table(title=title, title_justify="left"), list(rows)
     for i, column in enumerate(columns):
         shown_whole = None if i else min(NAME_WIDTH, max(len(cells[0]) for cells in lines))
@@ -210,11 +177,8 @@ def _print_table(screen: Screen, title: str, columns: Iterable[str], rows: Itera
     print_table(screen.console, table)
 
 
-def show_samples(screen: Screen, result: EvaluationResult) -> None:
+def _show_samples(screen: Screen, result: EvaluationResult) -> None:
     """Print some rows with the models' answers side by side, if there are answers."""
-    from rich.table import Table
-    from rich.text import Text
-
     from training_lens.evaluation.comparison import choose_samples
 
     if not any(text for outcome in result.outcomes.values() for text in outcome.answers):
@@ -224,7 +188,7 @@ def show_samples(screen: Screen, result: EvaluationResult) -> None:
     for column in ("prompt", "expected", *map(result.comparison.model_label, result.outcomes)):
         table.add_column(column, ratio=1)
     for i in choose_samples(examples, SHOWN):
-        cells = [prompt_text(result, i), result.rows.references[i]]
+        cells = [_prompt_text(result, i), result.rows.references[i]]
         cells += [outcome.answers[i] for outcome in result.outcomes.values()]
         table.add_row(*(Text(_cut_text(cell)) for cell in cells))
     print_table(screen.console, table)

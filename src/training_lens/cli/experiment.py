@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from training_lens.cli.common import Screen, command, load_config, refuse_unused
 from training_lens.cli.options import CommandOptions, ConfigOptions, add_command
+from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from training_lens.runs.run_listing import RunOverview
@@ -116,9 +119,6 @@ def list_(
 @contextmanager
 def _fetch_runs(place: str, name: str | None) -> Iterator[list[RunOverview]]:
     """The runs of a mirror, the newest first; within the block their small files are here."""
-    import tempfile
-    from pathlib import Path
-
     from training_lens.integrations.remote_run import read_remote_runs
     from training_lens.integrations.storage import open_storage
 
@@ -144,7 +144,6 @@ def compare(runs: RunNames, options: ConfigOptions) -> None:
     """Metrics of some runs side by side, and the settings in which they differ."""
     with command(options) as screen:
         from training_lens.cli.run_tables import show_comparison
-        from training_lens.errors import ConfigurationError
         from training_lens.runs.run_listing import config_differences
 
         found = _find_runs(runs, options)
@@ -156,13 +155,7 @@ def compare(runs: RunNames, options: ConfigOptions) -> None:
 
 
 @add_command(experiment)
-def best(
-    metric: Metric = METRIC,
-    highest: Most = None,
-    name: Name = None,
-    *,
-    options: RunsOptions,
-) -> None:
+def best(metric: Metric = METRIC, highest: Most = None, name: Name = None, *, options: RunsOptions) -> None:
     """The finished run with the best value of a metric."""
     with command(options) as screen:
         from training_lens.cli.run_tables import warn_of_other_rows
@@ -195,7 +188,6 @@ def delete(runs: RunNames, yes: Yes = False, *, options: ConfigOptions) -> None:
     """Delete runs with everything in their folders: says what goes, and asks first."""
     with command(options) as screen:
         from training_lens.cli.run_tables import show_doomed
-        from training_lens.errors import ConfigurationError
         from training_lens.runs.housekeeping import check_deletable, delete_run, measure_size
 
         found = _find_runs(runs, options)
@@ -215,8 +207,6 @@ def delete(runs: RunNames, yes: Yes = False, *, options: ConfigOptions) -> None:
 
 
 def _confirm_deletion(screen: Screen, count: int) -> bool:
-    from training_lens.errors import ConfigurationError
-
     if not sys.stdin.isatty():
         raise ConfigurationError("delete asks first, and there is no terminal to ask on; give --yes to delete unasked.")
     what = "this run" if count == 1 else f"these {count} runs"

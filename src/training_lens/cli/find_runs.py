@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from training_lens.utils.names import require_contained
+
 if TYPE_CHECKING:
     from training_lens.config.schema import OutputSection, TrainingConfig
     from training_lens.runs.run_folder import RunFolder
@@ -36,7 +38,6 @@ def locate_run(reference: str, output: OutputSection, *, finished: bool | None) 
     """The run that a reference names, printed for the user; arguments and errors are those of `find_run`."""
     from training_lens.config.run_config import NOT_OURS
     from training_lens.runs.run_lookup import find_run
-    from training_lens.utils.names import require_contained
 
     here = fetch_copy(reference, output.base_output_dir, finished=finished)
     run = find_run(here, output.base_output_dir, output.named_experiment, finished=finished)

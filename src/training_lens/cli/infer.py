@@ -13,6 +13,8 @@ import typer
 
 from training_lens.cli.common import AdapterRun, Screen, command, load_adapter_config
 from training_lens.cli.options import CommandOptions
+from training_lens.cli.preflight import check_files
+from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -27,11 +29,7 @@ Input = Annotated[
 ]
 Output = Annotated[
     str | None,
-    typer.Option(
-        "--output",
-        metavar="FILE",
-        help="Where the answers to --input go, a JSON line each; continued if it is there.",
-    ),
+    typer.Option(metavar="FILE", help="Where the answers to --input go, a JSON line each; continued if it is there."),
 ]
 Interactive = Annotated[bool, typer.Option("--interactive", help="Chat on the terminal; /help lists its commands.")]
 Domain = Annotated[str | None, typer.Option(metavar="NAME", help="One of the domains that the run was trained on.")]
@@ -70,8 +68,6 @@ def infer(prompt: Prompt = None, *, asked: InferOptions, run: AdapterRun = None,
 
 def _split_prompt(words: list[str], asked: InferOptions) -> tuple[str | None, list[str]]:
     """The prompt, if there is one, and the settings after it; prompts must come from exactly one place."""
-    from training_lens.errors import ConfigurationError
-
     prompt = words[0] if words and not _is_setting(words[0]) else None
     ways = {f"the prompt '{prompt}'": prompt is not None, "--input": asked.source, "--interactive": asked.interactive}
     chosen = [name for name, yes in ways.items() if yes]
@@ -84,8 +80,6 @@ def _split_prompt(words: list[str], asked: InferOptions) -> tuple[str | None, li
 
 
 def _check_prompt(prompt: str | None, is_chat_in_json: bool) -> None:
-    from training_lens.errors import ConfigurationError
-
     if prompt is not None and not prompt.strip():
         raise ConfigurationError("the prompt is empty; give some text.")
     if is_chat_in_json:
@@ -105,13 +99,13 @@ def _open_session(screen: Screen, settings: TrainingConfig, domain: str | None) 
 
     session = open_session(settings)
     session.check_domain(domain)
+    notes = []
     if session.continues_text:
-        note = "note: this run was trained on plain texts: it continues yours, each by itself, without a template."
-        screen.print_line(note, style="dim")
+        notes.append("this run was trained on plain texts: it continues yours, each by itself, without a template.")
     if session.domains and domain is None and session.config.data.domain.style != "none":
-        known = ", ".join(session.domains)
-        note = f"note: this run knows the domains {known}; choose one with --domain."
-        screen.print_line(note, style="dim")
+        notes.append(f"this run knows the domains {', '.join(session.domains)}; choose one with --domain.")
+    for note in notes:
+        screen.print_line(f"note: {note}", style="dim")
     return session
 
 
@@ -133,7 +127,6 @@ def _answer_prompt(screen: Screen, settings: TrainingConfig, prompt: str, asked:
 
 def _answer_file(screen: Screen, settings: TrainingConfig, asked: InferOptions) -> None:
     """Answer every row of `asked.source` into `asked.output`."""
-    from training_lens.cli.preflight import check_files
     from training_lens.utils.files import resolve_file_path
 
     source, output = str(asked.source), str(asked.output)
@@ -147,14 +140,9 @@ def _answer_file(screen: Screen, settings: TrainingConfig, asked: InferOptions) 
     answers = output_file(output, rows)
     session = open_session(settings)
     session.check_domain(asked.domain)
+    progress = Progress(screen.console)
     report = answer_file(
-        session,
-        rows,
-        answers,
-        settings.inference,
-        domain=asked.domain,
-        base=asked.base,
-        progress=Progress(screen.console),
+        session, rows, answers, settings.inference, domain=asked.domain, base=asked.base, progress=progress
     )
     screen.print_line(_describe_report(report))
     screen.print_result(asdict(report))

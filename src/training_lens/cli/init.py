@@ -10,6 +10,7 @@ import typer
 from training_lens.cli.common import command
 from training_lens.cli.interview import Interview
 from training_lens.cli.options import OutputOptions
+from training_lens.errors import ConfigurationError
 
 File = Annotated[str, typer.Argument(help="The YAML file to write.", metavar="[FILE]")]
 Model = Annotated[str | None, typer.Option(metavar="MODEL", help="Sets model.id: a local folder or a hub id.")]
@@ -52,7 +53,6 @@ def init(
 
 
 def _check_target(file: str, force: bool) -> Path:
-    from training_lens.errors import ConfigurationError
     from training_lens.utils.files import resolve_file_path
 
     if Path(file).suffix not in (".yaml", ".yml"):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from training_lens import embedded
 from training_lens.cli.common import Screen
+from training_lens.errors import ConfigurationError, DatasetError, TrainingLensError
+from training_lens.utils.formatting import did_you_mean
 
 if TYPE_CHECKING:
     from training_lens.config.data_sections import DataSection
@@ -27,8 +31,6 @@ class Interview:
 
     def ask_values(self, model: str | None, train: str | None, validation: str | None) -> Values:
         """Dotted keys and their values."""
-        from training_lens import embedded
-
         values = self._ask_value("model: a folder, a hub id, or 'embedded'", model, embedded.MODEL, _check_model)
         values |= self._ask_value(
             "training rows: a file or a glob", train, embedded.TRAIN, self._check_rows("data.train")
@@ -43,7 +45,7 @@ class Interview:
             lambda answer: {} if answer == held_out and not own else self._check_validation(answer),
         )
         if self._asking:
-            keys = _find_keys(values["data.train"][0], "data.train")
+            keys = _find_keys(values["data.train"][0])
             default = FOUND if FOUND in keys else NO_DOMAIN
             values |= self._ask_value("domain: the field that holds it, or none", None, default, _check_domain(keys))
             values |= self._ask_value("experiment name", None, "default", _check_experiment)
@@ -51,25 +53,19 @@ class Interview:
 
     def _ask_value(self, question: str, given: str | None, default: str, check: Callable[[str], Values]) -> Values:
         """The settings that `check` returns for the option or the answer; an invalid answer is asked again."""
-        from training_lens.errors import TrainingLensError
-
         if not self._asking:
             return check(given) if given is not None else {}
         while True:
             try:
                 return check(typer.prompt(question, default=given or default, err=self._screen.as_json))
             except TrainingLensError as error:
-                self._print_line(f"  {error}")
-
-    def _print_line(self, text: str) -> None:
-        self._screen.print_line(text)
+                self._screen.print_line(f"  {error}")
 
     def _check_rows(self, key: str) -> Callable[[str], Values]:
         """A check that the rows can be read; fields that are not recognized are asked for."""
 
         def check(spec: str) -> Values:
             from training_lens.data.fields import collect_keys, find_mapping
-            from training_lens.errors import DatasetError
 
             if key == "data.train":
                 self._fields.clear()
@@ -79,9 +75,9 @@ class Interview:
             except DatasetError as error:
                 if not self._asking:
                     raise DatasetError(f"{error} Or let init ask: training-lens init --ask --train {spec}") from error
-                self._print_line(f"  {error}")
+                self._screen.print_line(f"  {error}")
                 self._ask_fields(set(collect_keys(rows)))
-            self._print_line(f"  {spec}: read as {_read_as(spec, key, self._data_section())}")
+            self._screen.print_line(f"  {spec}: read as {_read_as(spec, key, self._data_section())}")
             return {key: [spec]}
 
         return check
@@ -120,10 +116,7 @@ def _check_model(answer: str) -> Values:
 
 def _first_rows(spec: str, key: str) -> list[Row]:
     """The first rows of the first source in `spec`."""
-    from itertools import islice
-
     from training_lens.data.sources import expand_sources
-    from training_lens.errors import DatasetError
 
     rows = list(islice(expand_sources([spec], key)[0].read_rows(), 200))
     if not rows:
@@ -131,11 +124,11 @@ def _first_rows(spec: str, key: str) -> list[Row]:
     return rows
 
 
-def _find_keys(spec: str, key: str) -> set[str]:
-    """The keys of those rows."""
+def _find_keys(spec: str) -> set[str]:
+    """The keys of the first training rows."""
     from training_lens.data.fields import collect_keys
 
-    return set(collect_keys(_first_rows(spec, key)))
+    return set(collect_keys(_first_rows(spec, "data.train")))
 
 
 def _read_as(spec: str, key: str, data: DataSection) -> str:
@@ -152,9 +145,6 @@ def _read_as(spec: str, key: str, data: DataSection) -> str:
 
 def _check_domain(keys: set[str]) -> Callable[[str], Values]:
     def check(answer: str) -> Values:
-        from training_lens.errors import ConfigurationError
-        from training_lens.utils.formatting import did_you_mean
-
         if answer == NO_DOMAIN:
             return {"data.domain.field": None} if FOUND in keys else {}
         if answer not in keys:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training_lens.errors import ConfigurationError
+from training_lens.utils.names import expand_home
+
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
 
 
 def check_training(settings: TrainingConfig) -> None:
-    """Refuse a run that cannot start: check its folder, its rows, its base and its initial adapter.
-
-    Raises:
-        TrainingLensError: as the run itself would raise it later.
-    """
+    """Refuse a run that cannot start, as the run would later: check its folder, rows, base and initial adapter."""
     output = settings.output
     if output.run_id:
         from training_lens.runs.run_folder import RunFolder, runs_folder
@@ -29,11 +28,7 @@ def check_training(settings: TrainingConfig) -> None:
 
 
 def check_rows(settings: TrainingConfig) -> None:
-    """Refuse missing files of rows; what data sets on a hub or saved on disk hold is checked later.
-
-    Raises:
-        DatasetError: a missing path, or a glob that matches nothing.
-    """
+    """Refuse missing files of rows; what data sets on a hub or saved on disk hold is checked later."""
     for key in ("train", "validation"):
         specs = getattr(settings.data, key) or []
         check_files([spec for spec in specs if isinstance(spec, str)], f"data.{key}")
@@ -61,9 +56,7 @@ def check_base(settings: TrainingConfig) -> None:
         ModelLoadingError: a missing path, or a folder without a model.
         ConfigurationError: the template's file cannot be read.
     """
-    from training_lens.errors import ConfigurationError
     from training_lens.models.location import locate_model
-    from training_lens.utils.names import expand_home
 
     locate_model(settings.model)
     template = settings.data.template
@@ -75,11 +68,7 @@ def check_base(settings: TrainingConfig) -> None:
 
 
 def check_own_model(settings: TrainingConfig) -> None:
-    """Refuse missing rows and, unless a run names its own, a missing base model.
-
-    Raises:
-        TrainingLensError: as `check_rows` and `check_base`.
-    """
+    """Refuse missing rows and, unless a run names its own, a missing base model."""
     from training_lens.runs.run_lookup import uses_own_model
 
     if uses_own_model(settings.inference.adapter):

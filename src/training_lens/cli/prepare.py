@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 import re
 import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from training_lens.cli.common import Screen, command, load_config, show_table
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_base, check_rows
+from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from training_lens.config.data_sections import DataSection
@@ -33,10 +35,7 @@ FORMS = {"pair": "instruction and output", "messages": "messages", "text": "text
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier result in the output folder.")]
 
 
-def prepare(
-    options: CommandOptions,
-    force: Force = False,
-) -> None:
+def prepare(options: CommandOptions, force: Force = False) -> None:
     """Clean and split data.train into a folder: duplicates left out, leaks between splits found, tokens cached.
 
     Examples: training-lens prepare data.train=rows.jsonl prepare.deduplicate=near;
@@ -48,10 +47,10 @@ def prepare(
         check_base(settings)
         _require_room(settings, force)
         from training_lens.display.progress import Progress
-        from training_lens.preparation.prepare_splits import prepare_splits as run
+        from training_lens.preparation.prepare_splits import prepare_splits
 
-        prepared = run(settings, Progress(screen.console), force)
-        train = train_command(prepared, settings.data, options)
+        prepared = prepare_splits(settings, Progress(screen.console), force)
+        train = _train_command(prepared, settings.data, options)
         _show_sources(screen, prepared.manifest)
         _show_findings(screen, prepared.manifest)
         _show_splits(screen, prepared)
@@ -61,8 +60,6 @@ def prepare(
 
 
 def _require_room(settings: TrainingConfig, force: bool) -> None:
-    from training_lens.errors import ConfigurationError
-
     folder = settings.prepared_folder
     if folder.exists() and not force:
         raise ConfigurationError(
@@ -70,7 +67,7 @@ def _require_room(settings: TrainingConfig, force: bool) -> None:
         )
 
 
-def train_command(prepared: PreparationResult, data: DataSection, options: CommandOptions) -> str:
+def _train_command(prepared: PreparationResult, data: DataSection, options: CommandOptions) -> str:
     """The command that trains on the written files, with the settings given to prepare.
 
     Args:
@@ -84,7 +81,7 @@ def train_command(prepared: PreparationResult, data: DataSection, options: Comma
         replaced = (*replaced, "data.validation")
     words = ["training-lens", "train", *(word for file in options.config or [] for word in ("--config", file))]
     words += [text for text in options.words if not text.lstrip("+").startswith(replaced)]
-    words += [f"{key}={json_module.dumps(value)}" for key, value in changed.items()]
+    words += [f"{key}={json.dumps(value)}" for key, value in changed.items()]
     for name in ("train", "validation"):
         if name in prepared.splits:
             words.append(f"data.{name}={_quote_path(str(prepared.folder / prepared.splits[name].file))}")
@@ -104,7 +101,7 @@ def _reading_settings(data: DataSection) -> dict[str, Any]:
 
 def _quote_path(path: str) -> str:
     """The path as the value of an override."""
-    return path if re.fullmatch(r"[\w/.:@+-]+", path) else json_module.dumps(path, ensure_ascii=False)
+    return path if re.fullmatch(r"[\w/.:@+-]+", path) else json.dumps(path, ensure_ascii=False)
 
 
 def _show_sources(screen: Screen, manifest: dict[str, Any]) -> None:
@@ -160,8 +157,6 @@ def _show_splits(screen: Screen, prepared: PreparationResult) -> None:
 
 
 def _show_lengths(screen: Screen, prepared: PreparationResult) -> None:
-    from rich.text import Text
-
     from training_lens.preparation.statistics import compute_length_statistics, draw_histogram
 
     lengths = compute_length_statistics(prepared.token_lengths)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from training_lens.cli.common import Screen, command, load_config, refuse_unused, show_table
 from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
+from training_lens.errors import ConfigurationError
+from training_lens.utils.formatting import format_size
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -43,10 +46,6 @@ def push(
     Examples: training-lens push latest me/my-adapter --dry-run; training-lens push RUN me/my-adapter --checkpoints
     """
     with command(options) as screen:
-        from rich.text import Text
-
-        from training_lens.errors import ConfigurationError
-
         repo, options = options.split_argument(repo)
         refuse_unused(options.words, ("output.", "tracking.hub."), "push sends a run as it is.")
         if repo and (other := next((text for text in options.words if text.startswith("tracking.hub.repo=")), None)):
@@ -64,14 +63,11 @@ def push(
         else:
             with screen.console.status(Text(f"sending to {hub.repo}")):
                 pushed = hub.push()
-            done = f"sent in {pushed.url}" if pushed.url else f"{hub.repo} has all of it already"
-            screen.print_line(done)
+            screen.print_line(f"sent in {pushed.url}" if pushed.url else f"{hub.repo} has all of it already")
             screen.print_result({**_describe_plan(pushed.plan, hub.repo), "sent": bool(pushed.url), "url": pushed.url})
 
 
 def _open_hub(run: str, settings: TrainingConfig) -> HuggingFaceIntegration:
-    from training_lens.errors import ConfigurationError
-
     folder = locate_run(run, settings.output, finished=True)
     from training_lens.config.run_config import require_consent
     from training_lens.integrations.hub import HuggingFaceIntegration
@@ -101,13 +97,10 @@ def _describe_plan(plan: PushPlan, repo: str) -> dict[str, Any]:
 
 
 def _show_plan(screen: Screen, plan: PushPlan, repo: str) -> None:
-    from training_lens.utils.formatting import format_size
-
     states = {"send": plan.send, "is there": plan.there}
     rows = [(file.path, format_size(file.size), state) for state, files in states.items() for file in files]
     rows += [(folder, "", "delete") for folder in plan.delete]
     show_table(screen.console, "", ("file", "size", ""), rows)
     if plan.unknown:
         screen.print_line(f"not compared with {repo}: {plan.unknown}")
-    total = f"{len(plan.send)} files, {format_size(plan.size)}, would be sent to {repo}; nothing was sent"
-    screen.print_line(total)
+    screen.print_line(f"{len(plan.send)} files, {format_size(plan.size)}, would be sent to {repo}; nothing was sent")

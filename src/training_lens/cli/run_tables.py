@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from training_lens.cli.common import print_table
+from rich import box
+from rich.console import Console
+
+from training_lens.cli.common import show_table
+from training_lens.config.schema import TrainingConfig
+from training_lens.errors import CheckpointError, DamagedFileError
+from training_lens.runs.metrics_log import read_logged_values
+from training_lens.runs.run_listing import RunOverview, have_same_validation
 from training_lens.utils.formatting import format_size, pluralize, render_sparkline
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from training_lens.runs.run_listing import RunOverview
+from training_lens.utils.nested import find_differences, flatten_sections
 
 GAP = 3  # characters between two columns
 STEPS_SHOWN = 12  # validations that a table of losses lists
@@ -21,25 +23,12 @@ IN_PARTS = ("by_domain.", "controls.")
 VALUE_SHOWN = 120  # characters of a setting
 
 
-def _new_table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Table:
-    """An empty table; columns in `right` are right-aligned."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in columns:
-        justify: Literal["left", "right"] = "right" if column in right else "left"
-        table.add_column(column, justify=justify, overflow="fold")
-    return table
-
-
-def _print_rows(console: Console, table: Table, rows: Sequence[Sequence[str]]) -> None:
-    """Print the table with its rows."""
-    from rich.text import Text
-
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    print_table(console, table)
+def _print_rows(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()
+) -> None:
+    """Print a table without a frame; columns in `right` are right-aligned."""
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False}
+    show_table(console, f"\n{title}", columns, rows, right, **style)
 
 
 def _print_blocks(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -70,8 +59,6 @@ def _list_metrics(runs: Sequence[RunOverview]) -> list[str]:
 
 def warn_of_other_rows(console: Console, runs: Sequence[RunOverview], metric: str) -> bool:
     """Warn if the runs with this metric were validated on different rows; returns whether they were."""
-    from training_lens.runs.run_listing import have_same_validation
-
     differ = not have_same_validation([run for run in runs if metric in run.metrics])
     if differ:
         console.print("these runs were validated on different rows: their losses cannot be compared", soft_wrap=True)
@@ -101,7 +88,7 @@ def show_runs(console: Console, runs: Sequence[RunOverview], metric: str) -> Non
     if console.is_terminal and sum(widths) + GAP * (len(widths) - 1) > console.width:
         _print_blocks(console, title, columns, rows)
     else:
-        _print_rows(console, _new_table(title, columns, right=numbers), rows)
+        _print_rows(console, title, columns, rows, right=numbers)
     for run in runs:
         if run.detail:
             console.print(f"{run.run_id}: {run.detail}", markup=False, soft_wrap=True)
@@ -112,11 +99,6 @@ def collect_details(run: RunOverview) -> dict[str, Any]:
 
     What cannot be read is left out; `run.detail` or "damaged" says why.
     """
-    from training_lens.config.schema import TrainingConfig
-    from training_lens.errors import CheckpointError, DamagedFileError
-    from training_lens.runs.metrics_log import read_logged_values
-    from training_lens.utils.nested import find_differences, flatten_sections
-
     changed = find_differences([flatten_sections(TrainingConfig().model_dump()), run.config]) if run.config else {}
     damaged = ""
     try:
@@ -153,17 +135,17 @@ def show_details(console: Console, run: RunOverview, details: Mapping[str, Any])
         say(f"  tags: {', '.join(run.tags)}")
     if run.metrics:
         rows = [[metric, _format_metric(run, metric)] for metric in _list_metrics([run])]
-        _print_rows(console, _new_table("metrics", ("", "value"), right=("value",)), rows)
+        _print_rows(console, "metrics", ("", "value"), rows, right=("value",))
     if details["config"]:
         rows = [[key, _format_value(value)] for key, value in details["config"].items()]
-        _print_rows(console, _new_table("settings that are not the defaults", ("", "value")), rows)
+        _print_rows(console, "settings that are not the defaults", ("", "value"), rows)
     files = [
         [split, _shorten_path(name), f"{count:,}"]
         for split, each in details["data"].items()
         for name, count in each.items()
     ]
     if files:
-        _print_rows(console, _new_table("data", ("", "file", "examples"), right=("examples",)), files)
+        _print_rows(console, "data", ("", "file", "examples"), files, right=("examples",))
     _show_losses(console, details["losses"])
     if details["reports"]:
         say(f"reports: {', '.join(details['reports'])}")
@@ -176,7 +158,6 @@ def _shorten_path(name: str) -> str:
 
 
 def _show_losses(console: Console, losses: Mapping[str, Sequence[Sequence[float]]]) -> None:
-
     steps = [loss for _, loss in losses["step"]]
     if steps:
         first, last = losses["step"][0][0], losses["step"][-1][0]
@@ -188,7 +169,7 @@ def _show_losses(console: Console, losses: Mapping[str, Sequence[Sequence[float]
         shown = validated if left_out <= 0 else [validated[0], *validated[-STEPS_SHOWN + 1 :]]
         title = "validation loss" + (f" ({left_out} validations after the first left out)" if left_out > 0 else "")
         rows = [[f"{step:,}" if step else "0 (base)", f"{loss:.4f}"] for step, loss in shown]
-        _print_rows(console, _new_table(title, ("step", "loss"), right=("step", "loss")), rows)
+        _print_rows(console, title, ("step", "loss"), rows, right=("step", "loss"))
 
 
 def _format_value(value: Any) -> str:
@@ -200,24 +181,21 @@ def show_comparison(console: Console, runs: Sequence[RunOverview], differing: Ma
     """Print metrics and settings, a column for each run; equal settings are left out."""
     ids = [run.run_id for run in runs]
     rows = [[metric, *(_format_metric(run, metric) for run in runs)] for metric in _list_metrics(runs)]
-    _print_rows(
-        console, _new_table("metrics", ("", *ids), right=ids), [["status", *(run.status for run in runs)], *rows]
-    )
+    _print_rows(console, "metrics", ("", *ids), [["status", *(run.status for run in runs)], *rows], right=ids)
     if differing:
         rows = [[key, *(_format_value(value) for value in values)] for key, values in differing.items()]
-        _print_rows(console, _new_table("settings that differ", ("", *ids)), rows)
+        _print_rows(console, "settings that differ", ("", *ids), rows)
     else:
         console.print("no setting differs")
 
 
 def show_doomed(console: Console, runs: Sequence[RunOverview], sizes: Sequence[int]) -> None:
     """Print what would be deleted: each run's status, size and content."""
-
     rows = [
         [run.run_id, run.status, format_size(size), _list_parts(run), ", ".join(run.tags)]
         for run, size in zip(runs, sizes, strict=True)
     ]
-    _print_rows(console, _new_table("to delete", ("run", "status", "size", "holds", "tags"), right=("size",)), rows)
+    _print_rows(console, "to delete", ("run", "status", "size", "holds", "tags"), rows, right=("size",))
 
 
 def _list_parts(run: RunOverview) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from training_lens.cli.common import Screen, command, load_config, show_table
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_training
+from training_lens.errors import TrainingError
 
 if TYPE_CHECKING:
     from training_lens.sweeps.leaderboard import Leaderboard, TrialRow
@@ -23,7 +24,6 @@ def sweep(options: CommandOptions) -> None:
     with command(options, has_log=True) as screen:
         settings = load_config(options)
         check_training(settings)
-        from training_lens.errors import TrainingError
         from training_lens.sweeps.runner import Sweep
 
         result = Sweep(settings, console=screen.console, on_trial=lambda row: _show_trial(screen, row)).run()

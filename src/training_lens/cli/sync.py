@@ -23,13 +23,7 @@ Status = Annotated[bool, typer.Option("--status", help="Send nothing: show what 
 Again = Annotated[bool, typer.Option("--again", help="Send everything, also what was sent: for a place that lost it.")]
 
 
-def sync(
-    run: RunName = "latest",
-    *,
-    status: Status = False,
-    again: Again = False,
-    options: CommandOptions,
-) -> None:
+def sync(run: RunName = "latest", *, status: Status = False, again: Again = False, options: CommandOptions) -> None:
     """Send what of a run is not sent yet, to every place that its config names; or to others that you name here.
 
     Examples: training-lens sync; training-lens sync RUN tracking.wandb.mode=online;

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from training_lens.cli.common import Screen, command, load_config
 from training_lens.cli.find_runs import is_url, locate_run
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_training
+from training_lens.errors import ConfigurationError, TrainingError
+from training_lens.utils.formatting import format_seconds, format_size
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -37,11 +40,7 @@ VerifyResume = Annotated[
 ]
 
 
-def train(
-    options: CommandOptions,
-    resume: Resume = None,
-    verify_resume: VerifyResume = False,
-) -> None:
+def train(options: CommandOptions, resume: Resume = None, verify_resume: VerifyResume = False) -> None:
     """Fine-tune an adapter. Without settings: the embedded model on its instruction set.
 
     Examples: training-lens train model.id=path/to/model data.train=rows.jsonl data.val_ratio=0.1;
@@ -67,8 +66,6 @@ def train(
 
 
 def _verify_resume(screen: Screen, settings: TrainingConfig, resume: str | None) -> None:
-    from training_lens.errors import ConfigurationError, TrainingError
-
     if resume is not None:
         raise ConfigurationError("--verify-resume tries a config on runs of its own; leave out --resume.")
     from training_lens.training.verify_resume import verify_resume
@@ -108,10 +105,6 @@ def _read_verdict(summary: TrainingSummary) -> Verdict:
 
 
 def _show_summary(screen: Screen, summary: TrainingSummary, verdict: Verdict) -> None:
-    from rich.text import Text
-
-    from training_lens.utils.formatting import format_seconds, format_size
-
     show = screen.console.print
     rest = f" after {summary.steps} steps ({summary.epochs:.3g} epochs, {format_seconds(summary.seconds)})"
     show(Text.assemble(("\nfinished", "bold"), rest))

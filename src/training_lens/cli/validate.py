@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from training_lens.cli.common import Screen, command, load_config, show_table
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_training
+from training_lens.utils.formatting import format_seconds, format_size
 
 if TYPE_CHECKING:
     from training_lens.data.split_report import SplitReport
@@ -56,14 +59,12 @@ def _show_config(screen: Screen, plan: RunPlan) -> None:
     import yaml
 
     screen.console.print("\nthe run's config", style="bold")
-    text = yaml.safe_dump(plan.config.model_dump(), sort_keys=False).rstrip()
-    screen.print_line(text)
+    screen.print_line(yaml.safe_dump(plan.config.model_dump(), sort_keys=False).rstrip())
 
 
 def _show_examples(screen: Screen, plan: RunPlan) -> None:
     """Print three examples as the model sees them, with supervised tokens in green and underlined."""
     import numpy as np
-    from rich.text import Text
 
     from training_lens.data.tokenization import decode_spans
 
@@ -74,19 +75,15 @@ def _show_examples(screen: Screen, plan: RunPlan) -> None:
     for row in rows:
         example = plan.train[int(row)]
         learned = int(example.loss_mask[1:].sum())
-        title = f"\n{example.id}: {len(example.input_ids)} tokens, {learned} learned"
-        screen.print_line(title)
+        screen.print_line(f"\n{example.id}: {len(example.input_ids)} tokens, {learned} learned")
         text = Text()
         for part, is_learned in decode_spans(plan.tokenizer, example.input_ids, example.loss_mask):
-            text.append(
-                f"{marks[0]}{part}{marks[1]}" if is_learned else part, "green underline" if is_learned else "dim"
-            )
+            shown, style = (f"{marks[0]}{part}{marks[1]}", "green underline") if is_learned else (part, "dim")
+            text.append(shown, style)
         screen.console.print(_shorten_example(text), soft_wrap=True)
 
 
-def _shorten_example(text: Any) -> Any:
-    from rich.text import Text
-
+def _shorten_example(text: Text) -> Text:
     if len(text) <= 2 * ENDS:
         return text
     return Text("\n").join([text[:ENDS], Text(f"... {len(text) - 2 * ENDS} characters ...", "italic"), text[-ENDS:]])
@@ -111,10 +108,6 @@ def _show_numbers(screen: Screen, plan: RunPlan) -> None:
 
 
 def _show_estimate(screen: Screen, estimate: RunEstimate | None) -> None:
-    from rich.text import Text
-
-    from training_lens.utils.formatting import format_seconds, format_size
-
     if estimate is None:
         return
     how = f"measured on {estimate.measured_steps} of its steps"
