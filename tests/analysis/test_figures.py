@@ -10,15 +10,10 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from training_lens.analysis.figures import (
-    REPORT_FIGURES,
-    ActivationVisualizer,
-    find_spikes,
-    match_scales,
-    plot_cost,
-    plot_loss,
-)
-from training_lens.analysis.figures.style import plot_heat_map
+from training_lens.analysis.figures.catalogue import REPORT_FIGURES
+from training_lens.analysis.figures.layer_figures import ActivationVisualizer
+from training_lens.analysis.figures.run_figures import find_spikes, plot_cost, plot_loss
+from training_lens.analysis.figures.style import match_scales, plot_heat_map
 from training_lens.collectors.layer_activations import LayerStates, TokenPositions
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording

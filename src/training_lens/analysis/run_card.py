@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from training_lens.analysis.figures.run_figures import is_long, smooth_line
-from training_lens.analysis.figures.style import add_line, build_canvas, escape_label
+from training_lens.analysis.figures.style import add_line, build_canvas
+from training_lens.analysis.findings.finding import Finding
 from training_lens.analysis.logs import Log, read_our_log
 from training_lens.analysis.reports.executive import WRONG, build_verdict, summarize_finding
 from training_lens.analysis.reports.facts import find_verdict
 from training_lens.config.run_config import read_run_config
 from training_lens.core import table_names as tables
+from training_lens.core.recording import Recording
 from training_lens.display.colors import COLOURS
-from training_lens.display.html import BulletList, SvgPicture, Table, render_card
+from training_lens.display.html import BulletList, Part, SvgPicture, Table, render_card
 from training_lens.display.svg import Curve, render_chart
 from training_lens.errors import CheckpointError
 from training_lens.models.adapters import describe_adapter
@@ -29,9 +32,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
-    from training_lens.analysis.findings import Finding
-    from training_lens.core.recording import Recording
-    from training_lens.display.html import Part
 
 LOSS_AXES = ("step", "loss, nats per supervised token")
 SHOWN = (
@@ -150,7 +150,7 @@ class RunComparison:
         figure = build_canvas(*LOSS_AXES, height=420)
         for curve in self._loss_curves():
             dash = "dash" if curve.dashed else "solid"
-            add_line(figure, curve.steps, curve.values, escape_label(curve.name), color=curve.colour, dash=dash)
+            add_line(figure, curve.steps, curve.values, escape(curve.name), color=curve.colour, dash=dash)
         return figure
 
     def _loss_curves(self) -> list[Curve]:

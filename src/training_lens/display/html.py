@@ -75,8 +75,7 @@ class PictureGrid:
     pictures: Sequence[Picture]
 
 
-if TYPE_CHECKING:
-    Part: TypeAlias = str | Table | BulletList | Callout | SvgPicture | Picture | PictureGrid | Figure
+Part: TypeAlias = "str | Table | BulletList | Callout | SvgPicture | Picture | PictureGrid | Figure"
 
 
 def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from training_lens.analysis.figures import layer_figures as layers
-from training_lens.analysis.figures import run_figures as runs
+from training_lens.analysis.figures.run_figures import plot_divergence
+from training_lens.analysis.figures.style import plot_heat_map, plot_lines
+from training_lens.analyzers.module_groups import read_evolution
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 
@@ -30,7 +32,7 @@ REPORT_FIGURES = (
     ReportFigure(
         "update_strength",
         "Update strength by layer",
-        layers.plot_update_strength,
+        lambda recording: plot_heat_map(*layers.read_strength(recording, "layer")),
         (tables.WEIGHTS, "norm_update"),
         "One row per layer, steps from left to right. Brighter: a larger update relative to the layer's weights. "
         f"An even spread is normal; a single bright row means that one layer carries the update. {CROSS}",
@@ -38,21 +40,21 @@ REPORT_FIGURES = (
     ReportFigure(
         "update_strength_by_kind",
         "Update strength by module type",
-        layers.plot_update_strength_by_kind,
+        lambda recording: plot_lines(*layers.read_strength(recording, "kind")),
         (tables.WEIGHTS, "norm_update"),
         "Lines that grow and flatten are normal; accelerating growth is not.",
     ),
     ReportFigure(
         "step_ratio",
         "Update norm of one step",
-        layers.plot_step_ratio_by_kind,
+        lambda recording: plot_lines(read_evolution(recording, "step_ratio", "kind"), "|change of dW| / |W|"),
         (tables.WEIGHTS, "norm_step"),
         "It should follow the learning rate: up during warm-up, then down. Zero means that the step changed nothing.",
     ),
     ReportFigure(
         "gradient_norm",
         "Gradient norm by layer",
-        layers.plot_gradient_norm,
+        lambda recording: plot_heat_map(read_evolution(recording, "gradient_norm", "layer"), "gradient norm", log=True),
         (tables.GRADIENTS, "norm_b"),
         "Logarithmic colours; zero is the darkest. Rows that differ from their neighbours by orders of magnitude learn "
         f"at a different speed. {CROSS}",
@@ -60,7 +62,7 @@ REPORT_FIGURES = (
     ReportFigure(
         "gradient_norm_by_kind",
         "Gradient norm by module type",
-        layers.plot_gradient_norm_by_kind,
+        lambda recording: plot_lines(read_evolution(recording, "gradient_norm", "kind"), "gradient norm"),
         (tables.GRADIENTS, "norm_b"),
         "Before clipping. Peaks come from single batches; a persistent rise is a sign of divergence.",
     ),
@@ -104,7 +106,9 @@ REPORT_FIGURES = (
     ReportFigure(
         "optimizer",
         "Adam's update RMS",
-        layers.plot_optimizer_jumps,
+        lambda recording: plot_lines(
+            read_evolution(recording, f"{tables.OPTIMIZER}.update_rms_b", "kind"), "sqrt(mean(g² / v))"
+        ),
         (tables.OPTIMIZER, "update_rms_b"),
         "1: gradients are as large as Adam expects. Peaks well above 1 often come before loss spikes.",
     ),
@@ -125,7 +129,7 @@ REPORT_FIGURES = (
     ReportFigure(
         "kl",
         "KL divergence from the base",
-        runs.plot_divergence,
+        plot_divergence,
         (tables.DIVERGENCE, "kl"),
         "On the probe set. It rises as the adapter learns. If it keeps rising while the validation loss is flat, the "
         "model may be forgetting.",

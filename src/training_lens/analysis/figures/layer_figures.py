@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
+from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
@@ -15,12 +15,11 @@ from training_lens.analysis.figures.style import (
     add_line,
     build_canvas,
     empty_figure,
-    escape_label,
     line_styles,
     plot_heat_map,
     plot_lines,
 )
-from training_lens.analyzers.module_groups import By, group_series, read_evolution, spread_indices
+from training_lens.analyzers.module_groups import By, group_series, nan_median, read_evolution, spread_indices
 from training_lens.collectors.layer_activations import LayerStates
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
@@ -31,37 +30,12 @@ from training_lens.measures.activation_measures import rms
 MOST_VALUES = 12  # lines of singular values in one figure
 
 
-def plot_update_strength(recording: Recording) -> go.Figure:
-    """|dW| / |W| by layer (median of its modules) over steps; |dW| alone without the base's weights."""
-    series, unit = _read_strength(recording, "layer")
-    return plot_heat_map(series, unit)
-
-
-def plot_update_strength_by_kind(recording: Recording) -> go.Figure:
-    """|dW| / |W| by module type (median) over steps; |dW| alone without the base's weights."""
-    return plot_lines(*_read_strength(recording, "kind"))
-
-
-def _read_strength(recording: Recording, by: By) -> tuple[Series, str]:
+def read_strength(recording: Recording, by: By) -> tuple[Series, str]:
+    """|dW| / |W| (medians over modules) and its unit; |dW| alone without the base's weights."""
     found = read_evolution(recording, "strength", by)
     if np.isfinite(found.values).any():
         return found, "|dW| / |W|"
     return read_evolution(recording, "norm_update", by), "|dW| (base weights unknown)"
-
-
-def plot_step_ratio_by_kind(recording: Recording) -> go.Figure:
-    """The update norm of one step, |change of dW| / |W|, by module type (median) over steps."""
-    return plot_lines(read_evolution(recording, "step_ratio", "kind"), "|change of dW| / |W|")
-
-
-def plot_gradient_norm(recording: Recording) -> go.Figure:
-    """The gradient norm of each layer over steps, in logarithmic colours."""
-    return plot_heat_map(read_evolution(recording, "gradient_norm", "layer"), "gradient norm", log=True)
-
-
-def plot_gradient_norm_by_kind(recording: Recording) -> go.Figure:
-    """The gradient norm of each module type over steps."""
-    return plot_lines(read_evolution(recording, "gradient_norm", "kind"), "gradient norm")
 
 
 def plot_gradient_cosine(recording: Recording) -> go.Figure:
@@ -85,38 +59,23 @@ def plot_balance(recording: Recording) -> go.Figure:
     return plot_lines(group_series(ratio, recording.modules, "kind", norms=False), "|B| / |A|")
 
 
-def plot_optimizer_jumps(recording: Recording) -> go.Figure:
-    """The root mean square of Adam's update of B by module type (median) over steps: 1 for constant gradients."""
-    return plot_lines(read_evolution(recording, f"{tables.OPTIMIZER}.update_rms_b", "kind"), "sqrt(mean(g² / v))")
-
-
 def plot_adapter_share(recording: Recording) -> go.Figure:
     """The norm of the adapter's output over the frozen weight's on the probe set, by module type (median)."""
     return plot_lines(read_evolution(recording, f"{tables.LORA_ACTIVATIONS}.share", "kind"), "|s B A x| / |W x|")
 
 
-def find_strongest_module(recording: Recording) -> str | None:
-    """The module with the largest first singular value of dW at the last step; None without spectra."""
-    spectra = _read_spectra(recording)[1]
-    largest = {name: values[-1, 0] for name, values in spectra.items() if values.size and np.isfinite(values[-1, 0])}
-    return max(largest, key=lambda name: largest[name]) if largest else None
-
-
-def plot_spectrum_over_steps(recording: Recording, module: str | None = None) -> go.Figure:
-    """The singular values of one module's dW over steps, at most 12 of them, evenly chosen.
-
-    Args:
-        module: its name; None: the strongest module.
-    """
+def plot_spectrum_over_steps(recording: Recording) -> go.Figure:
+    """At most 12 singular values, evenly chosen, of the dW whose first one is the largest at the last step."""
     steps, spectra = _read_spectra(recording)
-    name = module or find_strongest_module(recording)
-    if name not in spectra:
+    largest = {name: values[-1, 0] for name, values in spectra.items() if values.size and np.isfinite(values[-1, 0])}
+    if not largest:
         return empty_figure("no singular values were captured")
+    name = max(largest, key=largest.__getitem__)
     values = spectra[name]
     chosen = spread_indices(values.shape[1], MOST_VALUES)
     colours = sample_colorscale(SCALE, np.linspace(0.1, 0.9, len(chosen)).tolist())
     figure = build_canvas("step", "singular values of dW")
-    figure.update_layout(legend_title={"text": escape_label(name), "side": "top"})
+    figure.update_layout(legend_title={"text": escape(name), "side": "top"})
     for i, colour in zip(chosen, colours, strict=True):
         add_line(figure, steps, values[:, i], f"{i + 1}.", color=colour)
     return figure.update_yaxes(rangemode="tozero")
@@ -140,10 +99,7 @@ def _add_spectrum(figure: go.Figure, found: list[np.ndarray], kind: str, look: d
     padded = np.full((len(found), longest), np.nan)
     for row, values in zip(padded, found, strict=True):
         row[: len(values)] = values / values[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN only
-        middle = np.nanmedian(padded, axis=0)
-    add_line(figure, np.arange(1, longest + 1), middle, escape_label(kind), **look)
+    add_line(figure, np.arange(1, longest + 1), nan_median(padded.T), escape(kind), **look)
 
 
 def _read_spectra(recording: Recording) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -190,24 +146,15 @@ class ActivationVisualizer:
         if isinstance(self.source, Recording):
             return plot_heat_map(_read_layers(self.source, "rms"), "root mean square", log=True)
         sides = {"adapter off": self.source.base, "adapter on": self.source.adapter}
-        return _plot_over_layers(
-            {name: [float(rms(h)) for h in side] for name, side in sides.items()}, "root mean square"
-        )
+        sizes = {name: [float(rms(h)) for h in side] for name, side in sides.items()}
+        return _plot_over_layers(sizes, "root mean square")
 
     def share(self) -> go.Figure:
-        """The adapter's share of the output over steps, by module type.
-
-        Raises:
-            LensError: the source is no recording.
-        """
+        """The adapter's share of the output over steps, by module type; needs a recording."""
         return plot_adapter_share(self._require_recording())
 
     def divergence(self) -> go.Figure:
-        """The forward KL from the base over steps.
-
-        Raises:
-            LensError: the source is no recording.
-        """
+        """The forward KL from the base over steps; needs a recording."""
         return plot_divergence(self._require_recording())
 
     def _require_recording(self) -> Recording:

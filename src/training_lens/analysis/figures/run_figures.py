@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
 
-from training_lens.analysis.figures.style import add_line, build_canvas, empty_figure, escape_label, plot_lines
+from training_lens.analysis.figures.style import add_line, build_canvas, empty_figure, plot_lines
+from training_lens.analysis.logs import Log
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
@@ -20,16 +21,7 @@ WINDOW = 21  # steps of that median
 MOST_SPIKES, MOST_BORDERS, SMOOTH_POINTS = 50, 40, 60
 
 
-class LossSource(Protocol):
-    """A source of losses: a `Recording`, or the `Log` of a run without captures."""
-
-    @property
-    def settings(self) -> Mapping[str, Any]: ...
-
-    def series(self, table: str, measure: str) -> Series: ...
-
-
-def plot_loss(recording: LossSource, checkpoints: Sequence[int] = ()) -> go.Figure:
+def plot_loss(recording: Recording | Log, checkpoints: Sequence[int] = ()) -> go.Figure:
     """The training loss of each step, its median in equal parts, the validation loss, and events.
 
     Args:
@@ -98,12 +90,11 @@ def find_spikes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     factors = np.log(np.maximum(known, tiny)) - np.log(np.maximum(running, tiny))
     z = np.fmin(robust_z(known - running), robust_z(factors))
     highest = np.argsort(-z)[:MOST_SPIKES]
-    found = np.concatenate([broken, steps[finite][highest[z[highest] > SPIKE]]])
-    chosen: np.ndarray = np.sort(found[:MOST_SPIKES])
-    return chosen
+    found: np.ndarray = np.concatenate([broken, steps[finite][highest[z[highest] > SPIKE]]])
+    return np.sort(found[:MOST_SPIKES])
 
 
-def find_epoch_ends(recording: LossSource) -> list[float]:
+def find_epoch_ends(recording: Recording | Log) -> list[float]:
     """The steps at which an epoch ended and the next began, at most 40, evenly chosen."""
     series, each = recording.series(tables.LOSS, "loss"), recording.settings.get("steps_per_epoch")
     if not each or not len(series.steps):
@@ -112,15 +103,11 @@ def find_epoch_ends(recording: LossSource) -> list[float]:
     return ends[:: -(-len(ends) // MOST_BORDERS) or 1]
 
 
-def _add_validation(figure: go.Figure, recording: LossSource, validation: Series) -> None:
+def _add_validation(figure: go.Figure, recording: Recording | Log, validation: Series) -> None:
     base = recording.series(tables.EVALUATION, "base_loss").values.ravel()
     if len(base) and np.isfinite(base[0]):
-        figure.add_hline(
-            y=base[0],
-            line={"color": COLOURS[2], "dash": "dot", "width": 1.5},
-            annotation_text="validation, base",
-            annotation_position="top left",
-        )
+        line = {"color": COLOURS[2], "dash": "dot", "width": 1.5}
+        figure.add_hline(base[0], line=line, annotation_text="validation, base", annotation_position="top left")
     if not validation.values.size:
         return
     values = validation.values[:, 0]
@@ -147,5 +134,5 @@ def plot_cost(recording: Recording) -> go.Figure:
         return empty_figure("no cost was recorded")
     upwards = sorted(seconds.items(), key=lambda item: item[1])
     figure = build_canvas("seconds", "", height=120 + 26 * len(upwards))
-    names, values = [escape_label(name) for name, _ in upwards], [value for _, value in upwards]
+    names, values = [escape(name) for name, _ in upwards], [value for _, value in upwards]
     return figure.add_bar(x=values, y=names, orientation="h", marker={"color": COLOURS[0]}, hovertemplate="%{x:.3g} s")

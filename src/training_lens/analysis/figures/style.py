@@ -43,11 +43,6 @@ def empty_figure(text: str) -> go.Figure:
     return figure.update_xaxes(visible=False).update_yaxes(visible=False)
 
 
-def escape_label(name: str) -> str:
-    """A name from data, escaped so that Plotly shows its markup as text."""
-    return escape(name)
-
-
 def plot_lines(series: Series, y: str, *, at_zero: bool = True) -> go.Figure:
     """A line for each name over steps.
 
@@ -59,7 +54,7 @@ def plot_lines(series: Series, y: str, *, at_zero: bool = True) -> go.Figure:
         return empty_figure("no data was captured for this figure")
     figure = build_canvas("step", y)
     for name, look in zip(series.names, line_styles(), strict=False):
-        add_line(figure, series.steps, series.column(name), escape_label(name), **look)
+        add_line(figure, series.steps, series.column(name), escape(name), **look)
     return figure.update_yaxes(rangemode="tozero") if at_zero else figure
 
 
@@ -94,7 +89,7 @@ def plot_heat_map(series: Series, unit: str, *, log: bool = False, top: float | 
     ticks = _decade_ticks(shown) if log else {}
     figure.add_heatmap(
         x=steps,
-        y=[escape_label(name) for name in names],
+        y=[escape(name) for name in names],
         z=shown.astype(np.float32),
         customdata=values.astype(np.float32) if log else None,
         hovertemplate=f"layer %{{y}}, step %{{x}}: %{{{'customdata' if log else 'z'}:.3g}}<extra></extra>",
@@ -127,7 +122,7 @@ def _mark_nonfinite(figure: go.Figure, steps: np.ndarray, names: Sequence[str], 
     row, column = np.nonzero(~np.isfinite(values))
     if len(row):
         marker = {"symbol": "x-thin", "size": 6, "line": {"color": ALARM, "width": 2}}
-        x, y = steps[column], [escape_label(names[int(i)]) for i in row]
+        x, y = steps[column], [escape(names[int(i)]) for i in row]
         figure.add_scatter(x=x, y=y, mode="markers", marker=marker, name="not finite", hoverinfo="name+x")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from training_lens.analysis.checkpoint_analyzer import compare_adapters
+from training_lens.analysis.checkpoint_analyzer import AdapterComparison, Analysis, compare_adapters
 from training_lens.analysis.figures.catalogue import REPORT_FIGURES
 from training_lens.analysis.figures.run_figures import plot_loss
 from training_lens.analysis.figures.style import match_scales
@@ -15,13 +15,9 @@ from training_lens.analysis.reports.executive import WRONG, collect_values
 from training_lens.analysis.reports.facts import read_certificate, read_changes, read_losses
 from training_lens.analysis.reports.standard import Report
 from training_lens.analysis.reports.technical import LOSS_CAPTION, format_cell, marked_steps
-from training_lens.display.html import Picture, PictureGrid, Table
+from training_lens.core.recording import Recording
+from training_lens.display.html import Part, Picture, PictureGrid, Table
 from training_lens.errors import LensError
-
-if TYPE_CHECKING:
-    from training_lens.analysis.checkpoint_analyzer import AdapterComparison, Analysis
-    from training_lens.core.recording import Recording
-    from training_lens.display.html import Part
 
 
 def comparison(first: Analysis, second: Analysis) -> Report:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from html import escape
+from typing import Any
 
 import numpy as np
 
+from training_lens.analysis.checkpoint_analyzer import Analysis
+from training_lens.analysis.figures.style import add_line, build_canvas
+from training_lens.analysis.findings.finding import Finding
 from training_lens.analysis.reports.executive import build_verdict, collect_values
 from training_lens.analysis.reports.facts import find_verdict, read_certificate
 from training_lens.analysis.reports.standard import Report
-from training_lens.display.html import Callout, Picture, Table
-
-if TYPE_CHECKING:
-    from training_lens.analysis.checkpoint_analyzer import Analysis
-    from training_lens.analysis.findings.finding import Finding
-    from training_lens.display.html import Part
+from training_lens.display.html import Callout, Part, Picture, Table
 
 NAMED = 8  # list items that are printed
 
@@ -66,10 +65,8 @@ def find_curves(evidence: Mapping[str, Any], name: str = "") -> Iterator[tuple[s
 
 
 def _plot_curve(name: str, steps: list[float], values: list[float]) -> Picture:
-    from training_lens.analysis.figures.style import add_line, build_canvas, escape_label
-
-    figure = build_canvas("step", escape_label(name.replace("_", " ")), height=260)
-    add_line(figure, np.asarray(steps), np.asarray(values, float), escape_label(name))
+    figure = build_canvas("step", escape(name.replace("_", " ")), height=260)
+    add_line(figure, np.asarray(steps), np.asarray(values, float), escape(name))
     return Picture(name.replace("_", " "), figure, "Evidence for the finding above.")
 
 

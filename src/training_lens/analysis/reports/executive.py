@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from textwrap import shorten
-from typing import TYPE_CHECKING
 
+from training_lens.analysis.checkpoint_analyzer import Analysis
+from training_lens.analysis.findings.finding import Finding
 from training_lens.analysis.reports.facts import (
     cost_brief,
     cost_sentence,
@@ -17,13 +18,8 @@ from training_lens.analysis.reports.facts import (
     read_losses,
 )
 from training_lens.analysis.reports.standard import Report
-from training_lens.display.html import BulletList, Callout
+from training_lens.display.html import BulletList, Callout, Part
 from training_lens.evaluation.verdict import ORDER, Verdict
-
-if TYPE_CHECKING:
-    from training_lens.analysis.checkpoint_analyzer import Analysis
-    from training_lens.analysis.findings.finding import Finding
-    from training_lens.display.html import Part
 
 WRONG = ("problem", "warning")
 LONGEST_LINE, LONGEST_PLACE = 150, 60  # characters

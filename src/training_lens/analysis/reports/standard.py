@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from training_lens.display.html import BulletList, Callout, Picture, PictureGrid, Table, write_page
+from training_lens.analysis.checkpoint_analyzer import Analysis
+from training_lens.display.html import BulletList, Callout, Part, Picture, PictureGrid, Table, write_page
 from training_lens.display.markdown import escape_markdown, markdown_table
 from training_lens.errors import ConfigurationError
 from training_lens.utils.files import require_writable, write_json, write_text
-
-if TYPE_CHECKING:
-    from training_lens.analysis.checkpoint_analyzer import Analysis
-    from training_lens.display.html import Part
 
 KINDS = ("executive", "technical", "diagnostic")
 
@@ -45,10 +42,6 @@ class Report:
         WRITERS[format](path, self)
         return path
 
-    def html(self, path: Path | str) -> None:
-        """Write it as one page (see `display.html.write_page`)."""
-        write_page(Path(path), self.title, self.parts)
-
     def markdown(self) -> str:
         """Text, tables and findings; figures as titles and captions."""
         return "\n\n".join([f"# {escape_markdown(self.title)}", *_render_parts(self.parts)]) + "\n"
@@ -59,7 +52,7 @@ class Report:
 
 
 WRITERS: Mapping[str, Callable[[Path, Report], None]] = {
-    "html": lambda path, report: report.html(path),
+    "html": lambda path, report: write_page(path, report.title, report.parts),
     "md": lambda path, report: write_text(path, report.markdown()),
     "json": lambda path, report: write_json(path, report.as_json()),
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from training_lens.analysis.checkpoint_analyzer import Analysis
 from training_lens.analysis.figures.catalogue import REPORT_FIGURES
 from training_lens.analysis.figures.run_figures import plot_cost, plot_loss
 from training_lens.analysis.reports.executive import build_verdict, collect_values
@@ -19,14 +20,10 @@ from training_lens.analysis.reports.facts import (
 )
 from training_lens.analysis.reports.standard import Report
 from training_lens.core import table_names as tables
-from training_lens.display.html import BulletList, Picture, Table
+from training_lens.core.recording import Recording
+from training_lens.display.html import BulletList, Part, Picture, Table
 from training_lens.runs.checkpoint_format import list_checkpoint_steps
 from training_lens.runs.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from training_lens.analysis.checkpoint_analyzer import Analysis
-    from training_lens.core.recording import Recording
-    from training_lens.display.html import Part
 
 MOST_ROWS = 300  # of one table; the JSON has all
 COST_CAPTION = "Seconds in the training process by collector, plus shared work (module batches, probe, flush)."
