@@ -23,6 +23,7 @@ from training_lens.integrations.model_card import render_model_card
 from training_lens.integrations.record import RunRecord, hash_values
 from training_lens.integrations.repository import Repository
 from training_lens.runs.checkpoint_format import list_checkpoints
+from training_lens.utils.formatting import pluralize
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -38,19 +39,17 @@ class DueFiles:
 
     def describe_files(self) -> str:
         """A description for people; empty if nothing is due."""
-        count = len(self.checkpoints)
         parts = ["the adapter and its card"] if self.adapter else []
-        parts += [f"{count} checkpoint{'s' * (count > 1)}"] if count else []
+        parts += [pluralize(len(self.checkpoints), "checkpoint")] if self.checkpoints else []
         return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """The result of a push: its plan, the commit's URL (empty if there was nothing to send), and the repository."""
+    """The result of a push: its plan, and the commit's URL (empty if there was nothing to send)."""
 
     plan: PushPlan
     url: str
-    repo: str
 
 
 class HuggingFaceIntegration(Integration):
@@ -160,10 +159,9 @@ class HuggingFaceIntegration(Integration):
 
     def _send_due(self, due: DueFiles) -> PushResult:
         """Bring the repository up to date in one commit, and remember that."""
-        state, repository = self._hash_state(due), self._repository
+        state, repository, url = self._hash_state(due), self._repository, ""
         remote = repository.list_files()
         plan = plan_push(self._build_files(due), remote or {})
-        url = ""
         if not plan.is_done:
             if remote is None:
                 repository.create_repository()
@@ -171,7 +169,7 @@ class HuggingFaceIntegration(Integration):
             url = repository.commit_plan(plan, f"{self.run.run_id}: {due.describe_files()}")
             logger.debug("sent %d files in %s", len(plan.send), url)
         self.cursor.save({**self.cursor.load(), self._cursor_key: state})
-        return PushResult(plan, url, self.repo)
+        return PushResult(plan, url)
 
     def _warn_of_visibility(self) -> None:
         """Warn if an existing repository is more or less visible than the config asks for."""

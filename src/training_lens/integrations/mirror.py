@@ -107,8 +107,7 @@ class MirrorIntegration(Integration):
     def _find_present(self) -> dict[str, FileDigest]:
         """The files in the mirror that its manifest lists and that have the right size.
 
-        Raises:
-            IntegrationError: another copy of this run has written to the mirror.
+        Refused if another copy of this run has written to the mirror.
         """
         remote, kept = self._remote_run, self._load_cursor()
         known: Mapping[str, FileDigest] = {}
@@ -180,11 +179,7 @@ class MirrorIntegration(Integration):
             return len(copies) == len(new)
 
     def _send_copies(self, copies: Sequence[FileCopy], there: dict[str, FileDigest], status: str) -> None:
-        """Send copies and verify them. Overwritten files are announced first, so that readers accept either content.
-
-        Raises:
-            IntegrationError: a file arrived with other content.
-        """
+        """Send copies and verify them. Overwritten files are announced first, so that readers accept either content."""
         storage = self._remote_run.storage
         replacing = {copy.name: copy.content for copy in copies if copy.name in there}
         if replacing:

@@ -131,11 +131,7 @@ class MlflowIntegration(Tracker):
         self._client.set_terminated(self._id, STATUSES.get(self.run.status, "KILLED"))
 
     def _find_experiment(self) -> str:
-        """The id of the experiment, which is created if necessary.
-
-        Raises:
-            IntegrationError: it was deleted.
-        """
+        """The id of the experiment, which is created if necessary, and refused if it was deleted."""
         name = self.run.config.tracking.mlflow.experiment or self.run.experiment
         found = self._client.get_experiment_by_name(name) or self._create_experiment(name)
         if found.lifecycle_stage != "active":

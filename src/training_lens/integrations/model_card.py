@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from training_lens import embedded
 from training_lens.config.schema import TrainingConfig
@@ -21,9 +21,6 @@ from training_lens.runs.metrics_log import read_metrics
 from training_lens.utils.formatting import format_count, format_seconds, render_sparkline
 from training_lens.utils.integrity import read_sealed
 from training_lens.utils.secrets import redact_text
-
-if TYPE_CHECKING:
-    pass
 
 TEMPLATE = "model_card.md.jinja"
 DATASET_ID = re.compile("hub:([^@:/]+(?:/[^@:/]+)?)")  # OWNER/NAME in hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
@@ -142,20 +139,14 @@ class _Card:
         """Validation losses of the base and the pushed adapter: over all rows, by domain, by file."""
         lines = [line for line in self._metric_lines if line.get("kind") in ("base", "validation")]
         base = next((line for line in lines if line["kind"] == "base"), None)
-        validations = [
-            line for line in lines if line["kind"] == "validation" and line["step"] == self.summary["adapter_step"]
-        ]
-        if not validations:
-            return []
-        return [self._loss_row(*part) for part in _iterate_losses(base or {}, validations[-1])]
-
-    def _loss_row(self, name: str, base: float | None, value: float) -> MeasureRow:
-        name = self._names.shorten_paths(name)
-        if base is None:
-            return MeasureRow(name, "-", format_measure("loss", value), "-")
-        return MeasureRow(
-            name, format_measure("loss", base), format_measure("loss", value), format_measure("loss", value - base, "+")
-        )
+        pushed = ("validation", self.summary["adapter_step"])
+        validations = [line for line in lines if (line["kind"], line["step"]) == pushed]
+        rows = []
+        for name, before, after in _iterate_losses(base or {}, validations[-1]) if validations else ():
+            change = "-" if before is None else format_measure("loss", after - before, "+")
+            old = "-" if before is None else format_measure("loss", before)
+            rows.append(MeasureRow(self._names.shorten_paths(name), old, format_measure("loss", after), change))
+        return rows
 
     @cached_property
     def comparison(self) -> dict[str, Any] | None:

@@ -150,15 +150,7 @@ def fetch_to_read(
 
 
 def read_remote_runs(storage: StorageBackend, experiment: str | None, cache: Path) -> list[RunOverview]:
-    """The runs of a mirror, the newest first; reads their small files only.
-
-    Args:
-        experiment: of the runs; None: all.
-        cache: a folder for the small files.
-
-    Raises:
-        IntegrationError: no answer.
-    """
+    """The runs of a mirror, of one experiment or of all, the newest first; reads only small files, into `cache`."""
     runs = [_read_remote(remote, cache) for remote in list_remote_runs(storage, experiment)]
     return sorted(runs, key=lambda run: (run.start_time, run.run_id), reverse=True)
 
@@ -185,11 +177,7 @@ def _format_age(manifest: MirrorManifest) -> str:
 
 
 def _require_resumable(remote: RemoteRun, manifest: MirrorManifest, folder: Path) -> None:
-    """Require that the run can be resumed here.
-
-    Raises:
-        CheckpointError: it cannot; says why, and what to do.
-    """
+    """Require that the run can be resumed here, or say why not, and what to do."""
     if manifest.status_now not in UNFINISHED:
         raise CheckpointError(
             f"the run {manifest.run_id} is {manifest.status_now}; there is nothing to resume. To read it: "
@@ -212,11 +200,7 @@ def _require_resumable(remote: RemoteRun, manifest: MirrorManifest, folder: Path
 
 @contextmanager
 def _lock_fetch(folder: Path) -> Iterator[Path]:
-    """The temporary folder that a run is fetched to, locked against other processes.
-
-    Raises:
-        CheckpointError: another process is fetching the run.
-    """
+    """The temporary folder that a run is fetched to, locked against other processes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{TEMPORARY}fetched-{folder.name}")
     try:
@@ -227,11 +211,7 @@ def _lock_fetch(folder: Path) -> Iterator[Path]:
 
 
 def _download_run(remote: RemoteRun, folder: Path, progress: Progress) -> MirrorManifest:
-    """Bring `folder` up to date with the mirror; returns the manifest.
-
-    Raises:
-        CheckpointError: names the files that differ from the manifest.
-    """
+    """Bring `folder` up to date with the mirror; returns the manifest. Refuses files that differ from it."""
     for _ in range(SCANS):
         manifest = remote.read_manifest()
         if not (wrong := _fetch_files(remote, manifest, folder, progress)):

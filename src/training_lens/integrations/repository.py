@@ -24,7 +24,7 @@ BUSY = (*TRIED_AGAIN, 409, 412, 423, 425)  # the 4xx that are temporary
 
 
 class Repository:
-    """A repository of models.
+    """A repository of models. Its methods raise an `IntegrationError`, `lasting` if trying again is useless.
 
     Args:
         name: owner/name.
@@ -32,16 +32,12 @@ class Repository:
         private: whether a new one is private.
     """
 
-    def __init__(self, name: str, revision: str | None = None, private: bool = True) -> None:
+    def __init__(self, name: str, revision: str | None, private: bool) -> None:
         self.name, self.revision, self.private = name, revision, private
 
     @staticmethod
     def require_token() -> None:
-        """Require a token, and that HF_HUB_OFFLINE is not set, without network.
-
-        Raises:
-            IntegrationError: says which is missing, and what to do.
-        """
+        """Require a token, and that HF_HUB_OFFLINE is not set, without network."""
         from huggingface_hub import constants, get_token
 
         if constants.HF_HUB_OFFLINE:
@@ -52,11 +48,7 @@ class Repository:
             )
 
     def list_files(self) -> dict[str, RemoteFile] | None:
-        """The files in the repository, by path; None if the repository or branch does not exist yet.
-
-        Raises:
-            IntegrationError: it cannot be read; with `lasting` if trying again is useless.
-        """
+        """The files in the repository, by path; None if the repository or branch does not exist yet."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
         from huggingface_hub.hf_api import RepoFile
 
@@ -73,20 +65,12 @@ class Repository:
         return {f.path: RemoteFile(f.size, f.blob_id, f.lfs.sha256 if f.lfs else None) for f in found}
 
     def is_private(self) -> bool:
-        """Whether only its owners see it.
-
-        Raises:
-            IntegrationError: see `list_files`.
-        """
+        """Whether only its owners see it."""
         with self._connect_client() as api:
             return bool(api.model_info(self.name, expand=["private"]).private)
 
     def create_repository(self) -> None:
-        """Create the repository and its branch, unless they exist.
-
-        Raises:
-            IntegrationError: see `list_files`.
-        """
+        """Create the repository and its branch, unless they exist."""
         with self._connect_client() as api:
             api.create_repo(self.name, private=self.private, exist_ok=True)
             if self.revision is not None:
@@ -96,18 +80,14 @@ class Repository:
         """Send the files of `plan` in one commit, all or none; returns the commit's URL.
 
         Large files are uploaded first; those of an interrupted upload are not sent again.
-
-        Raises:
-            IntegrationError: see `list_files`.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         operations: list[Any] = [CommitOperationDelete(folder, is_folder=True) for folder in plan.delete]
         operations += [CommitOperationAdd(file.path, file.source) for file in plan.send]
         with self._connect_client() as api:
-            return api.create_commit(
-                self.name, operations, commit_message=message, revision=self.revision
-            ).commit_url  # fmt: skip
+            commit = api.create_commit(self.name, operations, commit_message=message, revision=self.revision)
+        return commit.commit_url
 
     @contextmanager
     def _connect_client(self) -> Iterator[HfApi]:
@@ -185,8 +165,7 @@ def explain_error(error: BaseException, repo: str) -> IntegrationError:
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    our_error = next((e for e in chain if isinstance(e, IntegrationError)), None)
-    if our_error is not None:
+    if our_error := next((e for e in chain if isinstance(e, IntegrationError)), None):
         return our_error
     answered = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
     status = getattr(getattr(answered, "response", None), "status_code", None)

@@ -45,8 +45,9 @@ def send_run(
         raise IntegrationError(
             f"the run {folder.run_id} is training ({folder.process_label}), and sends by itself. Wait until it ends."
         )
-    for integration in integrations if again else ():
-        integration.forget()
+    if again:
+        for integration in integrations:
+            integration.forget()
     quiet_clients()
     manager = IntegrationManager(integrations, folder.tracking)
     manager.start()

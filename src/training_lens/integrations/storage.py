@@ -269,13 +269,10 @@ class LocalStorage(FsspecStorage):
 
 
 def check_name(name: str, place: str) -> str:
-    """`name`, if it is a valid name within a storage on all systems that may read it.
+    """`name`, if it is a valid name within a storage on all systems that may read it; see `find_name_fault`.
 
     Args:
         place: the storage, for the message.
-
-    Raises:
-        IntegrationError: see `find_name_fault`.
     """
     if fault := find_name_fault(name):
         raise build_name_error(name, place, fault)

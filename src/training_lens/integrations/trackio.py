@@ -66,11 +66,7 @@ class TrackioIntegration(Tracker):
         )
 
     def _open_storage(self) -> Any:
-        """trackio's storage in our folder, which trackio reads from the environment when it is imported.
-
-        Raises:
-            IntegrationError: this process has imported it for another folder, or the project's name is invalid.
-        """
+        """trackio's storage in our folder, which trackio reads from the environment when it is imported."""
         os.environ["TRACKIO_DIR"] = str(self.database_folder)
         from trackio.sqlite_storage import SQLiteStorage
         from trackio.utils import TRACKIO_DIR

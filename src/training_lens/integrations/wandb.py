@@ -140,7 +140,6 @@ class WandBIntegration(Tracker):
         import wandb
 
         self._stopped.clear()
-
         kept = self.cursor.load()
         if unfinished := kept.pop("unfinished", None):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -239,11 +238,7 @@ def _explain_errors(wandb: Any) -> Iterator[None]:
 
 
 def require_written(folder: Path, step: int) -> None:
-    """Read an offline run back with W&B's own reader: on a full disk its writer silently drops records.
-
-    Raises:
-        IntegrationError: the run's file lacks its end or its last row.
-    """
+    """Read an offline run back with W&B's own reader: on a full disk its writer silently drops records."""
     from wandb.util import get_core_path
 
     (file,) = folder.glob("run-*.wandb")

@@ -49,11 +49,8 @@ def write_checkpoint(
         with atomic_folder(target) as folder:
             fill(folder)
             files = {str(f.relative_to(folder)): hash_file(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-            write_sealed(
-                folder / MANIFEST,
-                asdict(CheckpointMetadata(step, validation_loss, data_fingerprint, files)),
-                verbatim=True,
-            )
+            manifest = CheckpointMetadata(step, validation_loss, data_fingerprint, files)
+            write_sealed(folder / MANIFEST, asdict(manifest), verbatim=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint after step {step} cannot be written in {checkpoints}: {error}. "
@@ -63,11 +60,7 @@ def write_checkpoint(
 
 
 def verify_checkpoint(folder: Path) -> CheckpointMetadata:
-    """Read the manifest and compare every file with its sha256.
-
-    Raises:
-        CheckpointError: a file is missing or differs; names it.
-    """
+    """Read the manifest and compare every file with its sha256; raises a `CheckpointError` if one differs."""
     try:
         metadata = CheckpointMetadata(**read_sealed(folder / MANIFEST))
     except (OSError, DamagedFileError, TypeError) as error:

@@ -32,11 +32,7 @@ def is_in_place(folder: RunFolder) -> bool:
 
 
 def read_tags(folder: RunFolder) -> tuple[str, ...]:
-    """The run's tags, in the order in which they were added.
-
-    Raises:
-        CheckpointError: metadata/tags.json is broken.
-    """
+    """The run's tags, in the order in which they were added."""
     path = folder.metadata / "tags.json"
     tags = read_checked_json(path) if path.is_file() else []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
@@ -52,14 +48,12 @@ def change_tags(folder: RunFolder, tags: Sequence[str], *, remove: bool = False)
     """
     require_contained(folder.metadata)
     before = read_tags(folder)
-    problems = [
-        f"tag {tag!r}: give at most 40 letters, digits and '_.:-', without spaces."
-        for tag in tags
-        if not TAG.fullmatch(tag)
-    ]
     if remove:
         found = f"has {', '.join(before)}" if before else "has no tags"
         problems = [f"tag '{tag}': the run {folder.run_id} {found}." for tag in tags if tag not in before]
+    else:
+        form = "give at most 40 letters, digits and '_.:-', without spaces"
+        problems = [f"tag {tag!r}: {form}." for tag in tags if not TAG.fullmatch(tag)]
     if problems:
         raise ConfigurationError(problems)
     after = tuple(tag for tag in before if tag not in tags) if remove else tuple(dict.fromkeys((*before, *tags)))
@@ -96,11 +90,7 @@ def check_deletable(folder: RunFolder) -> None:
 
 
 def delete_run(folder: RunFolder) -> None:
-    """Delete a run. It is renamed first, so that a kill leaves no partial run. Links are not followed.
-
-    Raises:
-        CheckpointError: see `check_deletable`.
-    """
+    """Delete a run, see `check_deletable`. It is renamed first, so that a kill leaves no partial run."""
     check_deletable(folder)
     root = folder.root.absolute()
     sweep_temporaries(root.parent, 0, DELETED)  # what a killed deletion left

@@ -125,11 +125,7 @@ class RunFolder:
         require_intact(self.tokenizer)
 
     def require_new(self) -> None:
-        """Check that no run of this id exists.
-
-        Raises:
-            ConfigurationError: one does; it is never overwritten.
-        """
+        """Check that no run of this id exists: it is never overwritten."""
         if self.root.exists() and (self.has_begun or self._is_locked()):
             raise ConfigurationError(
                 f"output.run_id: the run '{self.run_id}' exists already at {self.root}. "
@@ -199,11 +195,7 @@ class RunFolder:
 
     @contextmanager
     def hold_lock(self) -> Iterator[None]:
-        """Hold the run's lock in the block, to train or delete it. The kernel frees the lock when the process dies.
-
-        Raises:
-            CheckpointError: see `require_free`.
-        """
+        """Hold the run's lock in the block, to train or delete it. The kernel frees the lock when the process dies."""
         lock = FileLock(self.lock_file, timeout=LOCK_SECONDS)
         try:
             lock.acquire()
@@ -222,11 +214,7 @@ class RunFolder:
             lock.release()
 
     def require_free(self) -> None:
-        """Check that no other process trains the run.
-
-        Raises:
-            CheckpointError: one does; says which.
-        """
+        """Check that no other process trains the run, or say which."""
         if self._is_locked():
             raise self._lock_error()
 

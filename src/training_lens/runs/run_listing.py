@@ -117,14 +117,10 @@ def read_run(folder: RunFolder) -> RunOverview:
     try:
         status = folder.status
         detail = f"died, {folder.process_label}" if folder.has_died else ""
-        config = flatten_sections(
-            _require_mapping(folder.read_metadata("config.json"), folder.metadata / "config.json")
-        )
-        metrics = (
-            read_progress(folder)
-            if status == "running" or folder.has_died
-            else _finite_numbers(folder.read_metadata("summary.json"))
-        )
+        path = folder.metadata / "config.json"
+        config = flatten_sections(_require_mapping(folder.read_metadata(path.name), path))
+        is_unwritten = status == "running" or folder.has_died
+        metrics = read_progress(folder) if is_unwritten else _finite_numbers(folder.read_metadata("summary.json"))
     except (CheckpointError, OSError) as error:
         return RunOverview(folder, BROKEN, str(error), started)
     problems = [detail] if detail else []
