@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from training_lens.analysis.findings.diagnosis import diagnose
+from training_lens.analysis.findings.finding import Finding
 from training_lens.analysis.open_recording import open_recording
-from training_lens.analyzers.module_groups import By, json_number, json_numbers, read_evolution
+from training_lens.analyzers.module_groups import By, json_number, json_value, read_evolution
 from training_lens.analyzers.saved_factors import snapshot_factors
 from training_lens.analyzers.similarity_analyzer import (
     SimilarityAnalyzer,
@@ -27,9 +28,6 @@ from training_lens.errors import LensError
 from training_lens.measures.factors import Factors
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
-
-if TYPE_CHECKING:
-    from training_lens.analysis.findings import Finding
 
 logger = get_logger(__name__)
 
@@ -51,8 +49,8 @@ class Analysis:
             "run": self.recording.name,
             "folder": str(self.recording.folder),
             "status": self.recording.status,
-            "results": _to_json(self.results),
-            "findings": [_to_json(asdict(finding)) for finding in self.findings],
+            "results": json_value(self.results),
+            "findings": [json_value(asdict(finding)) for finding in self.findings],
         }
 
 
@@ -184,16 +182,3 @@ def _last_snapshot_step(recording: Recording) -> int:
             "only started."
         )
     return steps[-1]
-
-
-def _to_json(value: Any) -> Any:
-    """Numbers, texts, lists and mappings as JSON values."""
-    if isinstance(value, Mapping):
-        return {str(key): _to_json(each) for key, each in value.items()}
-    if isinstance(value, np.ndarray):
-        return json_numbers(value) if value.ndim == 1 else [_to_json(each) for each in value]
-    if isinstance(value, list | tuple):
-        return [_to_json(each) for each in value]
-    if isinstance(value, float | np.floating):
-        return json_number(value)
-    return int(value) if isinstance(value, np.integer) else value

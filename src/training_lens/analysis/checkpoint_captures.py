@@ -61,13 +61,9 @@ class CheckpointCaptures:
         return tuple(sorted({*self._logged, *base, tables.WEIGHTS, tables.SPECTRA, tables.SNAPSHOTS}))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A table with the columns step, module and its measures (see `core.arrow.arrow_table`).
+        """A table with the columns step, module and its measures, or those of `columns`.
 
-        Args:
-            columns: the measures to read; None: all. Step and module are always included.
-
-        Raises:
-            LensError: the table or measure does not exist, or an adapter cannot be read any more.
+        Raises a `LensError`, as all below, if it does not exist or an adapter cannot be read any more.
         """
         table = self._read_table(name)
         for column in columns or ():
@@ -77,15 +73,15 @@ class CheckpointCaptures:
         return table.select(kept)
 
     def measures(self, name: str) -> tuple[str, ...]:
-        """The measures of a table; raises like `table`."""
+        """The measures of a table."""
         return tuple(column for column in self._read_table(name).column_names if column not in (STEP, MODULE))
 
     def series(self, table: str, measure: str) -> Series:
-        """A scalar measure over steps (see `core.arrow.extract_series`); raises like `table`."""
+        """A scalar measure over steps (see `core.arrow.extract_series`)."""
         return extract_series(self.table(table), measure)
 
     def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A vector measure over steps (see `core.arrow.extract_vectors`); raises like `series`."""
+        """A vector measure over steps (see `core.arrow.extract_vectors`)."""
         return extract_vectors(self.table(table), measure)
 
     def snapshot_steps(self, table: str) -> list[int]:
@@ -93,11 +89,7 @@ class CheckpointCaptures:
         return sorted(self._adapters) if table == tables.SNAPSHOTS else []
 
     def snapshot(self, table: str, step: int) -> dict[str, Tensor]:
-        """`{module}.a`, `{module}.b` and `{module}.magnitude` of a checkpoint.
-
-        Raises:
-            LensError: there is no checkpoint of that step.
-        """
+        """`{module}.a`, `{module}.b` and `{module}.magnitude` of a checkpoint."""
         if step not in self.snapshot_steps(table):
             there = ", ".join(map(str, self.snapshot_steps(table))) or "none"
             raise LensError(f"no checkpoint of step {step} among the snapshots of '{table}'; there are: {there}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from training_lens.analyzers.module_groups import json_value
 from training_lens.core.arrow import MODULE, STEP, extract_series, extract_vectors
 from training_lens.core.recording import Recording
 from training_lens.core.types import DataType
@@ -63,15 +63,7 @@ def _write_csv(table: pa.Table, path: Path) -> None:
 
 
 def _write_json(table: pa.Table, path: Path) -> None:
-    rows = [{name: _replace_nonfinite(value) for name, value in row.items()} for row in table.to_pylist()]
-    path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
-
-
-def _replace_nonfinite(value: Any) -> Any:
-    """NaN and infinity as None, because JSON has neither."""
-    if isinstance(value, list):
-        return [_replace_nonfinite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    path.write_text(json.dumps(json_value(table.to_pylist())) + "\n", encoding="utf-8")
 
 
 def _write_npz(table: pa.Table, path: Path) -> None:

@@ -26,12 +26,13 @@ LogRow = tuple[str, int, dict[str, float | None]]  # table, step, measures
 class Log:
     """The tables `loss` and `evaluation` of a log, and the `LensManifest.settings` that it contains.
 
-    `status` is finished, or unknown.
+    `status` is finished, or unknown; `step` the last one of an HF Trainer's.
     """
 
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     status: str = "unknown"
+    step: int = 0
 
     def series(self, table: str, measure: str) -> Series:
         """One measure over steps; empty if the log does not have it."""
@@ -60,11 +61,7 @@ def read_our_log(metrics: Path, settings: Mapping[str, Any] | None = None) -> Lo
 
 
 def read_trainer_log(path: Path) -> Log:
-    """The log in a trainer_state.json; its losses are means over the steps since the previous entry.
-
-    Raises:
-        LensError: it is not JSON, or not the state of a trainer.
-    """
+    """The log in a trainer_state.json; its losses are means over the steps since the previous entry."""
     try:
         state = read_json(path)
         steps, epochs = state["max_steps"], state["num_train_epochs"]
@@ -75,27 +72,14 @@ def read_trainer_log(path: Path) -> Log:
                 rows.append((tables.LOSS, int(entry["step"]), given))
             elif "eval_loss" in entry:
                 rows.append((tables.EVALUATION, int(entry["step"]), {"loss": entry["eval_loss"]}))
-        logged = _build_tables(rows)
-        done = state["global_step"] >= steps > 0
+        logged, step = _build_tables(rows), int(state["global_step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LensError(
             f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or move it away to read "
             "the adapters without losses."
         ) from error
     settings = {"total_steps": steps, "steps_per_epoch": max(1, round(steps / epochs)) if epochs else None}
-    return Log(logged, settings, "finished" if done else "unknown")
-
-
-def read_trainer_step(path: Path) -> int:
-    """The step after which a trainer_state.json was written.
-
-    Raises:
-        LensError: it is damaged.
-    """
-    try:
-        return int(read_json(path)["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LensError(f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or move it away.") from error
+    return Log(logged, settings, "finished" if step >= steps > 0 else "unknown", step)
 
 
 def _build_tables(rows: Iterable[LogRow]) -> dict[str, pa.Table]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.analysis.checkpoint_captures import CheckpointCaptures
-from training_lens.analysis.logs import TRAINER_STATE, Log, read_our_log, read_trainer_log, read_trainer_step
+from training_lens.analysis.logs import TRAINER_STATE, Log, read_our_log, read_trainer_log
 from training_lens.analysis.saved_adapters import SavedAdapter, has_adapter_files, open_adapter, open_base_weights
 from training_lens.core import table_names as tables
 from training_lens.core.lens_manifest import LENS
@@ -143,8 +143,8 @@ def _find_adapters(folder: Path) -> AdapterSource | None:
     """The adapters in a folder that is no run of ours, with the log of their trainer; None if there are none."""
     state = folder / TRAINER_STATE
     if has_adapter_files(folder):  # one adapter, perhaps with the state of the HF Trainer beside it
-        step, log = (read_trainer_step(state), read_trainer_log(state)) if state.is_file() else (0, Log())
-        return AdapterSource({step: folder}, log, "transformers" if step else "hand")
+        log = read_trainer_log(state) if state.is_file() else Log()
+        return AdapterSource({log.step: folder}, log, "transformers" if log.step else "hand")
     if folders := _find_checkpoints(folder, TRAINERS):
         # the newest state has the log of all steps
         states = [state, *(folders[step] / TRAINER_STATE for step in sorted(folders, reverse=True))]
@@ -175,11 +175,7 @@ def _build_recording(folder: Path, source: AdapterSource, base: Path | str | Non
 
 
 def _open_intact_adapters(folders: Mapping[int, Path]) -> Sequence[SavedAdapter]:
-    """The intact adapters by step: the last one may be incomplete after a kill.
-
-    Raises:
-        AdapterError: none is intact.
-    """
+    """The intact adapters by step, at least one: the last one may be incomplete after a kill."""
     adapters: list[SavedAdapter] = []
     failed: list[AdapterError] = []
     for step, folder in sorted(folders.items()):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
+from training_lens.analysis.findings.diagnosis import diagnose
+from training_lens.analysis.findings.finding import Finding
 from training_lens.analysis.logs import Log, read_our_log
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.config.run_config import read_run_config
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
-    from training_lens.analysis.findings import Finding
     from training_lens.analysis.run_card import RunComparison
     from training_lens.inference.session import Session
 
@@ -162,8 +163,6 @@ class Run:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """The current findings; takes about a second. Raises like `lens`."""
-        from training_lens.analysis.findings import diagnose
-
         recording = self.lens.recording
         if self._findings is None:
             self._findings = diagnose(recording)

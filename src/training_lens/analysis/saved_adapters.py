@@ -47,11 +47,7 @@ class SavedAdapter:
     config: Mapping[str, Any]
 
     def read_factors(self) -> dict[str, LowRankUpdate]:
-        """A, B and magnitude by module name, on the CPU, in the dtype of the file.
-
-        Raises:
-            AdapterError: the file cannot be read any more.
-        """
+        """A, B and magnitude by module name, on the CPU, in the dtype of the file."""
         try:
             updates = load_updates(self.folder)
         except (OSError, SafetensorError) as error:
@@ -101,11 +97,7 @@ def _natural_order(record: ModuleRecord) -> list[tuple[int, str]]:
 
 
 def require_alike(adapters: list[SavedAdapter]) -> None:
-    """Refuse checkpoints of different runs.
-
-    Raises:
-        LensError: names the differing module, both shapes and both folders.
-    """
+    """Refuse checkpoints of different runs: name the differing module, both shapes and both folders."""
     first = adapters[0]
     for other in adapters[1:]:
         here, there = ({r.name: (r.rank, r.in_features, r.out_features) for r in x.records} for x in (first, other))
@@ -127,13 +119,10 @@ class BaseWeights:
     Args:
         folder: a local model folder.
         transposed: whether linear weights are stored as (in, out), as in GPT-2 (PEFT's fan_in_fan_out).
-
-    Raises:
-        ModelLoadingError: a file is missing or broken.
     """
 
-    def __init__(self, folder: Path, *, transposed: bool = False) -> None:
-        self.folder, self._transposed = folder, transposed
+    def __init__(self, folder: Path, *, transposed: bool) -> None:
+        self._transposed = transposed
         self._files: dict[str, Path] = {}
         self._shapes: Shapes = {}
         for name in weight_files(folder):
@@ -148,7 +137,7 @@ class BaseWeights:
 
     def read_weight(self, record: ModuleRecord) -> Tensor | None:
         """W of a module as (out, in), float32, on the CPU; None if the files do not have it."""
-        key = self._find_key(record)
+        key = self.find_key(record)
         if key is None:
             return None
         with safe_open(self._files[key], "pt") as file:
@@ -157,12 +146,8 @@ class BaseWeights:
         is_transposed = self._transposed if shape[0] == shape[1] else tuple(weight.shape) != shape
         return weight.T if is_transposed else weight
 
-    def has_weight(self, record: ModuleRecord) -> bool:
-        """Whether the files have the weight of a module."""
-        return self._find_key(record) is not None
-
-    def _find_key(self, record: ModuleRecord) -> str | None:
-        """The name of the weight in the files, whose prefix may be shorter or longer than the module's path."""
+    def find_key(self, record: ModuleRecord) -> str | None:
+        """The name of W in the files, whose prefix may be shorter or longer than the module's path; None if missing."""
         wanted, shape = f"{record.name}.weight", (record.out_features, record.in_features)
         matching = [
             key
@@ -194,7 +179,7 @@ def open_base_weights(adapter: SavedAdapter, base: Path | str | None = None) -> 
         weights = None
     if base is not None and weights is None:
         raise LensError(f"base '{base}' is neither a folder nor a model id in the hub's local cache.")
-    missing = [record.name for record in adapter.records if weights is None or not weights.has_weight(record)]
+    missing = [record.name for record in adapter.records if not (weights and weights.find_key(record))]
     if base is not None and len(missing) == len(adapter.records):
         raise LensError(
             f"base '{base}' has none of the {len(missing)} weights that the adapter in {adapter.folder} changes, for "

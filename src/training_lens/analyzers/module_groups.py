@@ -21,11 +21,7 @@ OUTSIDE = "outside"  # the decoder layers: embeddings, the output head
 
 
 def group_modules(modules: Sequence[ModuleRecord], by: By) -> dict[str, list[str]]:
-    """The modules of each layer ("0", "1", ..., "outside"), of each kind, or each alone.
-
-    Raises:
-        ConfigurationError: `by` is none of these.
-    """
+    """The modules of each layer ("0", "1", ..., "outside"), of each kind, or each alone."""
     if by not in get_args(By):
         raise ConfigurationError(f"by: '{by}' is given; there are: {', '.join(get_args(By))}.")
     found: dict[str, list[str]] = {}
@@ -179,6 +175,16 @@ def json_numbers(values: Any) -> list[float | None]:
     return [json_number(value) for value in np.asarray(values).ravel()]
 
 
+def json_value(value: Any) -> Any:
+    """Numbers, texts, lists and mappings as JSON values."""
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    if isinstance(value, Mapping):
+        return {str(key): json_value(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(each) for each in value]
+    return json_number(value) if isinstance(value, float) else value
+
+
 def latest_values(series: Series) -> dict[str, float | None]:
     """Each name's value at the last step; None where it is not finite."""
     return dict(zip(series.names, json_numbers(series.values[-1]), strict=True)) if len(series.steps) else {}
@@ -190,10 +196,5 @@ def find_extremes(by_name: Mapping[str, float | None]) -> dict[str, Any]:
     if not known:
         return dict.fromkeys(("median", "least", "least_at", "most", "most_at"))
     least, most = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-    return {
-        "median": float(np.median(list(known.values()))),
-        "least": known[least],
-        "least_at": least,
-        "most": known[most],
-        "most_at": most,
-    }
+    ends = {"least": known[least], "least_at": least, "most": known[most], "most_at": most}
+    return {"median": float(np.median(list(known.values()))), **ends}

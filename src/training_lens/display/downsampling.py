@@ -33,30 +33,30 @@ def thin_line(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) ->
     return steps[chosen], values[chosen]
 
 
-def thin_steps(steps: np.ndarray, values: np.ndarray, most: int = MOST_STEPS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` columns, each the maximum of equally many neighboring steps (NaN if one of them is NaN).
+def thin_steps(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most `MOST_STEPS` columns, each the maximum of equally many neighboring steps (NaN if one of them is NaN).
 
     Args:
         steps: (steps,); a column is labelled with the last of its steps.
         values: (rows, steps).
     """
-    if len(steps) <= most:
+    if len(steps) <= MOST_STEPS:
         return steps, values
-    starts = np.linspace(0, len(steps), most, endpoint=False).astype(int)
+    starts = np.linspace(0, len(steps), MOST_STEPS, endpoint=False).astype(int)
     ends = np.append(starts[1:], len(steps)) - 1
     return steps[ends], np.maximum.reduceat(values, starts, axis=1)
 
 
-def thin_rows(names: tuple[str, ...], values: np.ndarray, most: int = MOST_ROWS) -> tuple[tuple[str, ...], np.ndarray]:
-    """At most `most` rows, each the maximum of neighboring rows, named by the first and last of them.
+def thin_rows(names: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """At most `MOST_ROWS` rows, each the maximum of neighboring rows, named by the first and last of them.
 
     Args:
         names: (rows,).
         values: (rows, steps).
     """
-    if len(names) <= most:
+    if len(names) <= MOST_ROWS:
         return names, values
-    starts = np.linspace(0, len(names), most, endpoint=False).astype(int)
+    starts = np.linspace(0, len(names), MOST_ROWS, endpoint=False).astype(int)
     ends = np.append(starts[1:], len(names)) - 1
     joined = [names[s] if s == e else f"{names[s]}-{names[e]}" for s, e in zip(starts, ends, strict=True)]
     return tuple(joined), np.maximum.reduceat(values, starts, axis=0)

@@ -80,12 +80,8 @@ class Rule:
         return self.report_symptom("fine", title, measured, confidence=confidence, action="", evidence=evidence or {})
 
     def report_inconclusive(
-        self, title: str, measured: str, decide: str, evidence: Mapping[str, Any] | None = None, where: str = ""
+        self, title: str, measured: str, decide: str, evidence: Mapping[str, Any] | None = None
     ) -> Finding:
         """The data is not enough to decide; `decide` says what would be."""
-        return self.report_symptom(
-            "note",
-            title,
-            measured,
-            **FindingDetails(where=where, confidence="inconclusive", action="", decide=decide, evidence=evidence or {}),
-        )
+        details = FindingDetails(confidence="inconclusive", action="", decide=decide, evidence=evidence or {})
+        return self.report_symptom("note", title, measured, **details)
