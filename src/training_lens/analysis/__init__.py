@@ -1,12 +1,4 @@
-"""Analysis of a finished, running or interrupted run: findings, figures, reports.
-
-Example:
-    from training_lens.analysis import CheckpointAnalyzer
-
-    analyzer = CheckpointAnalyzer("outputs/experiments/default/runs/20261120T203605Z-5f3a")
-    for finding in analyzer.analyze().findings:
-        print(finding.severity, finding.title, finding.action)
-"""
+"""Analysis of a finished, running or interrupted run: findings, figures, reports. See `CheckpointAnalyzer`."""
 
 from __future__ import annotations
 

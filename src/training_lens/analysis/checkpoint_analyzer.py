@@ -125,22 +125,14 @@ class CheckpointAnalyzer:
         return read_evolution(self.recording, measure, by)
 
     def adapter(self, step: int | None = None) -> dict[str, Factors]:
-        """A (rank, in) and B (out, rank) of each module from a snapshot, including PiSSA's frozen halves.
+        """A (rank, in) and B (out, rank) of each module from the snapshot of a step, or the last one.
 
-        Args:
-            step: the step of a snapshot; None: the last one.
-
-        Raises:
-            LensError: there is no such snapshot.
+        See `analyzers.saved_factors.snapshot_factors`.
         """
         return snapshot_factors(self.recording, _last_snapshot_step(self.recording) if step is None else step)
 
     def similarity(self) -> Mapping[str, Any]:
-        """The similarity of each snapshot to the last one (see `SimilarityAnalyzer`).
-
-        Raises:
-            LensError: there are fewer than two.
-        """
+        """The similarity of each snapshot to the last one, see `SimilarityAnalyzer`; a `LensError` without two."""
         steps = self.recording.captures.snapshot_steps(tables.SNAPSHOTS)
         if len(steps) < 2:
             raise LensError(

@@ -43,12 +43,7 @@ LONGEST_VALUE = 80  # characters of a setting
 
 
 def run_card(run: RunFolder, summary: Mapping[str, Any], lens: Sequence[Part]) -> str:
-    """HTML of a few kB without a script; text from data is escaped.
-
-    Args:
-        summary: the run's numbers so far (see `Run.summary`).
-        lens: what the lens found, as `lens_parts` gives it.
-    """
+    """HTML of a few kB without a script, of a run's numbers so far and what `lens_parts` gives; text is escaped."""
     chart = render_chart([*loss_curves(read_our_log(run.metrics_file))], *LOSS_AXES)
     parts: list[Part] = [
         Table("", ("run", run.run_id), list(_fact_rows(run, summary))),
@@ -67,9 +62,7 @@ def lens_parts(findings: Sequence[Finding], recording: Recording) -> list[Part]:
 def loss_curves(log: Log, name: str = "", colour: str | None = None) -> Iterator[Curve]:
     """Training and validation loss; for long runs, the training loss as medians of equal parts.
 
-    Args:
-        name: the name of the run if several are drawn together.
-        colour: of both lines if several runs are drawn together; validation is dashed then.
+    Of several runs in one chart, each has a name and a colour for both lines; validation is dashed then.
     """
     training, validation = log.series(tables.LOSS, "loss"), log.series(tables.EVALUATION, "loss")
     base = log.series(tables.EVALUATION, "base_loss")
@@ -106,9 +99,6 @@ class RunComparison:
     """The settings, numbers and losses of two runs, read once. A notebook shows it as a card.
 
     `first.lens.compare(second.lens)` compares the adapters.
-
-    Raises:
-        CheckpointError: the metadata of a run is missing or broken.
     """
 
     def __init__(self, first: RunFolder, second: RunFolder) -> None:

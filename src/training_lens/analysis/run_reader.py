@@ -48,7 +48,8 @@ class Run:
         base_output_dir: the folder of all runs, to find an id.
 
     Raises:
-        CheckpointError: the run does not exist, several have this id, or it is the URL of a run in a mirror.
+        CheckpointError: the run does not exist, several have this id, or it is the URL of a run in a mirror. Its
+            properties raise it where files of the run are missing or broken.
 
     Example:
         run = Run.latest()
@@ -69,15 +70,7 @@ class Run:
 
     @classmethod
     def latest(cls, base_output_dir: Path | str = OUTPUTS, experiment: str | None = None) -> Run:
-        """The run that was started last, whatever its status.
-
-        Args:
-            experiment: only of this one; None: of all.
-
-        Raises:
-            CheckpointError: there is no run yet.
-            ConfigurationError: the experiment does not exist.
-        """
+        """The run that was started last, whatever its status: of one experiment, or of all."""
         find_run_folders(str(base_output_dir), experiment)  # raises for an unknown experiment
         return cls(find_run(LATEST, str(base_output_dir), experiment).root)
 
@@ -87,20 +80,12 @@ class Run:
 
     @property
     def status(self) -> str:
-        """running, finished, failed, pruned or interrupted.
-
-        Raises:
-            CheckpointError: metadata/summary.json is missing or broken; also raised by `summary`.
-        """
+        """running, finished, failed, pruned or interrupted, see `RunFolder.status`."""
         return self.folder.status
 
     @property
     def config(self) -> TrainingConfig:
-        """The resolved config of the run.
-
-        Raises:
-            CheckpointError: metadata/config.json is missing or broken.
-        """
+        """The resolved config of the run."""
         return read_run_config(self.folder)
 
     @property
@@ -150,11 +135,7 @@ class Run:
 
     @property
     def lens(self) -> CheckpointAnalyzer:
-        """The analyzer of the captures or checkpoints; opened again when the run has made progress.
-
-        Raises:
-            LensError: there are no captures or checkpoints (yet).
-        """
+        """The analyzer of the captures or checkpoints, see `open_recording`; up to date with the run."""
         read_at = (self.status, (self.folder.metadata / "summary.json").stat().st_mtime_ns)
         if self._lens is None or read_at != self._read_at or self.status == "running":
             self._lens, self._findings, self._read_at = CheckpointAnalyzer(self.folder.root), None, read_at
@@ -162,7 +143,7 @@ class Run:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """The current findings; takes about a second. Raises like `lens`."""
+        """The current findings; takes about a second."""
         recording = self.lens.recording
         if self._findings is None:
             self._findings = diagnose(recording)
@@ -203,14 +184,7 @@ class Run:
         return plot_loss(self.log, list_checkpoint_steps(self.folder.checkpoints))
 
     def compare(self, other: Run | Path | str) -> RunComparison:
-        """Compare settings, numbers and losses with another run.
-
-        Args:
-            other: a run, or an argument of `Run`; an id is looked up beside this run.
-
-        Raises:
-            CheckpointError: the run does not exist, or the metadata of one run is missing or broken.
-        """
+        """Compare settings, numbers and losses with another run, or an argument of `Run`; ids are those beside this."""
         from training_lens.analysis.run_card import RunComparison
 
         outputs = self.folder.root.parents[3] if is_in_place(self.folder) else self._base_output_dir  # if it was moved

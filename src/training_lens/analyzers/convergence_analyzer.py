@@ -47,16 +47,17 @@ class ConvergenceAnalyzer(DataAnalyzer):
         if not by_validation:
             steps, losses = training.steps, training.values.ravel()
         half = len(steps) // 2
-        until = _planned_end(recording, int(steps[-1])) if len(steps) else None
+        last, planned = int(steps[-1]) if len(steps) else 0, int(recording.settings.get("total_steps") or 0)
+        until = planned if planned > last else 2 * last
         estimates = {
             "slope": log_slope(steps[half:], losses[half:]),
-            "remaining_gain": remaining_gain(steps[half:], losses[half:], until or 0),
+            "remaining_gain": remaining_gain(steps[half:], losses[half:], until),
         }
         return {
             "training": run_curve(smooth_series(training)),
             "of": "validation" if by_validation else "training",
             **{name: {key: json_number(x) for key, x in each._asdict().items()} for name, each in estimates.items()},
-            "until_step": until,
+            "until_step": until if len(steps) else None,
             "best_validation": min(validations, key=lambda point: point["loss"], default=None),
             "last_validation": validations[-1] if validations else None,
             "base_loss": float(base[0]) if len(base) else None,
@@ -64,10 +65,9 @@ class ConvergenceAnalyzer(DataAnalyzer):
 
 
 def smooth_series(series: Series, most: int = MAX_POINTS) -> Series:
-    """Medians over a moving window of a fiftieth of the run, shorter at both ends.
+    """Medians over a moving window of a fiftieth of the run, shorter at both ends, at `most` steps, evenly.
 
-    Args:
-        most: steps kept at most, evenly over the run. 100,000 windows would take gigabytes.
+    100,000 windows would take gigabytes.
     """
     kept = spread_indices(len(series.steps), most)
     width = max(1, len(series.steps) // WINDOWS) | 1  # odd, so that it is centred
@@ -77,8 +77,3 @@ def smooth_series(series: Series, most: int = MAX_POINTS) -> Series:
         windows = np.lib.stride_tricks.sliding_window_view(padded[:, column], width)  # (steps, width)
         values[:, column] = nan_median(windows[kept])
     return Series(series.steps[kept], series.names, values)
-
-
-def _planned_end(recording: Recording, last: int) -> int:
-    planned = recording.settings.get("total_steps") or 0
-    return int(planned) if planned > last else 2 * last

@@ -102,8 +102,7 @@ def print_table(console: Console, table: Table) -> None:
 def command(options: OutputOptions, *, has_log: bool = False) -> Iterator[Screen]:
     """Run a command's body: set up the log, and turn an expected error into one paragraph and an exit code.
 
-    Args:
-        has_log: the command writes its results to files as well, so a screen that cannot be written is no failure.
+    A command that `has_log` writes its results to files as well: a screen that cannot be written is no failure.
     """
     console = plain_console(stderr=options.json)
     setup_logging(console)
@@ -206,11 +205,7 @@ def load_run_config(options: CommandOptions, run: str | None) -> TrainingConfig:
 
 
 def load_adapter_config(options: CommandOptions, run: str | None, used: tuple[str, ...]) -> TrainingConfig:
-    """The config, with `--run` as its adapter; settings that the adapter would ignore are refused.
-
-    Args:
-        used: prefixes of the keys that the command itself uses.
-    """
+    """The config, with `--run` as its adapter; settings that neither the adapter nor the command uses are refused."""
     from training_lens.runs.run_lookup import uses_own_model
 
     settings = load_run_config(options, run)

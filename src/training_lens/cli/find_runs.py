@@ -18,15 +18,7 @@ def is_url(reference: str) -> bool:
 
 
 def fetch_copy(reference: str, base_output_dir: str, *, finished: bool | None) -> str:
-    """The reference itself; for a URL, the folder of a copy under {base_output_dir}/cache/runs.
-
-    Args:
-        finished: which run of a mirror is the latest; see `find_run`.
-
-    Raises:
-        CheckpointError: there is no such run in the mirror, or it is damaged.
-        IntegrationError: the mirror cannot be reached.
-    """
+    """The reference itself; for a URL, the folder of a copy under {base_output_dir}/cache/runs, see `fetch_to_read`."""
     if not is_url(reference):
         return reference
     from training_lens.integrations.remote_run import fetch_to_read
@@ -50,9 +42,6 @@ def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
     """The settings with the folder of the run that `inference.adapter` names, printed for the user.
 
     An adapter folder, or no adapter, is left as it is.
-
-    Raises:
-        CheckpointError, AdapterError: see `find_adapter_run`.
     """
     from training_lens.runs.run_lookup import find_adapter_run, uses_own_model
 

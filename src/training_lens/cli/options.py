@@ -172,12 +172,7 @@ def _describe_setting(word: str, following: str) -> str | None:
 
 
 def add_command(app: typer.Typer, name: str | None = None, panel: str | None = None) -> Callable[[Function], Function]:
-    """A decorator that adds a function to an app as a command.
-
-    Args:
-        name: of the command; None: that of the function.
-        panel: the heading under which the app's help lists it.
-    """
+    """A decorator that adds a function to an app as a command, under the heading `panel` of the app's help."""
 
     def add(function: Function) -> Function:
         app.command(name, cls=SettingsCommand, rich_help_panel=panel)(expand_options(function))

@@ -35,11 +35,7 @@ def check_rows(settings: TrainingConfig) -> None:
 
 
 def check_files(specs: list[str], key: str) -> None:
-    """Refuse missing paths, as `data.sources.expand_sources` does, and names that no hub has.
-
-    Raises:
-        DatasetError: names the key, and a near file.
-    """
+    """Refuse missing paths, as `data.sources.expand_sources` does, and names that no hub has."""
     from training_lens.data.sources import HUB, expand_sources, is_saved_dataset, parse_hub_spec
 
     for spec in specs:
@@ -50,12 +46,7 @@ def check_files(specs: list[str], key: str) -> None:
 
 
 def check_base(settings: TrainingConfig) -> None:
-    """Refuse a missing base model, and a template file that cannot be read.
-
-    Raises:
-        ModelLoadingError: a missing path, or a folder without a model.
-        ConfigurationError: the template's file cannot be read.
-    """
+    """Refuse a missing base model, and a template file that cannot be read."""
     from training_lens.models.location import locate_model
 
     locate_model(settings.model)

@@ -47,10 +47,6 @@ def _format_metric(run: RunOverview, metric: str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
-def _format_rate(rate: float | None) -> str:
-    return "-" if rate is None else f"{rate:.3g}"
-
-
 def _list_metrics(runs: Sequence[RunOverview]) -> list[str]:
     """The metrics that any of the runs has, without those of single domains and controls."""
     names = dict.fromkeys(metric for run in runs for metric in run.metrics)
@@ -71,7 +67,7 @@ def show_runs(console: Console, runs: Sequence[RunOverview], metric: str) -> Non
     rows = [
         [
             *(run.run_id, run.status, _format_metric(run, "steps"), _format_metric(run, metric)),
-            *(run.model_name, run.data_name, _format_rate(run.learning_rate)),
+            *(run.model_name, run.data_name, "-" if run.learning_rate is None else f"{run.learning_rate:.3g}"),
         ]
         for run in runs
     ]

@@ -13,11 +13,7 @@ MOST_STEPS, MOST_ROWS = 400, 64  # of a heat map
 def thin_line(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
     """At most `most` points of a line: its ends, and the lowest and highest point of equal parts.
 
-    A part with values that are not finite keeps the first of them in place of its lowest.
-
-    Args:
-        steps: (points,).
-        values: (points,).
+    Both are (points,). A part with values that are not finite keeps the first of them in place of its lowest.
     """
     if len(steps) <= most:
         return steps, values
@@ -36,9 +32,7 @@ def thin_line(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) ->
 def thin_steps(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most `MOST_STEPS` columns, each the maximum of equally many neighboring steps (NaN if one of them is NaN).
 
-    Args:
-        steps: (steps,); a column is labelled with the last of its steps.
-        values: (rows, steps).
+    `values` is (rows, steps). A column is labelled with the last of its steps.
     """
     if len(steps) <= MOST_STEPS:
         return steps, values
@@ -48,12 +42,7 @@ def thin_steps(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def thin_rows(names: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """At most `MOST_ROWS` rows, each the maximum of neighboring rows, named by the first and last of them.
-
-    Args:
-        names: (rows,).
-        values: (rows, steps).
-    """
+    """At most `MOST_ROWS` rows of (rows, steps), each the maximum of neighbors and named by the first and last."""
     if len(names) <= MOST_ROWS:
         return names, values
     starts = np.linspace(0, len(names), MOST_ROWS, endpoint=False).astype(int)

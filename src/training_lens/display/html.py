@@ -96,11 +96,7 @@ def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
 
 
 def render_card(title: str, parts: Sequence[Part]) -> str:
-    """HTML of a few kB for a notebook's cell, with scoped style and no script.
-
-    Args:
-        parts: as for `write_page`, without Plotly figures.
-    """
+    """HTML of a few kB for a notebook's cell, with scoped style and no script; `parts` without Plotly figures."""
     return str(_load_template().render_card(title, parts))
 
 

@@ -33,11 +33,7 @@ class Curve:
 
 
 def render_chart(curves: Sequence[Curve], x: str, y: str) -> str:
-    """The SVG of curves on common axes, with a legend below. Empty if no value is finite.
-
-    Args:
-        x, y: the titles of the axes, with units.
-    """
+    """The SVG of curves on axes titled `x` and `y`, with a legend below. Empty if no value is finite."""
     shown = [curve for curve in curves if np.isfinite(curve.values).any()]
     if not shown:
         return ""

@@ -36,12 +36,7 @@ class ActivationStorage:
         return tuple(sorted(int(match[1]) for match in map(SNAPSHOT_NAME.fullmatch, names) if match))
 
     def load(self, step: int) -> dict[str, Tensor]:
-        """The tensors of a step by name, on the CPU.
-
-        Raises:
-            IntegrationError: there is no such step, or no answer.
-            LensError: the file is damaged.
-        """
+        """The tensors of a step by name, on the CPU."""
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / "tensors.safetensors"
             self.storage.get_file(self._name(step), local)

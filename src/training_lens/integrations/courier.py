@@ -48,12 +48,7 @@ def quiet_clients() -> None:
 
 
 class Courier:
-    """Starts and stops the courier of a run, in the training process.
-
-    Args:
-        run: its folder, with the config.
-        seconds: most that `finish` waits for what is not sent yet.
-    """
+    """Starts and stops the courier of a run, in the training process; `finish` waits for at most `seconds`."""
 
     def __init__(self, run: RunFolder, seconds: float) -> None:
         self._run, self._seconds = run, seconds
@@ -150,8 +145,7 @@ class JsonLineHandler(logging.Handler):
 def main(root: str, *allowed: str) -> int:
     """Send the run at `root` until standard input closes and everything is sent, or time is up.
 
-    Args:
-        allowed: the trackers of tracking.custom that the user trains with.
+    `allowed` are the trackers of tracking.custom that the user trains with.
     """
     _log_to_stdout()
     # The lowest priority, also of child processes: idle scheduling, where the system has it. A process that is merely

@@ -264,14 +264,9 @@ class IntegrationManager:
 
 @contextmanager
 def lock_integration(folder: Path, patience: float = 1.0) -> Iterator[None]:
-    """Within the block, no other process sends for this integration of the run.
+    """Within the block, no other process sends for the integration of this tracking folder.
 
-    Args:
-        folder: of the integration, in the run's tracking folder.
-        patience: most seconds to wait for another process.
-
-    Raises:
-        IntegrationError: another process is sending, or the folder cannot be written.
+    Refused if another one still does after `patience` seconds.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

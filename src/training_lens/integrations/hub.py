@@ -96,11 +96,7 @@ class HuggingFaceIntegration(Integration):
         return "" if self._is_sent(due) else due.describe_files()
 
     def plan(self) -> PushPlan:
-        """What `push` would do, without changing anything; with token and network, compared with the repository.
-
-        Raises:
-            CheckpointError: the run has nothing to push.
-        """
+        """What `push` would do, without changing anything; with token and network, compared with the repository."""
         wanted = self._build_files(self._require_files())
         try:
             self.require()

@@ -26,7 +26,7 @@ from training_lens.runs import checkpoint_format
 from training_lens.runs.checkpoint_format import list_checkpoints
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import TEMPORARY, hash_file, list_files, temporary_prefix
-from training_lens.utils.formatting import format_size
+from training_lens.utils.formatting import format_size, pluralize
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import check_experiment, check_run_id
 
@@ -35,6 +35,7 @@ EVERY = 30.0  # seconds between two passes, and two updates of mirror.json; a ne
 SCANS = 3  # passes of one delivery, while files vanish: the lens merges and thins its files
 PRUNED = ("checkpoints/", "lens/")  # files that are deleted in the mirror when they are deleted here
 WHOLE_LINES = (".jsonl", ".log")
+CHANGED_AFTER_END = ("logs/run.log", "logs/events.")  # files that log the last delivery
 FileStamp = Sequence[int | str]  # size, modification time in ns and sha256 of a file when it was sent
 
 
@@ -90,8 +91,8 @@ class MirrorIntegration(Integration):
         kept = self._load_cursor()
         ends, groups = kept.get("status") == self.run.status, self._list_groups(self.run.status)
         sizes = list_changed_sizes({n: p for group in groups for n, p in group.items()}, kept.get("files", {}))
-        new = [size for name, size in sizes.items() if not (ends and changes_after_end(name))]
-        files = [f"{len(new)} file{'s' if len(new) > 1 else ''} ({format_size(sum(new))})"] if new else []
+        new = [size for name, size in sizes.items() if not (ends and name.startswith(CHANGED_AFTER_END))]
+        files = [f"{pluralize(len(new), 'file')} ({format_size(sum(new))})"] if new else []
         return ", ".join([*files, *([] if ends else ["its end"])])
 
     @cached_property
@@ -245,11 +246,6 @@ def list_other_files(run: RunFolder, *, running: bool) -> dict[str, Path]:
     if running:
         found.pop(f"{run.lens.name}/{LISTING}", None)
     return found
-
-
-def changes_after_end(name: str) -> bool:
-    """Whether a file changes after the last delivery, which it logs."""
-    return name.startswith(("logs/run.log", "logs/events."))
 
 
 def is_changed(path: Path, seen: FileStamp | None) -> bool:

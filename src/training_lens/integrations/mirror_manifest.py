@@ -133,12 +133,7 @@ class RemoteRun:
         return {name: size for name, size in there.items() if name != MANIFEST}
 
     def read_manifest(self) -> MirrorManifest:
-        """Read and check mirror.json.
-
-        Raises:
-            CheckpointError: there is no such run, or its mirror.json is damaged.
-            IntegrationError: no answer.
-        """
+        """Read and check mirror.json; a `CheckpointError` if it is missing or damaged."""
         if not self.storage.exists(self.storage_name(MANIFEST)):
             raise CheckpointError(
                 f"{self.place} is no mirrored run: there is no {MANIFEST}. See what is there: "

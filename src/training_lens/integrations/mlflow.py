@@ -48,7 +48,6 @@ class MlflowIntegration(Tracker):
     name = "mlflow"
 
     def require(self) -> None:
-        """Require MLflow's client, and for a local database its packages."""
         require_packages("mlflow", "mlflow", *(("alembic",) if self._is_local else ()))
 
     @property

@@ -61,12 +61,7 @@ def _keep_valid_names(names: Iterable[str], check: Callable[[str], str], storage
 def find_remote_run(place: str, *, finished: bool | None) -> tuple[RemoteRun, MirrorManifest]:
     """The run at a place: its own (.../experiments/NAME/runs/ID), or the latest of a mirror.
 
-    Args:
-        finished: as in `runs.run_lookup.find_run`: the run that started last is refused if it cannot be used so.
-
-    Raises:
-        CheckpointError: there is no such run, or it cannot be used.
-        IntegrationError: no answer; or see `open_storage`.
+    `finished` is as in `runs.run_lookup.find_run`: the run that started last is refused if it cannot be used so.
     """
     if match := RUN.fullmatch(place):
         run = RemoteRun(open_storage(match["mirror"]), match["run"])
@@ -129,10 +124,7 @@ def fetch_to_resume(place: str, base_output_dir: str, progress: Progress | None 
 def fetch_to_read(
     place: str, base_output_dir: str, *, finished: bool | None, progress: Progress | None = None
 ) -> RunFolder:
-    """An up-to-date copy of a mirrored run in the cache; reports that were written into the copy are kept.
-
-    Args:
-        place: of the run, or of a mirror for its latest run, see `find_remote_run`.
+    """An up-to-date copy in the cache of the run at a place, see `find_remote_run`; reports written into it are kept.
 
     Raises:
         CheckpointError: there is no such run, or it is damaged.

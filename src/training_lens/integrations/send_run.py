@@ -82,11 +82,7 @@ def record_evaluation(run: RunFolder, name: str, report: Mapping[str, Any]) -> N
     """Add a report to the run's journal of evaluations, logs/evaluations.jsonl.
 
     Its step is the run's last one, plus one for each earlier evaluation: trackers that identify values by their step
-    keep every evaluation.
-
-    Args:
-        name: of the command: evaluate, compare or benchmark.
-        report: the command's JSON.
+    keep every evaluation. `name` is the command's and `report` its JSON.
     """
     lines = read_metrics(run.evaluations_file) if run.evaluations_file.is_file() else []
     ended = int(run.read_metadata("summary.json").get("steps", 0))

@@ -211,15 +211,7 @@ def bin_edges(histogram: Mapping[str, Any]) -> Any:
 
 
 def require_packages(extra: str, *packages: str) -> None:
-    """Require packages, without importing them.
-
-    Args:
-        extra: of Training Lens, which installs them.
-        packages: by their import names.
-
-    Raises:
-        IntegrationError: some are not installed; says how to install them.
-    """
+    """Require packages, by their import names, which an extra of Training Lens installs; imports none."""
     if missing := [package for package in packages if find_spec(package) is None]:
         plural = "s" if len(missing) > 1 else ""
         raise IntegrationError(

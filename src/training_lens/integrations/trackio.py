@@ -27,7 +27,6 @@ class TrackioIntegration(Tracker):
     name = "trackio"
 
     def require(self) -> None:
-        """Require trackio."""
         require_packages("trackio", "trackio")
 
     @property
@@ -38,7 +37,6 @@ class TrackioIntegration(Tracker):
 
     @property
     def project(self) -> str:
-        """The project of the run."""
         return self.run.config.tracking.trackio.project or self.run.experiment
 
     @property

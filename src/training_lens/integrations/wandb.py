@@ -37,9 +37,6 @@ class WandBIntegration(Tracker):
 
     Rows count as sent once W&B has finished the run: if a client dies earlier, the next one starts where the last
     finished one ended. Rows have the training step as W&B's step, so that a server drops those that it has.
-
-    Args:
-        run: the run to show.
     """
 
     name = "wandb"
@@ -63,7 +60,6 @@ class WandBIntegration(Tracker):
         return build_wandb_id(self.run.experiment, self.run.run_id)
 
     def require(self) -> None:
-        """See `Integration.require`: the package, and a key for a run that goes online."""
         require_packages("wandb", "wandb")
         if self.settings.mode != "online":
             return
@@ -82,7 +78,6 @@ class WandBIntegration(Tracker):
             )
 
     def deliver(self, ended: bool) -> None:
-        """See `Integration.deliver`."""
         self._ended = ended
         super().deliver(ended)
 
@@ -136,7 +131,6 @@ class WandBIntegration(Tracker):
             super()._save_positions(shift=self._shift, **more)
 
     def open(self) -> None:
-        """Start or resume W&B's run."""
         import wandb
 
         self._stopped.clear()

@@ -11,13 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training_lens.measures.factors import (
-    frobenius,
-    nan_safe_svdvals,
-    to_float32,
-    to_float64,
-    update_inner_product,
-)
+from training_lens.measures.factors import frobenius, nan_safe_svdvals, to_float32, to_float64, update_inner_product
 from training_lens.measures.singular_values import update_norm
 
 

@@ -275,9 +275,8 @@ def find_intruders(
     after = weight + scaling * (to_float32(b) @ to_float32(a)).to(weight.dtype)
     old, old_values, _ = nan_safe_svd(weight)
     new, new_values, _ = nan_safe_svd(after)
-    cosines = (
-        (new[..., :k].mT @ (old * _significance_mask(old_values, weight)[..., None, :])).abs().amax(-1)
-    )  # (*batch, k)
+    known = old * _significance_mask(old_values, weight)[..., None, :]
+    cosines = (new[..., :k].mT @ known).abs().amax(-1)  # (*batch, k)
     energy = (new_values * _significance_mask(new_values, weight))[..., :k].square()  # (*batch, k)
     intruding = torch.where(cosines.isnan(), cosines, ((cosines < threshold) & (energy > 0)).to(cosines.dtype))
     return IntruderDirections(intruding.sum(-1), (intruding * energy).sum(-1) / energy.sum(-1), cosines)

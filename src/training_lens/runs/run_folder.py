@@ -244,12 +244,7 @@ class RunFolder:
 
 
 def read_checked_json(path: Path, remedy: str = "Delete it, or write it again.") -> Any:
-    """The content of a JSON file of a run.
-
-    Raises:
-        CheckpointError: it is not JSON, or not what was written.
-        OSError: it cannot be read.
-    """
+    """The content of a JSON file of a run; a `CheckpointError` if it is not JSON, or not what was written."""
     try:
         value = read_json(path)
         return strip_checksum(value, path) if isinstance(value, dict) else value

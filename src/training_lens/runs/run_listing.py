@@ -92,21 +92,13 @@ class RunOverview:
 
 
 def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[RunOverview]:
-    """The runs of one experiment, or of all, newest first. Broken runs are included, with the reason in `detail`.
-
-    Raises:
-        ConfigurationError: there is no such experiment; suggests the nearest.
-    """
+    """The runs of one experiment, or of all, newest first. Broken runs are included, with the reason in `detail`."""
     folders = find_run_folders(base_output_dir, experiment_name)
     return sorted(map(read_run, folders), key=lambda run: (run.start_time, run.run_id), reverse=True)
 
 
 def find_runs(references: Sequence[str], base_output_dir: str) -> list[RunOverview]:
-    """The runs that ids, paths, experiments or `latest` (whatever its status) mean, without duplicates.
-
-    Raises:
-        CheckpointError: no run matches, or several do.
-    """
+    """The runs that references mean, see `find_run`, without duplicates."""
     found = [find_run(reference, base_output_dir) for reference in references]
     return [read_run(folder) for folder in {folder.root.resolve(): folder for folder in found}.values()]
 
@@ -158,13 +150,10 @@ def lower_is_better(metric: str) -> bool:
 
 
 def sort_runs(runs: Sequence[RunOverview], metric: str, ascending: bool | None = None) -> list[RunOverview]:
-    """The runs sorted by a metric, best first; those without it last, in the order given.
+    """The runs sorted by a metric, best first; those without it last, in the order given. Refused if none has it.
 
     Args:
         ascending: smallest first; None: as `lower_is_better` decides.
-
-    Raises:
-        ConfigurationError: no run has that metric; lists the known ones.
     """
     known = sorted({name for run in runs for name in run.metrics})
     if metric not in known:

@@ -23,11 +23,7 @@ FEWEST_CHARACTERS = 4  # of an abbreviated id
 
 
 def find_run_folders(base_output_dir: str, experiment_name: str | None = None) -> list[RunFolder]:
-    """The folders of the runs of one experiment, or of all.
-
-    Raises:
-        ConfigurationError: there is no such experiment; names the nearest.
-    """
+    """The folders of the runs of one experiment, or of all; a `ConfigurationError` if there is no such experiment."""
     experiments = sorted(path.name for path in list_folders(Path(base_output_dir) / "experiments"))
     if experiment_name is not None and experiment_name not in experiments:
         there = f"there are {', '.join(experiments)}" if experiments else "there is none yet"
@@ -119,9 +115,6 @@ def require_usable(
     Args:
         last: its id and status; `earlier` those of the others, the newest first.
         finished: as in `find_run`.
-
-    Raises:
-        CheckpointError: names the last run that could be used.
     """
     run_id, status = last
     usable, what = (("finished",), "finished") if finished else (UNFINISHED, "unfinished")

@@ -69,7 +69,11 @@ REPORT_FIGURES = (
     ReportFigure(
         "gradient_cosine",
         "Agreement with earlier gradients",
-        layers.plot_gradient_cosine,
+        lambda recording: plot_lines(
+            read_evolution(recording, f"{tables.GRADIENTS}.cosine_mean", "kind"),
+            "cosine with the running mean",
+            at_zero=False,
+        ),
         (tables.GRADIENTS, "cosine_mean"),
         "1: all steps go in the same direction. About 0: batches disagree, as is normal late in training. Below 0: "
         "steps undo each other.",

@@ -38,12 +38,6 @@ def read_strength(recording: Recording, by: By) -> tuple[Series, str]:
     return read_evolution(recording, "norm_update", by), "|dW| (base weights unknown)"
 
 
-def plot_gradient_cosine(recording: Recording) -> go.Figure:
-    """The cosine of each gradient with the running mean of earlier ones, by module type (median) over steps."""
-    found = read_evolution(recording, f"{tables.GRADIENTS}.cosine_mean", "kind")
-    return plot_lines(found, "cosine with the running mean", at_zero=False)
-
-
 def plot_effective_rank(recording: Recording) -> go.Figure:
     """The effective rank of dW by layer (median of its modules) over steps; the brightest colour is the full rank."""
     found = read_evolution(recording, f"{tables.SPECTRA}.effective_rank", "layer")

@@ -24,8 +24,7 @@ MOST_SPIKES, MOST_BORDERS, SMOOTH_POINTS = 50, 40, 60
 def plot_loss(recording: Recording | Log, checkpoints: Sequence[int] = ()) -> go.Figure:
     """The training loss of each step, its median in equal parts, the validation loss, and events.
 
-    Args:
-        checkpoints: the steps of the checkpoints.
+    `checkpoints` are their steps.
     """
     series, validation = recording.series(tables.LOSS, "loss"), recording.series(tables.EVALUATION, "loss")
     if not (series.values.size or validation.values.size):

@@ -44,12 +44,7 @@ def empty_figure(text: str) -> go.Figure:
 
 
 def plot_lines(series: Series, y: str, *, at_zero: bool = True) -> go.Figure:
-    """A line for each name over steps.
-
-    Args:
-        y: the quantity and its unit.
-        at_zero: whether the axis starts at 0.
-    """
+    """A line for each name over steps; `y` is the quantity and its unit, from 0 unless `at_zero` is false."""
     if not series.values.size:
         return empty_figure("no data was captured for this figure")
     figure = build_canvas("step", y)

@@ -1,11 +1,4 @@
-"""Diagnostic findings of a run: what is wrong, fine or inconclusive, with the numbers behind it.
-
-Example:
-    from training_lens.analysis.findings import diagnose
-
-    for finding in diagnose(recording):
-        print(finding.severity, finding.title, finding.measured, finding.action)
-"""
+"""Diagnostic findings of a run: what is wrong, fine or inconclusive, with the numbers behind it. See `diagnose`."""
 
 from __future__ import annotations
 

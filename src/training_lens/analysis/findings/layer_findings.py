@@ -90,9 +90,8 @@ def _find_outliers(measure: str, series: Series, kind: list[str]) -> list[_Outli
     values = series.values[:, [series.names.index(name) for name in kind]]
     values = np.where(np.isfinite(values), values, 0.0)
     least = values[values > 0].min() / FACTOR**2  # replaces values that became 0
-    levels = np.log(
-        [np.median(np.maximum(values[places], least), axis=0) for places in segments]
-    )  # (segments, modules)
+    # (segments, modules)
+    levels = np.log([np.median(np.maximum(values[places], least), axis=0) for places in segments])
     away, z = levels - np.median(levels, axis=1, keepdims=True), np.array([robust_z(level) for level in levels])
     found: dict[str, _Outlier] = {}
     for i in range(1, len(segments)):

@@ -84,9 +84,8 @@ def _detect_loss_rise(recording: Recording) -> str | None:
     _, losses = read_curve(recording, tables.LOSS, "loss")
     width = max(5, len(losses) // 50)
     means = np.convolve(losses, np.full(width, 1 / width), "valid")
-    noise = point_noise(
-        losses[-max(LEAST_STEPS, len(losses) // 2) :]
-    )  # of the later half: it is compared with the start
+    later = losses[-max(LEAST_STEPS, len(losses) // 2) :]  # as it is compared with the start
+    noise = point_noise(later)
     start = _starting_loss(recording, losses)
     if len(means) and means.max() > start + CERTAIN * noise:
         return f"the loss rises to {means.max():.3g} (mean of {width} steps), from {start:.3g} at its start"

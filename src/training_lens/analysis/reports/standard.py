@@ -121,15 +121,7 @@ class StandardReports:
         return build_diagnostic(self.analysis)
 
     def write(self, folder: Path | str, kind: str = "technical", format: str = "html") -> Path:
-        """Write one report into `folder`, technical as lens.html and others as lens-KIND.html; returns its path.
-
-        Args:
-            kind: executive, technical or diagnostic.
-            format: html, md or json.
-
-        Raises:
-            ConfigurationError: the kind or format is unknown.
-        """
+        """Write the report of a kind: executive, technical or diagnostic. See `Report.write`."""
         _require_known({"kind": (kind, KINDS), "format": (format, tuple(WRITERS))})
         report: Report = getattr(self, kind)()
         return report.write(folder, format)
