@@ -9,8 +9,7 @@ import nbformat
 from nbclient import NotebookClient
 from rich.console import Console
 
-from training_lens.display.notebook import notebook_console
-from training_lens.display.progress import Progress, create_bars
+from training_lens.display.progress import Progress, create_bars, notebook_console
 
 SHOWS = """
 from rich.console import Console
@@ -24,7 +23,7 @@ with drawn:
         drawn.update(task, completed=i + 1, more="<b>loss</b>")
 """
 SHORT = """
-from training_lens.display.notebook import notebook_console
+from training_lens.display.progress import notebook_console
 from training_lens.display.progress import Progress
 with Progress(notebook_console()).task("reading", 3) as advance:
     advance(3)

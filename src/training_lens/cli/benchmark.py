@@ -11,7 +11,6 @@ from training_lens.cli.common import (
     OF_ANY_RUN,
     FinishedRun,
     Screen,
-    chosen_device,
     command,
     load_config,
     print_table,
@@ -39,7 +38,8 @@ def benchmark(run: FinishedRun = "latest", *, options: CommandOptions) -> None:
         from training_lens.inference.session import open_run
         from training_lens.utils.files import write_json
 
-        session = open_run(found, chosen_device(settings), given=settings.explicit_values())
+        device = None if settings.model.device == "auto" else settings.model.device  # None: that of the run
+        session = open_run(found, device, given=settings.explicit_values())
         report = run_benchmark(session, settings.benchmark, Progress(screen.console))
         write_json(found.reports / "benchmark.json", report.as_json())
         write_benchmark_page(found.reports / "benchmark.html", report)

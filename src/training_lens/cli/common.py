@@ -152,11 +152,6 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     return "interrupted.", 130
 
 
-def chosen_device(settings: TrainingConfig) -> str | None:
-    """The device that the user chose; None: that of the run."""
-    return None if settings.model.device == "auto" else settings.model.device
-
-
 def refuse_unused(overrides: list[str] | None, used: tuple[str, ...], why: str) -> None:
     """Refuse settings that the command would ignore.
 

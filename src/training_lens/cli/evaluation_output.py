@@ -41,7 +41,7 @@ def open_evaluator(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvalu
     from training_lens.evaluation.run_evaluation import ModelEvaluator
     from training_lens.inference.heldout_examples import configured_examples, validation_examples
     from training_lens.inference.session import open_session
-    from training_lens.runs.run_folder import RunFolder, evaluations_folder, new_run_id
+    from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
     from training_lens.runs.run_lookup import uses_own_model
 
     AnswerScoring.from_settings(settings.evaluation)  # refuses wrong settings before a model is loaded
@@ -50,7 +50,8 @@ def open_evaluator(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvalu
     if uses_own_model(settings.inference.adapter):
         examples = configured_examples(session, limit)
         output = settings.output
-        folder = evaluations_folder(output.base_output_dir, output.experiment_name) / new_run_id()
+        runs = runs_folder(output.base_output_dir, output.experiment_name)
+        folder = runs.with_name("evaluations") / new_run_id()
     else:
         run = RunFolder(Path(session.source))
         others = [str(source) for source in settings.data.validation] if settings.data.validation else None

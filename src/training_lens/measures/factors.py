@@ -11,6 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+FactorA = Float[Tensor, "*batch rank inputs"]
+FactorB = Float[Tensor, "*batch outputs rank"]
+Weight = Float[Tensor, "*batch outputs inputs"]
+
 
 class Factors(NamedTuple):
     """A (*batch, rank, in) and B (*batch, out, rank) of modules of one shape, or their gradients.
@@ -30,7 +34,7 @@ class Grams(NamedTuple):
     b: Tensor
 
     @classmethod
-    def from_factors(cls, a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"]) -> Grams:
+    def from_factors(cls, a: FactorA, b: FactorB) -> Grams:
         """In the factors' own precision. Cost: two products of the factors with themselves."""
         return cls(a @ a.mT, b.mT @ b)
 

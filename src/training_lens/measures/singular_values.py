@@ -13,7 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from training_lens.measures.factors import (
+    FactorA,
+    FactorB,
     Grams,
+    Weight,
     frobenius,
     nan_safe_svd,
     nan_safe_svdvals,
@@ -24,9 +27,7 @@ from training_lens.measures.factors import (
 from training_lens.utils.devices import move_to_device
 
 
-def singular_values(
-    a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"], scaling: float
-) -> Float[Tensor, "*batch k"]:
+def singular_values(a: FactorA, b: FactorB, scaling: float) -> Float[Tensor, "*batch k"]:
     """The min(rank, in, out) singular values of dW, descending, float64.
 
     Formula: with B = Q1 R1 and A^T = Q2 R2, sigma(dW) = s sigma(R1 R2^T). Values below the roundoff of that product are
@@ -38,7 +39,7 @@ def singular_values(
 
 
 def singular_vectors(
-    a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"], scaling: float
+    a: FactorA, b: FactorB, scaling: float
 ) -> tuple[Float[Tensor, "*batch outputs k"], Float[Tensor, "*batch k"], Float[Tensor, "*batch inputs k"]]:
     """U, sigma and V with dW = U diag(sigma) V^T, k = min(rank, in, out), float64, sigma as in `singular_values`.
 
@@ -100,9 +101,7 @@ def energy_rank(singular: Float[Tensor, "*batch k"], share: float = 0.9) -> Floa
     return torch.where(total > 0, short + 1, total)
 
 
-def update_norm(
-    a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"], scaling: float
-) -> Float[Tensor, "*batch"]:
+def update_norm(a: FactorA, b: FactorB, scaling: float) -> Float[Tensor, "*batch"]:
     """||dW||_F, the size of the update, float64.
 
     Formula: ||s B A||_F^2 = s^2 <B^T B, A A^T>. Relative error about 1e-8 ||A|| ||B|| / ||B A||. Cost: two products of
@@ -120,13 +119,7 @@ def update_norm_from_grams(grams: Grams, scaling: float) -> Float[Tensor, "*batc
     return abs(scaling) * (to_float64(grams.a) * to_float64(grams.b)).sum((-2, -1)).clamp(min=0).sqrt()
 
 
-def step_norm(
-    a0: Float[Tensor, "*batch rank inputs"],
-    b0: Float[Tensor, "*batch outputs rank"],
-    a1: Float[Tensor, "*batch rank inputs"],
-    b1: Float[Tensor, "*batch outputs rank"],
-    scaling: float,
-) -> Float[Tensor, "*batch"]:
+def step_norm(a0: FactorA, b0: FactorB, a1: FactorA, b1: FactorB, scaling: float) -> Float[Tensor, "*batch"]:
     """||dW1 - dW0||_F, how far the update has moved from the factors a0, b0 to a1, b1.
 
     Formula: dW1 - dW0 = s [B1 - B0, B0] [A1; A1 - A0]. It subtracts factors and not their
@@ -157,9 +150,7 @@ def balance(grams: Grams) -> Float[Tensor, "*batch"]:
     return frobenius(grams.a - grams.b)
 
 
-def top_ratio(
-    a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"]
-) -> Float[Tensor, "*batch"]:
+def top_ratio(a: FactorA, b: FactorB) -> Float[Tensor, "*batch"]:
     """sigma_1(B) / sigma_1(A), from the (rank, rank) Gram matrices: 0 for B = 0, infinite for A = 0 alone.
 
     Cost: `update_norm` and a decomposition of (rank, rank); waits for the device on CUDA.
@@ -168,7 +159,7 @@ def top_ratio(
     return (nan_safe_svdvals(b.mT @ b)[..., 0] / nan_safe_svdvals(a @ a.mT)[..., 0]).sqrt()
 
 
-def top_singular_value(weight: Float[Tensor, "*batch outputs inputs"], iterations: int = 16) -> Float[Tensor, "*batch"]:
+def top_singular_value(weight: Weight, iterations: int = 16) -> Float[Tensor, "*batch"]:
     """The largest singular value of a weight by the Lanczos method: a lower bound within about 1 %.
 
     Formula: sigma_1(W Q^T), the rows of Q an orthonormal basis of x, W^T W x, ... (W^T W)^iterations x for a random x
@@ -205,9 +196,7 @@ def _orthonormalize(basis: Tensor, row: Tensor) -> Tensor:
     return direction
 
 
-def truncate_rank(
-    a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"], scaling: float, rank: int
-) -> tuple[Float[Tensor, "*batch rank inputs"], Float[Tensor, "*batch outputs rank"]]:
+def truncate_rank(a: FactorA, b: FactorB, scaling: float, rank: int) -> tuple[FactorA, FactorB]:
     """Factors A', B' of the best approximation of dW = s B A of a smaller rank, padded to the old shapes.
 
     Formula: A' = diag(sqrt(sigma / |s|)) V^T and B' = U diag(sqrt(sigma / |s|)) sign(s) of the first `rank` singular
@@ -224,13 +213,7 @@ def truncate_rank(
     return torch.nn.functional.pad(right, padding).mT, torch.nn.functional.pad(left, padding)
 
 
-def amplification(
-    weight: Float[Tensor, "*batch outputs inputs"],
-    a: Float[Tensor, "*batch rank inputs"],
-    b: Float[Tensor, "*batch outputs rank"],
-    scaling: float,
-    k: int,
-) -> Float[Tensor, "*batch"]:
+def amplification(weight: Weight, a: FactorA, b: FactorB, scaling: float, k: int) -> Float[Tensor, "*batch"]:
     """How much the update amplifies what W already does in the update's own directions; NaN for no update.
 
     Formula: ||dW||_F / ||U^T W V^T||_F with U and V the first k singular directions of dW, as far as it has them
@@ -258,12 +241,7 @@ class IntruderDirections:
 
 
 def find_intruders(
-    weight: Float[Tensor, "*batch outputs inputs"],
-    a: Float[Tensor, "*batch rank inputs"],
-    b: Float[Tensor, "*batch outputs rank"],
-    scaling: float,
-    k: int = 10,
-    threshold: float = 0.5,
+    weight: Weight, a: FactorA, b: FactorB, scaling: float, k: int = 10, threshold: float = 0.5
 ) -> IntruderDirections:
     """Left singular vectors among the first k of W + dW whose largest cosine with those of W is below the threshold.
 
@@ -289,11 +267,7 @@ def _significance_mask(singular: Tensor, matrix: Tensor) -> Tensor:
 
 
 def dora_change(
-    weight: Float[Tensor, "*batch outputs inputs"],
-    a: Float[Tensor, "*batch rank inputs"],
-    b: Float[Tensor, "*batch outputs rank"],
-    scaling: float,
-    magnitude: Float[Tensor, "*batch outputs"],
+    weight: Weight, a: FactorA, b: FactorB, scaling: float, magnitude: Float[Tensor, "*batch outputs"]
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """How far the rows w of W have moved on average, in length and in direction (DoRA, arXiv 2402.09353, section 3.2).
 

@@ -256,11 +256,6 @@ def runs_folder(base_output_dir: str, experiment_name: str) -> Path:
     return Path(base_output_dir) / "experiments" / experiment_name / "runs"
 
 
-def evaluations_folder(base_output_dir: str, experiment_name: str) -> Path:
-    """Where evaluations of models without a run are written."""
-    return Path(base_output_dir) / "experiments" / experiment_name / "evaluations"
-
-
 def list_run_folders(folder: Path) -> list[RunFolder]:
     """The runs in a runs folder, sorted by id, without leftovers of a killed deletion.
 
@@ -277,8 +272,3 @@ def list_folders(folder: Path) -> Iterator[Path]:
             yield path
         else:
             logger.warning("%s: skipped the folder %r, because its name does not print: rename it", folder, path.name)
-
-
-def open_run_folder(path: Path) -> RunFolder:
-    """The run in a folder. '.' and '..' are resolved, since the folder's name is the run's id."""
-    return RunFolder(path.resolve() if path.name in ("", "..") else path)

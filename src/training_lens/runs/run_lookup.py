@@ -12,7 +12,6 @@ from training_lens.runs.run_folder import (
     RunFolder,
     list_folders,
     list_run_folders,
-    open_run_folder,
     runs_folder,
 )
 from training_lens.utils.formatting import did_you_mean, pluralize
@@ -54,8 +53,9 @@ def find_run(
     """
     if not reference.strip():
         raise ConfigurationError("an empty name is given, which means no run; give an id, a folder, or 'latest'.")
-    if (expand_home(reference) / "metadata").is_dir():
-        return open_run_folder(expand_home(reference))
+    path = expand_home(reference)
+    if (path / "metadata").is_dir():
+        return RunFolder(path.resolve() if path.name in ("", "..") else path)  # as its name is the run's id
     everywhere = find_run_folders(base_output_dir)
     inside = [run for run in everywhere if experiment_name in (None, run.experiment_name)]
     place = f"experiment {experiment_name} of {base_output_dir}" if experiment_name else base_output_dir

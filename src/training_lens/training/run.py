@@ -18,8 +18,7 @@ import training_lens
 from training_lens.analysis.run_reader import Run
 from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, remember_consent
 from training_lens.config.schema import TrainingConfig
-from training_lens.display.notebook import notebook_console
-from training_lens.display.progress import Progress, create_bars
+from training_lens.display.progress import Progress, create_bars, notebook_console
 from training_lens.errors import InterruptedRunError, TrainingLensError
 from training_lens.integrations.courier import IntegrationFactory, send_while_training
 from training_lens.integrations.integration_specs import list_integrations

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, Unpack
 
-Severity = Literal["problem", "warning", "note", "fine"]
+from training_lens.evaluation.verdict import Severity
+
 Confidence = Literal["sure", "likely", "inconclusive"]
 
 
@@ -46,13 +47,7 @@ class FindingDetails(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Rule:
-    """The part of a finding that is the same for every run; `action` is what to do about the symptom.
-
-    Example:
-        >>> rule = Rule("idle", "no step", "0 steps", "the loop", "start it")
-        >>> rule.fine("It runs", "12 steps").action
-        ''
-    """
+    """The part of a finding that is the same for every run; `action` is what to do about the symptom."""
 
     code: str
     signature: str
