@@ -74,7 +74,7 @@ class AdapterComparison:
             "runs": list(self.names),
             "steps": list(self.steps),
             "median_cosine": json_number(np.median(cosines)) if cosines else None,
-            "modules": {name: one.to_json() for name, one in self.modules.items()},
+            "modules": json_value({name: vars(one) for name, one in self.modules.items()}),
             "only_first": list(self.only_first),
             "only_second": list(self.only_second),
         }

@@ -39,16 +39,13 @@ class CheckpointCaptures:
     previous checkpoint, over any number of steps.
 
     Args:
-        adapters: the adapters of one run by step.
+        adapters: those of one run; refused if their modules or shapes differ.
         logged: the tables `loss` and `evaluation`, if known.
         base: the base weights; None: measures relative to them are missing.
-
-    Raises:
-        LensError: the adapters have different modules or shapes.
     """
 
     def __init__(
-        self, adapters: Sequence[SavedAdapter], logged: Mapping[str, pa.Table], base: BaseWeights | None = None
+        self, adapters: Sequence[SavedAdapter], logged: Mapping[str, pa.Table], base: BaseWeights | None
     ) -> None:
         require_alike(list(adapters))
         self._adapters = {adapter.step: adapter for adapter in adapters}

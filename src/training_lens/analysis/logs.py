@@ -41,11 +41,7 @@ class Log:
 
 
 def read_our_log(metrics: Path, settings: Mapping[str, Any] | None = None) -> Log:
-    """The log of one of our runs; empty without a metrics.jsonl.
-
-    Args:
-        settings: known `LensManifest.settings` of the run; they override those of the log.
-    """
+    """The log of one of our runs; empty without a metrics.jsonl. Known `settings` override those of the log."""
     lines = read_metrics(metrics) if metrics.is_file() else []
     rows: list[LogRow] = []
     estimated: dict[str, Any] = {}

@@ -114,11 +114,9 @@ def require_alike(adapters: list[SavedAdapter]) -> None:
 
 
 class BaseWeights:
-    """Reads single weights from the safetensors files of a base model without loading the model.
+    """Reads single weights from the safetensors files of a base model's folder without loading the model.
 
-    Args:
-        folder: a local model folder.
-        transposed: whether linear weights are stored as (in, out), as in GPT-2 (PEFT's fan_in_fan_out).
+    `transposed` is whether linear weights are stored as (in, out), as in GPT-2 (PEFT's fan_in_fan_out).
     """
 
     def __init__(self, folder: Path, *, transposed: bool) -> None:

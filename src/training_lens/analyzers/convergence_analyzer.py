@@ -33,10 +33,7 @@ class ConvergenceAnalyzer(DataAnalyzer):
 
     name = "convergence"
     needs = frozenset({DataType.LOSS})
-    gives = (
-        *("training", "of", "slope", "remaining_gain", "until_step", "best_validation", "last_validation"),
-        "base_loss",
-    )
+    gives = tuple("training of slope remaining_gain until_step best_validation last_validation base_loss".split())
 
     def analyze(self, recording: Recording) -> Mapping[str, Any]:
         training = recording.series(tables.LOSS, "loss")

@@ -41,10 +41,7 @@ class LoRAAnalyzer(DataAnalyzer):
 
     name = "weights"
     needs = frozenset({DataType.ADAPTER_WEIGHTS})
-    gives = (
-        *("step", "modules", "strength", "step_ratio", "balance", "ranks", "share_by_layer", "share_by_kind"),
-        "not_finite",
-    )
+    gives = tuple("step modules strength step_ratio balance ranks share_by_layer share_by_kind not_finite".split())
 
     def analyze(self, recording: Recording) -> Mapping[str, Any]:
         norms, ratios = recording.series(tables.WEIGHTS, "norm_update"), step_ratio(recording)

@@ -29,10 +29,7 @@ class FactorBatch:
 def snapshot_factors(recording: Recording, step: int) -> dict[str, Factors]:
     """A and B of each module of a snapshot, with dW = scaling B A: PiSSA's include the frozen halves.
 
-    With DoRA, that is the low-rank part, and its magnitude is given too.
-
-    Raises:
-        LensError: there is no snapshot of that step, it is damaged, or it is another adapter's.
+    With DoRA, that is the low-rank part, and its magnitude is given too. A `LensError` if it is another adapter's.
     """
     tensors = recording.captures.snapshot(tables.SNAPSHOTS, step)
     factors: dict[str, Factors] = {}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training_lens.analyzers.module_groups import json_number, json_numbers, spread_indices
+from training_lens.analyzers.module_groups import json_number, spread_indices
 from training_lens.analyzers.saved_factors import FactorBatch, batch_factors, snapshot_factors
 from training_lens.core import table_names as tables
 from training_lens.core.recording import DataAnalyzer, Recording
@@ -36,14 +36,6 @@ class UpdateSimilarity:
     cosine: float
     columns: tuple[float, ...]
     rows: tuple[float, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "cosine": json_number(self.cosine),
-            "columns": json_numbers(self.columns),
-            "rows": json_numbers(self.rows),
-        }
 
 
 @dataclass(frozen=True)
@@ -78,11 +70,7 @@ def decompose_updates(records: Sequence[ModuleRecord], factors: Mapping[str, Fac
 def compare_updates(
     first: Sequence[UpdateDirections], second: Sequence[UpdateDirections]
 ) -> dict[str, UpdateSimilarity]:
-    """The similarity of two adapters, for each module that both have; ranks may differ.
-
-    Raises:
-        LensError: a module's weights are of different shapes; names it and both.
-    """
+    """The similarity of two adapters, for each module that both have; ranks may differ, and weights' shapes not."""
     found: dict[str, UpdateSimilarity] = {}
     for one in first:
         for two in second:

@@ -44,7 +44,6 @@ class CommandGroup(TyperGroup):
 cli = typer.Typer(
     name="training-lens",
     cls=CommandGroup,
-    help="LoRA fine-tuning of causal language models that you can trust and see inside.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings=HELP_OPTIONS,

@@ -35,10 +35,6 @@ def open_analyzers(
     """The analyzers of a run and of the run to compare it with, if any.
 
     Where a setting stands in the run's place, the run is the latest.
-
-    Raises:
-        CheckpointError: there is no such run.
-        ConfigurationError: a setting that reading captures ignores.
     """
     if "=" in run and not Path(run).exists():
         _, options = options.split_argument(run)

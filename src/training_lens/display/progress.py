@@ -31,12 +31,7 @@ PAGE = '<pre style="line-height: 1.4">{code}</pre>'
 def create_bars(
     console: Console | None, *columns: ProgressColumn, transient: bool = False, after: float = 0.0
 ) -> RichProgress | None:
-    """Progress bars for a terminal or a notebook; None for any other console.
-
-    Args:
-        transient: remove the bars at the end; a notebook keeps them.
-        after: seconds before they appear in a notebook.
-    """
+    """Progress bars for a terminal, `transient` or not, or for a notebook `after` seconds; None for other consoles."""
     if console is not None and console.is_jupyter:
         return NotebookBars(*columns, after=after)
     if console is not None and console.is_terminal:
@@ -79,11 +74,7 @@ def notebook_console() -> Console | None:
 class NotebookBars(RichProgress):
     """Rich's bars as text and HTML output. Rich itself needs ipywidgets there, and saves nothing in the notebook.
 
-    The last state stays visible.
-
-    Args:
-        columns: as for Rich's `Progress`.
-        after: seconds before anything is shown; shorter tasks leave no output.
+    The last state stays visible. Tasks shorter than `after` seconds leave no output.
     """
 
     def __init__(self, *columns: str | ProgressColumn, after: float = 0.0) -> None:

@@ -57,8 +57,7 @@ class Integration(ABC):
             ended: the run has stopped; also send what is only sent at the end.
 
         Raises:
-            IntegrationError: with `lasting` if trying again is useless. After any other error it is called again
-                later.
+            IntegrationError: with `lasting` if trying again is useless; after any other error it is called again.
         """
 
     @abstractmethod

@@ -98,9 +98,7 @@ def plan_push(wanted: Sequence[PushedFile], remote: Mapping[str, RemoteFile]) ->
 
     Other files are kept, except checkpoints that the run has deleted, if it has others.
     """
-    there = tuple(
-        file for file in wanted if (found := remote.get(file.path)) is not None and found.has_content_of(file)
-    )
+    there = tuple(file for file in wanted if file.path in remote and remote[file.path].has_content_of(file))
     same = {file.path for file in there}
     send = tuple(file for file in wanted if file.path not in same)
     kept = _checkpoint_folders([file.path for file in wanted])

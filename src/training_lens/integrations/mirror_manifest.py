@@ -75,11 +75,7 @@ class MirrorManifest:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> MirrorManifest:
-        """A manifest from the values of its JSON.
-
-        Raises:
-            KeyError, TypeError, ValueError: they are not those of a manifest, or name files outside the run.
-        """
+        """A manifest from the values of its JSON; an error if they are of none, or name files outside the run."""
         if misfit := find_type_error(MANIFEST, values):
             raise ValueError(misfit)
         if values["format"] != FORMAT:

@@ -83,11 +83,7 @@ class RunRecord:
 
     @property
     def intact_adapter(self) -> Path | None:
-        """artifacts/adapter, checked to be intact and finite; None if there is none yet.
-
-        Raises:
-            DamagedFileError, AdapterError: it is damaged and must not be sent.
-        """
+        """artifacts/adapter, checked to be intact and finite, or it must not be sent; None if there is none yet."""
         folder = self.folder.adapter
         if not (folder / WEIGHTS).is_file():
             return None
@@ -118,9 +114,5 @@ def hash_values(values: Any) -> str:
 
 def flatten_settings(run: RunRecord) -> dict[str, str | int | float | bool]:
     """The run's settings by `section.key`, for services that take a flat list; lists and null as text."""
-    leaves = flatten_sections(run.settings).items()
-    return {key: value if isinstance(value, bool | int | float) else _format_value(value) for key, value in leaves}
-
-
-def _format_value(value: Any) -> str:
-    return "null" if value is None else redact_text(str(value))
+    leaves = {key: "null" if value is None else value for key, value in flatten_sections(run.settings).items()}
+    return {key: value if isinstance(value, int | float) else redact_text(str(value)) for key, value in leaves.items()}

@@ -24,12 +24,9 @@ BUSY = (*TRIED_AGAIN, 409, 412, 423, 425)  # the 4xx that are temporary
 
 
 class Repository:
-    """A repository of models. Its methods raise an `IntegrationError`, `lasting` if trying again is useless.
+    """A repository of models, owner/name, at a branch or the default one; a new one is private or not.
 
-    Args:
-        name: owner/name.
-        revision: the branch; None: the default one.
-        private: whether a new one is private.
+    Its methods raise an `IntegrationError`, `lasting` if trying again is useless.
     """
 
     def __init__(self, name: str, revision: str | None, private: bool) -> None:

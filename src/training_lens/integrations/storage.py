@@ -269,11 +269,7 @@ class LocalStorage(FsspecStorage):
 
 
 def check_name(name: str, place: str) -> str:
-    """`name`, if it is a valid name within a storage on all systems that may read it; see `find_name_fault`.
-
-    Args:
-        place: the storage, for the message.
-    """
+    """`name`, if it is valid within the storage at `place` on all systems that may read it; see `find_name_fault`."""
     if fault := find_name_fault(name):
         raise build_name_error(name, place, fault)
     return name
@@ -304,10 +300,7 @@ def is_checksum_of(info: Mapping[str, Any], local: Path) -> bool:
     S3 gives an ETag: the MD5 of the content, or for a multipart upload the MD5 of the parts' MD5s, `-`, and their
     number (docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity-upload.html). Google gives
     `md5Hash`, the MD5 in base64. False also where there is no comparable checksum: the ETag of content encrypted with a
-    KMS key is no MD5. Reads `local` once.
-
-    Args:
-        info: of the file, as fsspec gives it.
+    KMS key is no MD5. Reads `local` once; `info` is what fsspec gives of the file.
     """
     if isinstance(md5 := info.get("md5Hash"), str):
         return md5 == base64.b64encode(_hash_md5(local).digest()).decode()
@@ -335,11 +328,7 @@ def url_protocol(place: str) -> str:
 
 
 def open_storage(place: str | Path) -> StorageBackend:
-    """The storage at a folder's path or a URL. Makes no request yet.
-
-    Raises:
-        IntegrationError: see `FsspecStorage`; or the path is empty.
-    """
+    """The storage at a folder's path or a URL, see `FsspecStorage`. Makes no request yet."""
     protocol = url_protocol(str(place))
     if protocol in ("", "file", "local"):
         return LocalStorage(str(place).partition("://")[2] if protocol else place)

@@ -23,7 +23,7 @@ from training_lens.measures.singular_values import (
 
 
 def adapter_norms(
-    trained: Factors, scaling: float, full: Factors | None = None, before: Factors | None = None
+    trained: Factors, scaling: float, full: Factors | None, before: Factors | None = None
 ) -> dict[str, Tensor]:
     """norm_a, norm_b, norm_update, norm_step and balance, each (*batch,).
 
@@ -47,10 +47,8 @@ def adapter_norms(
 def update_spectrum(full: Factors, trained: Factors, scaling: float) -> dict[str, Tensor]:
     """singular_values (*batch, k) of dW, and effective_rank, stable_rank, energy_rank and top_ratio, each (*batch,).
 
-    Cost: two QR decompositions and an SVD in rank dimensions; waits for the device on CUDA.
-
-    Args:
-        full: the factors of dW; `top_ratio` is that of `trained`.
+    `full` are the factors of dW; `top_ratio` is that of `trained`. Cost: two QR decompositions and an SVD in rank
+    dimensions; waits for the device on CUDA.
     """
     singular = singular_values(full.a, full.b, scaling)
     return {

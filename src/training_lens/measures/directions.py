@@ -32,10 +32,7 @@ def self_check(
     micro-batches, clipped alike or not at all, and from these weights. A fresh adapter (B = 0) has gA = 0 and
     satisfies it.
 
-    Args:
-        grad_norms: ||gA|| and ||gB||, if known already.
-
-    Cost: two products of (rank, in or out) with each other and four norms.
+    `grad_norms` are ||gA|| and ||gB||, if known already. Cost: two products of (rank, in or out), and four norms.
     """
     a, b, grad_a, grad_b = to_float32(a), to_float32(b), to_float32(grad_a), to_float32(grad_b)
     norm_a, norm_b = grad_norms or (frobenius(grad_a), frobenius(grad_b))

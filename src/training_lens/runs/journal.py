@@ -52,12 +52,7 @@ class Journal:
         self._file: IO[str] | None = None
 
     def open(self, after: int) -> None:
-        """Open the file to append.
-
-        Args:
-            after: the step of the checkpoint that a run resumes from. Later lines are dropped, since the run writes
-                them again; 0 drops all.
-        """
+        """Open the file to append. Lines after the step that a run resumes from are dropped: it writes them again."""
         if self.path.exists():
             lines = read_text(self.path).splitlines() if after else []
             damaged = tuple(number for number, line in enumerate(lines[:-1], 1) if parse_line(line) is None)

@@ -55,11 +55,7 @@ def is_finite_number(value: Any) -> TypeGuard[float]:
 
 
 def read_logged_values(folder: RunFolder, kind: str, *keys: str) -> list[list[float]]:
-    """The values under `keys` of each line of one kind in metrics.jsonl, without lines that lack a finite number.
-
-    Args:
-        kind: base, step or validation.
-    """
+    """The values under `keys` of each base, step or validation line, without those that lack a finite number."""
     lines = read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
     rows = ([line.get(key) for key in keys] for line in lines if line.get("kind") == kind)
     return [numbers for row in rows if len(numbers := [v for v in row if is_finite_number(v)]) == len(keys)]

@@ -83,13 +83,9 @@ class RunFolder:
         return self.root.name
 
     def create(self, fill: Callable[[RunFolder], object] = lambda _: None) -> RunFolder:
-        """Create the run's folder atomically, in place of one whose run never began.
+        """Create the run's folder atomically, in place of one whose run never began; see `require_new`.
 
-        Args:
-            fill: writes the first files into the folder that it is given, which then becomes this one.
-
-        Raises:
-            ConfigurationError: see `require_new`; OutputError: another process created it meanwhile.
+        `fill` writes the first files into the folder that it is given, which then becomes this one.
         """
         self.require_new()
         with atomic_folder(self.root, existing="replace" if self.root.exists() else "refuse") as root:

@@ -112,9 +112,7 @@ def require_usable(
 ) -> None:
     """Refuse what `latest` means, the run that started last, where it cannot be used; another is never taken instead.
 
-    Args:
-        last: its id and status; `earlier` those of the others, the newest first.
-        finished: as in `find_run`.
+    `last` is its id and status, `earlier` those of the others, the newest first; `finished` as in `find_run`.
     """
     run_id, status = last
     usable, what = (("finished",), "finished") if finished else (UNFINISHED, "unfinished")

@@ -143,12 +143,9 @@ def _match_axis(pair: tuple[go.Figure, go.Figure], axis: str) -> None:
     low, high = _finite_range(numbers)
     for figure in pair:
         layout = figure.layout[f"{axis}axis"]
-        if layout.type == "log":
-            figure.update_layout({f"{axis}axis": {"range": [np.log10(low), np.log10(high)]}})
-        else:
-            start = min(low, 0.0) if layout.rangemode == "tozero" else low
-            room = 0.05 * (high - start) if axis == "y" else 0.0
-            figure.update_layout({f"{axis}axis": {"range": [start, high + room]}})
+        start = min(low, 0.0) if layout.rangemode == "tozero" else low
+        room = 0.05 * (high - start) if axis == "y" else 0.0
+        layout.range = [start, high + room]
 
 
 def _finite_range(values: Sequence[np.ndarray]) -> tuple[float, float]:

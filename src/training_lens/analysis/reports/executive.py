@@ -51,9 +51,6 @@ def build_verdict(findings: Sequence[Finding], verdict: Verdict | None) -> Callo
     """The most severe result as a box: the verdict on the adapter or the worst finding, with the action.
 
     The box is fine only if the adapter is better than its base and no finding speaks against it.
-
-    Args:
-        verdict: whether the adapter is better than its base; None if unknown.
     """
     worst = find_worst(findings)
     if verdict is not None and (worst is None or ORDER.index(verdict.severity) <= ORDER.index(worst.severity)):
@@ -70,23 +67,22 @@ def build_verdict(findings: Sequence[Finding], verdict: Verdict | None) -> Callo
         "other problems": f"{others} more" if others else "",
         "better than its base?": verdict.sentence if verdict else "",
     }
-    return Callout(worst.severity, worst.title, tuple((name, words) for name, words in facts.items() if words))
+    return Callout(worst.severity, worst.title, [fact for fact in facts.items() if fact[1]])
 
 
 def _verdict_callout(verdict: Verdict, worst: Finding | None, findings: Sequence[Finding]) -> Callout:
     """The verdict on the adapter as a box, including the worst finding."""
+    found = f"{summarize_finding(worst)} {worst.action or worst.decide}" if worst else "no problems were found"
     facts = {
         "also": "\n".join(remark.sentence for remark in verdict.remarks),
         "what would decide": verdict.decide,
         "next": "" if verdict.next_command.startswith("training-lens report") else verdict.next_command,
-        "worst finding": f"{summarize_finding(worst)} {worst.action or worst.decide}"
-        if worst
-        else "no problems were found",
+        "worst finding": found,
         "inconclusive": _count_inconclusive(findings),
     }
     is_inconclusive = bool(findings) and all(finding.confidence == "inconclusive" for finding in findings)
     severity = "note" if is_inconclusive and verdict.severity == "fine" else verdict.severity
-    return Callout(severity, verdict.sentence, tuple((name, words) for name, words in facts.items() if words))
+    return Callout(severity, verdict.sentence, [fact for fact in facts.items() if fact[1]])
 
 
 def _count_inconclusive(findings: Sequence[Finding]) -> str:
