@@ -125,10 +125,7 @@ class CheckpointAnalyzer:
         return read_evolution(self.recording, measure, by)
 
     def adapter(self, step: int | None = None) -> dict[str, Factors]:
-        """A (rank, in) and B (out, rank) of each module from the snapshot of a step, or the last one.
-
-        See `analyzers.saved_factors.snapshot_factors`.
-        """
+        """A (rank, in) and B (out, rank) of each module at a snapshot, or the last one: see `snapshot_factors`."""
         return snapshot_factors(self.recording, _last_snapshot_step(self.recording) if step is None else step)
 
     def similarity(self) -> Mapping[str, Any]:

@@ -96,10 +96,7 @@ def _fact_rows(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 class RunComparison:
-    """The settings, numbers and losses of two runs, read once. A notebook shows it as a card.
-
-    `first.lens.compare(second.lens)` compares the adapters.
-    """
+    """The settings, numbers and losses of two runs, read once; a card in a notebook. `Run.lens` compares adapters."""
 
     def __init__(self, first: RunFolder, second: RunFolder) -> None:
         self._folders = (first, second)

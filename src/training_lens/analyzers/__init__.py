@@ -1,7 +1,4 @@
-"""The analyzers: each reads a recording and returns plain values.
-
-Importing the package registers the built-in ones.
-"""
+"""The analyzers: each reads a recording and returns plain values. Importing the package registers the built-in ones."""
 
 from __future__ import annotations
 

@@ -62,10 +62,7 @@ class ConvergenceAnalyzer(DataAnalyzer):
 
 
 def smooth_series(series: Series, most: int = MAX_POINTS) -> Series:
-    """Medians over a moving window of a fiftieth of the run, shorter at both ends, at `most` steps, evenly.
-
-    100,000 windows would take gigabytes.
-    """
+    """Medians over a moving window of a fiftieth of the run, at `most` steps: 100,000 windows would take gigabytes."""
     kept = spread_indices(len(series.steps), most)
     width = max(1, len(series.steps) // WINDOWS) | 1  # odd, so that it is centred
     padded = np.pad(series.values, ((width // 2, width // 2), (0, 0)), constant_values=np.nan)

@@ -16,10 +16,7 @@ from training_lens.measures.factors import Factors
 
 @dataclass(frozen=True)
 class FactorBatch:
-    """Named modules of one shape and scaling: `factors` are A (modules, rank, in) and B (modules, out, rank), float32.
-
-    dW of each is `scaling` B A.
-    """
+    """Named modules of one shape: A (modules, rank, in), B (modules, out, rank), float32, and dW = `scaling` B A."""
 
     names: tuple[str, ...]
     scaling: float

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
-
 from training_lens.cli.common import (
     OF_ANY_RUN,
     FinishedRun,
     Screen,
     command,
     load_config,
-    print_table,
     refuse_unused,
+    show_table,
 )
 from training_lens.cli.evaluation_output import send_to_trackers
 from training_lens.cli.find_runs import locate_run
@@ -53,12 +50,8 @@ def show_benchmark(screen: Screen, report: Benchmark) -> None:
     """The table of what was measured, and what was not."""
     from training_lens.inference.benchmark_page import build_table, list_skipped_cells
 
-    numbers = build_table(report)
-    shown = Table(title=numbers.caption, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in numbers.columns:
-        shown.add_column(column, justify="left" if column == "model" else "right")
-    for row in numbers.rows:
-        shown.add_row(*(Text(cell) for cell in row))
-    print_table(screen.console, shown)
+    found, padding = build_table(report), (0, 1, 0, 0)
+    title, columns, numbers = found.caption, found.columns, set(found.columns) - {"model"}
+    show_table(screen.console, title, columns, found.rows, right=numbers, box=None, pad_edge=False, padding=padding)
     for line in list_skipped_cells(report):
         screen.print_line(line)

@@ -39,10 +39,7 @@ def locate_run(reference: str, output: OutputSection, *, finished: bool | None) 
 
 
 def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
-    """The settings with the folder of the run that `inference.adapter` names, printed for the user.
-
-    An adapter folder, or no adapter, is left as it is.
-    """
+    """The settings with the folder of the run that `inference.adapter` names, printed; an adapter folder stays."""
     from training_lens.runs.run_lookup import find_adapter_run, uses_own_model
 
     output, adapter = settings.output, settings.inference.adapter

@@ -32,10 +32,7 @@ WHY = "this reads what was captured, and only the place of runs can be set."
 def open_analyzers(
     run: str, against: str | None, options: CommandOptions, base: str | None
 ) -> tuple[CheckpointAnalyzer, CheckpointAnalyzer | None]:
-    """The analyzers of a run and of the run to compare it with, if any.
-
-    Where a setting stands in the run's place, the run is the latest.
-    """
+    """The analyzers of a run (the latest, where a setting stands in its place) and of the run to compare it with."""
     if "=" in run and not Path(run).exists():
         _, options = options.split_argument(run)
         run = "latest"

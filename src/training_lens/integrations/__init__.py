@@ -1,7 +1,4 @@
-"""Destinations of a run: trackers, the hub, storage. None can end a run or make it wait.
-
-Your own tracker is one class, see `Tracker`.
-"""
+"""Destinations of a run: trackers (your own is one class, see `Tracker`), the hub, storage. None makes a run wait."""
 
 from __future__ import annotations
 

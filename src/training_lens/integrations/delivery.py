@@ -263,10 +263,7 @@ class IntegrationManager:
 
 @contextmanager
 def lock_integration(folder: Path, patience: float = 1.0) -> Iterator[None]:
-    """Within the block, no other process sends for the integration of this tracking folder.
-
-    Refused if another one still does after `patience` seconds.
-    """
+    """Within the block, no other process sends for the integration of this folder; refused after `patience` seconds."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=patience)

@@ -106,10 +106,7 @@ class MirrorIntegration(Integration):
         return kept if kept.get("place") == self._place else {}
 
     def _find_present(self) -> dict[str, FileDigest]:
-        """The files in the mirror that its manifest lists and that have the right size.
-
-        Refused if another copy of this run has written to the mirror.
-        """
+        """The files that the mirror has as its manifest says; refused if another copy of this run has written there."""
         remote, kept = self._remote_run, self._load_cursor()
         known: Mapping[str, FileDigest] = {}
         self._seen, self._version = dict(kept.get("files", {})), ""

@@ -38,10 +38,7 @@ OF_UNFINISHED = ("logs/metrics.jsonl",)
 
 
 def list_remote_runs(storage: StorageBackend, experiment: str | None = None) -> list[RemoteRun]:
-    """The runs in a mirror, of one experiment or of all; no file is read.
-
-    Folders without a valid name are skipped with a warning.
-    """
+    """The runs in a mirror, of one experiment or of all; no file is read. Invalid names are skipped with a warning."""
     experiments = storage.list_folders("experiments") if experiment is None else [experiment]
     return [
         RemoteRun(storage, f"experiments/{name}/runs/{run_id}")

@@ -22,10 +22,7 @@ MOST_SPIKES, MOST_BORDERS, SMOOTH_POINTS = 50, 40, 60
 
 
 def plot_loss(recording: Recording | Log, checkpoints: Sequence[int] = ()) -> go.Figure:
-    """The training loss of each step, its median in equal parts, the validation loss, and events.
-
-    `checkpoints` are their steps.
-    """
+    """The training loss of each step, its median in equal parts, the validation loss, and events (`checkpoints`)."""
     series, validation = recording.series(tables.LOSS, "loss"), recording.series(tables.EVALUATION, "loss")
     if not (series.values.size or validation.values.size):
         return empty_figure("no loss was captured")

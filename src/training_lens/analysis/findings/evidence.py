@@ -76,10 +76,7 @@ class HeldOut:
         return median_or_nan(self.losses[-max(2, len(self.losses) // 4) :]) - float(self.losses[self.best_index])
 
     def find_direction(self) -> Direction:
-        """The trend of the later half against ln(steps), or since the best point.
-
-        A rise must also exceed 2 % of the lowest loss.
-        """
+        """The trend of the later half against ln(steps), or since the best point: at least 2 % above it to rise."""
         if len(self.steps) < LEAST:
             return "unknown"
         slope = log_slope(*self.late_half())

@@ -91,10 +91,7 @@ class RankCheck:
 
 
 def read_rank_check(folder: Path) -> RankCheck | None:
-    """The rank check in a run folder or lens folder; None if there is none.
-
-    An unreadable file is ignored with a warning.
-    """
+    """The rank check in a run folder or lens folder; None if there is none, or with a warning if it is unreadable."""
     path = next((p for p in (folder / FILE, folder / "lens" / FILE) if p.is_file()), None)
     if path is None:
         return None

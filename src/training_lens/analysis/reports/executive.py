@@ -136,10 +136,7 @@ def collect_values(analysis: Analysis) -> dict[str, object]:
 
 
 def three_lines(analysis: Analysis) -> list[str]:
-    """What training prints at its end, one screen line each.
-
-    The capture, its check and cost; what the adapter changed; the worst finding and its action.
-    """
+    """What training prints at its end: the capture, its check and cost; what changed; the worst finding, its action."""
     recording = analysis.recording
     steps = max((steps for _, _, steps, _, _ in list_captured(recording)), default=0)
     cost = cost_brief(recording).partition(" time of")[0]

@@ -235,10 +235,7 @@ def _format_shares(shares: Mapping[str, float]) -> str:
 
 
 def find_verdict(recording: Recording) -> Verdict | None:
-    """The verdict of `compare` unless the run was trained further; else the verdict of its validation.
-
-    None if the recording has no losses.
-    """
+    """The verdict of `compare` unless the run was trained further, else of its validation; None without losses."""
     run = RunFolder(recording.folder)
     if (compared := _read_comparison_verdict(run)) is not None:
         return compared
