@@ -69,13 +69,14 @@ def read_trainer_log(path: Path) -> Log:
             elif "eval_loss" in entry:
                 rows.append((tables.EVALUATION, int(entry["step"]), {"loss": entry["eval_loss"]}))
         logged, step = _build_tables(rows), int(state["global_step"])
+        done = step >= steps > 0
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LensError(
             f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or move it away to read "
             "the adapters without losses."
         ) from error
     settings = {"total_steps": steps, "steps_per_epoch": max(1, round(steps / epochs)) if epochs else None}
-    return Log(logged, settings, "finished" if step >= steps > 0 else "unknown", step)
+    return Log(logged, settings, "finished" if done else "unknown", step)
 
 
 def _build_tables(rows: Iterable[LogRow]) -> dict[str, pa.Table]:

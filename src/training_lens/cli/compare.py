@@ -39,8 +39,11 @@ def compare(run: AdapterRun = None, against: Against = None, *, options: Command
     """
     with command(options) as screen:
         if against is not None:
+            from training_lens.runs.run_lookup import uses_own_model
+
             refuse_base_only(options.words)
-            settings = load_adapter_config(options, run, _list_used_keys(against))
+            own = ("model.", "data.") if uses_own_model(against) else ()  # an adapter folder needs `model.id`
+            settings = load_adapter_config(options, run, (*EVALUATION_KEYS, *own))
             other = locate_adapter(settings.replace_keys(inference={"adapter": against}))
             _compare_two(screen, settings, other.inference.adapter)
             return
@@ -55,13 +58,6 @@ def compare(run: AdapterRun = None, against: Against = None, *, options: Command
             report_broken_adapter(screen, error, evaluator, folder)
             raise
         report_result(screen, result, evaluator, folder, "compare")
-
-
-def _list_used_keys(against: str) -> tuple[str, ...]:
-    """The settings that a comparison uses; an adapter folder needs `model.id`."""
-    from training_lens.runs.run_lookup import uses_own_model
-
-    return (*EVALUATION_KEYS, "model.", "data.") if uses_own_model(against) else EVALUATION_KEYS
 
 
 def _compare_two(screen: Screen, settings: TrainingConfig, against: str) -> None:

@@ -55,8 +55,7 @@ def infer(prompt: Prompt = None, *, asked: InferOptions, run: AdapterRun = None,
     """
     with command(options) as screen:
         words = [prompt, *options.words] if prompt is not None else []
-        prompt, words = _split_prompt(words, asked)
-        _check_prompt(prompt, asked.interactive and options.json)
+        prompt, words = _split_prompt(words, asked, options.json)
         settings = load_adapter_config(options.with_words(words), run, ("inference",))
         if prompt is not None:
             _answer_prompt(screen, settings, prompt, asked)
@@ -66,7 +65,7 @@ def infer(prompt: Prompt = None, *, asked: InferOptions, run: AdapterRun = None,
             _start_chat(screen, settings, asked)
 
 
-def _split_prompt(words: list[str], asked: InferOptions) -> tuple[str | None, list[str]]:
+def _split_prompt(words: list[str], asked: InferOptions, as_json: bool) -> tuple[str | None, list[str]]:
     """The prompt, if there is one, and the settings after it; prompts must come from exactly one place."""
     prompt = words[0] if words and not _is_setting(words[0]) else None
     ways = {f"the prompt '{prompt}'": prompt is not None, "--input": asked.source, "--interactive": asked.interactive}
@@ -76,14 +75,11 @@ def _split_prompt(words: list[str], asked: InferOptions) -> tuple[str | None, li
         raise ConfigurationError(f"{found} given: give one of PROMPT, --input FILE --output FILE, --interactive.")
     if bool(asked.source) != bool(asked.output):
         raise ConfigurationError("--input and --output go together: a file of prompts, and a file for the answers.")
-    return prompt, words if prompt is None else words[1:]
-
-
-def _check_prompt(prompt: str | None, is_chat_in_json: bool) -> None:
     if prompt is not None and not prompt.strip():
         raise ConfigurationError("the prompt is empty; give some text.")
-    if is_chat_in_json:
+    if asked.interactive and as_json:
         raise ConfigurationError("--interactive has no --json: a chat has no one result. For scripts: --input FILE.")
+    return prompt, words if prompt is None else words[1:]
 
 
 def _is_setting(text: str) -> bool:

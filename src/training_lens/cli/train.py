@@ -54,13 +54,15 @@ def train(options: CommandOptions, resume: Resume = None, verify_resume: VerifyR
         if verify_resume:
             _verify_resume(screen, settings, resume)
             return
+        from training_lens.evaluation.training_verdict import assess_training, read_training_record
+        from training_lens.runs.run_folder import RunFolder
         from training_lens.training.run import TrainingWrapper
 
         if unfinished:
             summary = TrainingWrapper.resume(unfinished, settings.explicit_values(), console=screen.console)
         else:
             summary = TrainingWrapper(settings, console=screen.console).train()
-        verdict = _read_verdict(summary)
+        verdict = assess_training(read_training_record(RunFolder(Path(summary.run_dir))), summary.run_dir)
         _show_summary(screen, summary, verdict)
         screen.print_result({**asdict(summary), "verdict": verdict.as_json()})
 
@@ -94,14 +96,6 @@ def _find_unfinished(screen: Screen, reference: str, settings: TrainingConfig) -
     run = fetch_to_resume(reference, settings.output.base_output_dir, Progress(screen.console))
     screen.print_line(f"fetched {run.root}")
     return run
-
-
-def _read_verdict(summary: TrainingSummary) -> Verdict:
-    """The verdict from the run's own validation."""
-    from training_lens.evaluation.training_verdict import assess_training, read_training_record
-    from training_lens.runs.run_folder import RunFolder
-
-    return assess_training(read_training_record(RunFolder(Path(summary.run_dir))), summary.run_dir)
 
 
 def _show_summary(screen: Screen, summary: TrainingSummary, verdict: Verdict) -> None:

@@ -30,15 +30,20 @@ def validate(options: CommandOptions) -> None:
     with command(options) as screen:
         settings = load_config(options)
         check_training(settings)
+        import yaml
+
         from training_lens.training.estimate import estimate_run
         from training_lens.training.run import TrainingWrapper
 
         plan = TrainingWrapper(settings, console=screen.console).plan()
-        _show_config(screen, plan)
+        screen.console.print("\nthe run's config", style="bold")
+        screen.print_line(yaml.safe_dump(plan.config.model_dump(), sort_keys=False).rstrip())
         _show_examples(screen, plan)
         for name, split in plan.splits.items():
             _show_sources(screen, name, split.report)
-        _show_numbers(screen, plan)
+        screen.console.print("\nwhat it would train on", style="bold")
+        for name, value in (plan.count_rows_and_steps() | plan.duplicates).items():
+            screen.console.print(f"  {name.replace('_', ' '):30} {value:>12,}")
         estimate = estimate_run(plan)
         _show_estimate(screen, estimate)
         screen.print_result(_as_json(plan, estimate))
@@ -53,13 +58,6 @@ def _as_json(plan: RunPlan, estimate: RunEstimate | None) -> dict[str, Any]:
         "splits": {name: asdict(split.report) for name, split in plan.splits.items()},
         "estimate": asdict(estimate) if estimate else None,
     }
-
-
-def _show_config(screen: Screen, plan: RunPlan) -> None:
-    import yaml
-
-    screen.console.print("\nthe run's config", style="bold")
-    screen.print_line(yaml.safe_dump(plan.config.model_dump(), sort_keys=False).rstrip())
 
 
 def _show_examples(screen: Screen, plan: RunPlan) -> None:
@@ -99,12 +97,6 @@ def _show_sources(screen: Screen, name: str, report: SplitReport) -> None:
     screen.console.print()
     title = f"data.{name}: {report.rows:,} rows, {report.examples:,} examples"
     show_table(screen.console, title, ("source", "examples", "read as"), rows, right=("examples",))
-
-
-def _show_numbers(screen: Screen, plan: RunPlan) -> None:
-    screen.console.print("\nwhat it would train on", style="bold")
-    for name, value in (plan.count_rows_and_steps() | plan.duplicates).items():
-        screen.console.print(f"  {name.replace('_', ' '):30} {value:>12,}")
 
 
 def _show_estimate(screen: Screen, estimate: RunEstimate | None) -> None:
