@@ -21,10 +21,7 @@ from training_lens.cli.find_runs import locate_adapter
 from training_lens.cli.options import CommandOptions, ConfigOptions, OutputOptions
 from training_lens.cli.preflight import check_own_model
 from training_lens.errors import ConfigurationError, OutputError, TrainingLensError
-from training_lens.utils.formatting import did_you_mean
-from training_lens.utils.logging import plain_console, setup_logging
 from training_lens.utils.resource_errors import describe_shortage
-from training_lens.utils.secrets import redact_text
 from training_lens.utils.streams import lost_output
 
 if TYPE_CHECKING:
@@ -91,6 +88,8 @@ def print_table(console: Console, table: Table) -> None:
     if console.is_terminal:
         console.print(table)
         return
+    from training_lens.utils.logging import plain_console
+
     table.box, table.pad_edge = None, False  # or a long cell would make every line as long
     page = StringIO()
     plain_console(width=WIDEST, file=page, color_system=None).print(table)
@@ -104,6 +103,8 @@ def command(options: OutputOptions, *, has_log: bool = False) -> Iterator[Screen
 
     A command that `has_log` writes its results to files as well: a screen that cannot be written is no failure.
     """
+    from training_lens.utils.logging import plain_console, setup_logging
+
     console = plain_console(stderr=options.json)
     setup_logging(console)
     output = sys.stdout
@@ -141,6 +142,8 @@ def _shorten_lines(message: str) -> str:
 
 def describe_error(error: BaseException) -> tuple[str, int]:
     """The message of an expected error, and the exit code."""
+    from training_lens.utils.secrets import redact_text
+
     if isinstance(error, TrainingLensError):
         return f"error: {_shorten_lines(redact_text(str(error)))}", error.exit_code
     if isinstance(error, OSError) and error.errno:
@@ -179,6 +182,7 @@ def load_config(options: CommandOptions, flags: dict[str, Any] | None = None) ->
 
 def _check_origin(options: ConfigOptions) -> None:
     from training_lens.config.ignored_keys import ORIGINS
+    from training_lens.utils.formatting import did_you_mean
 
     origin = options.origin
     if origin is not None and origin not in ORIGINS:

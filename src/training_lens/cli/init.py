@@ -14,7 +14,6 @@ from training_lens import embedded
 from training_lens.cli.common import Screen, command
 from training_lens.cli.options import OutputOptions
 from training_lens.errors import ConfigurationError, DatasetError, TrainingLensError
-from training_lens.utils.formatting import did_you_mean
 
 if TYPE_CHECKING:
     from training_lens.config.data_sections import DataSection
@@ -188,6 +187,8 @@ def _read_as(spec: str, key: str, data: DataSection) -> str:
 
 
 def _check_domain(keys: set[str], answer: str) -> Values:
+    from training_lens.utils.formatting import did_you_mean
+
     if answer == NO_DOMAIN:
         return {"data.domain.field": None} if FOUND in keys else {}
     if answer not in keys:

@@ -11,7 +11,6 @@ from training_lens.cli.common import Screen, command, load_config, refuse_unused
 from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
 from training_lens.errors import ConfigurationError
-from training_lens.utils.formatting import format_size
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -97,6 +96,8 @@ def _describe_plan(plan: PushPlan, repo: str) -> dict[str, Any]:
 
 
 def _show_plan(screen: Screen, plan: PushPlan, repo: str) -> None:
+    from training_lens.utils.formatting import format_size
+
     states = {"send": plan.send, "is there": plan.there}
     rows = [(file.path, format_size(file.size), state) for state, files in states.items() for file in files]
     rows += [(folder, "", "delete") for folder in plan.delete]

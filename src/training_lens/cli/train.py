@@ -14,7 +14,6 @@ from training_lens.cli.find_runs import is_url, locate_run
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_training
 from training_lens.errors import ConfigurationError, TrainingError
-from training_lens.utils.formatting import format_seconds, format_size
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -99,6 +98,8 @@ def _find_unfinished(screen: Screen, reference: str, settings: TrainingConfig) -
 
 
 def _show_summary(screen: Screen, summary: TrainingSummary, verdict: Verdict) -> None:
+    from training_lens.utils.formatting import format_seconds, format_size
+
     show = screen.console.print
     rest = f" after {summary.steps} steps ({summary.epochs:.3g} epochs, {format_seconds(summary.seconds)})"
     show(Text.assemble(("\nfinished", "bold"), rest))

@@ -10,7 +10,6 @@ from rich.text import Text
 from training_lens.cli.common import Screen, command, load_config, show_table
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_training
-from training_lens.utils.formatting import format_seconds, format_size
 
 if TYPE_CHECKING:
     from training_lens.data.split_report import SplitReport
@@ -100,6 +99,8 @@ def _show_sources(screen: Screen, name: str, report: SplitReport) -> None:
 
 
 def _show_estimate(screen: Screen, estimate: RunEstimate | None) -> None:
+    from training_lens.utils.formatting import format_seconds, format_size
+
     if estimate is None:
         return
     how = f"measured on {estimate.measured_steps} of its steps"
