@@ -53,7 +53,6 @@ class CheckpointCaptures:
         self._logged, self._base = dict(logged), base
 
     def tables(self) -> tuple[str, ...]:
-        """The names of the available tables."""
         base = (tables.BASE,) if self._base else ()
         return tuple(sorted({*self._logged, *base, tables.WEIGHTS, tables.SPECTRA, tables.SNAPSHOTS}))
 
@@ -70,7 +69,6 @@ class CheckpointCaptures:
         return table.select(kept)
 
     def measures(self, name: str) -> tuple[str, ...]:
-        """The measures of a table."""
         return tuple(column for column in self._read_table(name).column_names if column not in (STEP, MODULE))
 
     def series(self, table: str, measure: str) -> Series:

@@ -34,7 +34,6 @@ class CommandGroup(TyperGroup):
         self.commands: dict[str, Any] = dict.fromkeys(PANELS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of a name, if there is one."""
         if cmd_name in PANELS and self.commands[cmd_name] is None:
             module = import_module(f"training_lens.cli.{MODULES.get(cmd_name, cmd_name)}")
             self.commands[cmd_name] = build_command(getattr(module, cmd_name), PANELS[cmd_name])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -99,12 +98,18 @@ def list_(
     options: RunsOptions,
 ) -> None:
     """A table of the runs: what became of each, its steps and loss, and its tags; of those here, or of a mirror."""
-    with command(options) as screen, ExitStack() as stack:
+    with command(options) as screen, TemporaryDirectory() if mirror else nullcontext("") as cache:
         from training_lens.cli.run_tables import show_runs, warn_of_other_rows
         from training_lens.runs.run_listing import read_runs, sort_runs
 
         base = mirror or _find_base(options)
-        known = stack.enter_context(_fetch_runs(mirror, name)) if mirror else read_runs(base, name)
+        if mirror:
+            from training_lens.integrations.remote_run import read_remote_runs
+            from training_lens.integrations.storage import open_storage
+
+            known = read_remote_runs(open_storage(mirror), name, Path(cache))
+        else:
+            known = read_runs(base, name)
         runs = [run for run in known if status in (None, run.status) and (tag is None or tag in run.tags)]
         runs = sort_runs(runs, sort) if sort and runs else runs
         if runs:
@@ -114,16 +119,6 @@ def list_(
         else:
             screen.print_line(f"no such runs in {base}")
         screen.print_result({"base": base, "runs": [run.as_json() for run in runs]})
-
-
-@contextmanager
-def _fetch_runs(place: str, name: str | None) -> Iterator[list[RunOverview]]:
-    """The runs of a mirror, the newest first; within the block their small files are here."""
-    from training_lens.integrations.remote_run import read_remote_runs
-    from training_lens.integrations.storage import open_storage
-
-    with tempfile.TemporaryDirectory() as cache:
-        yield read_remote_runs(open_storage(place), name, Path(cache))
 
 
 @add_command(experiment)

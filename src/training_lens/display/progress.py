@@ -96,12 +96,10 @@ class NotebookBars(RichProgress):
             self._draw()
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
-        """As in Rich's `Progress`."""
         super().update(task_id, **changes)
         self.refresh()
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        """As in Rich's `Progress`."""
         super().advance(task_id, advance)
         self.refresh()
 
