@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -15,16 +14,9 @@ from torch.linalg import matrix_norm
 from training_lens.analysis.saved_adapters import BaseWeights, SavedAdapter, require_alike
 from training_lens.analyzers.saved_factors import FactorBatch, batch_factors
 from training_lens.core import table_names as tables
-from training_lens.core.arrow import (
-    MODULE,
-    STEP,
-    arrow_table,
-    extract_series,
-    extract_vectors,
-    require_measure,
-    suggest_name,
-)
-from training_lens.core.types import Captured, Series
+from training_lens.core.arrow import MODULE, STEP, arrow_table, require_measure, suggest_name
+from training_lens.core.recording import Captures
+from training_lens.core.types import Captured
 from training_lens.errors import LensError
 from training_lens.measures.adapter_measures import adapter_norms, update_spectrum
 from training_lens.measures.factors import Factors
@@ -32,7 +24,7 @@ from training_lens.measures.singular_values import dora_change, top_singular_val
 from training_lens.merging.weight_update import LowRankUpdate
 
 
-class CheckpointCaptures:
+class CheckpointCaptures(Captures):
     """`Captures` from adapter folders: tables of weights, spectra, base weights and logged losses.
 
     Everything is measured on first access, with one adapter in memory at a time. `norm_step` is the change since the
@@ -57,10 +49,7 @@ class CheckpointCaptures:
         return tuple(sorted({*self._logged, *base, tables.WEIGHTS, tables.SPECTRA, tables.SNAPSHOTS}))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A table with the columns step, module and its measures, or those of `columns`.
-
-        Raises a `LensError`, as all below, if it does not exist or an adapter cannot be read any more.
-        """
+        """A table with the columns step, module and its measures, or those of `columns`."""
         table = self._read_table(name)
         for column in columns or ():
             if column not in table.column_names:
@@ -70,14 +59,6 @@ class CheckpointCaptures:
 
     def measures(self, name: str) -> tuple[str, ...]:
         return tuple(column for column in self._read_table(name).column_names if column not in (STEP, MODULE))
-
-    def series(self, table: str, measure: str) -> Series:
-        """A scalar measure over steps (see `core.arrow.extract_series`)."""
-        return extract_series(self.table(table), measure)
-
-    def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A vector measure over steps (see `core.arrow.extract_vectors`)."""
-        return extract_vectors(self.table(table), measure)
 
     def snapshot_steps(self, table: str) -> list[int]:
         """The steps of the checkpoints; empty for tables other than `adapters`."""

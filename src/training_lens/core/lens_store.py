@@ -13,25 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from training_lens.core.arrow import (
-    MODULE,
-    STEP,
-    concat_tables,
-    extract_series,
-    extract_vectors,
-    polars_frame,
-    require_measure,
-    suggest_name,
-)
+from training_lens.core.arrow import MODULE, STEP, concat_tables, polars_frame, require_measure, suggest_name
 from training_lens.core.capture_files import LISTING, describe_loss, find_missing_captures
 from training_lens.core.lens_manifest import read_manifest
+from training_lens.core.recording import Captures
 from training_lens.core.segments import TableSegment, list_segments, read_schema, read_segment
 from training_lens.core.snapshots import list_snapshots, read_snapshot, require_intact
-from training_lens.core.types import Series
 from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.integrity import read_sealed
 from training_lens.utils.logging import get_logger
@@ -41,7 +31,7 @@ COST = "cost.json"
 TABLE_NAME = re.compile(r"\w[\w.-]*")
 
 
-class LensStore:
+class LensStore(Captures):
     """Reads the captures in a folder. Each call sees the current state, also while training runs.
 
     A damaged or missing file is skipped: logged once, and listed in `damaged`.
@@ -131,22 +121,6 @@ class LensStore:
     def polars(self, name: str) -> Any:
         """A table as a Polars DataFrame; raises as `table` does, and ConfigurationError where Polars is missing."""
         return polars_frame(self.table(name))
-
-    def series(self, table: str, measure: str) -> Series:
-        """A scalar measure over time (see `extract_series`).
-
-        Raises:
-            LensError: there is no such table, or it has no such scalar measure.
-        """
-        return extract_series(self.table(table, [measure]), measure)
-
-    def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A vector measure over time: steps, and by module (steps, its longest), padded (see `extract_vectors`).
-
-        Raises:
-            LensError: there is no such table, or it has no such vector measure.
-        """
-        return extract_vectors(self.table(table, [measure]), measure)
 
     def snapshot_steps(self, table: str) -> list[int]:
         """The steps of a table's intact snapshots, ascending; none if there is no such table."""

@@ -6,31 +6,45 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
+from training_lens.core.arrow import extract_series, extract_vectors
 from training_lens.core.types import DataType, LensManifest, ModuleRecord, Series
 
 
-class Captures(Protocol):
-    """Tables and snapshots, from a lens folder (`LensStore`) or computed from checkpoints."""
+class Captures(ABC):
+    """Tables and snapshots, from a lens folder (`LensStore`) or computed from checkpoints.
 
+    Each method raises a `LensError` for a table, measure or snapshot that is not there.
+    """
+
+    @abstractmethod
     def tables(self) -> tuple[str, ...]: ...
 
+    @abstractmethod
     def table(self, name: str, columns: Sequence[str] | None = None) -> Any: ...  # pyarrow.Table
 
+    @abstractmethod
     def measures(self, name: str) -> tuple[str, ...]: ...
 
-    def series(self, table: str, measure: str) -> Series: ...
+    def series(self, table: str, measure: str) -> Series:
+        """A scalar measure over time (see `extract_series`)."""
+        return extract_series(self.table(table, [measure]), measure)
 
-    def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
+    def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A vector measure over time: steps, and by module (steps, its longest), padded (see `extract_vectors`)."""
+        return extract_vectors(self.table(table, [measure]), measure)
 
+    @abstractmethod
     def snapshot_steps(self, table: str) -> list[int]: ...
 
+    @abstractmethod
     def snapshot(self, table: str, step: int) -> dict[str, Tensor]: ...
 
+    @abstractmethod
     def cost(self) -> dict[str, float]: ...
 
 
