@@ -16,7 +16,7 @@ from training_lens.analyzers.module_groups import (
     latest_values,
     nan_median,
     relative_to_base,
-    thin_series,
+    spread_indices,
 )
 from training_lens.core.modules import module_record
 from training_lens.core.types import Series
@@ -72,10 +72,8 @@ def test_strength_is_unknown_where_the_base_is() -> None:
 
 
 def test_thinning_keeps_both_ends_evenly() -> None:
-    long = Series(np.arange(1, 1001), ("run",), np.arange(1000.0)[:, None])
-    short = thin_series(long, 4)
-    assert short.steps.tolist() == [1, 334, 667, 1000] and short.values[:, 0].tolist() == [0, 333, 666, 999]
-    assert thin_series(long, 1000) is long
+    assert spread_indices(1000, 4).tolist() == [0, 333, 666, 999]
+    assert spread_indices(3, 1000).tolist() == [0, 1, 2] and len(spread_indices(0, 1000)) == 0
 
 
 def test_plain_values_are_finite_or_none() -> None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from training_lens.analyzers.module_groups import find_extremes, group_series, json_numbers, latest_values, thin_series
+from training_lens.analyzers.module_groups import (
+    find_extremes,
+    group_series,
+    json_numbers,
+    latest_values,
+    spread_indices,
+)
 from training_lens.core import table_names as tables
 from training_lens.core.recording import DataAnalyzer, Recording
 from training_lens.core.registry import AnalyzerRegistry
@@ -51,5 +57,5 @@ def run_curve(series: Series) -> dict[str, list[Any]]:
     """The values of the row `run` over time: steps and values, at most `MAX_POINTS` of them."""
     if RUN not in series.names:
         return {"steps": [], "values": []}
-    short = thin_series(series, MAX_POINTS)
-    return {"steps": short.steps.tolist(), "values": json_numbers(short.column(RUN))}
+    kept = spread_indices(len(series.steps), MAX_POINTS)
+    return {"steps": series.steps[kept].tolist(), "values": json_numbers(series.column(RUN)[kept])}

@@ -148,14 +148,6 @@ def spread_indices(count: int, most: int) -> np.ndarray:
     return indices
 
 
-def thin_series(series: Series, most: int) -> Series:
-    """At most `most` (at least 2) steps, evenly over the run, with the first and the last."""
-    if len(series.steps) <= most:
-        return series
-    kept = spread_indices(len(series.steps), most)
-    return Series(series.steps[kept], series.names, series.values[kept])
-
-
 def finite_points(recording: Recording, table: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
     """The steps at which a measure of the whole run is finite, and its values there, (points,) each."""
     series = recording.series(table, measure)
