@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from forked import fork_command  # type: ignore[import-not-found]
 from typer.testing import CliRunner
 
 from training_lens import embedded
@@ -137,9 +138,10 @@ def test_errors_are_one_paragraph_and_leave_nothing(
 
 
 def test_debug_shows_the_traceback(files: Path) -> None:
-    command = [sys.executable, "-m", "training_lens", "train", "data.train=row.jsonl", "--debug"]
-    result = subprocess.run(command, cwd=files, capture_output=True, text=True, check=False)
-    assert (result.returncode, "Traceback" in result.stderr) == (1, True), result.stderr
+    process = fork_command(files, "train", "data.train=row.jsonl", "--debug")
+    process.join()
+    errors = (files / "stderr.txt").read_text()
+    assert (process.exitcode, "Traceback" in errors) == (1, True), errors
 
 
 @pytest.mark.parametrize("name", ["compare", "evaluate", "report"])
@@ -157,15 +159,15 @@ def test_a_wrong_option_is_wrong_usage(call: Call) -> None:
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_sets_the_exit_code(tmp_path: Path, number: int, code: int) -> None:
-    call = [sys.executable, "-m", "training_lens", "train", "output.run_id=mine", "training.save_steps=2", *FAST]
-    call += ["data.max_examples=1000", "training.epochs=3"]
-    process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    settings = ["output.run_id=mine", "training.save_steps=2", *FAST, "data.max_examples=1000", "training.epochs=3"]
+    process = fork_command(tmp_path, "train", *settings)
     run = tmp_path / "outputs/experiments/default/runs/mine"
-    while process.poll() is None and not list((run / "checkpoints").glob("step-*")):
+    while process.is_alive() and not list((run / "checkpoints").glob("step-*")):
         time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+    os.kill(process.pid, number)
+    process.join(60)
+    errors = (tmp_path / "stderr.txt").read_text()
+    assert process.exitcode == code, errors
     assert "it is saved" in errors
     assert json.loads((run / "metadata/summary.json").read_text())["status"] == "interrupted"
 

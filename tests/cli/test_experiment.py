@@ -7,8 +7,6 @@ import json
 import os
 import pty
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from forked import fork_command, redirect_to_files  # type: ignore[import-not-found]
 from rich.console import Console
 
 from training_lens.cli.run_tables import show_runs
@@ -184,17 +183,18 @@ def test_delete_takes_what_is_named_and_nothing_where_one_is_refused(call: Call,
 
 @pytest.mark.parametrize(("answer", "kept"), [(b"n\n", True), (b"y\n", False)])
 def test_delete_asks_on_a_terminal(tmp_path: Path, runs: dict[str, RunFolder], answer: bytes, kept: bool) -> None:
-    command = [sys.executable, "-m", "training_lens", "experiment", "delete", "bad", "--json"]
     ours, theirs = pty.openpty()
     try:
-        process = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        asked = ["experiment", "delete", "bad", "--json"]
+        process = fork_command(tmp_path, *asked, redirect=lambda: redirect_to_files(theirs))
         os.write(ours, answer)
-        out, errors = process.communicate(timeout=60)
+        process.join(60)
     finally:
         os.close(ours)
         os.close(theirs)
-    assert process.returncode == 0 and b"delete this run for good?" in errors
-    assert len(json.loads(out)["deleted"]) == (0 if kept else 1) and runs["bad"].root.is_dir() == kept
+    assert process.exitcode == 0 and "delete this run for good?" in (tmp_path / "stderr.txt").read_text()
+    deleted = json.loads((tmp_path / "stdout.txt").read_text())["deleted"]
+    assert len(deleted) == (0 if kept else 1) and runs["bad"].root.is_dir() == kept
 
 
 @pytest.mark.slow
@@ -203,16 +203,16 @@ def test_a_run_trains_once_at_a_time_and_is_told_as_interrupted_when_its_process
 ) -> None:
     settings = ["output.run_id=mine", "data.max_examples=1000", "training.epochs=3", "peft.r=4"]
     settings += ["tracking.tensorboard=false"]
-    command = [sys.executable, "-m", "training_lens", "train", *settings]
     run = RunFolder(runs_folder(str(tmp_path / "outputs"), "default") / "mine")
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (run.metrics_file.is_file() and run.metrics_file.stat().st_size):
-            time.sleep(0.05)
-        listed = result_of(call("experiment", "list", "--json"))
-        resumed = call("train", "--resume", "latest")
-        deleted = call("experiment", "delete", "mine", "--yes")
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = fork_command(tmp_path, "train", *settings)
+    while process.is_alive() and not (run.metrics_file.is_file() and run.metrics_file.stat().st_size):
+        time.sleep(0.05)
+    listed = result_of(call("experiment", "list", "--json"))
+    resumed = call("train", "--resume", "latest")
+    deleted = call("experiment", "delete", "mine", "--yes")
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert listed["runs"][0]["status"] == "running"
     assert resumed.exit_code == 1
     assert f"is being trained by another process (process {process.pid} on host" in " ".join(resumed.stderr.split())

@@ -9,10 +9,11 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
+from forked import fork_command  # type: ignore[import-not-found]
 
 from training_lens.utils.logging import TrainingLogger, get_logger, setup_logging
 from training_lens.utils.streams import BestEffortFile
@@ -31,27 +32,37 @@ def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "training_lens", *args]
 
 
-def start(folder: Path, rows: dict[str, list[str]], **streams: Any) -> subprocess.Popen[bytes]:
+def start(folder: Path, rows: dict[str, list[str]], redirect: Callable[[], None]) -> BaseProcess:
     folder.mkdir()
-    return subprocess.Popen(command(*TRAIN, *FEW, f"data.train={rows['train'][0]}"), cwd=folder, **streams)
+    return fork_command(folder, *TRAIN, *FEW, f"data.train={rows['train'][0]}", redirect=redirect)
 
 
-def leave(folder: Path, rows: dict[str, list[str]]) -> subprocess.Popen[bytes]:
+def leave(folder: Path, rows: dict[str, list[str]]) -> BaseProcess:
     """The reader leaves after the first bytes, the disk under standard error is full, and there is no input."""
-    with Path("/dev/full").open("wb") as full:
-        process = start(folder, rows, stdout=subprocess.PIPE, stderr=full, preexec_fn=lambda: os.close(0))
-    assert process.stdout is not None
-    process.stdout.read(10)
-    process.stdout.close()
+    reader, writer = os.pipe()
+
+    def redirect() -> None:
+        os.dup2(writer, 1)
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        for number in (0, reader, writer):
+            os.close(number)
+
+    process = start(folder, rows, redirect)
+    os.close(writer)
+    os.read(reader, 10)
+    os.close(reader)
     return process
 
 
-def hang_up(folder: Path, rows: dict[str, list[str]]) -> subprocess.Popen[bytes]:
+def hang_up(folder: Path, rows: dict[str, list[str]]) -> BaseProcess:
     """The terminal hangs up once something was shown on it: the kernel sends SIGHUP, and writing fails."""
     master, terminal = pty.openpty()
-    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    # os.login_tty: the terminal controls the process, as it does a shell's
-    process = start(folder, rows, preexec_fn=lambda: os.login_tty(0), **streams)
+
+    def redirect() -> None:
+        os.close(master)
+        os.login_tty(terminal)  # the terminal controls the process, as it does a shell's
+
+    process = start(folder, rows, redirect)
     os.close(terminal)
     os.read(master, 10)
     os.close(master)
@@ -59,10 +70,10 @@ def hang_up(folder: Path, rows: dict[str, list[str]]) -> subprocess.Popen[bytes]
 
 
 def test_a_run_trains_on_without_anybody_to_tell(tmp_path: Path, few_rows: dict[str, list[str]]) -> None:
-    ways: list[Callable[..., subprocess.Popen[bytes]]] = [leave, hang_up]
-    started = {way.__name__: way(tmp_path / way.__name__, few_rows) for way in ways}
+    started = {way.__name__: way(tmp_path / way.__name__, few_rows) for way in (leave, hang_up)}
     for name, process in started.items():
-        assert process.wait(200) == 0, name
+        process.join(200)
+        assert process.exitcode == 0, name
         (run,) = (tmp_path / name).glob("outputs/experiments/default/runs/*")
         assert json.loads((run / "metadata" / "summary.json").read_text())["status"] == "finished"
         assert "step 3/3" in (run / "logs" / "run.log").read_text()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from forked import fork  # type: ignore[import-not-found]
 
 from training_lens.config.lens_section import LensSection
 from training_lens.core.arrow import arrow_table, extract_series, extract_vectors
@@ -232,36 +232,30 @@ def test_captures_go_to_disk_when_they_are_due(folder: Path) -> None:
     assert_exact(folder, [1, 2])
 
 
-WRITES_UNTIL_KILLED = """
-import sys, torch
-from pathlib import Path
-from training_lens.config.lens_section import LensSection
-from training_lens.core.lens_writer import LensWriter
-from training_lens.core.types import Captured, LensManifest
-rows = ("layers.0.q", "layers.0.v", "layers.1.q")
-lens = LensWriter(Path(sys.argv[1]), LensManifest(()), LensSection(scalars_megabytes=64))
-step = 0
-while True:
-    step += 1
-    values = torch.arange(3) + 10.0 * step
-    tensors = {"a": torch.full((64, 64), float(step))} if step % 10 == 0 else {}
-    lens.add("weights", step, Captured({"norm": values}, tensors=tensors, rows=rows))
-    if step % 5 == 0:
-        lens.flush()
-        print(step, flush=True)
-"""
+def write_until_killed(folder: Path, descriptor: int) -> None:
+    """Captures a run without end, and tells each step up to which all is flushed."""
+    rows = ("layers.0.q", "layers.0.v", "layers.1.q")
+    lens = LensWriter(folder, LensManifest(()), LensSection(scalars_megabytes=64))
+    for step in count(1):
+        values = torch.arange(3) + 10.0 * step
+        tensors = {"a": torch.full((64, 64), float(step))} if step % 10 == 0 else {}
+        lens.add("weights", step, Captured({"norm": values}, tensors=tensors, rows=rows))
+        if step % 5 == 0:
+            lens.flush()
+            os.write(descriptor, f"{step}\n".encode())
 
 
 def test_a_killed_process_loses_at_most_what_was_not_flushed(folder: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WRITES_UNTIL_KILLED, str(folder)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    flushed = 0
-    while flushed < 5 * MAX_SEGMENTS + 50:  # merges were among them
-        flushed = int(process.stdout.readline())
-    process.send_signal(signal.SIGKILL)
-    flushed = max([flushed, *map(int, process.stdout.read().split())])
-    process.wait()
-    process.stdout.close()
+    reader, writer = os.pipe()
+    process = fork(write_until_killed, folder, writer)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        flushed = 0
+        while flushed < 5 * MAX_SEGMENTS + 50:  # merges were among them
+            flushed = int(told.readline())
+        process.kill()
+        flushed = max([flushed, *map(int, told.read().split())])
+    process.join()
     store = LensStore(folder)
     steps = store.series("weights", "norm").steps
     assert flushed <= len(steps) <= flushed + 5 and not store.damaged

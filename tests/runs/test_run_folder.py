@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from forked import fork  # type: ignore[import-not-found]
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.metrics_log import read_metrics
@@ -105,36 +106,32 @@ def test_incomplete_runs_say_what_is_missing(tmp_path: Path) -> None:
         run.read_metadata("config.json")
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from training_lens.utils.files import write_json
-from training_lens.runs.run_folder import RunFolder
-
-run = RunFolder(Path(sys.argv[1])).create()
-with run.hold_lock():
-    write_json(run.metadata / "summary.json", {"status": "running"})
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[tuple[RunFolder, subprocess.Popen[str]]]:
+def holder(tmp_path: Path) -> Iterator[tuple[RunFolder, BaseProcess]]:
     """A run, and the process that holds it."""
     run = RunFolder(runs_folder(str(tmp_path), "default") / "mine")
-    call = [sys.executable, "-c", HOLD, str(run.root)]
-    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        yield run, process
-        process.kill()
+    reader, writer = os.pipe()
+
+    def hold() -> None:
+        with run.create().hold_lock():
+            write_json(run.metadata / "summary.json", {"status": "running"})
+            os.write(writer, b"held")
+            signal.pause()
+
+    process = fork(hold)
+    assert os.read(reader, 4) == b"held"
+    yield run, process
+    process.kill()
+    process.join()
+    for descriptor in (reader, writer):
+        os.close(descriptor)
 
 
-def test_a_killed_process_leaves_an_interrupted_run(holder: tuple[RunFolder, subprocess.Popen[str]]) -> None:
+def test_a_killed_process_leaves_an_interrupted_run(holder: tuple[RunFolder, BaseProcess]) -> None:
     run, process = holder
     assert run.status == "running" and not run.has_died
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert run.status == "interrupted" and run.has_died
     assert run.read_metadata("summary.json")["status"] == "running"
     with run.hold_lock():
@@ -142,7 +139,7 @@ def test_a_killed_process_leaves_an_interrupted_run(holder: tuple[RunFolder, sub
         assert run_again.status == "running"
 
 
-def test_a_run_has_one_process_at_a_time(holder: tuple[RunFolder, subprocess.Popen[str]]) -> None:
+def test_a_run_has_one_process_at_a_time(holder: tuple[RunFolder, BaseProcess]) -> None:
     run, process = holder
     message = rf"the run mine is being trained by another process \(process {process.pid} on host .*\)\. Wait"
     with pytest.raises(CheckpointError, match=message):

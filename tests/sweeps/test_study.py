@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -15,6 +14,7 @@ from typing import Literal
 
 import optuna
 import pytest
+from forked import fork  # type: ignore[import-not-found]
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
@@ -91,30 +91,28 @@ def test_what_a_killed_process_left_is_gone_on_with_at_once(
 ) -> None:
     config = sweep_config(trials=1)
     study = open_study(config)
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys, time; from pathlib import Path; from training_lens.sweeps.worker import Worker\n"
-            "with Worker(Path(sys.argv[1])) as worker: print(worker.path, flush=True); time.sleep(60)",
-            str(tmp_path / "workers"),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdout is not None
-    with child, Worker(tmp_path / "workers") as mine:
-        lock = Path(child.stdout.readline().strip())
+    reader, writer = os.pipe()
+
+    def hold_lock() -> None:
+        with Worker(tmp_path / "workers") as worker:
+            os.write(writer, bytes(worker.path))
+            signal.pause()
+
+    child = fork(hold_lock)
+    with Worker(tmp_path / "workers") as mine:
+        lock = Path(os.fsdecode(os.read(reader, 1000)))
         theirs = study._create_trial({"training.lr": 1e-3}, mine)
         study._storage.set_trial_user_attr(study._trial_id(theirs), "lock", str(lock))
         study.report_loss(theirs, 1, 0.5)
         assert study.claim_trial(mine) is None and is_alive(mine.trial_attributes)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.kill()
+        child.join()
         again = claimed(study, mine)
         assert run_id(again) == run_id(theirs) and again.params == theirs.params
         assert again.intermediate_values == {1: 0.5}
         assert not lock.exists() and study.claim_trial(mine) is None
+    for descriptor in (reader, writer):
+        os.close(descriptor)
 
 
 def test_a_trial_is_lost_again_where_its_loss_could_not_be_written(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from forked import fork  # type: ignore[import-not-found]
 
 from training_lens import TrainingConfig, TrainingWrapper, embedded
 from training_lens.core.lens_store import LensStore
@@ -123,18 +124,12 @@ def test_a_resume_records_the_base_that_a_kill_left_unrecorded(small_config: Con
     assert run.status == "finished" and check_base(run.base_record, config.model)
 
 
-KILLED = """
-import os, sys
-from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.training.loop.callbacks import Callback
+class Exit(Callback):
+    """Ends its process after the fifth step's checkpoint, as a kill would."""
 
-class Kill(Callback):
-    def on_checkpoint(self, trainer, folder):
+    def on_checkpoint(self, trainer: Any, folder: Path) -> None:
         if trainer.state.step == 5:
             os._exit(9)
-
-TrainingWrapper(TrainingConfig.model_validate_json(sys.argv[1]), callbacks=(Kill(),)).train()
-"""
 
 
 def test_a_kill_after_the_last_checkpoint_leaves_no_gap_and_no_step_twice_in_the_lens(small_config: Config) -> None:
@@ -143,7 +138,9 @@ def test_a_kill_after_the_last_checkpoint_leaves_no_gap_and_no_step_twice_in_the
     whole = small_config(**sections, output={"run_id": "whole"})
     killed = small_config(**sections, output={"run_id": "killed"})
     TrainingWrapper(whole).train()
-    assert subprocess.run([sys.executable, "-c", KILLED, killed.model_dump_json()], check=False).returncode == 9
+    ended = fork(TrainingWrapper(killed, callbacks=(Exit(),)).train)
+    ended.join()
+    assert ended.exitcode == 9
     runs = [RunFolder(Path(whole.output.base_output_dir) / "experiments/default/runs" / c) for c in ("whole", "killed")]
     TrainingWrapper.resume(runs[1])
     stores = [LensStore(run.lens) for run in runs]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote_plus
 
 import pytest
+from forked import fork_command  # type: ignore[import-not-found]
 
 from training_lens.utils.secrets import find_secret_keys, redact_text
 
@@ -129,7 +128,8 @@ def test_a_key_of_a_secret_is_one_in_lists_and_as_a_number_but_not_in_rows() -> 
 
 def test_a_traceback_shows_no_secret(tmp_path: Path) -> None:
     token = "hf_" + "AbCd1234" * 4 + "xy"
-    command = [sys.executable, "-m", "training_lens", "report", "--debug", token]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1 and "Traceback" in ended.stderr and "CheckpointError" in ended.stderr
-    assert token not in ended.stderr + ended.stdout and "***" in ended.stderr
+    process = fork_command(tmp_path, "report", "--debug", token)
+    process.join()
+    out, errors = ((tmp_path / f"{name}.txt").read_text() for name in ("stdout", "stderr"))
+    assert process.exitcode == 1 and "Traceback" in errors and "CheckpointError" in errors
+    assert token not in errors + out and "***" in errors

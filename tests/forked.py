@@ -1,0 +1,63 @@
+"""Processes that tests kill, limit or leave alone, forked from this one: they need not import torch again.
+
+What a process reads when it starts (imports, the environment, closed descriptors) takes a Python of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def fork(action: Callable[..., Any], *given: Any, environment: dict[str, str] | None = None) -> BaseProcess:
+    """Start a process that does this, with what stands in `environment` besides; its `exitcode` is -N by signal N."""
+    process = multiprocessing.get_context("fork").Process(target=_act, args=(action, given, environment or {}))
+    process.start()
+    return process
+
+
+def fork_command(folder: Path, *arguments: str, redirect: Callable[[], None] | None = None) -> BaseProcess:
+    """Start `training-lens ARGUMENTS` in a folder.
+
+    Args:
+        redirect: opens or closes descriptors 0, 1 and 2 in the new process; by default see `redirect_to_files`.
+    """
+    return fork(_run_command, folder, arguments, redirect or redirect_to_files)
+
+
+def redirect_to_files(stdin: int | None = None) -> None:
+    """Standard output and error go to `stdout.txt` and `stderr.txt`; the input is an open descriptor, or nothing."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY) if stdin is None else stdin, 0)
+    for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+
+
+def _act(action: Callable[..., Any], given: tuple[Any, ...], environment: dict[str, str]) -> None:
+    torch.set_num_threads(1)  # the fork's thread pool is made anew here, before two threads ask for it at once
+    os.environ.update(environment)
+    action(*given)
+
+
+def _run_command(folder: Path, arguments: tuple[str, ...], redirect: Callable[[], None]) -> None:
+    from training_lens.cli import main
+
+    os.chdir(folder)
+    redirect()
+    sys.stdin, sys.stdout, sys.stderr = (_open_stream(number) for number in range(3))
+    sys.argv = ["training-lens", *arguments]
+    main()
+
+
+def _open_stream(number: int) -> Any:
+    """The stream of a standard descriptor, None where that is closed: as when Python starts."""
+    try:
+        return os.fdopen(number, "w" if number else "r", closefd=False)
+    except OSError:
+        return None
