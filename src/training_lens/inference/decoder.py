@@ -34,7 +34,8 @@ PROBE_TOKENS = 32  # of a prompt, to verify the decoder on
 DECODED_TOKENS = 3  # of the probe that are decoded one by one
 STACK_ROUNDINGS = 0.01  # how far the same layers may differ when they are called another way
 MAX_MERGING_LOSS = 0.01  # share of the adapter's effect on the logits that merging may change
-FREE_MEMORY_FACTOR = 2.5  # times the weights' bytes must be free for copies of them
+CPU_MEMORY_FACTOR = 2.5  # times the weights' bytes must be free on a CPU for merged and reordered copies of them
+GPU_MEMORY_FACTOR = 1.2  # on a GPU for merged ones; all else shares their memory
 _logged: set[str] = set()
 
 
@@ -65,7 +66,8 @@ class DecoderCache:
         same = state[:-1] == before[:-1] and all(map(torch.equal, state[-1], before[-1]))
         if not same:
             self._decoder = None  # before the next one is built: both need not be in memory together
-            self._decoder, self._state = _try_to_build(model, base, prompt), state
+            self._decoder = _try_to_build(model, base, prompt)
+            self._state = (base, *_read_model_state(model))  # building may have moved weights together
         return self._decoder
 
 
@@ -117,7 +119,7 @@ def build_decoder(model: Any, base: bool, ids: Tensor) -> Decoder:
     keeps_last = "logits_to_keep" in inspect.signature(type(copied).forward).parameters
     decoder = Decoder(copied, windows, keeps_last, copied.dtype, ids.device)
     refusals = ["there is no memory for copies of the weights"]
-    if _has_memory_for_copy(copied, ids.device):
+    if ids.device.type != "cpu" or _has_memory_for_copy(copied, ids.device):
         refusals = replace_layers(copied, ids)
     _verify_decoding(decoder, ids, wanted)
     try:
@@ -184,7 +186,8 @@ def _merging_loss(model: Any, merged: Any, ids: Tensor, wanted: Tensor) -> float
 def _has_memory_for_copy(model: Any, device: torch.device) -> bool:
     """Whether copies of the weights fit into memory; True where the free memory is unknown."""
     free = available_bytes(device)
-    return free is None or free > FREE_MEMORY_FACTOR * sum(p.numel() * p.element_size() for p in model.parameters())
+    factor = CPU_MEMORY_FACTOR if device.type == "cpu" else GPU_MEMORY_FACTOR
+    return free is None or free > factor * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _verify_decoding(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:

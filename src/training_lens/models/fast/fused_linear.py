@@ -32,15 +32,15 @@ class FusedLinear(nn.Module):
 
     Of each layer y = g (x W^T + s (x A^T) B^T) + b, with DoRA's g = m / |W + s B A| (arXiv 2402.09353), else 1.
 
-    In training the layers' weights lie in one tensor, one below the other; the layers keep their parameters, as parts
-    of that tensor, and nothing is held twice. Weights in 4 bits stay as they are, and are dequantized in every pass, as
+    The layers' weights lie in one tensor, one below the other; the layers keep their parameters, as parts of that
+    tensor, and nothing is held twice. Weights in 4 bits stay as they are, and are dequantized in every pass, as
     bitsandbytes does. Adapters are read at every call, and get gradients.
 
     Args:
         layers: plain layers, or PEFT's with LoRA or DoRA.
-        decodes: weights and adapters are copied once, and prepared for decoding. Where oneDNN computes bfloat16, the
-            copy is reordered for its kernels, which plain weights would be at every call. Where few rows are computed
-            from the plain weights, these stay, too.
+        decodes: adapters are copied once, and prepared for decoding, on a CPU the weights, too. Where oneDNN computes
+            bfloat16, the copy is reordered for its kernels, which plain weights would be at every call. Where few rows
+            are computed from the plain weights, these stay, too.
 
     Raises:
         UnknownLayerError: the layers cannot be fused.
@@ -55,19 +55,27 @@ class FusedLinear(nn.Module):
         self.input_width = _weight_shape(self._bases[0])[1]
         self.bias = _concatenate_biases(self._bases)
         self.layers, self.decodes = tuple(layers), decodes
-        self.weight: Any = None  # (sum of out, in), except where the layers hold 4 bits
+        self._weight: Any = None  # of several layers, and what decoding prepares
         if decodes:
             self._prepare_decoding(layers, [_weight_matrix(base) for base in self._bases])
             self.layers, self._bases = (), []  # what is not read any more is not kept
-        elif not _is_4bit(self._bases[0]):
-            self.weight = self._share_weights([_weight_matrix(base) for base in self._bases])
+        elif len(layers) > 1 and not _is_4bit(self._bases[0]):
+            self._weight = self._share_weights([_weight_matrix(base) for base in self._bases])
         self._addresses = [base.weight.data_ptr() for base in self._bases]
+
+    @property
+    def weight(self) -> Any:
+        """(sum of out, in), in decoding as it is prepared; None where the layers hold 4 bits."""
+        if self._weight is None and not _is_4bit(self._bases[0]):
+            return _weight_matrix(self._bases[0]).detach()  # which decoding may have moved beside others
+        return self._weight
 
     @property
     def is_ready(self) -> bool:
         """Whether the layers still hold the fused weights, and each has at most one active adapter, unmerged."""
         addresses = [base.weight.data_ptr() for base in self._bases]
-        return addresses == self._addresses and not any(_has_mixed_adapters(layer) for layer in self.layers)
+        is_moved = len(self._bases) > 1 and addresses != self._addresses
+        return not is_moved and not any(_has_mixed_adapters(layer) for layer in self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs, in training in the dtype of the computation: autocast's, else the weights'."""
@@ -75,7 +83,8 @@ class FusedLinear(nn.Module):
             return self._decode(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_dtype(self._bases[0])
-        weight = partial(self._form_weight, dtype) if self.weight is None else self.weight.to(dtype)
+        held = self.weight
+        weight = partial(self._form_weight, dtype) if held is None else held.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         branches = [_active_branch(layer) for layer in self.layers]
         x = x.to(dtype)
@@ -128,7 +137,10 @@ class FusedLinear(nn.Module):
     def _share_weights(self, weights: Sequence[Tensor]) -> Tensor:
         if len(weights) == 1:
             return weights[0].detach()
-        fused = torch.cat([weight.detach() for weight in weights])
+        if _lie_together(weights):
+            return weights[0].detach().as_strided((sum(self.sizes), self.input_width), (self.input_width, 1))
+        with torch.inference_mode(False):  # training may go on with these
+            fused = torch.cat([weight.detach() for weight in weights])
         for base, part in zip(self._bases, fused.split(self.sizes), strict=True):
             base.weight.data = part if isinstance(base, nn.Linear) else part.T
         return fused
@@ -136,7 +148,8 @@ class FusedLinear(nn.Module):
     @torch.no_grad()
     def _prepare_decoding(self, layers: Sequence[Any], weights: Sequence[Tensor]) -> None:
         branches = [_active_branch(layer) for layer in layers]
-        self.weight = torch.cat(list(weights))
+        is_on_cpu = weights[0].device.type == "cpu"
+        self._weight = torch.cat(list(weights)) if is_on_cpu else self._share_weights(weights)
         filled = self._fill_branches(branches, self.weight)
         self.gains = self._dora_gains(filled)
         self._product_bias = self.bias if self.gains is None else None  # DoRA's factor does not scale a bias
@@ -152,10 +165,11 @@ class FusedLinear(nn.Module):
             else:
                 self._down = torch.cat([down for down, _ in factors]).float()
                 self._up = torch.block_diag(*(up for _, up in factors))
-        is_bf16_on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16
-        self._is_packed = is_bf16_on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self._is_packed = (
+            is_on_cpu and self.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
         if self._is_packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def _decode(self, x: Tensor) -> Tensor:
         are_few = 0 < x.numel() <= FewRowsLinear.MOST * self.input_width
@@ -183,6 +197,14 @@ class FusedLinear(nn.Module):
             return True
         x = torch.linspace(-2, 3, self.input_width, dtype=self.weight.dtype)[None]
         return is_close(self.apply_to_many_rows(x), self.few(x))
+
+
+def _lie_together(weights: Sequence[Tensor]) -> bool:
+    """Whether these (out, in) weights lie in one memory, one below the other, as training has put them."""
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    storages = {weight.untyped_storage().data_ptr() for weight in weights}
+    is_plain = all(weight.is_contiguous() for weight in weights) and len(storages) == 1
+    return is_plain and [weight.data_ptr() for weight in weights[1:]] == ends[:-1]
 
 
 def _concatenate_biases(bases: Sequence[Any]) -> Tensor | None:
