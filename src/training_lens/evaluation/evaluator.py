@@ -136,20 +136,21 @@ def _score_batches(
     waiting, device = split_micro_batches(positions, dataset.lengths, options.max_tokens), options.processes.device
     while waiting:
         batch = collate([dataset[int(i)] for i in waiting[0]], options.fill_id).move_to(device)
+        tokens, values = batch.input_ids.numel(), None
         try:
             with torch.inference_mode(), autocast(device, options.precision):
                 values = columns(batch)
         except (RuntimeError, MemoryError) as error:
             if len(waiting[0]) == 1 or not is_out_of_memory(error):
                 raise
-            options = replace(options, max_tokens=batch.input_ids.numel() // 2)
-            logger.warning(
-                "out of memory in a batch of %d tokens: continuing with %d", batch.input_ids.numel(), options.max_tokens
-            )
-            waiting = split_micro_batches(np.concatenate(waiting), dataset.lengths, options.max_tokens)
-            free_memory()
+        if values is not None:
+            yield waiting.pop(0), values
             continue
-        yield waiting.pop(0), values
+        options = replace(options, max_tokens=tokens // 2)
+        logger.warning("out of memory in a batch of %d tokens: continuing with %d", tokens, options.max_tokens)
+        waiting = split_micro_batches(np.concatenate(waiting), dataset.lengths, options.max_tokens)
+        del batch
+        free_memory()
 
 
 @dataclass(frozen=True)

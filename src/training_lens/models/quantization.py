@@ -88,6 +88,11 @@ def is_quantized(model: Any) -> bool:
     return getattr(unwrap_adapter(model), "hf_quantizer", None) is not None
 
 
+def has_8bit_layers(model: Any) -> bool:
+    """Whether the model has bitsandbytes' layers of 8 bits, which change their weights in their first pass."""
+    return any(hasattr(module, "init_8bit_state") for module in model.modules())
+
+
 def element_count(parameter: torch.nn.Parameter) -> int:
     """The number of weights in a parameter; a packed 4-bit one has its shape in its quantization state."""
     state = getattr(parameter, "quant_state", None)

@@ -7,11 +7,11 @@ and extrapolated linearly in the number of layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,17 +19,19 @@ from training_lens.data.batching import StepPlan, shard_positions, split_micro_b
 from training_lens.errors import EstimateError, OutOfMemoryError
 from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
 from training_lens.models.factory import load_model, load_thinned
+from training_lens.models.fast.install import uninstall_kernels
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
-from training_lens.training.loop.memory_budget import explain_out_of_memory
+from training_lens.training.loop.memory_budget import affordable_tokens, explain_out_of_memory, measure_token_bytes
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan
 from training_lens.training.run import build_trainer
-from training_lens.utils.devices import peak_bytes, reset_peak
+from training_lens.utils.devices import available_bytes, counts_memory, peak_bytes, reset_peak
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
+Measured = TypeVar("Measured")
 SMALL_MODEL = 100_000_000  # parameters
 THIN_LAYERS = (1, 3)  # of the two thin models
 SAMPLED_STEPS = 8
@@ -87,6 +89,7 @@ def estimate_run(plan: RunPlan) -> RunEstimate | None:
                 trainer = _build_still_trainer(plan, model)
                 trainer.set_token_budget()
                 measured = _measure_steps(replace(plan, micro_batch_tokens=trainer.micro_batch_tokens), trainer)
+                uninstall_kernels(trainer.model)
             else:
                 measured = _extrapolate_from_thin_models(plan)
     except EstimateError as error:
@@ -110,8 +113,10 @@ def _extrapolate_from_thin_models(plan: RunPlan) -> StepCost:
     """Measure two thin models and extrapolate linearly in the number of layers."""
     if plan.config.model.quantization != "none":
         raise EstimateError("a large quantized model cannot be measured thin.")
-    thin = [_measure_thin_model(plan, layers) for layers in THIN_LAYERS]
     further = (plan.facts.layers - THIN_LAYERS[0]) / (THIN_LAYERS[1] - THIN_LAYERS[0])
+    if counts_memory(plan.processes.device) and plan.config.training.micro_batch_tokens == "auto":
+        plan = replace(plan, micro_batch_tokens=_plan_measured_budget(plan, further))
+    thin = [_measure_thin_model(plan, layers, _measure_steps) for layers in THIN_LAYERS]
 
     def extrapolate(name: str) -> float:
         first, second = (float(getattr(measured, name)) for measured in thin)
@@ -120,15 +125,34 @@ def _extrapolate_from_thin_models(plan: RunPlan) -> StepCost:
     return replace(thin[1], step=extrapolate("step"), validation=extrapolate("validation"), peak=extrapolate("peak"))
 
 
-def _measure_thin_model(plan: RunPlan, layers: int) -> StepCost:
-    """Measure a thin model, with a fresh adapter since a saved one has all layers.
+def _plan_measured_budget(plan: RunPlan, further: float) -> int:
+    """The token budget that the run will measure with the whole model, from the passes of two thin ones."""
+    device = plan.processes.device
+
+    def measure(_plan: RunPlan, trainer: Trainer) -> float:
+        found = measure_token_bytes(device, trainer.run_longest_batch)
+        if found is None:
+            raise EstimateError(f"a pass of {THIN_LAYERS[-1]} layers does not fit into memory.")
+        return found
+
+    first, second = (_measure_thin_model(plan, layers, measure) for layers in THIN_LAYERS)
+    token_bytes = first + further * max(0.0, second - first)
+    return affordable_tokens(available_bytes(device), replace(plan.needs, token=token_bytes), device)
+
+
+def _measure_thin_model(plan: RunPlan, layers: int, measure: Callable[[RunPlan, Trainer], Measured]) -> Measured:
+    """What `measure` gives for a thin model, with a fresh adapter since a saved one has all layers.
 
     Failures other than memory are `EstimateError`s: they say nothing about the run, whose model is not cut.
     """
     config = plan.config.replace_keys(peft={"from_adapter": None})
     try:
         model = load_thinned(config.model, layers, plan.processes.device, plan.precision)
-        return _measure_steps(plan, _build_still_trainer(replace(plan, config=config), model))
+        trainer = _build_still_trainer(replace(plan, config=config), model)
+        try:
+            return measure(plan, trainer)
+        finally:  # kernels and modules refer to each other, which would keep the weights alive
+            uninstall_kernels(trainer.model)
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
             raise

@@ -54,7 +54,7 @@ logger = get_logger(__name__)
 class RunPlan:
     """What will be trained: the resolved config, the tokenizer, the data and the steps.
 
-    `micro_batch_tokens`: as configured, or what free memory is expected to hold; `adaptation`: which modules of the
+    `micro_batch_tokens`: as configured, or what free memory should hold by `needs`; `adaptation`: which modules of the
     base are adapted and which are not.
     """
 
@@ -71,6 +71,7 @@ class RunPlan:
     schedule: Schedule
     processes: Processes
     micro_batch_tokens: int
+    needs: Footprint
 
     @property
     def loop_plan(self) -> LoopPlan:
@@ -164,7 +165,7 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     )
     return RunPlan(
         resolved, facts, parameters, adaptation, tokenizer, precision, train, validation, splits, duplicates, schedule,
-        processes, budget,
+        processes, budget, needs,
     )  # fmt: skip
 
 

@@ -69,6 +69,7 @@ class SampleWriter(JournalCallback):
         self._write_samples(trainer, step, base)
 
     def _write_samples(self, trainer: Any, step: int, base: bool) -> None:
+        ran_out = False
         try:
             with _answer_mode(trainer):
                 session = self._open_session(trainer)
@@ -78,8 +79,9 @@ class SampleWriter(JournalCallback):
         except Exception as error:
             logger.warning("step %d: no samples: %s Training continues.", step, describe_error(error))
             logger.debug("in the samples", exc_info=True)
-            if is_out_of_memory(error):
-                free_memory()
+            ran_out = is_out_of_memory(error)
+        if ran_out:
+            free_memory()
 
     def _open_session(self, trainer: Any) -> Session:
         plan = self._plan

@@ -120,10 +120,15 @@ def device_name(device: torch.device) -> str:
     return next(models, platform.processor() or platform.machine())
 
 
+def counts_memory(device: torch.device) -> bool:
+    """Whether torch counts the memory of this device apart, as it does for CUDA."""
+    return device.type not in ("cpu", "mps") and hasattr(torch.get_device_module(device), "max_memory_allocated")
+
+
 def reset_peak(device: torch.device) -> None:
-    """Reset the peak on CUDA; for the process's own peak see `reset_process_peak`."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    """Reset the peak of a device that counts its memory; for the process's own peak see `reset_process_peak`."""
+    if counts_memory(device):
+        torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def reset_process_peak() -> bool:
@@ -136,9 +141,9 @@ def reset_process_peak() -> bool:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The peak memory in bytes: allocated on the device for CUDA, resident in this process otherwise."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    """The peak memory in bytes: allocated on a device that counts it, resident in this process otherwise."""
+    if counts_memory(device):
+        return int(torch.get_device_module(device).max_memory_allocated(device))
     status = Path("/proc/self/status")
     if status.is_file():  # Linux: getrusage would include the process before exec
         return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
@@ -148,15 +153,27 @@ def peak_bytes(device: torch.device) -> int:
 
 def available_bytes(device: torch.device) -> int | None:
     """The bytes that can still be allocated, without swap; None if the system does not report it."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if counts_memory(device):
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.is_file() and device.type == "cpu" else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
 
 
+def allocated_bytes(device: torch.device) -> int:
+    """The bytes that tensors hold now on a device that counts its memory."""
+    return int(torch.get_device_module(device).memory_allocated(device))
+
+
 def free_memory() -> None:
-    """Return memory that nothing refers to any more, on the CPU and on CUDA, before more is allocated."""
+    """Return memory that nothing refers to any more, on the CPU and on GPUs, before more is allocated.
+
+    Call it behind an `except`, not in it: there the traceback still holds the tensors of the pass that failed.
+    """
     gc.collect()
     trim_heap()
     torch.cuda.empty_cache()  # does nothing where CUDA was never used
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()

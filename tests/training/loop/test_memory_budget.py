@@ -167,8 +167,13 @@ def adapter_after(config: TrainingConfig, folder: Path, before: Callable[[Traine
     return {name: p.detach().clone() for name, p in trainable_parameters(trainer.model)}
 
 
-def test_a_rehearsal_changes_no_bit_of_the_run(small_config: Config, tmp_path: Path) -> None:
-    config = small_config(peft={"lora_dropout": 0.2}, training={"max_steps": 2})
+@pytest.mark.parametrize("bits", ["none", "4bit"])
+def test_a_rehearsal_changes_no_bit_of_the_run(bits: str, small_config: Config, tmp_path: Path) -> None:
+    """Nor where the base keeps state from its first pass, as bitsandbytes' layers do."""
+    if bits != "none":
+        pytest.importorskip("bitsandbytes")
+    quantized = {"quantization": bits, "device": "cpu"}
+    config = small_config(model=quantized, peft={"lora_dropout": 0.2}, training={"max_steps": 2})
     tokens: list[int] = []
     alone = adapter_after(config, tmp_path / "alone", lambda trainer: None)
     rehearsed = adapter_after(
@@ -185,14 +190,21 @@ def test_a_measured_pass_gives_the_budget(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
     for name in ("reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_device: None)
-    assert measure_token_budget(CUDA, lambda: 1000, trainable=100_000) == 4096  # (0.8 x 22 MB - 1.6 MB) / 2 kB = 8,000
+    # (0.8 x 22 MB - 1.6 MB) / 2 kB = 8,000
+    assert measure_token_budget(CUDA, lambda _tokens: 1000, trainable=100_000) == 4096
+    asked = []
 
-    def too_much() -> int:
-        raise torch.OutOfMemoryError("Tried to allocate 2 GiB.")
+    def run_small_pass(tokens: int, most: int) -> int:
+        asked.append(tokens)
+        if tokens > most:
+            raise torch.OutOfMemoryError("Tried to allocate 2 GiB.")
+        return tokens
 
-    assert measure_token_budget(CUDA, too_much, trainable=0) == LEAST_TOKENS
+    assert measure_token_budget(CUDA, lambda tokens: run_small_pass(tokens, 600), trainable=0) == 4096
+    assert asked == [2048, 1024, 512]
+    assert measure_token_budget(CUDA, lambda tokens: run_small_pass(tokens, 0), trainable=0) == LEAST_TOKENS
     with pytest.raises(KeyError):
-        measure_token_budget(CUDA, lambda: {}["wrong"], trainable=0)
+        measure_token_budget(CUDA, lambda _tokens: {}["wrong"], trainable=0)
 
 
 def test_an_estimate_says_the_budget_for_the_memory_that_is_free(

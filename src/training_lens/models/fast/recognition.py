@@ -32,6 +32,7 @@ from training_lens.models.fast.layer_spec import (
 from training_lens.models.fast.native.attention_kernels import ScoreSpec
 from training_lens.models.fast.tolerance import is_close, relative_error
 from training_lens.models.model_classes import decoder_of
+from training_lens.models.quantization import has_8bit_layers
 from training_lens.utils.resource_errors import raise_out_of_memory
 
 RECORDER = "training_lens_recorder"  # the attention function under which transformers calls ours
@@ -242,7 +243,7 @@ def record_attentions(model: Any) -> dict[Any, AttentionCall | None]:
     """
     modules = list(filter(_is_attention, decoder_of(model).modules()))
     calls: dict[Any, AttentionCall | None] = dict.fromkeys(modules)
-    if any(hasattr(module, "init_8bit_state") for module in model.modules()):  # no kernel reads them
+    if has_8bit_layers(model):  # no kernel reads them
         return calls
     given: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
 

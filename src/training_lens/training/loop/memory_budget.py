@@ -12,15 +12,25 @@ import torch
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import OutOfMemoryError
 from training_lens.models.adapters import count_parameters
-from training_lens.utils.devices import DTYPES, Precision, available_bytes, free_memory, peak_bytes, reset_peak
+from training_lens.utils.devices import (
+    DTYPES,
+    Precision,
+    allocated_bytes,
+    available_bytes,
+    counts_memory,
+    free_memory,
+    peak_bytes,
+    reset_peak,
+)
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
 USUAL_TOKENS = 4096  # more bring no speed on a CPU
-MOST_TOKENS = {"cuda": 32768}  # of other devices: `USUAL_TOKENS`
+MOST_TOKENS = 32768  # of a GPU that counts its memory
 LEAST_TOKENS = 256
+REHEARSED_TOKENS = 2048  # of the pass whose memory is measured; fewer where they do not fit
 USABLE_SHARE = 0.8  # of the free memory
 # Numbers that autograd saves for each width of a linear layer; measured: 1.0 (Llama) to 3.3 (GPT-2 with dropout).
 SAVED_PER_WIDTH = 4
@@ -58,9 +68,11 @@ def estimate_footprint(skeleton: Any, config: TrainingConfig, precision: Precisi
     if config.training.gradient_checkpointing:
         numbers = numbers // layers + layers * text.hidden_size
     parameters, size = count_parameters(skeleton), DTYPES[precision].itemsize
-    frozen = parameters.total - parameters.trainable
-    fixed = frozen * QUANTIZED_BYTES.get(config.model.quantization, size) + parameters.trainable * BYTES_PER_TRAINED
-    return Footprint(fixed + BUFFER_BYTES, numbers * size)
+    head = getattr(skeleton.get_output_embeddings(), "weight", None)
+    quantizable = sum(p.numel() for p in matrices if p is not head)  # embeddings, head and norms keep their dtype
+    frozen = parameters.total - parameters.trainable - quantizable
+    fixed = frozen * size + quantizable * QUANTIZED_BYTES.get(config.model.quantization, size)
+    return Footprint(fixed + parameters.trainable * BYTES_PER_TRAINED + BUFFER_BYTES, numbers * size)
 
 
 def affordable_tokens(free: int | None, needs: Footprint, device: torch.device) -> int:
@@ -74,35 +86,48 @@ def affordable_tokens(free: int | None, needs: Footprint, device: torch.device) 
     if free is None:
         return USUAL_TOKENS
     tokens = int(max(0.0, USABLE_SHARE * free - needs.fixed) / needs.token)
-    return min(MOST_TOKENS.get(device.type, USUAL_TOKENS), max(LEAST_TOKENS, 1 << max(0, tokens.bit_length() - 1)))
+    most = MOST_TOKENS if counts_memory(device) else USUAL_TOKENS
+    return min(most, max(LEAST_TOKENS, 1 << max(0, tokens.bit_length() - 1)))
 
 
 def plan_token_budget(needs: Footprint, device: torch.device, processes: int) -> int:
     """The token budget before the model is loaded. Processes share a CPU's memory, and have a GPU each."""
     free = available_bytes(device)
-    return affordable_tokens(free if free is None or device.type == "cuda" else free // processes, needs, device)
+    return affordable_tokens(free if free is None or counts_memory(device) else free // processes, needs, device)
 
 
-def measure_token_budget(device: torch.device, step: Callable[[], int], trainable: int) -> int:
-    """The token budget from the peak memory of one pass on a CUDA device, with the model loaded.
+def measure_token_budget(device: torch.device, step: Callable[[int], int], trainable: int) -> int:
+    """The token budget from the peak memory of one pass on a device that counts it, with the model loaded.
 
     Args:
-        step: runs a forward and backward pass that leaves nothing behind; returns its tokens.
+        step: runs a forward and backward pass of at most so many tokens that leaves nothing behind; returns its tokens.
         trainable: numbers of the adapter; their moments are allocated later.
     """
-    free_memory()
-    reset_peak(device)
-    before = torch.cuda.memory_allocated(device)
-    try:
-        tokens = step()
-    except Exception as error:  # memory runs out by several kinds of error
-        if not is_out_of_memory(error):
-            raise
-        logger.warning("memory ran out while it was measured; micro-batches start with %d tokens", LEAST_TOKENS)
+    bytes_per_token = measure_token_bytes(device, step)
+    if bytes_per_token is None:
         return LEAST_TOKENS
-    taken = peak_bytes(device) - before
-    free_memory()
-    return affordable_tokens(available_bytes(device), Footprint(BYTES_PER_TRAINED * trainable, taken / tokens), device)
+    return affordable_tokens(available_bytes(device), Footprint(BYTES_PER_TRAINED * trainable, bytes_per_token), device)
+
+
+def measure_token_bytes(device: torch.device, step: Callable[[int], int]) -> float | None:
+    """Bytes that a pass takes for each of its tokens; None where not even `LEAST_TOKENS` fit. See above for `step`."""
+    tokens = REHEARSED_TOKENS
+    while tokens >= LEAST_TOKENS:
+        free_memory()
+        reset_peak(device)
+        before = allocated_bytes(device)
+        try:
+            done = step(tokens)
+        except Exception as error:  # memory runs out by several kinds of error
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("memory ran out in a pass of %d tokens, by which it was to be measured", tokens)
+            tokens //= 2
+            continue
+        taken = peak_bytes(device) - before
+        free_memory()
+        return taken / done
+    return None
 
 
 @contextmanager

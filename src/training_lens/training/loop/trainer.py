@@ -22,15 +22,15 @@ from training_lens.errors import EvaluationError, InterruptedRunError
 from training_lens.evaluation.evaluator import EvaluationOptions, LossReport, evaluate_loss
 from training_lens.models.adapters import base_only, trainable_parameters
 from training_lens.models.fast.engine import Engine
-from training_lens.models.quantization import is_quantized
+from training_lens.models.quantization import has_8bit_layers
 from training_lens.training.loop.callbacks import Callback, StepReport, build_not_finite_error
 from training_lens.training.loop.checkpoint_manager import CheckpointManager, TrainingState
 from training_lens.training.loop.dataloader import DataLoader
 from training_lens.training.loop.lr_schedule import lr_at
-from training_lens.training.loop.memory_budget import measure_token_budget
+from training_lens.training.loop.memory_budget import REHEARSED_TOKENS, measure_token_budget
 from training_lens.training.loop.optimizer import build_optimizer, clip_gradients, grad_norm, sum_gradients
 from training_lens.training.loop.signals import SignalListener
-from training_lens.utils.devices import Precision, autocast, free_memory
+from training_lens.utils.devices import Precision, autocast, counts_memory, free_memory
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.heap import keep_freed_memory, trim_heap
 from training_lens.utils.logging import get_logger
@@ -39,7 +39,6 @@ from training_lens.utils.resource_errors import is_out_of_memory
 from training_lens.utils.seeding import preserve_rng_state
 
 logger = get_logger(__name__)
-REHEARSAL_TOKENS = 2048  # tokens of the pass whose memory is measured
 
 
 @dataclass(frozen=True)
@@ -128,21 +127,25 @@ class Trainer:
     def set_token_budget(self) -> None:
         """Set the most tokens of a micro-batch, unless a checkpoint has restored it.
 
-        Cost: on CUDA, with `micro_batch_tokens: auto`, one forward and backward pass of the longest examples. Not
-        with a quantized base, which keeps state from its first pass: there the plan's number holds.
+        Cost: on a GPU that counts its memory, with `micro_batch_tokens: auto`, one forward and backward pass of the
+        longest examples. Not with layers of 8 bits, which a first pass with gradients breaks: the plan's number holds.
         """
         tokens, device = self.micro_batch_tokens, self.processes.device
         is_open = self.state.micro_batch_tokens is None and self.settings.micro_batch_tokens == "auto"
-        if is_open and device.type == "cuda" and not is_quantized(self.model):
+        if is_open and counts_memory(device) and not has_8bit_layers(self.model):
             tokens = self.processes.reduce_min(
                 measure_token_budget(device, self.run_longest_batch, sum(p.numel() for p in self.parameters))
             )
         self.state = replace(self.state, micro_batch_tokens=tokens)
         logger.info("micro-batches of at most %d tokens", tokens)
 
-    def run_longest_batch(self) -> int:
-        """Run a forward and backward pass of the longest examples and discard the gradients; returns its tokens."""
-        batch = self.dataloader.longest_batch(REHEARSAL_TOKENS)
+    def run_longest_batch(self, tokens: int = REHEARSED_TOKENS) -> int:
+        """Run a forward and backward pass of the longest examples and discard the gradients; returns its tokens.
+
+        Args:
+            tokens: at most so many, unless one example has more.
+        """
+        batch = self.dataloader.longest_batch(tokens)
         self.model.train()
         try:
             with preserve_rng_state():
