@@ -2,16 +2,18 @@
 
 torch's PrivateUse1 slot gets a Python backend called "sim". Its tensors are wrappers around CPU tensors, so every
 result is that of the CPU. What differs is what differs on a GPU: a tensor there and one on the CPU may not meet in an
-operation (scalars of no dimension may, as on CUDA), and each value that travels to Python or to the CPU waits for the
-device. Not covered: what only a GPU has (pinned memory, streams, its own kernels and their rounding).
+operation (scalars of no dimension may, as on CUDA), each value that travels to Python or to the CPU waits for the
+device, and its memory is counted and may run out. Not covered: what only a GPU has (pinned memory, streams, its own
+kernels and their rounding).
 """
 
 from __future__ import annotations
 
-import traceback
+import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,8 +29,51 @@ FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "lin
 _library = torch.library.Library("aten", "IMPL")
 
 
+@dataclass
+class Memory:
+    """Bytes that the simulated device holds and held at most, and how many it has; storages count once."""
+
+    capacity: int = 2**40
+    allocated: int = 0
+    peak: int = 0
+    holders: Counter[int] = field(default_factory=Counter)  # address of a storage -> tensors that hold it
+
+    def hold(self, inner: torch.Tensor) -> tuple[int, int]:
+        """Count a tensor's storage, if it is new; its address and bytes. Raises where it does not fit."""
+        storage = inner.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if not self.holders[address]:
+            if self.allocated + size > self.capacity:
+                raise torch.OutOfMemoryError(f"sim out of memory. Tried to allocate {size} bytes.")
+            self.allocated += size
+            self.peak = max(self.peak, self.allocated)
+        self.holders[address] += 1
+        return address, size
+
+    def release(self, address: int, size: int) -> None:
+        self.holders[address] -= 1
+        if not self.holders[address]:
+            del self.holders[address]
+            self.allocated -= size
+
+
+memory = Memory()
+
+
 class _Backend(_DummyBackendModule):
     """`torch.sim`, as `torch.cuda` is for CUDA."""
+
+    def memory_allocated(self, device: Any = None) -> int:
+        return memory.allocated
+
+    def max_memory_allocated(self, device: Any = None) -> int:
+        return memory.peak
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        memory.peak = memory.allocated
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        return memory.capacity - memory.allocated, memory.capacity
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
@@ -40,7 +85,7 @@ def register() -> torch.device:
     Call it before the product is imported: `no_grad` stands for `inference_mode`, which a Python tensor cannot have.
     """
     if torch._C._get_privateuse1_backend_name() != NAME:
-        torch.inference_mode = torch.no_grad  # type: ignore[assignment, misc]
+        torch.inference_mode = _run_without_gradients  # type: ignore[assignment, misc]
         _setup_privateuseone_for_python_backend(rename=NAME, backend_module=_Backend())
         _library.impl("empty.memory_format", _empty, "PrivateUse1")
         _library.impl("empty_strided", _empty_strided, "PrivateUse1")
@@ -48,6 +93,10 @@ def register() -> torch.device:
         for name in FACTORIES:
             _library.impl(name, partial(_make, name), "PrivateUse1")
     return torch.device(NAME, 0)
+
+
+def _run_without_gradients(mode: bool = True) -> Any:
+    return torch.no_grad() if mode else nullcontext()
 
 
 def _empty(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, **_: Any) -> torch.Tensor:
@@ -83,6 +132,7 @@ class SimulatedTensor(torch.Tensor):
     """A tensor that says it is on the simulated device and keeps its values on the CPU."""
 
     inner: torch.Tensor
+    release: Any  # takes its bytes from the device's
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, requires_grad: bool = False) -> SimulatedTensor:
@@ -96,8 +146,12 @@ class SimulatedTensor(torch.Tensor):
             device=register(),
             requires_grad=requires_grad,
         )
-        wrapper.inner = inner
+        wrapper.hold(inner)
         return wrapper
+
+    def hold(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+        self.release = weakref.finalize(self, memory.release, *memory.hold(inner))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"SimulatedTensor({self.inner!r})"
@@ -109,7 +163,8 @@ class SimulatedTensor(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         torch.Tensor.data.__set__(self, value)
-        self.inner = unwrap(value)
+        self.release()
+        self.hold(unwrap(value))
 
     def untyped_storage(self) -> Any:
         return self.inner.untyped_storage()  # which safetensors and PEFT compare to find shared memory
@@ -192,9 +247,15 @@ def record(func: Any, args: Any, target: torch.device) -> None:
     for recording in _recordings:
         recording.operations += 1
         if waits:
-            frame = next((f for f in reversed(traceback.extract_stack()) if "/training_lens/" in f.filename), None)
-            place = f"{frame.filename.rsplit('/training_lens/', 1)[1]}:{frame.lineno}" if frame else "elsewhere"
-            recording.synchronizations[f"{func} at {place}"] += 1
+            recording.synchronizations[f"{func} at {find_caller()}"] += 1
+
+
+def find_caller() -> str:
+    """The innermost line of the product that is running."""
+    frame = sys._getframe()
+    while frame is not None and "/training_lens/" not in frame.f_code.co_filename:
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"{frame.f_code.co_filename.rsplit('/training_lens/', 1)[1]}:{frame.f_lineno}" if frame else "elsewhere"
 
 
 @contextmanager
