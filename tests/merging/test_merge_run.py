@@ -17,8 +17,10 @@ from tiny_models import save_tiny_model
 
 from training_lens import embedded
 from training_lens.config.compose import validate_values
+from training_lens.config.schema import ModelSection
 from training_lens.errors import AdapterError, ConfigurationError, MergeError, OutputError
 from training_lens.inference.session import open_run
+from training_lens.merging import merge_run
 from training_lens.merging.merge_plan import MergeOptions
 from training_lens.merging.merge_run import merge_adapter
 from training_lens.models.adapters import attach, save_adapter
@@ -279,3 +281,29 @@ def test_a_quantized_run_merges_whole_alone(run: RunFolder, few: dict[str, Any])
     merged = merge_adapter(config(run.root, **few), MergeOptions(dtype="fp32"))
     assert merged.report["quantization"] == "4bit" and merged.verification.max_logit_difference < 1e-4
     assert "quantization_config" not in read_json(run.merged_model / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_gpu", "on_cpu", "chosen", "said"),
+    [
+        ("auto", 10**9, 10**9, "cuda", "takes about 11.1 MB of memory on cuda"),
+        ("auto", 10**6, 10**9, "cpu", "merging on the CPU: cuda has 1.0 MB of memory free"),
+        ("auto", 10**6, 10**6, "cpu", "takes about 11.1 MB of memory on cpu, and 1.0 MB are free"),
+        ("cuda", 10**6, 10**9, "cuda", "takes about 11.1 MB of memory on cuda, and 1.0 MB are free"),
+    ],
+)
+def test_a_merge_computes_where_the_base_fits_in_float32_and_says_what_it_takes(
+    asked: str,
+    on_gpu: int,
+    on_cpu: int,
+    chosen: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The run trained on a GPU, of which only the free memory is known here."""
+    monkeypatch.setattr(merge_run, "get_device", torch.device)
+    monkeypatch.setattr(merge_run, "available_bytes", lambda device: on_gpu if device.type == "cuda" else on_cpu)
+    with caplog.at_level("INFO", "training_lens"):
+        assert merge_run.choose_device(ModelSection(device="cuda"), asked) == chosen
+    assert said in caplog.text

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from training_lens import embedded
+from training_lens.config.run_config import open_run_config
 from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import AdapterError, MergeError
 from training_lens.inference.session import Session, open_run, open_session
@@ -30,16 +32,21 @@ from training_lens.merging.verification import (
     verify_folder,
 )
 from training_lens.models.adapter_files import read_config, require_adapter, require_plain
+from training_lens.models.adapters import count_parameters
 from training_lens.models.base_files import has_newer_form
 from training_lens.models.base_record import check_base, require_local_folder, stored_precision
-from training_lens.models.factory import read_facts, resolve_seq_len
+from training_lens.models.factory import build_skeleton, read_facts, resolve_seq_len
 from training_lens.models.location import locate_model
 from training_lens.models.model_classes import public_class
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.devices import Precision, free_memory
+from training_lens.utils.devices import Precision, available_bytes, free_memory, get_device
 from training_lens.utils.files import atomic_folder, write_json
+from training_lens.utils.formatting import format_size
+from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
 
+logger = get_logger(__name__)
+MEMORY_FACTOR = 1.25  # times the base's float32 weights: they, one shard that is written, and passes over few rows
 # Keys of an adapter's configuration that say where its layers are, not what they compute.
 OF_PLACES = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
@@ -120,8 +127,9 @@ def _open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: b
         AdapterError: the base is another one, or the adapter is of a kind that has no plain weights.
     """
     if run:
-        device = config.model.device
-        session = open_run(run, None if device == "auto" else device, "fp32", config.explicit_values())
+        trained = open_run_config(run, config.explicit_values(), "model.trust_remote_code").model
+        device = choose_device(trained, config.model.device)
+        session = open_run(run, device, "fp32", config.explicit_values())
         return session, check_base(run.base_record, session.config.model)
     folder = expand_home(config.inference.adapter)
     settings = read_config(require_adapter(folder))
@@ -130,8 +138,29 @@ def _open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: b
     if not known and not same_base:
         _check_base_name(folder, settings.get("base_model_name_or_path"), config.model)
     seq_len = resolve_seq_len(config.model, read_facts(config.model))
-    exact = config.replace_keys(model={"dtype": "fp32", "seq_len": seq_len}, training={"precision": "fp32"})
+    device = choose_device(config.model, config.model.device)
+    exact = config.replace_keys(
+        model={"dtype": "fp32", "seq_len": seq_len, "device": device}, training={"precision": "fp32"}
+    )
     return open_session(exact), known
+
+
+def choose_device(model: ModelSection, asked: str) -> str:
+    """Where the merge computes: on the device that is asked for; for `auto` on the run's where the base fits there.
+
+    Else on the CPU, whose memory is larger as a rule. Says how much memory the merge takes.
+    """
+    device = get_device(model.device if asked == "auto" else asked)
+    needed = MEMORY_FACTOR * torch.float32.itemsize * count_parameters(build_skeleton(model)).total
+    free = available_bytes(device)
+    is_short = free is not None and free < needed
+    if is_short and asked == "auto" and device.type != "cpu":
+        logger.info("merging on the CPU: %s has %s of memory free", device, format_size(free or 0))
+        device, free = torch.device("cpu"), available_bytes(torch.device("cpu"))
+        is_short = free is not None and free < needed
+    level, rest = (WARNING, f", and {format_size(free or 0)} are free") if is_short else (INFO, "")
+    logger.log(level, "merging takes about %s of memory on %s%s", format_size(needed), device, rest)
+    return str(device)
 
 
 def _check_base_name(folder: Path, named: str | None, model: ModelSection) -> None:
