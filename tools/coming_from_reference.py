@@ -51,7 +51,7 @@ def reference() -> str:
 
 
 def _row(flat: ForeignKey) -> str:
-    names = ", ".join(f"`{name}`" for name in flat.names)
+    names = ", ".join(f"`{name}`" for name in flat.names.split())
     return f"| {names} | `{flat.key}` | {flat.values or 'as they are'} |\n"
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.config.config_files import FileContent, read_config_file
-from training_lens.config.ignored_keys import describe_ignored
 from training_lens.config.overrides import Override, read_values, split_words
 from training_lens.config.preset_files import load_presets, packaged_presets
 from training_lens.config.schema import TrainingConfig
@@ -98,7 +97,7 @@ def _report_layers(
         if content.translated:
             logger.info("%s: %s", name, ", ".join(content.translated))
         if content.ignored:
-            logger.info("%s: %s", name, describe_ignored(content.ignored))
+            logger.info("%s: set aside, as nothing here depends on them: %s", name, ", ".join(content.ignored))
         for note in content.notes:
             logger.warning("%s: %s", name, note)
     for choice in choices if files else ():
@@ -111,9 +110,8 @@ def _report_overridden_preset(files: Sequence[FileContent], choice: tuple[str, s
     """Log the keys that a preset on the command line sets to one value, and a config file to another."""
     base, chosen = (flatten_sections(load_presets(choices)[0]) for choices in ((), (choice,)))
     for content in files:
-        keys = [
-            k for k, v in flatten_sections(content.values).items() if v != chosen.get(k, v) and chosen[k] != base.get(k)
-        ]
+        given = flatten_sections(content.values).items()
+        keys = [key for key, value in given if value != chosen.get(key, value) and chosen[key] != base.get(key)]
         if keys:
             logger.info("--config %s sets %s over %s", content.file, ", ".join(keys), "=".join(choice))
 
@@ -127,11 +125,7 @@ def _report_merged(earlier: Sequence[FileContent], later: FileContent) -> None:
 
 
 def validate_values(values: dict[str, Any], problems: Sequence[str] = ()) -> TrainingConfig:
-    """`values` as a config.
-
-    Raises:
-        ConfigurationError: lists `problems`, then every problem of the values.
-    """
+    """`values` as a config; the error lists `problems`, then every problem of the values."""
     try:
         config = TrainingConfig.model_validate(values)
         if config.sweep.space:

@@ -13,13 +13,13 @@ from pydantic import BaseModel
 
 from training_lens.config.foreign_keys import translate_names
 from training_lens.config.ignored_keys import ORIGINS, remove_foreign_keys
-from training_lens.config.keys import describe_unknown, known_keys
+from training_lens.config.keys import describe_unknown, known_keys, section_model
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
 from training_lens.utils.files import DuplicateKeyError, parse_json
 from training_lens.utils.limits import CONFIG_BYTES, CONFIG_NESTING, CONFIG_NODES, NESTING, TooMuchError, read_bytes
 from training_lens.utils.names import expand_home
-from training_lens.utils.nested import flatten_sections, nest_keys
+from training_lens.utils.nested import flatten_sections
 
 
 @dataclass(frozen=True)
@@ -41,31 +41,23 @@ class FileContent:
 def read_config_file(
     file: str, title: str, origin: str | None = None, decided: Mapping[str, Any] | None = None
 ) -> FileContent:
-    """The file's settings, with the flat names of other trainers translated.
+    """The file's settings, with the flat names of other trainers translated; messages call it by its `title`.
 
     Args:
-        title: the name of the file in messages: `--config my.yaml`.
         origin: the trainer that the file was written for, see `ignored_keys.ORIGINS`.
         decided: settings from elsewhere, by our dotted key; they replace names without a counterpart.
 
     Raises:
         ConfigurationError: the file cannot be read, or is no mapping of keys.
     """
-    nested, problems = nest_keys(parse_config_file(file, title), f"{title}: ")
-    translation = translate_names(nested, ORIGINS[origin].other if origin else ())
-    values, twice = nest_keys({**translation.rest, **translation.settings}, f"{title}: ")
-    asides = remove_foreign_keys(
-        values, origin, TrainingConfig.model_fields, {**flatten_sections(values), **(decided or {})}
-    )
+    other = ORIGINS[origin].other if origin else ()
+    values, translated, problems = translate_names(parse_config_file(file, title), other, f"{title}: ")
+    decided = {**flatten_sections(values), **(decided or {})}
+    asides = remove_foreign_keys(values, origin, TrainingConfig.model_fields, decided)
     own, foreign = _split_sections(asides.rest)
-    return FileContent(
-        file,
-        without_empty_sections(own, TrainingConfig),
-        translation.lines,
-        asides.ignored,
-        asides.notes,
-        [*problems, *translation.problems, *twice, *asides.problems, *foreign],
-    )
+    own = without_empty_sections(own, TrainingConfig)
+    problems = [*problems, *asides.problems, *foreign]
+    return FileContent(file, own, translated, asides.ignored, asides.notes, problems)
 
 
 def _split_sections(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -109,11 +101,10 @@ def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> di
     """`values` without empty sections: in YAML, `peft:` with all its keys commented out is null."""
     kept: dict[str, Any] = {}
     for key, value in values.items():
-        inner: Any = model.model_fields[key].annotation if key in model.model_fields else None
-        is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
-        if is_section and isinstance(value, dict):
+        inner = section_model(model.model_fields[key]) if key in model.model_fields else None
+        if inner and isinstance(value, dict):
             kept[key] = without_empty_sections(value, inner)
-        elif not (is_section and value is None):
+        elif not (inner and value is None):
             kept[key] = value
     return kept
 
@@ -147,12 +138,7 @@ ConfigLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, with its references resolved.
-
-    Raises:
-        yaml.YAMLError: it is not YAML, or a reference leads nowhere.
-        ValueError: it is too deep or too large.
-    """
+    """The value of a YAML text, with its references resolved; one that leads nowhere is a YAMLError, too."""
     check_yaml(text)
     values = yaml.load(text, ConfigLoader)  # noqa: S506 (a safe loader)
     if "${" not in text or not isinstance(values, dict):
@@ -168,12 +154,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Check that a YAML text has bounded depth and size once aliases (`*a`) are followed.
-
-    Raises:
-        TooMuchError: it is too deep or too large.
-        yaml.YAMLError: it is not YAML.
-    """
+    """Check that a YAML text has bounded depth and size once aliases (`*a`) are followed; else a TooMuchError."""
     named: dict[str, tuple[int, int]] = {}  # by anchor: number of values, and depth
     open_nodes: list[tuple[str | None, int]] = []  # anchor, and number of values before the node
     depths = [0]  # of the open nodes so far
@@ -201,11 +182,7 @@ def check_yaml(text: str) -> None:
 
 
 def check_references(values: Any) -> None:
-    """Check that texts stay of bounded length once their references (`${section.key}`) are followed.
-
-    Raises:
-        TooMuchError: they do not.
-    """
+    """Check that texts stay of bounded length once their references (`${section.key}`) are followed."""
     leaves = dict(_list_texts(values, ""))
     lengths: dict[str, int] = {}
 

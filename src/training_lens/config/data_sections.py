@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -13,14 +14,6 @@ from training_lens.config.section import Paths, Place, Rows, Section
 from training_lens.utils.formatting import did_you_mean
 
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
-
-
-def _is_day(text: str) -> bool:
-    """Whether `text` is a date of the calendar, written as YYYY-MM-DD."""
-    try:
-        return date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
 
 
 class FieldsSection(Section):
@@ -196,9 +189,10 @@ class DataSection(Section):
     @classmethod
     def _is_day(cls, value: Any) -> Any:
         text = value.isoformat() if type(value) is date else value  # YAML reads a bare date as one
-        if text is not None and not (isinstance(text, str) and _is_day(text)):
-            raise ValueError(f"{text!r} is no date; give one as YYYY-MM-DD, such as 2026-03-31")
-        return text
+        with suppress(TypeError, ValueError):
+            if text is None or date.fromisoformat(text).isoformat() == text:
+                return text
+        raise ValueError(f"{text!r} is no date; give one as YYYY-MM-DD, such as 2026-03-31")
 
     @model_validator(mode="after")
     def _check_sources(self) -> DataSection:

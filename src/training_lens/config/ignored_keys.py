@@ -7,7 +7,7 @@ Checked against transformers 5.23, trl 1.16 and the argument classes of LLaMA-Fa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,9 +216,7 @@ def remove_foreign_keys(
 ) -> ForeignKeys:
     """Remove the top-level keys of another trainer that change no result here; none without an origin.
 
-    Args:
-        sections: our own top-level names.
-        decided: the settings under our dotted keys.
+    `sections` are our own top-level names, `decided` the settings under our dotted keys.
     """
     found = ForeignKeys(dict(values))
     trainer = ORIGINS[origin] if origin else None
@@ -242,7 +240,7 @@ def _describe_refusal(name: str, value: Any, trainer: Origin, decided: Mapping[s
     if name == "special_tokens" and isinstance(value, Mapping) and set(value) == {"pad_token"}:
         return None  # padding changes nothing
     if name in trainer.fixed and value not in trainer.fixed[name]:
-        expected = " or ".join(repr(one) for one in trainer.fixed[name])
+        expected = " or ".join(map(repr, trainer.fixed[name]))
         return (
             f"{name}: given {value!r}. It would change the result, and nothing here honours it; expected {expected}. "
             "Take it out to train without it"
@@ -250,13 +248,3 @@ def _describe_refusal(name: str, value: Any, trainer: Origin, decided: Mapping[s
     if name in trainer.answered and value is not None and trainer.answered[name] not in decided:
         return f"{name}: given {value!r}, which {trainer.title} alone knows; set {trainer.answered[name]}"
     return None
-
-
-def find_origins(name: str) -> list[str]:
-    """The trainers that have this key, without a counterpart here."""
-    return [origin for origin, trainer in ORIGINS.items() if trainer.has_key(name)]
-
-
-def describe_ignored(names: Sequence[str]) -> str:
-    """A line on the ignored keys."""
-    return f"set aside, as nothing here depends on them: {', '.join(names)}"

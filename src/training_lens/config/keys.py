@@ -7,21 +7,25 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from training_lens.config.foreign_keys import BY_NAME, UNSET, ForeignKey, find_counterpart
-from training_lens.config.ignored_keys import find_origins
+from training_lens.config.ignored_keys import ORIGINS
 from training_lens.utils.formatting import nearest_name
+
+
+def section_model(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section; None for a setting."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Every key of a schema, dotted: ['model.id', 'model.revision', ...] of `TrainingConfig`."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys += known_keys(inner, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
+        inner = section_model(field)
+        keys += known_keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return keys
 
 
@@ -68,13 +72,9 @@ def _find_shared_words(name: str, known: Iterable[str]) -> str | None:
 
 
 def describe_unknown(key: str, known: Sequence[str], value: Any = None) -> str:
-    """Why a key is refused, and what it is called here: with its value, where that is another one here.
-
-    Args:
-        known: the keys that there are, dotted.
-        value: what was given for it.
-    """
-    counterpart, origins = find_counterpart(key), find_origins(key)
+    """Why a key is refused, and what it is called here: with its value, where that is another one here."""
+    counterpart = find_counterpart(key)
+    origins = [origin for origin, trainer in ORIGINS.items() if trainer.has_key(key)]
     if origins and not (counterpart and counterpart.key in known):
         return (
             f"{key}: unknown key, of another trainer; --from {' or '.join(origins)} sets aside what changes no result"
@@ -83,12 +83,9 @@ def describe_unknown(key: str, known: Sequence[str], value: Any = None) -> str:
     if close is None:
         return f"{key}: unknown key; no key is near it (training-lens validate shows all)"
     converted = _convert_value(counterpart, value) if counterpart and counterpart.key == close else value
-    shown = (
-        close
-        if converted in (value, UNSET)
-        else f"{close}={converted if isinstance(converted, str) else json.dumps(converted)}"
-    )
-    return f"{key}: unknown key; did you mean '{shown}'?"
+    if converted not in (value, UNSET):
+        close += f"={converted if isinstance(converted, str) else json.dumps(converted)}"
+    return f"{key}: unknown key; did you mean '{close}'?"
 
 
 def _convert_value(counterpart: ForeignKey, value: Any) -> Any:

@@ -20,13 +20,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from training_lens.config.keys import known_keys, nearest_key
+from training_lens.config.keys import known_keys, nearest_key, section_model
 from training_lens.config.schema import TrainingConfig
 from training_lens.config.section import PATH_MARKER
 from training_lens.errors import ConfigurationError
 from training_lens.utils.names import expand_home
 
-NO_OVERRIDE = "is no override; write key=value"
+NO_SWEEP = "sweeps and deletions have no place here; give one value, lists as"
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
 CONFIG_ENDINGS = (".yaml", ".yml")
 PLAIN_VALUE = re.compile(r"true|false|-?(0|[1-9]\d{0,17})(\.\d+)?([eE][-+]?\d+)?")
@@ -63,11 +63,11 @@ def split_words(words: Sequence[str]) -> tuple[list[Override], list[str]]:
             continue
         key, equals, raw = word.partition("=")
         if word.startswith("~") and equals == "":
-            problems.append(f"'{word}': sweeps and deletions have no place here; give one value, lists as [a,b]")
+            problems.append(f"'{word}': {NO_SWEEP} [a,b]")
         elif not equals or not is_key(key):
             skipped = takes_value(word, following)
             problems.append(describe_no_override(word, following if skipped else ""))
-        elif not _is_text(word):
+        elif any("\ud800" <= character <= "\udfff" for character in word):
             problems.append(f"{key}: the value is not UTF-8 text ({raw!r}); rename the file, or give another value")
         else:
             overrides.append(Override(key.lstrip("+"), raw, word))
@@ -80,14 +80,6 @@ def is_key(text: str) -> bool:
     return (first.isalpha() or first == "_") and not any(c.isspace() or c in "/\\'\"(),?!" for c in text.split(".")[0])
 
 
-def _is_text(word: str) -> bool:
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def takes_value(word: str, following: str) -> bool:
     """Whether the next word is the value of this one: `training.lr 1e-3`."""
     if word == "=" or not following or "=" in following or following.startswith("-"):
@@ -97,11 +89,7 @@ def takes_value(word: str, following: str) -> bool:
 
 
 def describe_no_override(word: str, value: str = "") -> str:
-    """Why a word is no override, and what was most likely meant.
-
-    Args:
-        value: the next word, where it is this one's value.
-    """
+    """Why a word is no override, and what was most likely meant; `value` is the next word, where it is this one's."""
     typed = f"{word} {value}".strip()
     name, _, given = word.lstrip("-").partition("=")
     name = name.strip(":")
@@ -117,7 +105,7 @@ def describe_no_override(word: str, value: str = "") -> str:
     elif key and is_key(name):
         given = given or value or ("..." if "=" not in word else "")
         hint = f". Did you mean {key}={given}?"
-    return f"'{typed}' {NO_OVERRIDE}{hint}"
+    return f"'{typed}' is no override; write key=value{hint}"
 
 
 def _is_path(path: Path) -> bool:
@@ -129,11 +117,7 @@ def _is_path(path: Path) -> bool:
 
 
 def read_value(override: Override) -> Any:
-    """The value of the text behind the '='.
-
-    Raises:
-        ConfigurationError: a sweep, or several values where one is expected.
-    """
+    """The value of the text behind the '='; a sweep, or several values where one is expected, are an error."""
     kind, raw = key_type(override.key), override.raw
     if kind.is_path and _is_path(expand_home(raw)):
         return raw
@@ -154,10 +138,7 @@ def _read_texts(override: Override, kind: KeyType) -> Any:
     pieces = split_list(f"[{override.raw}]") or []
     are_files = all(_is_path(expand_home(piece)) for piece in pieces)
     if len(pieces) > 1 and (are_files or not kind.is_path) and not _is_quoted(override.raw):
-        raise ConfigurationError(
-            f"'{override.word}': sweeps and deletions have no place here; give one value, lists as "
-            f"{override.key}=[{','.join(pieces)}]"
-        )
+        raise ConfigurationError(f"'{override.word}': {NO_SWEEP} {override.key}=[{','.join(pieces)}]")
     return _strip_quotes(override.raw)
 
 
@@ -179,9 +160,7 @@ def _read_other(override: Override) -> Any:
         elements = split_list(override.raw)
         return override.raw if elements is None else [_parse_hydra(element) for element in elements]
     if parsed.is_sweep_override():
-        raise ConfigurationError(
-            f"'{override.word}': sweeps and deletions have no place here; give one value, lists as [a,b]"
-        )
+        raise ConfigurationError(f"'{override.word}': {NO_SWEEP} [a,b]")
     value = parsed.value()
     return value.text if isinstance(value, QuotedString) else _unwrap_quoted(value)
 
@@ -284,9 +263,8 @@ def _find_field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None
     field = model.model_fields.get(path[0])
     if field is None or len(path) == 1:
         return field
-    inner = field.annotation
-    is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
-    return _find_field(inner, path[1:]) if is_section else None  # type: ignore[arg-type]
+    inner = section_model(field)
+    return _find_field(inner, path[1:]) if inner else None
 
 
 def _union_members(annotation: Any) -> Iterator[Any]:
@@ -315,11 +293,7 @@ def _has_marker(annotation: Any) -> bool:
 
 
 def read_values(overrides: Sequence[Override], report: Callable[[str], None]) -> tuple[dict[str, Any], list[str]]:
-    """The values of overrides by dotted key, where the last one wins; and a line for each that cannot be read.
-
-    Args:
-        report: called with a line for each key that is given twice with different values.
-    """
+    """The values of overrides by dotted key, where the last one wins (`report` says so); a line for each unreadable."""
     values: dict[str, Any] = {}
     problems: list[str] = []
     for override in overrides:

@@ -37,10 +37,9 @@ def user_presets(group: str) -> dict[str, Path]:
 
 
 def load_presets(choices: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], list[FileContent]]:
-    """The packaged config.yaml with the chosen presets over it; and the user's own preset files.
+    """The packaged config.yaml with the chosen presets (group, name) over it; and the user's own preset files.
 
-    Args:
-        choices: pairs of a group and a name; the user's own preset takes precedence over a packaged one.
+    The user's own preset takes precedence over a packaged one.
 
     Raises:
         ConfigurationError: no such preset; lists those there are, and the nearest.

@@ -24,9 +24,8 @@ def find_problems(model: type[BaseModel], values: Any, error: ValidationError) -
     problems = list_problems(error, known_keys(model))
     if isinstance(values, Mapping):
         try:
-            model.__pydantic_validator__.validate_python(
-                _drop_locations(values, [item["loc"] for item in error.errors()])
-            )
+            sound = _drop_locations(values, [item["loc"] for item in error.errors()])
+            model.__pydantic_validator__.validate_python(sound)
         except ValidationError as further:
             problems += [line for line in list_problems(further, known_keys(model)) if line not in problems]
     return problems
@@ -35,9 +34,7 @@ def find_problems(model: type[BaseModel], values: Any, error: ValidationError) -
 def list_problems(error: ValidationError, known: Sequence[str], prefix: str = "") -> list[str]:
     """A line for each problem that pydantic found: `key: what was given; what is allowed`.
 
-    Args:
-        known: the keys of the whole schema, dotted.
-        prefix: what stands before the keys that the error names: 'training.' for a section of that name.
+    `known` are the keys of the whole schema. `prefix` stands before those that the error names, as in 'training.'.
     """
     lines: dict[str, None] = {}  # in order, each once: a union reports the same value for every member
     for item in error.errors(include_url=False):

@@ -27,12 +27,8 @@ CodeKey = Literal["model.trust_remote_code", "tracking.custom", "evaluation.metr
 Settings = Mapping[str, Any]
 MODEL_CODE: CodeKey = "model.trust_remote_code"
 CODE_KEYS: tuple[CodeKey, ...] = (MODEL_CODE, "tracking.custom", "evaluation.metrics", "evaluation.task_path")
-RESUME_KEYS = (
-    MODEL_CODE,
-    "tracking.custom",
-    *DESTINATIONS,
-)  # settings that a run's own config must not decide by itself
 SYNC_KEYS = ("tracking.custom", *DESTINATIONS)
+RESUME_KEYS = (MODEL_CODE, *SYNC_KEYS)  # settings that a run's own config must not decide by itself
 BASE = "output.base_output_dir"
 FILE_KEYS = (*CODE_KEYS, *DESTINATIONS, BASE, "prepare.output", "sweep.storage")  # nor the config files of others
 NAMES = {"run_id": check_run_id, "experiment_name": check_experiment}
@@ -43,10 +39,8 @@ WRITTEN_BESIDE = ("adapter_config.json", "mirror.json", "leaderboard.json", "stu
 def read_run_config(run: RunFolder, changes: Settings | None = None) -> TrainingConfig:
     """The config in metadata/config.json, for reading only: no code that it names is run.
 
-    Names of earlier versions that are invalid now are left out; the run's folder has them.
-
-    Args:
-        changes: settings by section that replace the run's own.
+    Names of earlier versions that are invalid now are left out; the run's folder has them. `changes`, by section,
+    replace settings of the run.
 
     Raises:
         CheckpointError: it is missing or broken, or a link in the run's folder leads out of it.
@@ -84,11 +78,8 @@ def _is_old_name(key: str, value: Any) -> bool:
 def open_run_config(run: RunFolder, given: Settings, *keys: str) -> TrainingConfig:
     """The config in metadata/config.json, for loading or resuming the run, with consent to `keys`.
 
-    Args:
-        given: the user's settings for this command, by section, such as `{"model": {"trust_remote_code": True}}`.
-
-    Raises:
-        CheckpointError, ConfigurationError: see `read_run_config` and `require_consent`.
+    `given` are the user's settings for this command, by section, such as `{"model": {"trust_remote_code": True}}`.
+    Errors are those of `read_run_config` and `require_consent`.
     """
     config = read_run_config(run)
     require_consent(run.root, config, given, *keys)
@@ -98,15 +89,11 @@ def open_run_config(run: RunFolder, given: Settings, *keys: str) -> TrainingConf
 def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys: str) -> None:
     """Refuse code and destinations of the config in `folder` that the user set neither now nor in training.
 
-    Args:
-        keys: those of `CODE_KEYS` name code that would be run; all others are destinations.
-
-    Raises:
-        ConfigurationError: names the code and the destinations, and how to allow them.
+    Of the `keys`, those of `CODE_KEYS` name code that would be run; all others are destinations. The error names both,
+    and how to allow them.
     """
-    code = [
-        key for key in CODE_KEYS if key in keys and _names_code(config, key) and not _is_allowed(given, config, key)
-    ]
+    named = [key for key in CODE_KEYS if key in keys and _setting_value(config, key)]
+    code = [key for key in named if not _is_allowed(given, config, key)]
     places = destination_settings(config, [key for key in keys if key not in CODE_KEYS])
     asked = {key: value for key, value in places.items() if not _is_given(given, key, value)}
     if asked.get(BASE) and output_folder(folder.resolve()) == Path(asked[BASE]).resolve():  # it is in there already
@@ -122,7 +109,7 @@ def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys
 
 def remember_consent(folder: Path, config: TrainingConfig) -> None:
     """Remember for `folder` that the user allows the code and the destinations of this config."""
-    code = [_code_entries(folder, config, key) for key in CODE_KEYS if _names_code(config, key)]
+    code = [_code_entries(folder, config, key) for key in CODE_KEYS if _setting_value(config, key)]
     places = {_consent_entry(key, value) for key, value in _changed_settings(config, DESTINATIONS).items()}
     if code or places:
         save_consent(folder, places.union(*code))
@@ -195,10 +182,6 @@ def _is_allowed(given: Settings, config: TrainingConfig, key: CodeKey) -> bool:
 
 def _setting_value(config: TrainingConfig, key: str) -> Any:
     return reduce(getattr, key.split("."), config)
-
-
-def _names_code(config: TrainingConfig, key: CodeKey) -> bool:
-    return bool(_setting_value(config, key))
 
 
 def _code_entries(folder: Path, config: TrainingConfig, key: CodeKey) -> set[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection, PrepareSection
@@ -20,7 +20,6 @@ from training_lens.config.tracking_section import TrackingSection
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
-from training_lens.utils.nested import nest_keys
 from training_lens.utils.secrets import find_secret_keys
 
 logger = get_logger(__name__)
@@ -217,12 +216,9 @@ class TrainingConfig(Section):
     output: OutputSection = OutputSection()
 
     def __init__(self, /, **values: Any) -> None:
-        nested, problems = nest_keys(values)
-        foreign = translate_names(nested)  # other trainers' names, as in a file
-        if foreign.lines:
-            logger.info("TrainingConfig: %s", ", ".join(foreign.lines))
-        ours, twice = nest_keys({**foreign.rest, **foreign.settings})
-        problems += [*foreign.problems, *twice]
+        ours, lines, problems = translate_names(values)  # other trainers' names, as in a file
+        if lines:
+            logger.info("TrainingConfig: %s", ", ".join(lines))
         try:
             super().__init__(**ours)
         except ConfigurationError as error:
@@ -241,7 +237,30 @@ class TrainingConfig(Section):
 
     def find_conflicts(self) -> list[str]:
         """A line for each conflict between keys; the run's length is checked when the rows are counted."""
-        return _find_conflicts(self)
+        data, training, problems = self.data, self.training, list[str]()
+        if not data.validation_sources and not data.val_ratio:
+            problems += [
+                f"training.{key}: needs validation data; give data.validation or data.val_ratio"
+                for key in ("early_stopping_patience", "eval_steps")
+                if getattr(training, key)
+            ]
+        if training.scheduler_cycles > 1 and training.scheduler != "cosine_with_restarts":
+            problems.append(
+                f"training.scheduler_cycles: {training.scheduler_cycles} cycles need scheduler=cosine_with_restarts, "
+                f"given {training.scheduler}"
+            )
+        if training.min_lr_ratio and training.scheduler == "constant":
+            problems.append(
+                "training.min_lr_ratio: a constant rate never falls; leave it out, or take another scheduler"
+            )
+        problems += [
+            f"{key}: this looks like a secret, and the config is saved with every run; "
+            "leave it out, and set the environment variable that the service reads"
+            for key in find_secret_keys(self.model_dump())
+        ]
+        if self.peft.init == "pissa" and self.model.quantization != "none":
+            problems.append("peft.init: pissa needs the weights unquantized; give init=default or quantization=none")
+        return problems
 
     @property
     def prepared_folder(self) -> Path:
@@ -268,45 +287,3 @@ class TrainingConfig(Section):
         for name, keys in sections.items():
             values[name] |= keys
         return TrainingConfig.model_validate(values)
-
-    def explicit_values(self) -> dict[str, Any]:
-        """The keys that were set, by section, without defaults."""
-        return _explicit_values(self)
-
-
-def _explicit_values(section: BaseModel) -> dict[str, Any]:
-    """The keys that were set in a section and in its subsections."""
-    values: dict[str, Any] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, Section):
-            values[name] = _explicit_values(value)
-        elif name in section.model_fields_set:
-            values[name] = value
-    return values
-
-
-def _find_conflicts(config: TrainingConfig) -> list[str]:
-    """A line for each problem."""
-    training, problems = config.training, []
-    if training.early_stopping_patience and not config.data.validation_sources and not config.data.val_ratio:
-        problems.append(
-            "training.early_stopping_patience: needs validation data; give data.validation or data.val_ratio"
-        )
-    if training.eval_steps and not config.data.validation_sources and not config.data.val_ratio:
-        problems.append("training.eval_steps: needs validation data; give data.validation or data.val_ratio")
-    if training.scheduler_cycles > 1 and training.scheduler != "cosine_with_restarts":
-        problems.append(
-            f"training.scheduler_cycles: {training.scheduler_cycles} cycles need scheduler=cosine_with_restarts, "
-            f"given {training.scheduler}"
-        )
-    if training.min_lr_ratio and training.scheduler == "constant":
-        problems.append("training.min_lr_ratio: a constant rate never falls; leave it out, or take another scheduler")
-    problems += [
-        f"{key}: this looks like a secret, and the config is saved with every run; "
-        "leave it out, and set the environment variable that the service reads"
-        for key in find_secret_keys(config.model_dump())
-    ]
-    if config.peft.init == "pissa" and config.model.quantization != "none":
-        problems.append("peft.init: pissa needs the weights unquantized; give init=default or quantization=none")
-    return problems

@@ -72,11 +72,7 @@ def flatten_keys(space: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_space(config: TrainingConfig) -> dict[str, Dimension]:
-    """The dimensions of `config.sweep.space`, by key.
-
-    Raises:
-        ConfigurationError: lists every unknown or unsearchable key, and every invalid value.
-    """
+    """The dimensions of `config.sweep.space`, by key; the error lists every unknown key and every invalid value."""
     dimensions: dict[str, Dimension] = {}
     problems: list[str] = []
     for key, given in flatten_keys(config.sweep.space).items():
@@ -153,11 +149,7 @@ def _parse_range(config: TrainingConfig, key: str, given: Mapping[str, Any]) -> 
 
 
 def _is_whole(config: TrainingConfig, key: str) -> bool:
-    """Whether the key takes whole numbers only.
-
-    Raises:
-        ConfigurationError: the key takes no numbers, so it has no range.
-    """
+    """Whether the key takes whole numbers only; one that takes no numbers at all is an error."""
     section_name, name = key.split(".")
     annotation = type(getattr(config, section_name)).model_fields[name].annotation
     members = get_args(annotation)

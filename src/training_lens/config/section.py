@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -20,9 +23,72 @@ from pydantic import (
 
 from training_lens.config.keys import known_keys
 from training_lens.config.problems import find_problems, list_problems
-from training_lens.config.table_rows import rows_of_table
 from training_lens.errors import ConfigurationError
+from training_lens.utils.arrow_rows import iterate_arrow_rows
 from training_lens.utils.names import check_experiment, check_run_id, expand_home
+
+NOTHING = ("NAType", "NaTType")  # pandas' own words for a missing value
+
+
+def rows_of_table(value: Any) -> list[dict[str, Any]] | None:
+    """The rows of a table, of plain JSON values; None where the value is no table that is known.
+
+    A missing value (NaN, NaT, NA) is null. An index of a frame that has a name is a field; one without is set aside.
+    No library is imported: who gives a table has it already.
+
+    Raises:
+        ValueError: several splits, a stream, or columns of one name.
+    """
+    names = {kind.__name__ for kind in type(value).__mro__}
+    if names & {"DatasetDict", "IterableDatasetDict"}:
+        raise ValueError(
+            f"the data set has splits ({', '.join(value)}); give one of them, such as ['{next(iter(value))}']"
+        )
+    if "IterableDataset" in names:
+        raise ValueError("the data set is a stream of unknown length; give a list of its rows, or save it to files")
+    module = type(value).__module__.split(".")[0]
+    read = _READERS.get((module, type(value).__name__))
+    return None if read is None else [_convert_row(row) for row in read(value)]
+
+
+def _frame_rows(frame: Any) -> Iterable[Mapping[Any, Any]]:
+    if any(name is not None for name in frame.index.names):
+        frame = frame.reset_index()
+    if not frame.columns.is_unique:
+        raise ValueError("the DataFrame has several columns of one name; rename or drop them")
+    rows: Iterable[Mapping[Any, Any]] = frame.to_dict("records")
+    return rows
+
+
+_READERS: dict[tuple[str, str], Callable[[Any], Iterable[Mapping[Any, Any]]]] = {
+    ("pandas", "DataFrame"): _frame_rows,
+    ("datasets", "Dataset"): lambda dataset: iterate_arrow_rows(dataset.with_format("arrow").iter(1000)),
+    ("pyarrow", "Table"): lambda table: iterate_arrow_rows([table]),
+    ("polars", "DataFrame"): lambda frame: frame.to_dicts(),
+}
+
+
+def _convert_row(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): _convert_value(value) for key, value in row.items()}
+
+
+def _convert_value(value: Any) -> Any:
+    """The value as JSON has it, where it has one: arrays are lists, dates their ISO text, missing values null."""
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if type(value).__name__ in NOTHING:
+        return None
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(value)
+    if isinstance(value, Mapping):
+        return _convert_row(value)
+    if isinstance(value, list | tuple):
+        return [_convert_value(item) for item in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return str(value)
+    return _convert_value(value.tolist()) if type(value).__module__ == "numpy" else value
 
 
 def as_list(value: Any) -> Any:
@@ -39,13 +105,9 @@ def as_rows(value: Any) -> Any:
     rows = rows_of_table(value)
     if rows is not None or not isinstance(value, dict):
         return as_list(value) if rows is None else rows
-    if len(value) > 1 and all(isinstance(item, list) and not _has_objects(item) for item in value.values()):
+    if len(value) > 1 and all(isinstance(i, list) and not any(isinstance(v, dict) for v in i) for i in value.values()):
         raise ValueError("these are columns; give a list of rows, or a pandas DataFrame of the columns")
     return [value]
-
-
-def _has_objects(values: list[Any]) -> bool:
-    return any(isinstance(value, dict) for value in values)
 
 
 def expand_path_text(value: str) -> str:
@@ -53,23 +115,13 @@ def expand_path_text(value: str) -> str:
     return str(expand_home(value)) if value.startswith("~") else value
 
 
-def path_as_text(value: Any) -> Any:
-    """A `Path` as text."""
-    return str(value) if isinstance(value, Path) else value
-
-
-NO_NAMES = (
-    "delimiter",
-    "quotechar",
-    "escapechar",
-    "train",
-    "validation",
-)  # characters; rows, which have checks of their own
+# Characters; rows, which have checks of their own.
+NO_NAMES = ("delimiter", "quotechar", "escapechar", "train", "validation")
 PATH_MARKER = AfterValidator(expand_path_text)  # also marks a key as a path
 
 RunId = Annotated[str, AfterValidator(check_run_id)]
 ExperimentName = Annotated[str, AfterValidator(check_experiment)]
-Place = Annotated[str, BeforeValidator(path_as_text), PATH_MARKER]
+Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value), PATH_MARKER]
 Paths = Annotated[list[Place], BeforeValidator(as_list)]
 Names = Annotated[list[str], BeforeValidator(as_list)]
 Rows = Annotated[list[Place] | list[dict[str, Any]], BeforeValidator(as_rows)]
@@ -135,6 +187,17 @@ class Section(BaseModel):
     def find_conflicts(self) -> list[str]:
         """A line for each conflict between keys of several sections."""
         return []
+
+    def explicit_values(self) -> dict[str, Any]:
+        """The keys that were set, by section, without defaults."""
+        values: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                values[name] = value.explicit_values()
+            elif name in self.model_fields_set:
+                values[name] = value
+        return values
 
     def _find_root(self) -> tuple[Section, str]:
         """The config that contains this section, and the prefix of its keys there: 'data.fields.'."""

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
+from training_lens.config.keys import section_model
 from training_lens.config.schema import TrainingConfig
 
 # No key of an experiment preset: the file would override a preset on the command line.
@@ -29,22 +29,15 @@ def render_skeleton(values: Mapping[str, Any], file: str = "config.yaml") -> str
 def _render_section(section: type[BaseModel], values: Mapping[str, Any], prefix: str) -> Iterator[str]:
     indent = "  " * prefix.count(".")
     for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        key, inner = f"{prefix}{name}", section_model(field)
+        if inner:
             yield f"\n{_render_comment(inner.__doc__ or '', indent)}{indent}{name}:\n"
-            yield from _render_section(inner, values, f"{prefix}{name}.")
+            yield from _render_section(inner, values, f"{key}.")
         else:
-            yield (
-                _render_comment(field.description or "", indent)
-                + indent
-                + _render_setting(f"{prefix}{name}", name, field, values)
-            )
+            value = json.dumps(values.get(key, field.default), ensure_ascii=False)  # JSON is YAML
+            off = "" if key in values or key in LIVE else "#"
+            yield f"{_render_comment(field.description or '', indent)}{indent}{off}{name}: {value}\n"
 
 
 def _render_comment(text: str, indent: str) -> str:
     return "".join(f"{indent}# {line}\n" for line in textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False))
-
-
-def _render_setting(key: str, name: str, field: FieldInfo, values: Mapping[str, Any]) -> str:
-    value = json.dumps(values.get(key, field.default), ensure_ascii=False)  # JSON is YAML
-    return f"{'' if key in values or key in LIVE else '#'}{name}: {value}\n"
