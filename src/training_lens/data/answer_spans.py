@@ -40,7 +40,6 @@ class AnswerFinder:
         render: turns messages and tools into text and marks; optionally adds the generation prompt.
         ends: tokens that can end an answer.
         behind: the text that this template puts after an answer; it may begin with such tokens.
-        name: the template's name in error messages.
     """
 
     def __init__(self, render: Render, ends: Collection[str], behind: str, name: str) -> None:
@@ -51,12 +50,9 @@ class AnswerFinder:
     def find_answers(
         self, chat: RenderedChat, wanted: Collection[int], certain: Collection[int], from_generation_prompt: bool
     ) -> dict[int, Span]:
-        """Map the index of each answer to its span in the text, end token included.
-
-        Finds the `wanted` answers, and others where that is easy.
+        """The index of each `wanted` answer, and of others where that is easy -> its span, end token included.
 
         Args:
-            certain: answers that must be found.
             from_generation_prompt: answers begin after the template's generation prompt, not after the text that the
                 template itself puts before an answer.
 
@@ -123,11 +119,7 @@ class AnswerFinder:
     def _find_rewritten_answer(
         self, chat: RenderedChat, index: int, from_generation_prompt: bool, shown: Span | None
     ) -> Span:
-        """The span of an answer that the template rewrites: a tool call, or thoughts split off.
-
-        Raises:
-            DatasetError: the chat before the answer renders differently once it continues, or the answer is changed.
-        """
+        """The span of an answer that the template rewrites: a tool call, or thoughts split off."""
         message = chat.messages[index]
         if not (message.calls or from_generation_prompt):
             apart = THOUGHTS_END in message.text

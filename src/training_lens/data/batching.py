@@ -112,11 +112,8 @@ def epoch_order(examples: int, seed: int, epoch: int, mix: DataMixture | None = 
 def hold_out(digests: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions to train on and positions held out (at least one of each), in file order.
 
-    Duplicates go to the same side. Groups of duplicates are drawn in random order; a group larger than what is still
-    wanted is trained on.
-
-    Args:
-        digests: (examples,) uint64; equal for duplicates.
+    Duplicates, of equal `digests` (examples,) uint64, go to the same side. Groups of them are drawn in random order; a
+    group larger than what is still wanted is trained on.
 
     Raises:
         DatasetError: all examples are duplicates, so nothing can be held out.
@@ -155,11 +152,8 @@ def split_micro_batches(
 ) -> list[np.ndarray]:
     """Split positions into micro-batches of at most `max_tokens` tokens, padding included; longest examples first.
 
-    A longer example is a micro-batch of its own.
-
-    Args:
-        lengths: tokens of every example of the dataset, indexed by `positions`.
-        packed: micro-batches are packed sequences without padding.
+    A longer example is a micro-batch of its own. `lengths` are the tokens of every example of the dataset; `packed`
+    micro-batches are sequences without padding.
     """
     order = positions[np.argsort(-lengths[positions], kind="stable")]
     batches: list[np.ndarray] = []

@@ -18,8 +18,6 @@ from training_lens.utils.logging import get_logger
 logger = get_logger(__name__)
 # Anything that looks like an end-of-turn mark, whether or not the tokenizer has a token for it.
 END_LIKE = re.compile(r"\s*(<\|[^|<>\s]{1,40}\|>|</s>|<[a-z_]*end[a-z_]*>|<eos>|<turn\|>|\[/?[A-Z_]{2,20}\])")
-
-
 PROBE = (Message("user", ASKED), Message("assistant", ANSWER))
 
 
@@ -33,7 +31,6 @@ class ChatTemplate:
 
     Args:
         source: the template's text; None takes the tokenizer's own.
-        name: the template's name in messages.
         today: the date that the template sees.
 
     Raises:
@@ -52,9 +49,8 @@ class ChatTemplate:
         name: str = "the chat template",
     ) -> None:
         self.name, self._thinking = name, thinking
-        self._jinja = JinjaTemplate(
-            source or choose_source(tokenizer.chat_template, False), tokenizer.special_tokens_map, today or date.today()
-        )
+        source = source or choose_source(tokenizer.chat_template, False)
+        self._jinja = JinjaTemplate(source, tokenizer.special_tokens_map, today or date.today())
         self._eos = tokenizer.eos_token or ""
         self._shapes: set[tuple[Any, ...]] = set()
         self.form = find_form(lambda messages, tools: self._render_plain(messages, tools)[0])
@@ -102,10 +98,9 @@ class ChatTemplate:
         self._check_shape(messages, tools)
         free = self._answers_at_generation_prompt(messages, tools)
         chat = self._render_chat([*messages, Message("assistant", ANSWER)], tools)
-        spans = self._answers.find_answers(
-            chat, {*learned, len(messages)}, certain={len(messages)}, from_generation_prompt=free
-        )
-        start = spans.pop(len(messages))[0]
+        last = len(messages)
+        spans = self._answers.find_answers(chat, {*learned, last}, certain={last}, from_generation_prompt=free)
+        start = spans.pop(last)[0]
         asked = self._render_messages(messages, tools, generation=True)[0] if free else chat.text[:start]
         shared = [(a, b, False) for a, b in spans.values() if asked.startswith(chat.text[:b])]
         return _cut_segments(asked, shared)

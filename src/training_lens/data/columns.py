@@ -49,9 +49,8 @@ class EncodedRows:
 
     def select_tokens(self, kept: np.ndarray) -> EncodedRows:
         """Only the tokens where `kept` (tokens,) is true; the number of examples stays."""
-        return EncodedRows(
-            self.input_ids[kept], self.response[kept], compute_offsets(count_by_example(kept, self.offsets))
-        )
+        offsets = compute_offsets(count_by_example(kept, self.offsets))
+        return EncodedRows(self.input_ids[kept], self.response[kept], offsets)
 
 
 def compute_offsets(lengths: np.ndarray) -> np.ndarray:
@@ -71,9 +70,7 @@ def count_by_example(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         >>> count_by_example(np.array([True, False, True]), np.array([0, 0, 2, 3])).tolist()
         [0, 1, 1]
     """
-    sums = compute_offsets(flags)
-    counted: np.ndarray = sums[offsets[1:]] - sums[offsets[:-1]]
-    return counted
+    return np.diff(compute_offsets(flags)[offsets])
 
 
 def truncate_rows(rows: EncodedRows, seq_len: int, truncation: Truncation, bos_id: int | None) -> EncodedRows:

@@ -14,7 +14,7 @@ from typing import IO, Any
 from training_lens.config.data_sections import CSV_CHARACTERS, CsvSection
 from training_lens.data.encodings import find_encoding
 from training_lens.data.examples import Row
-from training_lens.data.row_keys import ALIASES
+from training_lens.data.row_keys import FIELD_NAMES
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 from training_lens.utils.limits import KEYS, ROW_BYTES
@@ -39,8 +39,7 @@ def _open_reader(settings: CsvSection, delimiter: str, lines: Iterable[str], ski
 def read_csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[Row]:
     """Rows of a table whose first line names the columns; `number` is the row in a spreadsheet.
 
-    Args:
-        usual: the delimiter that the file's name implies; any other is reported.
+    A delimiter other than the `usual` one, which the file's name implies, is reported.
 
     Raises:
         DatasetError: the encoding or the delimiter is ambiguous, or a row is broken and bad rows are not skipped.
@@ -96,17 +95,13 @@ class _Candidate:
 
     @property
     def known_names(self) -> int:
-        known = {alias for aliases in ALIASES.values() for alias in aliases}
-        return sum(name.strip().lower() in known for name in self.header)
+        return sum(name.strip().lower() in FIELD_NAMES for name in self.header)
 
 
 def _find_delimiter(source: SourceFile, table: str, is_cut: bool, usual: str) -> str:
     """The delimiter with which most rows have as many cells as the header.
 
-    Ties go to the one with the most known field names in the header.
-
-    Raises:
-        DatasetError: several delimiters remain.
+    Ties go to the one with the most known field names in the header; that several remain is an error.
     """
     found = [c for d in DELIMITERS if (c := _try_delimiter(source, table, is_cut, d)) is not None]
     best = max((candidate.fitting for candidate in found), default=0.0)

@@ -22,10 +22,9 @@ SHOWN = 60  # characters of a line that an example shows
 LINES = 1000  # non-ASCII lines that are checked for cp1252
 UNLIKELY_SHARE = 0.1  # of non-ASCII letters
 # What text in a Western European language hardly ever has, but other encodings read as cp1252 do: a capital behind a
-# small letter, a sign within a word, and words of nothing but letters that are not ASCII.
-_SIGNS_IN_WORDS = (
-    r"\u2018\u2019\u2013\u2014\u2026\u2122\xa0\xad\xae\xb0\xb7"  # quotes, dashes, (tm), degree, and the like
-)
+# small letter, a sign within a word (but for quotes, dashes, (tm), degree, ...), and words of nothing but letters that
+# are not ASCII.
+_SIGNS_IN_WORDS = r"\u2018\u2019\u2013\u2014\u2026\u2122\xa0\xad\xae\xb0\xb7"
 _UNLIKELY = re.compile(rf"(?<=[a-zß-ÿ])[À-ÞŠŽŸŒ]|(?<=\w)[^\w\s{_SIGNS_IN_WORDS}](?=\w)|[^\W\d_a-zA-Z]{{4,}}")
 ENCODING_ADVICE = (
     "Save it as UTF-8, or say its encoding: data.csv.encoding=cp1252 (or cp1250, cp1251, mac_roman, shift_jis, "

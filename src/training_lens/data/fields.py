@@ -8,16 +8,7 @@ from pathlib import Path
 
 from training_lens.config.data_sections import DataSection, DomainSection, FieldsSection
 from training_lens.data.examples import Row
-from training_lens.data.row_keys import (
-    ALIASES,
-    FALLBACKS,
-    LEADING,
-    MASKS,
-    MEANINGS,
-    REJECTED,
-    is_near,
-    plain_name,
-)
+from training_lens.data.row_keys import ALIASES, FALLBACKS, LEADING, MASKS, MEANINGS, REJECTED, is_near, plain_name
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import did_you_mean, list_names
 from training_lens.utils.limits import KEYS
@@ -91,9 +82,6 @@ def collect_keys(rows: Iterable[Row]) -> dict[str, int]:
 
 def find_mapping(keys: Keys, data: DataSection, place: str) -> FieldMapping:
     """The mapping for rows with these keys: as configured, else detected by name.
-
-    Args:
-        place: the source's name in error messages.
 
     Raises:
         DatasetError: no prompt or answer found, several candidates, rows of several forms, or a field that this form
@@ -229,11 +217,7 @@ class _FieldSearch:
         return sorted(found, key=lambda key: names.index(plain_name(key)))
 
     def find_key(self, meaning: str, form: str) -> str | None:
-        """The key for a meaning; None if there is none.
-
-        Raises:
-            DatasetError: there are several.
-        """
+        """The key for a meaning; None if there is none. Several are an error."""
         there = self._find_present_keys(meaning)
         if form == "messages" and meaning == "output" and not self.fields.output:
             there = self._find_rated_chats() if self._find_present_keys("messages") else []

@@ -37,14 +37,7 @@ def detect_format(path: Path) -> str | None:
 
 
 def check_csv_settings(settings: CsvSection, files: Collection[str]) -> None:
-    """Refuse CSV settings if no source is a table.
-
-    Args:
-        files: the names of all sources.
-
-    Raises:
-        DatasetError: names the settings.
-    """
+    """Refuse CSV settings if none of these sources is a table."""
     changed = [f"data.csv.{name}" for name, value in settings if value != getattr(CsvSection(), name)]
     if changed and not any(detect_format(Path(file)) in TABLES for file in files):
         raise DatasetError(
@@ -71,7 +64,8 @@ def read_file_rows(source: SourceFile) -> Iterator[Row]:
             f"each also with {GZIP}."
         )
     try:
-        with _open_file(path) as file:
+        opened = open_file(path)
+        with io.BufferedReader(UnpackedFile(opened), MB) if path.suffix.lower() == GZIP else opened as file:
             _check_signature(path, file, kind)
             if kind == ".parquet":
                 yield from _read_parquet_rows(source, file)
@@ -83,11 +77,6 @@ def read_file_rows(source: SourceFile) -> Iterator[Row]:
         raise DatasetError(f"{path}: broken gzip data ({error}). Compress it again, or copy it again whole.") from error
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror or error}).") from error
-
-
-def _open_file(path: Path) -> IO[bytes]:
-    file = open_file(path)
-    return io.BufferedReader(UnpackedFile(file), MB) if path.suffix.lower() == GZIP else file
 
 
 def _check_signature(path: Path, file: IO[bytes], kind: str) -> None:

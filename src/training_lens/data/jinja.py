@@ -18,11 +18,7 @@ _MARKS = re.compile(r"\{%-?\s*generation\b")
 
 
 class JinjaTemplate:
-    """A chat template, compiled once.
-
-    Args:
-        variables: variables besides the chat: the tokenizer's special tokens by name.
-        today: the date that `strftime_now` returns.
+    """A chat template, compiled once; `variables` besides the chat are the tokenizer's special tokens by name.
 
     Raises:
         ConfigurationError: invalid Jinja; names the line.
@@ -36,23 +32,15 @@ class JinjaTemplate:
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], generation: bool = False
     ) -> tuple[str, list[Span]]:
-        """The text, and its spans inside generation marks (adjacent ones merged).
-
-        Raises:
-            Exception: a template is foreign code and may fail in any way.
-        """
+        """The text, and its spans inside generation marks (adjacent ones merged). It may fail in any way."""
         from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
-        chat = {
-            "messages": list(messages),
-            "tools": list(tools) or None,
-            "documents": None,
-            "add_generation_prompt": generation,
-        }
+        chat = {"messages": list(messages), "tools": list(tools) or None, "documents": None}
+        variables = {**self._variables, **chat, "add_generation_prompt": generation}
         self._compiled.environment.start_rendering()
         if not self.has_marks:
-            return self._compiled.render(**chat, **self._variables), []
-        text, marks = _render_with_assistant_indices(self._compiled, **chat, **self._variables)
+            return self._compiled.render(**variables), []
+        text, marks = _render_with_assistant_indices(self._compiled, **variables)
         return text, _join_adjacent_spans(marks)
 
 
@@ -62,11 +50,7 @@ def shows_date(source: str) -> bool:
 
 
 def choose_source(templates: str | Mapping[str, str], with_tools: bool) -> str:
-    """The template's text; of several named ones, the one that transformers would take.
-
-    Raises:
-        ConfigurationError: none of several is the default.
-    """
+    """The template's text; of several named ones, the one that transformers would take; no default is an error."""
     if isinstance(templates, str):
         return templates
     if DEFAULT not in templates:
@@ -78,11 +62,7 @@ def choose_source(templates: str | Mapping[str, str], with_tools: bool) -> str:
 
 
 def read_template_file(path: str) -> str:
-    """The text of a .jinja file.
-
-    Raises:
-        ConfigurationError: unreadable or invalid Jinja; names the line.
-    """
+    """The text of a .jinja file; the error on invalid Jinja names the line."""
     try:
         source = read_bytes(expand_home(path), TEMPLATE_BYTES).decode("utf-8")
     except OSError as error:
@@ -94,33 +74,21 @@ def read_template_file(path: str) -> str:
 
 
 def _compile_template(source: str, name: str) -> Any:
+    """The template in the environment in which transformers compiles chat templates, with limits."""
     from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    from training_lens.data.jinja_limits import BoundedEnvironment
 
     try:
-        return _build_environment().from_string(source)
+        return BoundedEnvironment(_compile_jinja_template("").environment).from_string(source)
     except TemplateSyntaxError as error:
         raise ConfigurationError(f"data.template: {name}, line {error.lineno}: {error.message}.") from error
     except (RecursionError, MemoryError) as error:
         raise ConfigurationError(f"data.template: {name}: is nested too deep to be compiled.") from error
 
 
-def _build_environment() -> Any:
-    """The environment in which transformers compiles chat templates, with limits."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    from training_lens.data.jinja_limits import BoundedEnvironment
-
-    theirs = _compile_jinja_template("").environment
-    extensions = [type(extension) for extension in theirs.extensions.values()]
-    ours = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    ours.filters |= theirs.filters
-    ours.globals |= theirs.globals
-    ours.limit_filters()
-    return ours
-
-
 def _join_adjacent_spans(spans: Sequence[Span]) -> list[Span]:
-    """Merge adjacent spans."""
     joined: list[Span] = []
     for start, end in spans:
         if joined and joined[-1][1] == start:

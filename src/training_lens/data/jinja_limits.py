@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
-from jinja2 import nodes
+from jinja2 import Environment, nodes
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -29,17 +29,17 @@ _WIDE_FORMAT = re.compile(r"\d{5}|\*|:[^{}]*\{")  # of '%99999d', '%*d', '{:>999
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with limits; call `start_rendering` before each rendering."""
+    """Jinja's sandbox with what another one has, and limits; call `start_rendering` before each rendering."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(finalize=self.finalize_value, **options)
+    def __init__(self, other: Environment) -> None:
+        extensions = [type(extension) for extension in other.extensions.values()]
+        super().__init__(finalize=self.finalize_value, trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        self.globals |= other.globals
+        filters = {**self.filters, **other.filters}
+        self.filters |= {name: self._limit_filter(name, function) for name, function in filters.items()}
         self.start_rendering()
-
-    def limit_filters(self) -> None:
-        """Wrap all current filters with a length check."""
-        self.filters |= {name: self._limit_filter(name, function) for name, function in self.filters.items()}
 
     def start_rendering(self) -> None:
         """Reset the limits for one rendering."""
@@ -87,9 +87,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "+":
             self.check_length(_measure_length(left) + _measure_length(right))
         elif operator == "*":
-            self.check_length(
-                max(_measure_length(left) * _as_whole_number(right), _measure_length(right) * _as_whole_number(left))
-            )
+            lengths = [_measure_length(value) * _as_whole_number(n) for value, n in ((left, right), (right, left))]
+            self.check_length(max(lengths))
         if operator in ("*", "**"):
             left_bits, right_bits = (value.bit_length() if isinstance(value, int) else 0 for value in (left, right))
             is_power = operator == "**"
@@ -137,9 +136,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """The checked value for a filter; an iterator becomes a list."""
         if name == "join":
             value = list(value)
-            self.check_length(
-                sum(_measure_length(item) + _measure_length(others[0] if others else "") for item in value)
-            )
+            between = _measure_length(others[0] if others else "")
+            self.check_length(sum(_measure_length(item) + between for item in value))
         if name == "format":
             self._check_format(str(value), others)
         elif isinstance(value, str):
@@ -159,17 +157,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif name == "join" and arguments:
             made += sum(_measure_length(item) + len(text) for item in _list_items(arguments[0]))
         elif name in ("indent", "expandtabs"):
-            made += (text.count("\n") + text.count("\t") + 1) * max(
-                [8, *map(_as_whole_number, arguments), *map(_measure_length, arguments)]
-            )
+            widest = max([8, *map(_as_whole_number, arguments), *map(_measure_length, arguments)])
+            made += (text.count("\n") + text.count("\t") + 1) * widest
         self.check_length(made)
 
     def _check_format(self, text: str, arguments: Iterable[Any]) -> None:
         if _WIDE_FORMAT.search(text):
             raise TemplateError("formats a value to a width that is wide, or told by another value")
-        longest = max(
-            (_measure_length(item) for argument in arguments for item in (argument, *_list_items(argument))), default=0
-        )
+        items = (item for argument in arguments for item in (argument, *_list_items(argument)))
+        longest = max(map(_measure_length, items), default=0)
         self.check_length(len(text) + (text.count("%") + text.count("{")) * longest)
 
 

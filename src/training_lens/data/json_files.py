@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from training_lens.data.examples import Row
-from training_lens.data.row_keys import ALIASES, plain_name
+from training_lens.data.row_keys import FIELD_NAMES, plain_name
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 from training_lens.utils.limits import EMPTY_LINES, NESTED, ROW_BYTES, WHOLE_JSON_BYTES, is_too_deep
@@ -24,10 +24,7 @@ _FILLED = re.compile(r"\S")
 def read_json_rows(source: SourceFile, file: IO[bytes], is_named_lines: bool) -> Iterator[Row]:
     """The rows of a JSON file: JSON Lines, a list of rows, an object with one such list, or single objects.
 
-    JSON Lines are streamed; anything else is read whole.
-
-    Args:
-        is_named_lines: the file's suffix means JSON Lines.
+    JSON Lines (`is_named_lines`: by the file's suffix) are streamed; anything else is read whole.
 
     Raises:
         DatasetError: broken JSON, no rows, or a bad row and bad rows are not skipped.
@@ -271,9 +268,8 @@ def _find_rows_in_object(source: SourceFile, value: dict[str, Any], is_named_lin
 
 def _is_row(value: dict[str, Any]) -> bool:
     """Whether an object is a row itself: it has a chat, or a known field with text or a number."""
-    names = {alias for aliases in ALIASES.values() for alias in aliases}
     return any(
-        is_message_list(item) or (isinstance(item, str | int | float) and plain_name(key) in names)
+        is_message_list(item) or (isinstance(item, str | int | float) and plain_name(key) in FIELD_NAMES)
         for key, item in value.items()
     )
 

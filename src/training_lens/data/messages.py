@@ -21,23 +21,13 @@ from training_lens.data.values import (
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import did_you_mean
 
-ROLE_NAMES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
+SPOKEN_AS: dict[Role, tuple[str, ...]] = {
+    "system": ("system", "developer"),
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "model", "function_call", "tool_call"),
+    "tool": ("tool", "observation", "function", "function_response", "tool_response", "ipython"),
 }
+ROLE_NAMES = {name: role for role, names in SPOKEN_AS.items() for name in names}
 EXTRA = ("name", "tool_call_id")
 # Roles of an assistant that calls tools (ShareGPT, ms-swift): the content is the call in JSON.
 CALLING = ("function_call", "tool_call")
@@ -46,14 +36,7 @@ SPELLINGS = (("role", "content"), ("from", "value"))
 
 
 def read_chat(row: Row, key: str, value: Any, keys: KeyCheck) -> tuple[tuple[Message, ...], bool]:
-    """The messages of a chat in any supported form, and whether any of them carries a loss mask.
-
-    Args:
-        value: the list under the row's `key`, its JSON text, or a single message.
-
-    Raises:
-        DatasetError: not a list of messages, an unknown role, or content that is not text; names the message.
-    """
+    """The messages of a chat (a list, its JSON text, or a single message), and whether any of them has a loss mask."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(f"{row.place}: '{key}'", value, "a list of messages in JSON")
     items = [value] if isinstance(value, Mapping) else value
@@ -146,8 +129,6 @@ def _read_content(place: str, role: Role, content: Any, keys: KeyCheck, path: st
 
     Only content of assistants and tools may be a value: they may answer in JSON.
     """
-    if isinstance(content, str) and content:
-        return require_encodable(f"{place}: 'content'", content)
     may_be_value = role in ("assistant", "tool")
     if isinstance(content, list) and content and all(_is_part(part, may_be_value) for part in content):
         content = "".join(_read_part(place, part, keys, f"{path}content[].") for part in content)
@@ -179,14 +160,7 @@ def _read_part(place: str, part: Mapping[str, Any], keys: KeyCheck, path: str) -
 
 
 def read_answers(row: Row, key: str, tools: Sequence[Tool], keys: KeyCheck) -> tuple[tuple[Message, ...], bool]:
-    """The messages after a row's prompt, and whether any of them carries a loss mask.
-
-    Args:
-        tools: the row's tools; an answer that calls them is learned as calls.
-
-    Raises:
-        DatasetError: there is nothing to learn; names row and key.
-    """
+    """The messages after a row's prompt, and whether any of them has a loss mask; calls of `tools` become calls."""
     value = look_up_value(row.values, key)
     if is_chat(value):
         return read_chat(row, key, value, keys)

@@ -60,12 +60,7 @@ class DataNotes:
         counts[key] = counts.get(key, 0) + 1
 
     def add_bad_row(self, source: str, row_number: int, kind: str, message: str) -> None:
-        """Note a row that cannot be used.
-
-        Args:
-            kind: groups rows with the same reason.
-            message: the error of this row; the first one of each kind is shown.
-        """
+        """Note a row that cannot be used; of each `kind` of reason, the first row's message is shown."""
         kinds = self.bad_rows.setdefault(source, {})
         kind = kind if kind in kinds or len(kinds) < MOST_KINDS else MORE_KINDS
         kinds.setdefault(kind, BadRows(message)).rows.append(row_number)
@@ -84,11 +79,6 @@ class DataNotes:
         return found
 
 
-def collect_row_numbers(kinds: Mapping[str, BadRows]) -> frozenset[int]:
-    """The numbers of all rows of these kinds."""
-    return frozenset(number for bad in kinds.values() for number in bad.rows)
-
-
 def strip_location(message: str, source: str, number: int) -> str:
     """A row's error message without the row's location.
 
@@ -105,11 +95,6 @@ def classify_error(error: Exception, source: str, number: int) -> str:
     """A key for errors with the same reason: the error's kind, or its message without numbers."""
     kind = error.kind if isinstance(error, DatasetError) else None
     return kind or re.sub(r"\d+", "#", strip_location(str(error), source, number))
-
-
-def count_rows(count: int) -> str:
-    """'1 row', '1,200 rows'."""
-    return pluralize(count, "row")
 
 
 def list_rows(numbers: Iterable[int], shown: int = 5) -> str:
@@ -136,11 +121,7 @@ class BadRowRule:
         return cls(data.on_bad_row == "skip", notes)
 
     def try_row(self, source: str, number: int, use: Callable[[], Result]) -> Result | None:
-        """The result of `use` on a row; None if the row is bad and skipped.
-
-        Raises:
-            DatasetError: the row is bad and rows are not skipped.
-        """
+        """The result of `use` on a row; None if the row is bad and skipped, else it raises."""
         try:
             return use()
         except DatasetError as error:
@@ -159,23 +140,19 @@ def describe_reasons(reasons: Mapping[str, list[int]]) -> Iterator[str]:
     ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
     yield from (f"{list_rows(rows)}: {reason}" for reason, rows in ordered[:SHOWN_KINDS])
     if len(ordered) > SHOWN_KINDS:
-        yield f"and {count_rows(sum(len(rows) for _, rows in ordered[SHOWN_KINDS:]))} for other reasons"
+        yield f"and {pluralize(sum(len(rows) for _, rows in ordered[SHOWN_KINDS:]), 'row')} for other reasons"
 
 
 def describe_bad_rows(reasons: Mapping[str, Mapping[str, list[int]]]) -> Iterator[str]:
-    """A line for each source of which rows were left out, and for each reason; `reasons` as `DataNotes.reasons`."""
+    """A line for each source of which rows were left out, and for each reason, as in `DataNotes.bad_row_reasons`."""
     for source, rows in reasons.items():
-        count = count_rows(sum(map(len, rows.values())))
+        count = pluralize(sum(map(len, rows.values())), "row")
         yield f"{source}: {count} cannot be used, left out (data.on_bad_row=skip)"
         yield from (f"  {line}" for line in describe_reasons(rows))
 
 
 def bad_rows_error(notes: DataNotes, usable: Mapping[str, int]) -> DatasetError | None:
-    """One error that names all bad rows of all sources; None if there are none.
-
-    Args:
-        usable: the number of usable rows of each source.
-    """
+    """One error that names all bad rows of all sources; None if there are none. `usable`: each source's other rows."""
     paragraphs = [_describe_source(source, notes, usable.get(source, 0)) for source in notes.bad_rows]
     if not paragraphs:
         return None
@@ -195,11 +172,7 @@ def _describe_source(source: str, notes: DataNotes, usable: int) -> str:
 
 
 def refuse_unusable_sources(notes: DataNotes, usable: Mapping[str, int]) -> None:
-    """Check that every source with bad rows has usable rows, too.
-
-    Raises:
-        DatasetError: a source has none; gives the reasons.
-    """
+    """Check that every source with bad rows has usable rows, too; else the error gives the reasons."""
     useless = [source for source in notes.bad_rows if not usable.get(source)]
     if useless:
         raise DatasetError("\n".join(_describe_source(source, notes, 0) for source in useless))

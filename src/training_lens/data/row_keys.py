@@ -26,6 +26,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "label": ("label", "kto_tag"),
     "text": ("text",),
 }
+FIELD_NAMES = frozenset(name for names in ALIASES.values() for name in names)
 # Used only if a row has none of the names above: they have other meanings, too.
 FALLBACKS: dict[str, tuple[str, ...]] = {"output": ("answers", "chosen"), "messages": ("chosen",)}
 REJECTED = "rejected"  # next to `chosen`: the answer that is not learned
@@ -88,12 +89,7 @@ PART = KeySchema((("type",), ("text", "value")), {})
 
 
 def row_schema(form: str, mapped: Mapping[str, str], used: Collection[str]) -> KeySchema:
-    """The keys of a source's rows.
-
-    Args:
-        mapped: meaning -> key.
-        used: other keys that are read.
-    """
+    """The keys of a source's rows: `mapped` (meaning -> key), and others that are `used`."""
     groups = [(mapped[m].split(".")[0],) if m in mapped else ALIASES[m] for m in MEANINGS[form]]
     refused = {key: why for key, why in _REFUSED.items() if key not in {*mapped.values(), *used}}
     if form == "text":
@@ -116,9 +112,7 @@ class KeyShape:
 class KeyCheck:
     """Accounts for every key of a source's rows. Objects with the same keys are examined once.
 
-    Args:
-        source: the source's name.
-        ignored: paths of keys that the user ignores, such as 'meta' or 'messages[].emotion'.
+    `ignored` are paths of keys that the user ignores, such as 'meta' or 'messages[].emotion'.
     """
 
     def __init__(self, source: str, notes: DataNotes, ignored: Collection[str] = ()) -> None:
@@ -127,11 +121,7 @@ class KeyCheck:
         self._examples: dict[str, str] = {}
 
     def check_keys(self, place: str, level: KeySchema, values: Mapping[str, Any], path: str = "") -> KeyShape:
-        """Check that no key of `values` is lost silently.
-
-        Args:
-            place: location of the object in error messages.
-            path: path of its keys, such as 'messages[].'.
+        """Check that no key of `values` is lost silently; `path` is that of its keys, such as 'messages[].'.
 
         Raises:
             DatasetError: a refused or misspelt key.
@@ -202,11 +192,8 @@ def is_near(found: str, name: str) -> bool:
     """Whether `found` is `name` with at most one typo (two from eight letters on), ignoring case."""
     found, name = plain_name(found), plain_name(name)
     slips = 0 if len(name) < 4 else 1 if len(name) < 8 else 2
-    if (
-        abs(len(found) - len(name)) > slips or len(set(found) ^ set(name)) > 2 * slips
-    ):  # a typo changes at most two letters
-        return False
-    return _edit_distance(found, name) <= slips
+    is_close = abs(len(found) - len(name)) <= slips and len(set(found) ^ set(name)) <= 2 * slips  # of two letters each
+    return is_close and _edit_distance(found, name) <= slips
 
 
 def plain_name(key: object) -> str:

@@ -26,12 +26,7 @@ Turns = tuple[Message, ...]
 
 
 class RowReader:
-    """Reads the rows of one source by its field mapping, and reports what it ignores.
-
-    Args:
-        source: the source's name.
-        notes: collects remarks for the user; None discards them.
-    """
+    """Reads the rows of one source by its field mapping; `notes` collects what it ignores."""
 
     def __init__(
         self, mapping: FieldMapping, data: DataSection, source: str = "", notes: DataNotes | None = None
@@ -93,12 +88,11 @@ class RowReader:
     def _read_turns(self, row: Row) -> tuple[Turns, tuple[Tool, ...]]:
         mapping = self.mapping
         if mapping.text:
-            return mask_row(
-                row, self._find_masks(row), (Message("assistant", read_text(row, mapping.text)),), False
-            ), ()
+            text = (Message("assistant", read_text(row, mapping.text)),)
+            return mask_row(row, mapping.masks, text, False), ()
         tools = read_tools(row, mapping.tools)
         own, masked = self._read_chat(row, tools) if mapping.messages else self._read_pair(row, tools)
-        own = mask_row(row, self._find_masks(row), own, masked)
+        own = mask_row(row, mapping.masks, own, masked)
         turns = self._prepend_system(row, (*self._read_history(row, own), *own))
         if turns[0].role in ("assistant", "tool"):
             raise DatasetError(
@@ -112,24 +106,19 @@ class RowReader:
             )
         return self._apply_label(row, turns), tools
 
-    def _find_masks(self, row: Row) -> tuple[str, ...]:
-        masks = self.mapping.masks
-        return tuple(key for key in masks if row.values.get(key) is not None) if masks else ()
-
     def _read_chat(self, row: Row, tools: Sequence[Tool]) -> tuple[Turns, bool]:
         """The turns of a chat row, and whether any of them carries a loss mask."""
         key, output = str(self.mapping.messages), self.mapping.output
         turns, masked = read_chat(row, key, look_up_value(row.values, key), self._keys)
-        if output and turns[-1].role != "assistant":
-            answers, also = read_answers(row, output, tools, self._keys)
-            turns, masked = (*turns, *answers), masked or also
-            self._note_rejected()
-        elif output:
+        if output and turns[-1].role == "assistant":
             for unused in (output, self.mapping.rejected):
                 if unused and look_up_value(row.values, unused) is not None:
                     self._keys.count_unused(unused)
-        else:
-            self._note_rejected()
+            return turns, masked
+        if output:
+            answers, also = read_answers(row, output, tools, self._keys)
+            turns, masked = (*turns, *answers), masked or also
+        self._note_rejected()
         return turns, masked
 
     def _read_pair(self, row: Row, tools: Sequence[Tool]) -> tuple[Turns, bool]:

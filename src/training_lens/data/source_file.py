@@ -32,15 +32,10 @@ class SourceFile:
     add_remark: Callable[[str], None] = ignore_remark
 
     def build_row(self, number: int, values: dict[str, Any]) -> Row:
-        """A row of this file."""
         return Row(str(self.path), number, values)
 
     def refuse_row(self, number: int, problem: str, *, kind: str | None = None, unit: str = "row") -> None:
-        """Report a bad row to `on_bad_row`.
-
-        Raises:
-            DatasetError: there is no `on_bad_row`.
-        """
+        """Report a bad row to `on_bad_row`, or raise its error."""
         error = DatasetError(f"{self.path}, {unit} {number}: {problem}", kind=kind)
         if self.on_bad_row is None:
             raise error

@@ -19,11 +19,7 @@ logger = get_logger(__name__)
 
 
 def read_keys(source: DataSource, data: DataSection) -> dict[str, int]:
-    """The keys of a source's rows. Reads all of them: the last row may have a new key.
-
-    Raises:
-        DatasetError: an empty source, or as `Source.rows`.
-    """
+    """The keys of a source's rows. Reads all of them: the last row may have a new key. No row is an error."""
     rule = BadRowRule.from_data(data, DataNotes())
     on_bad_row = partial(rule.record_bad_row, source.name) if rule.skips else None
     keys = collect_keys(source.read_rows(data, on_bad_row))
@@ -36,11 +32,7 @@ def read_keys(source: DataSource, data: DataSection) -> dict[str, int]:
 def read_usable_rows(
     source: DataSource, mapping: FieldMapping, data: DataSection, notes: DataNotes
 ) -> Iterator[tuple[Row, Example]]:
-    """Each row and its example, unchanged; with data.on_bad_row=skip, bad rows are left out.
-
-    Raises:
-        DatasetError: as `Source.rows` and `RowReader.read`.
-    """
+    """Each row and its example, unchanged; with data.on_bad_row=skip, bad rows are left out."""
     rule = BadRowRule.from_data(data, notes)
     on_bad_row = partial(rule.record_bad_row, source.name) if rule.skips else None
     reader = RowReader(mapping, data, source.name, notes)
@@ -54,7 +46,7 @@ def read_usable_examples(source: DataSource, data: DataSection, notes: DataNotes
     """The examples of one source as they are trained on; remarks on how it was read go to `notes`.
 
     Raises:
-        DatasetError: as `read_keys`, `find_mapping` and `read_usable_rows`: of bad rows, the first.
+        DatasetError: an empty source, ambiguous fields, or of bad rows the first.
     """
     mapping = find_mapping(read_keys(source, data), data, source.name)
     notes.mappings[source.name] = mapping.describe()
@@ -68,11 +60,7 @@ def read_usable_examples(source: DataSource, data: DataSection, notes: DataNotes
 
 
 def read_source_examples(source: DataSource, data: DataSection, notes: DataNotes | None = None) -> Iterator[Example]:
-    """Like `read_usable_examples`, but the error names all bad rows, and a source of only bad rows is an error.
-
-    Raises:
-        DatasetError: an empty source, bad rows, or ambiguous fields.
-    """
+    """Like `read_usable_examples`, but the error names all bad rows, and a source of only bad rows is an error."""
     notes, usable = notes or DataNotes(), 0
     try:
         for example in read_usable_examples(source, data, notes):

@@ -64,9 +64,6 @@ class DataSource:
         Args:
             data: how tables are read, and the fields that the user named: a row that has one holds no rows.
             on_bad_row, add_remark: as in `SourceFile`.
-
-        Raises:
-            DatasetError: as `file_readers.read_file_rows`.
         """
         data = data or DataSection()
         if self.table is None:
@@ -193,11 +190,7 @@ def _load_from_disk(folder: Path, split: str, entry: int, key: str) -> DataSourc
 
 
 def parse_hub_spec(spec: str, key: str) -> re.Match[str]:
-    """The id, config, revision and split of hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT].
-
-    Raises:
-        DatasetError: it is written otherwise.
-    """
+    """The id, config, revision and split of hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]; else an error."""
     parts = _HUB_SPEC.fullmatch(spec.removeprefix(HUB))
     if not parts:
         raise DatasetError(f"{key}: '{spec}' is not understood; write {HUB}OWNER/NAME[/CONFIG][@REVISION][:SPLIT].")
@@ -240,11 +233,8 @@ def _flatten_records(
 ) -> Iterator[Row]:
     """The rows; one that only nests records (SQuAD's articles, the topics of an FAQ) becomes a row per record.
 
-    Each record gets the fields around it. Rows behind the first such row are numbered consecutively.
-
-    Args:
-        add_remark: takes the path of the records, and that lists without a record are left out.
-        named_fields: fields that the user named; a row that has one is not flattened.
+    Each record gets the fields around it. Rows behind the first such row are numbered consecutively. A row that has one
+    of the fields that the user named is not flattened.
     """
     number = 0
     for row in rows:
@@ -289,9 +279,7 @@ def _list_records(
     records: Any = values.get(path[0]) if path else None
     if records == []:
         add_remark(f"lists '{path[0]}' without a record are left out")
-    elif not _holds_objects(
-        records
-    ):  # a record itself, or something else: a row that cannot be used, which is reported
+    elif not _holds_objects(records):  # a record itself, or a row that cannot be used, which is reported
         yield dict(values)
         return
     for record in records:

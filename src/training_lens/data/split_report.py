@@ -55,11 +55,6 @@ class SplitReport:
     ignored_keys: dict[str, dict[str, int]] = field(default_factory=dict)
     bad_rows: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
-    @property
-    def unknown_share(self) -> float:
-        """Share of characters that have no token in this tokenizer."""
-        return sum(self.unknown_characters.values()) / max(1, self.characters)
-
 
 @dataclass
 class SplitCounter:
@@ -90,11 +85,7 @@ class SplitCounter:
     def count_outcomes(
         self, examples: Sequence[Example], whole: EncodedRows, fitted: EncodedRows, kept: np.ndarray
     ) -> None:
-        """Count outcomes: kept whole, truncated, or dropped (fully masked, too long, nothing to learn).
-
-        Args:
-            kept: (examples,) bool.
-        """
+        """Count outcomes: kept whole, truncated, or dropped (fully masked, too long, nothing to learn)."""
         texts = np.fromiter((example.is_text for example in examples), bool, len(examples))
         lost = count_by_example(whole.response, whole.offsets) - count_by_example(fitted.response, fitted.offsets)
         muted = whole.lengths == 0
@@ -139,12 +130,9 @@ class SplitCounter:
 
 def _find_quantile(counts: Counter[int], share: float) -> int:
     """The smallest length that at least this share of examples does not exceed."""
-    seen, wanted = 0, share * sum(counts.values())
-    for length in sorted(counts):
-        seen += counts[length]
-        if seen >= wanted:
-            return length
-    return 0
+    if not counts:
+        return 0
+    return int(np.quantile(list(counts), share, weights=list(counts.values()), method="inverted_cdf"))
 
 
 def log_split(report: SplitReport, key: str, seq_len: int) -> None:
@@ -191,7 +179,8 @@ def describe_losses(report: SplitReport, seq_len: int) -> Iterator[str]:
         )
     if report.unknown_characters:
         shown = ", ".join(f"{c!r} ({n})" for c, n in list(report.unknown_characters.items())[:SHOWN])
-        yield f"{report.unknown_share:.2%} of the characters have no token in this tokenizer: {shown}"
+        share = sum(report.unknown_characters.values()) / max(1, report.characters)
+        yield f"{share:.2%} of the characters have no token in this tokenizer: {shown}"
     if report.special_text:
         yield (
             f"names of special tokens in the rows are read as plain text: {_list_counts(report.special_text)} "

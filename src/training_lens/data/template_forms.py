@@ -23,10 +23,8 @@ PARAMETERS = {"type": "object", "properties": {"probe_parameter": {"type": "stri
 TOOL = {"type": "function", "function": {"name": TOOL_NAME, "description": "a probe", "parameters": PARAMETERS}}
 CALL_NAME, CALL_KEY = "probe_call", "probe_key"
 CALL_VALUE = "probe \"value' of\ntwo lines"  # each way to write it in JSON, Python or markup is another text
-NINE, LONG = (
-    "call00001",
-    "call_0123456789abcdefghijkl",
-)  # ids as Mistral's templates want them, and as OpenAI gives them
+# Ids as Mistral's templates want them, and as OpenAI gives them.
+NINE, LONG = "call00001", "call_0123456789abcdefghijkl"
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,8 @@ class TemplateForm:
             yield "null content beside a call goes into the template as empty text, since it cannot take null"
         if any(not m.null_content for m in empty) and self.empty_becomes_null:
             yield "empty content beside a call goes into the template as null, since it shows calls only then"
-        if not all(
-            self.call_ids == "optional" or _is_valid(c.get("id"), self.call_ids) for m in callers for c in m.calls
-        ):
+        ids = [call.get("id") for message in callers for call in message.calls]
+        if self.call_ids != "optional" and not all(_is_valid(call_id, self.call_ids) for call_id in ids):
             wanted = "ids of nine characters" if self.call_ids == "nine characters" else "an id for every call"
             yield f"the template wants {wanted}: calls without one have an id from their place, such as {NINE}"
 
@@ -105,10 +102,7 @@ class TemplateForm:
 
 
 def find_form(render: Render) -> TemplateForm:
-    """Probe which form a template takes.
-
-    Args:
-        render: renders messages and tools to text; raises DatasetError if the template fails.
+    """Probe which form a template takes; `render` raises DatasetError if it fails.
 
     Raises:
         ConfigurationError: the template renders no content in any form.
@@ -166,24 +160,20 @@ def _build_call_probe(results: bool, call_id: str | None = NINE) -> list[Message
 
 def _rank_call(render: Render, form: TemplateForm, results: bool, call_id: str | None = NINE) -> int | None:
     """How well the template renders a call in this form, as `rank_spelling`; None if part of it is lost."""
-    text = _render_or_nothing(
-        render,
-        form.format_messages(_build_call_probe(results, call_id)),
-        form.format_tools([TOOL] if form.shows_tools else ()),
-    )
+    tools = form.format_tools([TOOL] if form.shows_tools else ())
+    text = _render_or_nothing(render, form.format_messages(_build_call_probe(results, call_id)), tools)
     needed = (CALL_NAME, CALL_KEY, *((RESULT, ANSWER) if results else ()))
     return rank_spelling(CALL_VALUE, text) if all(name in text for name in needed) else None
 
 
 def _choose_null_content(render: Render, form: TemplateForm, results: bool) -> TemplateForm:
     """Null stays null unless the template then loses the call or writes 'None'."""
+    with_empty, with_null = (replace(form, empty_becomes_null=is_null) for is_null in (False, True))
     empty, null = (
-        _render_or_nothing(
-            render, replace(form, empty_becomes_null=is_null).format_messages(_build_call_probe(results)), ()
-        )
-        for is_null in (False, True)
+        _render_or_nothing(render, tried.format_messages(_build_call_probe(results)), ())
+        for tried in (with_empty, with_null)
     )
-    shown = _rank_call(render, replace(form, empty_becomes_null=True), results) is not None
+    shown = _rank_call(render, with_null, results) is not None
     return replace(form, null_stays_null=shown and null.count("None") <= empty.count("None"))
 
 

@@ -7,10 +7,11 @@ call, so both see the same tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.chat_template import ChatTemplate, lost_content_error, special_token_names
@@ -18,48 +19,80 @@ from training_lens.data.completeness import contains_text, find_lost, omits_thou
 from training_lens.data.examples import Example, Message, TextSegment
 from training_lens.data.jinja import TOOL_USE, choose_source, read_template_file, shows_date
 from training_lens.data.notes import DataNotes
-from training_lens.data.special_text import SpecialText, find_foreign_marks
 from training_lens.data.tool_calls import fit_tools
-from training_lens.data.turn_templates import AlpacaTemplate, PatternTemplate, PlainTemplate
+from training_lens.data.turn_templates import AlpacaTemplate, PatternTemplate, PlainTemplate, Tools, TurnTemplate
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 DomainStyle = Literal["tag", "hash", "raw", "none"]
+Template = ChatTemplate | TurnTemplate
 JINJA = (".jinja", ".jinja2", ".j2")
-Tools = Sequence[Mapping[str, Any]]
 THOUGHTS_LEFT_OUT = "{} leaves out the thoughts of earlier answers once a chat goes on; they are not learned"
 NAMES_LEFT_OUT = "{} does not show who speaks: the names of messages ('name') are left out"
+# While a template renders, a name is replaced by (mark, number, mark). The marks are Unicode noncharacters, which no
+# template knows; in ASCII JSON they are escaped.
+OPEN, CLOSE, ESCAPED = "\ufdd0", "\ufdd1", r"\ufdd0"
+_PLACEHOLDER = re.compile(rf"(?:{OPEN}|\\ufdd0)(\d+)(?:{CLOSE}|\\ufdd1)")
+# Anything that looks like a special token of some tokenizer.
+_MARK = re.compile(r"<\|[^|<>\s]{1,40}\|>|</s>|<(?:start|end)_of_[a-z]+>")
 
 
-class Template(Protocol):
-    """Renders the messages of a chat as text segments.
+def find_foreign_marks(texts: Iterable[str], tokens: Collection[str]) -> list[str]:
+    """Strings in the texts that look like special tokens but are not in `tokens`, sorted."""
+    return sorted({mark for text in texts if "<" in text for mark in _MARK.findall(text)}.difference(tokens))
 
-    `shows_tools`, `shows_calls`, `shows_results`: whether it renders tool descriptions, tool calls and tool results.
+
+class SpecialText:
+    """Replaces names of special tokens in texts by placeholders, and restores them as plain text.
+
+    Without `names`, names in data become tokens.
     """
 
-    name: str  # for error messages
-    way_out: str  # advice if it does not render what a row holds
-    shows_tools: bool
-    shows_calls: bool
-    shows_results: bool
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = sorted(names, key=len, reverse=True)  # the longest first: one may begin another
+        self._found = re.compile("|".join(map(re.escape, self._names))) if names else None
 
-    def list_remarks(self, messages: Sequence[Message]) -> Iterator[str]:
-        """Remarks on how these messages are passed to the template."""
-        ...
+    @property
+    def are_tokens(self) -> bool:
+        """Whether names in data become tokens."""
+        return self._found is None
 
-    def render_prompt(
-        self, messages: Sequence[Message], tools: Tools, learned: Collection[int] = ()
-    ) -> list[TextSegment]:
-        """The text before the assistant's next answer; `messages` end with another role's.
+    def protect_text(self, text: str) -> str:
+        """`text` with the names as placeholders."""
+        if self._found is None or not self._found.search(text):
+            return text
+        return self._found.sub(lambda name: f"{OPEN}{self._names.index(name[0])}{CLOSE}", text)
 
-        `learned` are earlier answers that training supervises; the text is split at them as in training.
-        """
-        ...
+    def protect_message(self, m: Message) -> Message:
+        """The message with the names protected, in texts and calls."""
+        if self._found is None or not (m.calls or self._found.search(m.text) or self._found.search(m.input)):
+            return m  # nearly every message; copying it would take as long as rendering it
+        calls = tuple(self.protect_value(call) for call in m.calls)
+        return replace(m, text=self.protect_text(m.text), input=self.protect_text(m.input), calls=calls)
 
-    def render_example(self, messages: Sequence[Message], tools: Tools, learned: Collection[int]) -> list[TextSegment]:
-        """The whole chat; the answers at the indices `learned` are responses, each with its end token."""
-        ...
+    def protect_value(self, value: Any) -> Any:
+        """`value` with every text in it protected."""
+        if isinstance(value, str):
+            return self.protect_text(value)
+        if isinstance(value, Mapping):
+            return {self.protect_value(k): self.protect_value(v) for k, v in value.items()}
+        return [self.protect_value(v) for v in value] if isinstance(value, list | tuple) else value
+
+    def restore_segments(self, segments: Sequence[TextSegment]) -> list[TextSegment]:
+        """The segments, with each placeholder as a plain segment of its own."""
+        if not any(OPEN in segment.text or ESCAPED in segment.text for segment in segments):
+            return list(segments)
+        return [
+            TextSegment(self._names[int(part)] if odd else part, segment.response, plain=bool(odd))
+            for segment in segments
+            for place, part in enumerate(_PLACEHOLDER.split(segment.text))
+            if (odd := place % 2) or part
+        ]
+
+    def restore_text(self, text: str) -> str:
+        """`text` with the names restored, for error messages."""
+        return _PLACEHOLDER.sub(lambda found: self._names[int(found[1])], text)
 
 
 def domain_prefix(domain: str | None, style: DomainStyle) -> str:
@@ -133,10 +166,7 @@ class Renderer:
         return self.render_prompt(example.messages[:-1], example.domain, example.tools)
 
     def render_example(self, example: Example, notes: DataNotes | None = None) -> list[TextSegment]:
-        """The example up to the end of its last learned answer.
-
-        Args:
-            notes: collects remarks; None logs each remark once.
+        """The example up to the end of its last learned answer. `notes` collect remarks; None logs each once.
 
         Raises:
             DatasetError: the template fails or drops content; names the row.
@@ -174,15 +204,13 @@ class Renderer:
 
     def render_text_prompt(self, text: str, domain: str | None) -> list[TextSegment]:
         """The prompt for a plain text that begins with `text`: the domain prefix, no template."""
-        parts = (domain_prefix(domain, self._style), text)
-        return self._special.restore_segments(
-            [TextSegment(self._special.protect_text(part), False) for part in parts if part]
-        )
+        parts = [self._special.protect_text(part) for part in (domain_prefix(domain, self._style), text) if part]
+        return self._special.restore_segments([TextSegment(part, False) for part in parts])
 
     def _fit_chat(self, messages: Sequence[Message], domain: str | None, tools: Tools) -> FittedChat:
         template = self.tool_template if tools else self.template
         safe_tools = [self._special.protect_value(tool) for tool in tools]
-        safe_messages = self._special.protect_messages(self._add_domain_prefix(messages, domain))
+        safe_messages = [self._special.protect_message(m) for m in self._add_domain_prefix(messages, domain)]
         return FittedChat(template, *fit_tools(template, safe_messages, safe_tools))
 
     def _add_domain_prefix(self, messages: Sequence[Message], domain: str | None) -> Sequence[Message]:
@@ -195,15 +223,10 @@ class Renderer:
         return [replace(m, text=prefix + m.text) if i == first else m for i, m in enumerate(messages)]
 
     def _check_complete(self, chat: FittedChat, segments: Sequence[TextSegment], learned: Collection[int]) -> list[str]:
-        """Check that the text is complete; returns remarks on thoughts and names that were left out.
-
-        Raises:
-            DatasetError: the rendered text lacks anything else.
-        """
+        """Remarks on thoughts and names that were left out of the text; anything else that it lacks is an error."""
         text = "".join(segment.text for segment in segments)
-        if not chat.tools and all(
-            m.text in text and m.input in text and not m.calls and not m.extra for m in chat.messages
-        ):
+        is_plain = not chat.tools and not any(m.calls or m.extra for m in chat.messages)
+        if is_plain and all(m.text in text and m.input in text for m in chat.messages):
             return []  # nearly every row
         if lost := find_lost(text, chat.messages, chat.tools, learned):
             raise lost_content_error(chat.template.name, self._special.restore_text(lost), chat.template.way_out)
@@ -237,20 +260,13 @@ def choose_template(asked: str, tokenizer: Any) -> str:
 
 
 def load_template_file(asked: str, tokenizer: Any) -> None:
-    """If `asked` is a .jinja file, set it as the tokenizer's chat template, so that it is saved with the run.
-
-    Raises:
-        ConfigurationError: unreadable or invalid Jinja; names the line.
-    """
+    """If `asked` is a .jinja file, set it as the tokenizer's chat template, so that it is saved with the run."""
     if asked.endswith(JINJA):
         tokenizer.chat_template = read_template_file(asked)
 
 
 def resolve_date(data: DataSection, tokenizer: Any) -> str | None:
-    """The date for the chat template, as YYYY-MM-DD; logs it.
-
-    The configured date, else today if the template shows the date, else None.
-    """
+    """The date for the chat template, YYYY-MM-DD: the configured one, else today if the template shows it. Logs it."""
     templates = tokenizer.chat_template if _uses_chat_template(choose_template(data.template, tokenizer)) else ""
     has_date = any(map(shows_date, [templates] if isinstance(templates, str) else templates.values()))
     if not has_date:
@@ -276,13 +292,12 @@ def build_renderer(data: DataSection, tokenizer: Any) -> Renderer:
     else:
         template = PatternTemplate(name, end)
     special = special_token_names(tokenizer) if data.special_tokens == "plain" else ()
-    supervise: Literal["all", "last"] = "last" if data.supervise == "last" else "all"
     return Renderer(
         template,
         data.domain.style,
         end=end,
         tool_template=tool_template,
-        supervise=supervise,
+        supervise="last" if data.supervise == "last" else "all",
         special=special,
         tokens={str(token) for token in tokenizer.added_tokens_decoder.values()} | special_token_names(tokenizer),
     )

@@ -50,12 +50,7 @@ def code_hash() -> str:
 def prepare_split(
     specs: Sequence[str], key: str, preparation: Preparation, cache: Path | str, progress: Progress
 ) -> Split:
-    """The tokenized split of these sources, from the cache if possible.
-
-    Args:
-        specs: paths, globs, folders, hub ids or embedded names.
-        key: 'data.train' or 'data.validation', for error messages.
-        cache: folder of all caches; splits are written atomically.
+    """The tokenized split of the sources that the `specs` of `key` name, from the `cache` if possible.
 
     Raises:
         DatasetError: missing or broken files, bad rows, or nothing left to learn.
@@ -114,11 +109,7 @@ def _build_split(
 def _write_tokens(
     path: Path, sources: Sequence[DataSource], preparation: Preparation, advance: Callable[[float], None]
 ) -> SplitCounter:
-    """Write the tokens of all sources; returns the counts.
-
-    Raises:
-        DatasetError: as `prepare_split`; names all bad rows of all sources.
-    """
+    """Write the tokens of all sources; returns the counts. The error names all bad rows of all sources."""
     counter = SplitCounter(CharacterCoverage(preparation.encoder))
     try:
         write_examples(path, tokenize_chunks(sources, preparation, counter, advance))
@@ -129,10 +120,9 @@ def _write_tokens(
 
 
 def _compute_fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
-    data = preparation.data.model_dump(include=TOKEN_KEYS)
     parts = {
         "files": list(hashes.items()),  # in order: it decides the order of the rows
-        "data": data,
+        "data": preparation.data.model_dump(include=TOKEN_KEYS),
         "seq_len": preparation.seq_len,
         "tokenizer": preparation.tokenizer_hash,
         "code": code_hash(),
@@ -143,8 +133,7 @@ def _compute_fingerprint(hashes: dict[str, str], preparation: Preparation) -> st
 # The keys of the data section that decide tokens; the others decide which examples are used, and when.
 TOKEN_KEYS = {
     *("fields", "ignore_keys", "csv", "on_bad_row", "domain", "template", "date", "mask_prompt", "supervise"),
-    "thinking",
-    *("truncation", "special_tokens", "strip_end_marks"),
+    *("thinking", "truncation", "special_tokens", "strip_end_marks"),
 }
 
 
@@ -164,11 +153,7 @@ def _refuse_useless_split(report: SplitReport, counter: SplitCounter, key: str, 
 
 
 def open_cached_split(fingerprint: str, cache: Path) -> TokenDataset | None:
-    """The cached split with this fingerprint, all checksums verified; None if it is not cached.
-
-    Raises:
-        DamagedFileError: a checksum differs.
-    """
+    """The cached split with this fingerprint, all checksums verified; None if it is not cached."""
     folder = cache_folder(fingerprint, cache)
     if not folder.is_dir():
         return None

@@ -170,11 +170,8 @@ class TokenFile(TokenTable):
         except FileNotFoundError as error:
             raise DamagedFileError(f"{error.filename} is missing.") from error
         self._content = _map_file(self._path)
-        places = self._checksums.list_other_spans()
-        if (
-            self._content.size != self._checksums.size
-            or _compute_checksum(self._content, places) != self._checksums.rest
-        ):
+        rest = _compute_checksum(self._content, self._checksums.list_other_spans())
+        if (self._content.size, rest) != (self._checksums.size, self._checksums.rest):
             raise DamagedFileError(f"{self._path} is damaged: it is not what its checksums say.")
         super().__init__(pa.ipc.open_file(self._content).read_all())
         self._ends = np.cumsum([len(chunk) for chunk in self.table.column("row").chunks])
@@ -185,11 +182,7 @@ class TokenFile(TokenTable):
         return hashlib.sha256(json.dumps([checksum for *_, checksum in self._checksums.tokens]).encode()).hexdigest()
 
     def require_tokens(self, row: int) -> None:
-        """Verify the record batch of a row, once; damaged tokens are rebuilt.
-
-        Raises:
-            DamagedFileError: damaged, and there is no `rebuild`.
-        """
+        """Verify the record batch of a row, once; damaged tokens are rebuilt, or without `rebuild` an error."""
         batch = int(np.searchsorted(self._ends, row, side="right"))
         if not self._is_checked[batch]:
             with self._lock:
@@ -198,12 +191,10 @@ class TokenFile(TokenTable):
     def _check_batch(self, batch: int) -> None:
         start, end, checksum = self._checksums.tokens[batch]
         if _compute_checksum(self._content, [(start, end)]) != checksum:
-            error = DamagedFileError(
-                f"{self._path} is damaged: the tokens in bytes {start} to {end} are not as written."
-            )
+            damage = f"{self._path} is damaged: the tokens in bytes {start} to {end} are not as written."
             if self._rebuild is None:
-                raise error
-            logger.warning("%s The rows are tokenized again.", error)
+                raise DamagedFileError(damage)
+            logger.warning("%s The rows are tokenized again.", damage)
             self._rebuild()
             self._open_file()
         self._is_checked[batch] = True

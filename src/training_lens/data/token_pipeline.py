@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ from training_lens.data.split_report import SplitCounter
 from training_lens.data.templates import Renderer
 from training_lens.data.tokenization import CharacterCoverage, TextEncoder
 from training_lens.errors import DatasetError
+from training_lens.utils.files import hash_bytes
 from training_lens.utils.prefetch import prefetch
 
 CHUNK = 1000  # rows tokenized in one call; about five times as many are in memory
@@ -49,10 +50,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def tokenize(
     examples: Sequence[Example], preparation: Preparation, notes: DataNotes | None = None
 ) -> list[TokenizedExample | None]:
-    """Tokenize examples; None for one that is dropped, or bad and skipped.
-
-    Args:
-        notes: collects the rows that are skipped, and remarks.
+    """Tokenize examples; None for one that is dropped, or bad and skipped. `notes` collect skipped rows and remarks.
 
     Raises:
         DatasetError: the template or the tokenizer refuses a row; names it.
@@ -171,19 +169,14 @@ def _select_rows(
 def _hash_text(segments: Sequence[TextSegment]) -> int:
     """A hash of the text without its white space: rows that differ in it alone are duplicates, as for `prepare`."""
     text = "".join("".join(segment.text for segment in segments).split())
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return hash_bytes(text.encode())
 
 
 def find_bad_rows(sources: Sequence[DataSource], preparation: Preparation) -> SplitCounter:
-    """Counts and bad rows of all sources. Costs one full pass, whose tokens are discarded.
-
-    Raises:
-        DatasetError: a source itself is at fault, or has no readable row.
-    """
+    """Counts and bad rows of all sources. Costs one full pass, whose tokens are discarded."""
     counter = SplitCounter(CharacterCoverage(preparation.encoder))
     skipping = replace(preparation, data=skip_bad_rows(preparation.data))
-    for _ in tokenize_chunks(sources, skipping, counter, lambda _: None):
-        pass
+    deque(tokenize_chunks(sources, skipping, counter, lambda _: None), maxlen=0)
     return counter
 
 

@@ -22,11 +22,7 @@ Tool = Mapping[str, Any]
 
 
 def read_calls(place: str, item: Mapping[str, Any], keys: KeyCheck, path: str) -> tuple[ToolCall, ...]:
-    """The calls of an assistant's message: OpenAI's `tool_calls`, or its older `function_call`.
-
-    Raises:
-        DatasetError: both are there, or a call that is none.
-    """
+    """The calls of an assistant's message: OpenAI's `tool_calls`, or its older `function_call`."""
     listed, single = item.get("tool_calls"), item.get("function_call")
     if not listed and not single:
         return ()
@@ -114,10 +110,7 @@ def _read_tool(row: Row, key: str, tool: Any) -> Tool:
 
 
 def find_calls(value: Any, tools: Sequence[Tool]) -> list[Mapping[str, Any]] | None:
-    """The calls that an answer consists of, as an object, a list or their JSON text; None where it is no calls.
-
-    Each must be an object that names one of the row's tools.
-    """
+    """The calls, each of one of the row's tools, that an answer is: an object, a list or JSON text of it; else None."""
     if not tools:
         return None
     if isinstance(value, str):
@@ -141,8 +134,7 @@ def fit_tools(
 ) -> tuple[Sequence[Message], Sequence[Tool], list[str]]:
     """The chat as this template can render it, with remarks on what became text.
 
-    Raises:
-        DatasetError: the template renders tools but not their calls, so part of the row would be lost.
+    A template that renders tools but not their calls is an error: part of the row would be lost.
     """
     has_calls, has_results = any(m.calls for m in messages), any(m.role == "tool" for m in messages)
     if not (tools or has_calls or has_results):
