@@ -19,11 +19,7 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.config.evaluation_sections": ("EvaluationSection",),
         "training_lens.evaluation.comparison": ("LengthBuckets", "ModelComparison", "RowGroup"),
         "training_lens.evaluation.evaluator": (
-            "LossReport",
-            "EvaluationOptions",
-            "TokenSums",
-            "evaluate_loss",
-            "token_sums",
+            *("LossReport", "EvaluationOptions", "TokenSums", "evaluate_loss", "token_sums"),
         ),
         "training_lens.evaluation.run_evaluation": ("ModelEvaluator", "EvaluationResult"),
         "training_lens.evaluation.metrics": ("CORPUS_METRICS", "ROW_METRICS", "AnswerScoring", "row_scores"),

@@ -46,19 +46,9 @@ def has_loop(token_ids: Sequence[int] | np.ndarray) -> bool:
 
 
 def summarize_endings(
-    token_ids: Sequence[Sequence[int]],
-    is_cut: Sequence[bool],
-    right: Sequence[Sequence[int] | np.ndarray],
-    room: int,
+    token_ids: Sequence[Sequence[int]], is_cut: Sequence[bool], right: Sequence[Sequence[int] | np.ndarray], room: int
 ) -> Endings:
-    """How some answers end.
-
-    Args:
-        token_ids: the tokens of each answer, without the end token.
-        is_cut: whether the answer reached the limit.
-        right: the tokens of each right answer.
-        room: max_new_tokens.
-    """
+    """How answers of these tokens (without the end token) end; `right` are the tokens of the right ones."""
     lengths = [len(ids) for ids in right]
     spare = [room >= min(2 * length, length + SPARE_TOKENS) for length in lengths]
     loops = [has_loop(given) and not has_loop(wanted) for given, wanted in zip(token_ids, right, strict=True)]

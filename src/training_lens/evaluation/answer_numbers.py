@@ -158,10 +158,8 @@ def numeric_match(prediction: str, reference: str, decimal: DecimalMark = "point
 
     The marked answer is the text after the last `####` on its line (Cobbe et al. 2021, "Training Verifiers to Solve
     Math Word Problems"), or in the last `\boxed{}`. Words after the prediction's number do not matter, as in GSM8K's
-    own script; an unmarked number is wrong. See `read_number` for the notation of numbers.
-
-    Returns:
-        None where the reference marks no number by itself: `#### 3. Steps` is a heading.
+    own script; an unmarked number is wrong. None where the reference marks no number by itself: `#### 3. Steps` is a
+    heading. See `read_number` for the notation of numbers.
 
     Example:
         >>> numeric_match("6 x 7 = 42\\n#### 42", "#### 42"), numeric_match("42", "#### 42")

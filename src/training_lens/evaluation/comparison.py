@@ -159,10 +159,6 @@ class LengthBuckets:
         The limits are the lengths nearest to i/count of the examples, i = 1 .. count - 1. Equal lengths share a bucket,
         so there may be fewer buckets. The last bucket has no upper limit.
 
-        Args:
-            lengths: (examples,) tokens, integers from 1.
-            count: 1 or more.
-
         Example:
             >>> LengthBuckets.from_quantiles(np.array([5, 6, 7, 8, 20, 90]), 3).labels
             ('1-6', '7-8', 'over 8')
@@ -177,11 +173,7 @@ class LengthBuckets:
 
     @classmethod
     def from_limits(cls, limits: Sequence[int]) -> LengthBuckets:
-        """Buckets up to the given lengths in tokens, inclusive, and one for what is longer.
-
-        Raises:
-            ConfigurationError: the limits are empty, not all positive, or not ascending.
-        """
+        """Buckets up to the given lengths in tokens, inclusive, and one for what is longer."""
         if not limits or limits[0] < 1 or any(after <= before for before, after in pairwise(limits)):
             raise ConfigurationError(
                 f"evaluation.length_buckets: {list(limits)} are no bucket limits; give lengths in tokens from 1 "
@@ -211,12 +203,7 @@ def compare_models(
     bootstrap: Bootstrap,
     described: Mapping[str, str],
 ) -> ModelComparison:
-    """Score one model, or two on the same rows: `base` and `adapter`.
-
-    Args:
-        lengths: tokens of each row, (rows,).
-        described: a description of each model.
-    """
+    """Score one model, or two (`base` and `adapter`) on the same rows, of `lengths` (rows,) in tokens."""
 
     def measure_part(rows: np.ndarray) -> RowGroup:
         return _measure_group({name: scored.take(rows) for name, scored in models.items()}, bootstrap)
@@ -264,9 +251,7 @@ def choose_samples(examples: Sequence[Example], count: int) -> list[int]:
 def corrupt_prompts(examples: Sequence[Example], domain_in_prompt: bool, seed: int) -> dict[str, dict[int, Example]]:
     """The corrupted rows of each control, by the index of the original row.
 
-    Args:
-        domain_in_prompt: whether prompts name the domain. The domain controls take the rows that have a domain, and
-            need two different ones.
+    Where prompts name the domain, the domain controls take the rows that have one, and need two different ones.
     """
     changed: dict[str, dict[int, Example]] = {}
     with_domain = {i: e for i, e in enumerate(examples) if e.domain is not None}

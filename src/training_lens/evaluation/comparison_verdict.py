@@ -28,10 +28,9 @@ from training_lens.evaluation.verdict import (
     Severity,
     Verdict,
     assess_changes,
-    count_rows,
     name_measure,
 )
-from training_lens.utils.formatting import did_you_mean
+from training_lens.utils.formatting import did_you_mean, pluralize
 
 LOSS, ACROSS_TOKENS = "loss", "bits_per_byte"
 LOOSE_MEASURES = ("token_f1", "chrf")  # an answer is more or less near to the right one
@@ -58,8 +57,7 @@ def assess_comparison(
 
     Args:
         scoring: knows which of the user's metrics are better when lower.
-        decide_by: the measure that the user chose.
-        distinct_rows: rows without duplicates.
+        distinct_rows: rows without duplicates, which are no further evidence.
         training: the losses of the run whose adapter is evaluated.
         run: its folder, for the next command; empty if it is not a run.
 
@@ -129,13 +127,7 @@ def next_command(verdict: Verdict, run: str) -> str:
 def collect_remarks(
     comparison: ModelComparison, deciding: MeasuredChange, distinct_rows: int, training: TrainingRecord | None
 ) -> Iterator[Remark]:
-    """All remarks on a comparison, in the order in which they are printed.
-
-    Args:
-        deciding: the measure that decides the verdict, over all rows.
-        distinct_rows: rows without duplicates, which are no further evidence.
-        training: the losses of the run whose adapter is evaluated.
-    """
+    """All remarks on a comparison, in the order in which they are printed; arguments as in `assess_comparison`."""
     if shuffled := comparison.controls.get(SHUFFLED_PROMPTS):
         yield prompt_remark(shuffled)
     base = None if comparison.is_of_two_runs else comparison.endings.get(BASE)
@@ -177,12 +169,7 @@ def prompt_remark(control: ControlResult) -> Remark:
 
 
 def ending_remarks(endings: Endings, base: Endings | None, subject: str) -> Iterator[Remark]:
-    """Answers that do not end, and answers that repeat themselves.
-
-    Args:
-        base: the endings of the base, where it answered as well.
-        subject: the model: 'the adapter', or a run's name.
-    """
+    """Answers that do not end, and answers that repeat themselves, of a model named `subject`."""
 
     def severity(count: int) -> Severity:
         share = count / endings.answers
@@ -211,13 +198,13 @@ def row_remarks(rows: int, distinct: int) -> Iterator[Remark]:
     """Too few rows, or duplicated rows."""
     if distinct < MOSTLY_DISTINCT * rows:
         sentence = (
-            f"Only {distinct} of the {count_rows(rows)} differ from each other: repeated rows are no further evidence, "
-            "and make intervals too narrow."
+            f"Only {distinct} of the {pluralize(rows, 'row')} differ from each other: repeated rows are no further "
+            "evidence, and make intervals too narrow."
         )
         yield Remark("repeated_rows", "warning", sentence)
     if distinct < THIN_ROWS:
         sentence = (
-            f"Thin evidence: {count_rows(distinct)}. An interval from fewer than {THIN_ROWS} is itself unsure; "
+            f"Thin evidence: {pluralize(distinct, 'row')}. An interval from fewer than {THIN_ROWS} is itself unsure; "
             "evaluate on more (data.validation=FILE)."
         )
         yield Remark("thin_evidence", "warning", sentence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,6 +13,7 @@ from training_lens.data.token_dataset import TokenDataset
 from training_lens.data.token_pipeline import encode_training_prompt, tokenize
 from training_lens.errors import DatasetError
 from training_lens.inference.session import Session
+from training_lens.utils.files import hash_bytes
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -39,11 +39,7 @@ class EvaluationRows:
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example], session: Session) -> EvaluationRows:
-        """The rows of `examples` that fit the model.
-
-        Raises:
-            DatasetError: none fits.
-        """
+        """The rows of `examples` that fit the model; that none does is an error."""
         tokenized = tokenize(examples, session.preparation)
         kept = np.array([i for i, tokens in enumerate(tokenized) if tokens is not None], dtype=np.int64)
         if not len(kept):
@@ -61,7 +57,6 @@ class EvaluationRows:
                 "none for an answer; the first is %s", len(silent), silent[0],
             )  # fmt: skip
         texts = [_read_texts(e, tokens, session) for e, tokens in zip(kept_examples, fitting, strict=True)]
-        hashes = [hashlib.blake2b(t.input_ids[t.loss_mask].tobytes(), digest_size=8).digest() for t in fitting]
         return cls(
             kept_examples,
             kept,
@@ -69,7 +64,7 @@ class EvaluationRows:
             prompts,
             [reference for reference, _ in texts],
             np.array([size for _, size in texts], dtype=np.int64),
-            np.array([int.from_bytes(digest, "big") for digest in hashes], dtype=np.uint64),
+            np.array([hash_bytes(t.input_ids[t.loss_mask].tobytes()) for t in fitting], dtype=np.uint64),
         )
 
     def take(self, places: np.ndarray) -> EvaluationRows:

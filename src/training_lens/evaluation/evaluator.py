@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -61,11 +61,7 @@ class EvaluationOptions:
 
 
 def token_sums(model: Any, dataset: TokenDataset, options: EvaluationOptions) -> TokenSums:
-    """The sums of every example. The model is in eval mode meanwhile.
-
-    Raises:
-        EvaluationError: evaluation failed in this process or another.
-    """
+    """The sums of every example. The model is in eval mode meanwhile. An error in any process is one in all."""
 
     def columns(batch: Batch) -> torch.Tensor:
         return _stack_columns(supervised_scores(model, batch.input_ids, batch.loss_mask, batch.lengths))
@@ -75,11 +71,7 @@ def token_sums(model: Any, dataset: TokenDataset, options: EvaluationOptions) ->
 
 
 def paired_sums(model: Any, dataset: TokenDataset, options: EvaluationOptions) -> PairedSums:
-    """The sums of a PEFT model with its adapter off and on, and the KL divergence between the two.
-
-    Raises:
-        EvaluationError: evaluation failed in this process or another.
-    """
+    """The sums of a PEFT model with its adapter off and on, and the KL divergence between the two."""
 
     def columns(batch: Batch) -> torch.Tensor:
         pair = paired_scores(model, batch.input_ids, batch.loss_mask, batch.lengths)
@@ -130,10 +122,9 @@ def _score_batches(
     dataset: TokenDataset, options: EvaluationOptions, columns: Callable[[Batch], torch.Tensor]
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """This process's examples in batches, each with its `columns`; batches are halved where memory runs out."""
-    positions = shard_positions(
-        np.arange(len(dataset)), dataset.lengths, options.processes.index, options.processes.count
-    )
-    waiting, device = split_micro_batches(positions, dataset.lengths, options.max_tokens), options.processes.device
+    processes, device = options.processes, options.processes.device
+    positions = shard_positions(np.arange(len(dataset)), dataset.lengths, processes.index, processes.count)
+    waiting = split_micro_batches(positions, dataset.lengths, options.max_tokens)
     while waiting:
         batch = collate([dataset[int(i)] for i in waiting[0]], options.fill_id).move_to(device)
         tokens, values = batch.input_ids.numel(), None
@@ -146,9 +137,8 @@ def _score_batches(
         if values is not None:
             yield waiting.pop(0), values
             continue
-        options = replace(options, max_tokens=tokens // 2)
-        logger.warning("out of memory in a batch of %d tokens: continuing with %d", tokens, options.max_tokens)
-        waiting = split_micro_batches(np.concatenate(waiting), dataset.lengths, options.max_tokens)
+        logger.warning("out of memory in a batch of %d tokens: continuing with %d", tokens, tokens // 2)
+        waiting = split_micro_batches(np.concatenate(waiting), dataset.lengths, tokens // 2)
         del batch
         free_memory()
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,9 @@ BOOTSTRAPS = 1000  # draws for the standard error of metrics that have no formul
 class TaskOptions:
     """How tasks are run.
 
-    Attributes:
-        include_path: a folder with tasks in YAML; its tasks take precedence over lm-eval's of the same name.
-        limit: the first so many rows of each task; None: all.
-        base: score the model without its adapter.
-        batch_tokens: most tokens (padding and answers included) in one forward pass.
-        seed: of the few-shot examples drawn, and of sampled answers.
+    Tasks in YAML of the folder `include_path` take precedence over lm-eval's of the same name. `limit`: only the first
+    so many rows of each task. `base`: without the adapter. `batch_tokens`: most tokens (padding and answers included)
+    in one forward pass. `seed`: of the few-shot examples drawn, and of sampled answers.
     """
 
     include_path: str | None = None
@@ -81,21 +79,20 @@ def run_tasks(
             from lm_eval.evaluator import evaluate
 
             found = evaluate(model, loaded, limit=options.limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
-    return {name: _read_scores(scores) for name, scores in found["results"].items()}
-
-
-def _read_scores(scores: dict[str, Any]) -> dict[str, float]:
-    """The numbers of one task: 'acc,none' is 'acc'; aliases and 'N/A' are left out."""
-    numbers = {name: value for name, value in scores.items() if isinstance(value, int | float) and "," in name}
-    return {name.removesuffix(",none"): float(value) for name, value in numbers.items()}
+    return {  # 'acc,none' is 'acc'; aliases and 'N/A' are left out
+        task: {
+            name.removesuffix(",none"): float(value)
+            for name, value in scores.items()
+            if isinstance(value, int | float) and "," in name
+        }
+        for task, scores in found["results"].items()
+    }
 
 
 def _load_tasks(tasks: Sequence[str], include_path: str | None) -> Any:
-    """The tasks with their data: from local files and the cache; from the hub only where it is missing.
+    """The tasks with their data: from local files and the cache; from the hub only where it is missing."""
+    from huggingface_hub import constants
 
-    Raises:
-        ConfigurationError: see `run_tasks`.
-    """
     manager = _open_task_manager(tasks, include_path)
     failing = f"{KEY}: {', '.join(tasks)} cannot be loaded"
     try:
@@ -103,7 +100,7 @@ def _load_tasks(tasks: Sequence[str], include_path: str | None) -> Any:
             return manager.load(list(tasks))
     except ConnectionError as error:
         require_hub(f"{KEY}: data of {', '.join(tasks)}", ConfigurationError)
-        if _works_offline():
+        if constants.HF_HUB_OFFLINE:
             raise ConfigurationError(
                 f"{failing} offline: {describe_error(error)} Give tasks with local data files."
             ) from error
@@ -122,21 +119,18 @@ def _open_task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
         if set(tasks) <= {*local.all_subtasks, *local.all_tags}:  # a group may hold tasks of lm-eval's own
             return local
     manager = TaskManager(include_path=include_path)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown or not tasks:
-        there = f", {len(local.all_tasks)} of them in {include_path}" if include_path is not None else ""
-        raise ConfigurationError(
-            [
-                f"{KEY}: '{task}' is none of the {len(manager.all_tasks)} tasks{there}.{_suggest_task(task, manager)}"
-                for task in unknown
-            ]
-            or f"{KEY}: no task is given."
-        )
+    if not tasks:
+        raise ConfigurationError(f"{KEY}: no task is given.")
+    known = manager.all_tasks
+    there = f", {len(local.all_tasks)} of them in {include_path}" if include_path is not None else ""
+    problems = [
+        f"{KEY}: '{task}' is none of the {len(known)} tasks{there}.{did_you_mean(task, known)}"
+        for task in tasks
+        if task not in known
+    ]
+    if problems:
+        raise ConfigurationError(problems)
     return manager
-
-
-def _suggest_task(task: str, manager: Any) -> str:
-    return did_you_mean(task, manager.all_tasks)
 
 
 def _language_model(session: Session, batch_tokens: int, progress: Progress) -> Any:
@@ -175,7 +169,8 @@ def _language_model(session: Session, batch_tokens: int, progress: Progress) -> 
 
         def _run_requests(self, kind: str, requests: list[Any], answer: Callable[..., list[Any]]) -> list[Any]:
             with progress.task(f"lm-eval, {kind}", len(requests), "requests") as advance:
-                self.cache_hook = _Counter(advance)
+                # The cache hook is called for each request that is done.
+                self.cache_hook = SimpleNamespace(add_partial=lambda *_request: advance(1))
                 return answer(requests, disable_tqdm=True)
 
     with _prevent_tying(session.model):
@@ -197,16 +192,6 @@ def _prevent_tying(model: Any) -> Iterator[None]:
         del model.tie_weights
 
 
-class _Counter:
-    """Takes the place of lm-eval's cache hook, which is called for each request that is done."""
-
-    def __init__(self, advance: Callable[[float], None]) -> None:
-        self._advance = advance
-
-    def add_partial(self, _kind: str, _request: Any, _result: Any) -> None:
-        self._advance(1)
-
-
 @contextmanager
 def _report_task_errors(what: str, let_through: type[Exception] | None = None) -> Iterator[None]:
     """Within the block, any error of a task is a ConfigurationError: its YAML or its code may be wrong."""
@@ -218,12 +203,6 @@ def _report_task_errors(what: str, let_through: type[Exception] | None = None) -
         raise ConfigurationError(
             f"{what}: {describe_error(error)} Look into the task's YAML file and its data."
         ) from error
-
-
-def _works_offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE
 
 
 @contextmanager

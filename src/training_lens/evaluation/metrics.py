@@ -42,7 +42,6 @@ from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.limits import load_bounded_json
 
 TOKEN_MEASURES = ("loss", "perplexity", "bits_per_token", "bits_per_byte", "token_accuracy")
-RowMetric = ScoreFunction  # from 0 to 1, but for the user's own
 
 
 def exact_match(prediction: str, reference: str) -> bool:
@@ -61,11 +60,8 @@ def token_f1(prediction: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER
     F1 = 2 shared / (words of the prediction + words of the reference), after SQuAD's normalisation: lower case, no
     ASCII punctuation, no articles (a, an, the), split at white space. Other punctuation stays part of its word, as in
     the official script. From Rajpurkar et al. 2016, "SQuAD: 100,000+ Questions for Machine Comprehension of
-    Text", evaluate-v1.1.py. Another tokenizer than the default splits its own words.
-
-    Returns:
-        None where the reference has no words left (it is "A", or punctuation alone), and where its script has no
-        spaces between words.
+    Text", evaluate-v1.1.py. Another tokenizer than the default splits its own words. None where the reference has no
+    words left (it is "A", or punctuation alone), and where its script has no spaces between words.
 
     Example:
         >>> token_f1("The cat sat.", "a cat"), token_f1("", "a cat")
@@ -88,7 +84,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def rouge_f1(kind: str, prediction: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER) -> float | None:
-    """ROUGE's F1, without stemming, as rouge-score computes it.
+    """ROUGE's F1, without stemming, as rouge-score computes it; None where it could only be 0 (see `why_unscored`).
 
     F1 = 2PR / (P + R), where P and R are the shared units over those of the prediction and of the reference: words
     (rouge1), bigrams (rouge2), or words of the longest common subsequence (rougeL). Words are runs of letters and
@@ -96,12 +92,6 @@ def rouge_f1(kind: str, prediction: str, reference: str, tokenizer: str = DEFAUL
     "rich". From Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
 
     Cost: rougeL takes time and memory in the product of both lengths, about 0.5 ms for 60 words against 60.
-
-    Args:
-        kind: rouge1, rouge2 or rougeL.
-
-    Returns:
-        None where the score could only be 0 (see `why_unscored`).
 
     Example:
         >>> rouge_f1("rougeL", "the cat sat", "the dog sat"), rouge_f1("rouge1", "北京", "北京")
@@ -121,13 +111,10 @@ def _rouge_scorer(kind: str, tokenizer: str) -> Any:
 
 
 def json_valid(prediction: str, reference: str) -> float | None:
-    """1 where the whole prediction is valid JSON (RFC 8259), else 0.
+    """1 where the whole prediction is valid JSON (RFC 8259), else 0; None where the reference is no object or array.
 
     White space at both ends is allowed. JSON between words or in a Markdown fence is invalid, and so are NaN and
     Infinity.
-
-    Returns:
-        None where the reference is no JSON object or array.
 
     Example:
         >>> json_valid('{"a": 2}', '{"a": 1}'), json_valid('{"a": 1', '{"a": 1}'), json_valid("{}", "Tom")
@@ -142,10 +129,8 @@ def json_fields(prediction: str, reference: str) -> float | None:
     """The share of the reference's values that the prediction has at the same path; 0 where it is no JSON.
 
     A path is keys and indices; an empty object or array is a value, too. Values must be equal in type and content;
-    the number 1 equals 1.0, but not "1" or true. Further values of the prediction are ignored.
-
-    Returns:
-        None where the reference is no JSON object or array.
+    the number 1 equals 1.0, but not "1" or true. Further values of the prediction are ignored. None where the reference
+    is no JSON object or array.
 
     Example:
         >>> json_fields('{"name": "Tom", "tags": ["x"]}', '{"name": "Tom", "tags": ["x", "y"]}')
@@ -192,11 +177,8 @@ def _list_leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
 class AnswerScoring:
     """How the answers to one set of rows are scored.
 
-    Args:
-        word_tokenizer: splits the words of BLEU, ROUGE and F1; see `answer_words.WORD_TOKENIZERS`.
-        decimal: the decimal mark of an ambiguous number, such as 1,234.
-        own: the user's metrics, by name.
-        reading: a sentence on how numbers are read; empty where there are none.
+    `word_tokenizer` (one of `answer_words.WORD_TOKENIZERS`) splits the words of BLEU, ROUGE and F1. `decimal` is the
+    mark of ambiguous numbers. `own` are the user's metrics. `reading` says how numbers are read, if there are any.
     """
 
     word_tokenizer: str = DEFAULT_TOKENIZER
@@ -231,8 +213,8 @@ class AnswerScoring:
         reading = describe_convention(references, replace(found, decimal=mark), decimal)
         return replace(self, decimal=mark, reading=reading)
 
-    def row_metrics(self) -> dict[str, RowMetric]:
-        """The metrics of single rows, in the order of tables; a set's score is the mean over its rows."""
+    def row_metrics(self) -> dict[str, ScoreFunction]:
+        """The metrics of single rows, from 0 to 1 (but for the user's own), in the order of tables."""
         words = self.word_tokenizer
         return {
             "exact_match": exact_match,
@@ -257,8 +239,7 @@ class AnswerScoring:
     ) -> dict[str, dict[str, int]]:
         """The rows that word measures, `numeric` and the user's metrics leave out, by measure and reason.
 
-        Args:
-            scores: of each model the row scores, of the rows with these references and of others, which are nan.
+        `scores` are each model's row scores, of the rows with these references and of others, which are nan.
         """
         found = count_unscored(references, self.word_tokenizer)
         if unread := sum(has_unread_number(reference, self.decimal) for reference in references):
@@ -273,13 +254,11 @@ class AnswerScoring:
 def row_scores(
     predictions: Sequence[str], references: Sequence[str], scoring: AnswerScoring | None = None
 ) -> dict[str, np.ndarray]:
-    """Every row metric on every row.
+    """Every row metric on every row: (rows,) float64, nan where it does not apply.
 
-    Returns:
-        For each metric (rows,) float64, nan where it does not apply; metrics that apply to no row are left out.
+    Metrics that apply to no row are left out.
 
     Raises:
-        ValueError: predictions and references differ in number.
         EvaluationError: a metric of the user's fails.
 
     Example:
@@ -320,11 +299,7 @@ class CorpusMetric:
         return np.array([why_unscored(self.name, r, self.tokenizer) is None for r in references], dtype=bool)
 
     def row_statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        """The counts of each row: (rows, width) float64; an empty prediction still counts its reference.
-
-        Raises:
-            ValueError: predictions and references differ in number.
-        """
+        """The counts of each row: (rows, width) float64; an empty prediction still counts its reference."""
         # sacrebleu has no public access to the counts of a row; its own significance tests use these two methods.
         # One row at a time, it also does not warn of spaces before periods, as it does for a hundred rows.
         extract = _sacrebleu_metric(self.name, self.tokenizer)._extract_corpus_statistics

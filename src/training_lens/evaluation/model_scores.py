@@ -43,20 +43,15 @@ class ModelScores:
         asked: np.ndarray,
         scoring: AnswerScoring | None = None,
     ) -> ModelScores:
-        """These scores with those of generated answers.
-
-        Args:
-            predictions, references: of the rows that `asked` (rows,) bool marks, in their order.
-        """
+        """These scores with those of generated answers to the rows that `asked` (rows,) bool marks, in their order."""
         if not asked.any():
             return self
         scoring = scoring or AnswerScoring()
         scores = row_scores(predictions, references, scoring)
-        applies = {name: metric.applicable_rows(references) for name, metric in scoring.corpus_metrics().items()}
         statistics = {
-            name: metric.row_statistics(predictions, references) * applies[name][:, None]
+            name: metric.row_statistics(predictions, references) * applies[:, None]
             for name, metric in scoring.corpus_metrics().items()
-            if applies[name].any()
+            if (applies := metric.applicable_rows(references)).any()
         }
         return replace(
             self,
@@ -81,16 +76,13 @@ class ModelScores:
         )
 
     def compute_measures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Every measure for each row of weights: {name: (draws,)}; nan where it does not apply.
+        """Every measure for each row of `weights` (draws, rows): {name: (draws,)}; nan where it does not apply.
 
         With weights w over rows i: loss = sum w nll / sum w tokens, in nats per supervised token; perplexity =
         exp(loss); bits_per_token = loss / ln 2; bits_per_byte = sum w nll / (ln 2 sum w bytes), over the UTF-8 bytes
         of the supervised text, comparable across tokenizers (end tokens cost bits and have no bytes); token_accuracy =
         the share of supervised tokens that the model ranks first; forward_kl in nats per token. The other scores are
         weighted means over the rows that they apply to; bleu and chrf are those of the weighted set.
-
-        Args:
-            weights: (draws, rows), the count of each row.
         """
         nll, tokens = weights @ self.sums.nll, weights @ self.sums.tokens
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

@@ -11,8 +11,9 @@ from typing import Any
 from training_lens.display.markdown import escape_markdown, markdown_table
 from training_lens.evaluation.comparison import ModelComparison, MovedRow, RowGroup
 from training_lens.evaluation.run_evaluation import EvaluationResult
-from training_lens.evaluation.verdict import Interval, count_rows, format_measure
+from training_lens.evaluation.verdict import Interval, format_measure
 from training_lens.utils.files import hash_file, write_text
+from training_lens.utils.formatting import pluralize
 from training_lens.utils.integrity import write_sealed
 
 Cells = tuple[str, ...]
@@ -61,12 +62,7 @@ def measure_columns(comparison: ModelComparison) -> Cells:
 
 
 def part_table(comparison: ModelComparison, what: str, intervals: bool = True) -> list[Cells]:
-    """The header, then a line for each part of the rows: size, losses, change, interval, exact match.
-
-    Args:
-        what: 'tokens' or 'domain'.
-        intervals: whether to add them; false where there is little width.
-    """
+    """The header, then a line for each part of the rows by `what` ('tokens' or 'domain'): size, losses, exact match."""
     parts = comparison.by_length if what == "tokens" else comparison.by_domain
     models = tuple(map(comparison.model_label, comparison.models))
     head = [what, "rows", *(f"loss, {model}" for model in models)]
@@ -155,13 +151,11 @@ def render_markdown(result: EvaluationResult) -> str:
 
 def scoring_lines(comparison: ModelComparison) -> list[str]:
     """Which rows a measure leaves out, and why; how numbers were read."""
-    by_reasons: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    by_reasons: dict[str, list[str]] = {}
     for measure, reasons in comparison.unscored.items():
-        by_reasons.setdefault(tuple(reasons.items()), []).append(measure)
-    lines = [
-        f"{', '.join(measures)}: without {'; '.join(f'{count_rows(count)} ({why})' for why, count in reasons)}"
-        for reasons, measures in by_reasons.items()
-    ]
+        left_out = "; ".join(f"{pluralize(count, 'row')} ({why})" for why, count in reasons.items())
+        by_reasons.setdefault(left_out, []).append(measure)
+    lines = [f"{', '.join(measures)}: without {left_out}" for left_out, measures in by_reasons.items()]
     return [*lines, f"numeric: {comparison.number_reading}"] if comparison.number_reading else lines
 
 

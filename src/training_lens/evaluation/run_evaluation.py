@@ -33,12 +33,13 @@ from training_lens.evaluation.harness import TaskOptions, TaskScores, run_tasks
 from training_lens.evaluation.metrics import AnswerScoring
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
 from training_lens.evaluation.training_verdict import is_run_folder, read_training_record
-from training_lens.evaluation.verdict import Verdict, count_rows
+from training_lens.evaluation.verdict import Verdict
 from training_lens.inference.generator import generate_answers
 from training_lens.inference.heldout_examples import filter_fitting
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
+from training_lens.utils.formatting import pluralize
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 
@@ -79,10 +80,6 @@ class EvaluationResult:
 class ModelEvaluator:
     """Evaluates the model of a session on rows, rendered as in training.
 
-    Args:
-        settings: what to measure, and the tokens of a batch.
-        progress: draws the bars.
-
     Example:
         session = open_run(find_run("latest", "outputs", "default", finished=True))
         evaluator = ModelEvaluator(session, EvaluationSection(generate=False))
@@ -105,7 +102,11 @@ class ModelEvaluator:
         scoring = self._answer_scoring(rows)
         other_text = self._read_other_text()
         tasks = {BASE: self._run_tasks(base=True), ADAPTER: self._run_tasks()}
-        outcomes = self._evaluate_pair(rows, scoring)
+        base, adapter = self._score_pair(rows, "losses of base and adapter")
+        outcomes = {
+            BASE: self._score_answers(rows, base, scoring, BASE, base=True),
+            ADAPTER: self._score_answers(rows, adapter, scoring, ADAPTER),
+        }
         described = {BASE: session.config.model.id, ADAPTER: session.source}
         result = self._build_result(rows, outcomes, described, tasks, scoring)
         controls = self._evaluate_controls(rows, outcomes[ADAPTER].scored, scoring) if self.settings.controls else {}
@@ -218,14 +219,6 @@ class ModelEvaluator:
     def _bootstrap(self) -> Bootstrap:
         return Bootstrap(self.settings.resamples, self.settings.confidence, self.settings.seed)
 
-    def _evaluate_pair(self, rows: EvaluationRows, scoring: AnswerScoring) -> dict[str, ModelOutcome]:
-        """Evaluate base and adapter: losses and their KL divergence in one pass, then answers."""
-        base, adapter = self._score_pair(rows, "losses of base and adapter")
-        return {
-            BASE: self._score_answers(rows, base, scoring, BASE, base=True),
-            ADAPTER: self._score_answers(rows, adapter, scoring, ADAPTER),
-        }
-
     def _evaluate_model(
         self, rows: EvaluationRows, scoring: AnswerScoring, who: str, *, base: bool = False
     ) -> ModelOutcome:
@@ -317,16 +310,12 @@ def distinct_names(first: str, second: str) -> tuple[str, str]:
 
 
 def _require_finite(rows: EvaluationRows, sums: TokenSums, who: str) -> None:
-    """Refuse losses that are not finite.
-
-    Raises:
-        EvaluationError: names how many rows, and the first; for an adapter, a BrokenAdapterError.
-    """
+    """Refuse losses that are not finite; for an adapter, as a BrokenAdapterError."""
     wrong = np.flatnonzero(~np.isfinite(sums.nll))
     if not len(wrong):
         return
     what = (
-        f"the loss of the {who} is not finite on {len(wrong)} of {count_rows(len(rows.examples))}, the first is "
+        f"the loss of the {who} is not finite on {len(wrong)} of {pluralize(len(rows.examples), 'row')}, the first is "
         f"{rows.examples[wrong[0]].id}. Its weights may be broken, or its precision too small: try fp32."
     )
     if who != ADAPTER:

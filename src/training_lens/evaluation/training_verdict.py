@@ -10,9 +10,10 @@ from pathlib import Path
 from statistics import median
 
 from training_lens.errors import CheckpointError
-from training_lens.evaluation.verdict import LEAST_CHANGE, Outcome, Remark, Verdict, count_rows
+from training_lens.evaluation.verdict import LEAST_CHANGE, Outcome, Remark, Verdict
 from training_lens.runs.metrics_log import read_logged_values
 from training_lens.runs.run_folder import RunFolder
+from training_lens.utils.formatting import pluralize
 
 MORE_ROWS = "validation rows: data.validation=FILE or data.val_ratio=0.1 in the next run, or rows given to compare."
 FAR_BELOW = 0.5  # training loss over the loss of other rows
@@ -71,13 +72,7 @@ def build_training_record(
     validated: Sequence[Sequence[float]],
     rows: int | None = None,
 ) -> TrainingRecord:
-    """The record from plain values.
-
-    Args:
-        steps: all steps.
-        trained: the finite training losses.
-        validated: (step, loss) of each validation after step 0.
-    """
+    """The record from all steps, the finite losses of those `trained`, and (step, loss) of each validation after 0."""
     tenth = max(1, len(trained) // 10)
     best = min(validated, key=lambda pair: pair[1], default=None)
     return TrainingRecord(
@@ -97,21 +92,14 @@ def build_training_record(
 def assess_training(record: TrainingRecord, run: str = "") -> Verdict:
     """The verdict from the run's validation losses: means without an interval, of which the best is selected.
 
-    Args:
-        run: its folder, for the next command; empty if there is none.
+    The next command names `run`, its folder, if there is one.
     """
     compare = f"training-lens compare --run {shlex.quote(run)}" if run else ""
     remarks = tuple(_training_remarks(record))
     if record.best_loss is None or record.base_loss is None:
         command = f"{compare} data.validation=FILE" if compare and record.best_loss is None else compare
-        return Verdict(
-            "inconclusive",
-            _write_inconclusive(record),
-            "training",
-            remarks=remarks,
-            decide=MORE_ROWS,
-            next_command=command,
-        )
+        sentence = _write_inconclusive(record)
+        return Verdict("inconclusive", sentence, "training", remarks=remarks, decide=MORE_ROWS, next_command=command)
     change = record.best_loss - record.base_loss
     outcome: Outcome = "better" if change < 0 else "worse"
     if abs(change) < LEAST_CHANGE * record.base_loss:
@@ -130,7 +118,7 @@ def assess_training(record: TrainingRecord, run: str = "") -> Verdict:
 
 def _write_sentence(outcome: Outcome, record: TrainingRecord, change: float) -> str:
     assert record.best_loss is not None and record.base_loss is not None
-    rows = f" over {count_rows(record.rows)}" if record.rows else ""
+    rows = f" over {pluralize(record.rows, 'row')}" if record.rows else ""
     how_far = f"That is one mean{rows} without an interval"
     if record.validations > 1:
         how_far += f", the best of {record.validations} validations"
@@ -158,18 +146,16 @@ def _write_inconclusive(record: TrainingRecord) -> str:
 def _training_remarks(record: TrainingRecord) -> Iterator[Remark]:
     if record.broken_steps:
         yield Remark("nonfinite", "problem", f"{record.broken_steps} steps had a loss that is no finite number.")
-    if record.best_loss is None or record.final_loss is None:
+    best, base = record.best_loss, record.base_loss
+    if best is None or record.final_loss is None:
         return
     if record.has_rising_loss():
         sentence = f"After step {record.best_step} the validation loss rose, to {record.final_loss:.4f} at the end"
         if record.is_far_below(record.final_loss):
-            sentence += (
-                f", while the training loss fell to {record.late_train_loss:.4f}: the training rows were memorized"
-            )
+            fell = f"the training loss fell to {record.late_train_loss:.4f}"
+            sentence += f", while {fell}: the training rows were memorized"
         yield Remark("validation_rises", "note", f"{sentence}. What was kept is step {record.best_step}.")
-    elif (
-        record.is_far_below(record.best_loss) and record.base_loss is not None and record.best_loss >= record.base_loss
-    ):
+    elif record.is_far_below(best) and base is not None and best >= base:
         sentence = (
             f"The training loss fell to {record.late_train_loss:.4f}, far below the validation loss: the training "
             "rows were memorized, and other rows gained nothing."

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from training_lens.utils.formatting import pluralize
+
 Outcome = Literal["better", "worse", "no difference", "inconclusive"]
 Severity = Literal["problem", "warning", "note", "fine"]
 Interval = tuple[float, float]
@@ -152,16 +154,11 @@ class Verdict:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Verdict:
-        """The verdict that `as_json` gave.
-
-        Raises:
-            KeyError, TypeError: the values are not those of a verdict.
-        """
+        """The verdict that `as_json` gave; a KeyError or TypeError where the values are not those of a verdict."""
         fields = {name: value for name, value in values.items() if name != "severity"}
         fields["remarks"] = tuple(Remark(**remark) for remark in values["remarks"])
-        fields["interval"] = (
-            (float(values["interval"][0]), float(values["interval"][1])) if values["interval"] else None
-        )
+        interval = values["interval"]
+        fields["interval"] = (float(interval[0]), float(interval[1])) if interval else None
         return cls(**fields)
 
 
@@ -179,8 +176,6 @@ def assess_changes(
     chose one, it decides, and measures that contradict it are remarks.
 
     Args:
-        deciding: the loss, or the measure that the user chose.
-        others: scores of answers.
         names: what is evaluated, and what it is compared with: ("the adapter", "its base").
         is_chosen: whether the user chose the deciding measure.
         is_identical: whether both give every supervised token the same probability.
@@ -214,7 +209,7 @@ def assess_changes(
 def _write_sentence(outcome: Outcome, change: MeasuredChange, names: tuple[str, str], is_identical: bool) -> str:
     it, other = names
     by = f"by {name_measure(change.measure)}"
-    rows = f"on {count_rows(change.rows)}"
+    rows = f"on {pluralize(change.rows, 'row')}"
     if is_identical:
         return f"No difference: {it} and {other} give every supervised token the same probability, {rows}."
     if outcome == "no difference":
@@ -242,12 +237,8 @@ def _report_disagreement(
     sentence = (
         f"Inconclusive: {names[0]} is {first} than {names[1]} by {name_measure(change.measure)} "
         f"({change.describe_change()}), but {second} by {name_measure(other.measure)} ({other.describe_change()}), "
-        f"on {count_rows(change.rows)}."
+        f"on {pluralize(change.rows, 'row')}."
     )
     choices = f"evaluation.decide_by={other.measure} or evaluation.decide_by={change.measure}"
     decide = f"which of the two counts for you: {choices}."
     return replace(verdict, outcome="inconclusive", sentence=sentence, decide=decide)
-
-
-def count_rows(rows: int) -> str:
-    return f"{rows:,} row" if rows == 1 else f"{rows:,} rows"
