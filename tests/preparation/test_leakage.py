@@ -7,28 +7,28 @@ from collections.abc import Iterator
 import numpy as np
 
 from training_lens.data.examples import Example, Message
-from training_lens.preparation.deduplication import DROPPED, Leak, NearIndex, find_equal_leaks, find_near_leaks
+from training_lens.preparation.deduplication import DROPPED, NearIndex, RowMatch, find_equal_leaks, find_near_leaks
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
 
-def leaks(whole: list[int], prompt: list[int], split: list[int]) -> list[Leak]:
+def leaks(whole: list[int], prompt: list[int], split: list[int]) -> list[RowMatch]:
     return find_equal_leaks(np.array(whole, np.uint64), np.array(prompt, np.uint64), np.array(split), TRAIN)
 
 
 def test_the_training_row_repeats_the_held_out_one() -> None:
-    assert leaks([7, 7], [1, 1], [TRAIN, VALIDATION]) == [Leak("exact", 0, 1, 1.0)]
-    assert leaks([7, 7], [1, 1], [VALIDATION, TRAIN]) == [Leak("exact", 1, 0, 1.0)]
+    assert leaks([7, 7], [1, 1], [TRAIN, VALIDATION]) == [RowMatch("exact", 0, 1, 1.0)]
+    assert leaks([7, 7], [1, 1], [VALIDATION, TRAIN]) == [RowMatch("exact", 1, 0, 1.0)]
 
 
 def test_the_same_question_with_another_answer_is_a_leak_of_its_own_kind() -> None:
-    assert leaks([7, 8], [1, 1], [TRAIN, TEST]) == [Leak("prompt", 0, 1, 1.0)]
+    assert leaks([7, 8], [1, 1], [TRAIN, TEST]) == [RowMatch("prompt", 0, 1, 1.0)]
 
 
 def test_held_out_splits_are_compared_with_each_other() -> None:
     assert leaks([7, 7, 7], [1, 1, 1], [TEST, VALIDATION, TRAIN]) == [
-        Leak("exact", 0, 1, 1.0),
-        Leak("exact", 2, 1, 1.0),
+        RowMatch("exact", 0, 1, 1.0),
+        RowMatch("exact", 2, 1, 1.0),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from training_lens.data.values import read_text
 from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError
 from training_lens.preparation.deduplication import fingerprint_example
+from training_lens.utils.files import hash_bytes
 
 Item = TypeVar("Item")
 
@@ -60,14 +60,7 @@ class Corpus:
         progress: Progress,
         left_out: Mapping[str, Collection[int]] | None = None,
     ) -> Corpus:
-        """Find the field mapping of each source.
-
-        Args:
-            left_out: source -> row numbers to skip.
-
-        Raises:
-            DatasetError: as `source_reader.read_keys` and `fields.find_mapping`.
-        """
+        """Find the field mapping of each source; `left_out` are the row numbers to skip of each."""
         readings = []
         for source in sources:
             stamp, sha256 = _stamp_files(source), source.sha256
@@ -76,13 +69,10 @@ class Corpus:
         return cls(tuple(readings), data, progress, left_out or {})
 
     def read_rows(self, title: str, notes: DataNotes | None = None) -> Iterator[tuple[Row, Example]]:
-        """Each row and its example, unchanged and streamed; `title` is the progress bar's.
-
-        Args:
-            notes: collects remarks on the sources.
+        """Each row and its example, unchanged and streamed; `title` is the progress bar's, `notes` collect remarks.
 
         Raises:
-            DatasetError: as `source_reader.read_usable_rows`; or a source changed between passes.
+            DatasetError: a row cannot be used, or a source changed between passes.
         """
         notes = notes or DataNotes()
         with self.progress.task(title, sum(r.size_bytes for r in self.readings), "bytes") as advance:
@@ -101,11 +91,7 @@ class Corpus:
                 _refuse_changed(reading)
 
     def require_unchanged(self) -> None:
-        """Check that no source changed while it was read. Hashes all files again.
-
-        Raises:
-            DatasetError: a source changed; names it.
-        """
+        """Check that no source changed while it was read. Hashes all files again."""
         for reading in self.readings:
             _refuse_changed(reading)
             if reading.source.sha256 != reading.sha256:
@@ -156,11 +142,7 @@ class RowCatalogue:
         return len(self.whole)
 
     def enumerate_rows(self, items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
-        """Enumerate the items of a later pass over the rows.
-
-        Raises:
-            DatasetError: there are more rows than before: a source grew.
-        """
+        """Enumerate the items of a later pass over the rows. More of them than before are an error: a source grew."""
         for position, item in enumerate(items):
             if position == len(self):
                 raise _changed_error(self.files[-1])
@@ -168,7 +150,7 @@ class RowCatalogue:
 
     def hash_domains(self) -> np.ndarray:
         """A hash of each row's domain, (rows,) uint64; 0 without a domain."""
-        hashes = [0 if name is None else _hash_name(name) for name in self.domains]
+        hashes = [0 if name is None else hash_bytes(name.encode()) for name in self.domains]
         of_rows: np.ndarray = np.array(hashes, dtype=np.uint64)[self.domain]
         return of_rows
 
@@ -178,11 +160,7 @@ class RowCatalogue:
 
 
 def build_catalogue(corpus: Corpus, group_field: str | None, notes: DataNotes | None = None) -> RowCatalogue:
-    """Build the catalogue in one pass over the rows; `notes` collects remarks on the sources.
-
-    Raises:
-        DatasetError: as `Corpus.read_rows`; a source without the group field, or a row; names it.
-    """
+    """Build the catalogue in one pass over the rows; a source or a row without the group field is an error."""
     for reading in corpus.readings if group_field else ():
         if group_field not in reading.keys:
             raise unknown_field_error("prepare.group_field", str(group_field), reading.keys, reading.source.name)
@@ -199,10 +177,6 @@ def build_catalogue(corpus: Corpus, group_field: str | None, notes: DataNotes | 
         whole.append(hashes.whole)
         prompt.append(hashes.prompt)
         context.append(hashes.context)
-        group.append(_hash_name(read_text(row, group_field)) if group_field else 0)
+        group.append(hash_bytes(read_text(row, group_field).encode()) if group_field else 0)
     columns = (file, number, whole, prompt, context, domain, group)
     return RowCatalogue(list(files), list(domains), *(np.array(column) for column in columns))
-
-
-def _hash_name(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")

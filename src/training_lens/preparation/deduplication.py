@@ -8,7 +8,6 @@ prompt with different answers; metrics on leaks do not measure generalization.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -21,9 +20,10 @@ from typing import Any, Literal
 import numpy as np
 
 from training_lens.data.examples import Example, Message
+from training_lens.utils.files import hash_bytes
 
-LeakKind = Literal["exact", "prompt", "near"]
-LEAK_KINDS: tuple[LeakKind, ...] = ("exact", "prompt", "near")
+MatchKind = Literal["exact", "prompt", "near"]
+MATCH_KINDS: tuple[MatchKind, ...] = ("exact", "prompt", "near")
 DROPPED = -1  # split index of rows that are in no split
 WORDS = 5  # in a shingle
 _ANSWER = 0x5851F42D4C957F2D  # separates the shingles of answers from those of prompts
@@ -66,8 +66,7 @@ def fingerprint_example(example: Example) -> Fingerprint:
 
 
 def _hash_json(value: Any) -> int:
-    text = json.dumps(value, sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return hash_bytes(json.dumps(value, sort_keys=True).encode())
 
 
 def combine_digests(strata: np.ndarray, digests: np.ndarray) -> np.ndarray:
@@ -78,9 +77,6 @@ def combine_digests(strata: np.ndarray, digests: np.ndarray) -> np.ndarray:
 
 def find_first_equal(digests: np.ndarray) -> np.ndarray:
     """For each row, the position of the first row with its digest (its own if none is earlier).
-
-    Args:
-        digests: (rows,) uint64.
 
     Example:
         >>> find_first_equal(np.array([7, 8, 7], dtype=np.uint64)).tolist()
@@ -94,8 +90,7 @@ def find_first_equal(digests: np.ndarray) -> np.ndarray:
 def find_conflicts(whole: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows that answer differently than an earlier row with the same prompt, and the first row of each prompt.
 
-    Args:
-        whole, prompt: (rows,) uint64, as in `Fingerprint`.
+    `whole` and `prompt` (rows,) uint64 are as in `Fingerprint`.
     """
     first = find_first_equal(prompt)
     rows = np.flatnonzero(whole != whole[first])
@@ -104,16 +99,14 @@ def find_conflicts(whole: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, n
 
 @lru_cache(maxsize=2**16)
 def _word_hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return hash_bytes(word.encode("utf-8", "surrogatepass"))
 
 
 def hash_shingles(messages: Sequence[Message], context: int = 0) -> np.ndarray:
     """32-bit hashes of all `WORDS`-grams of words (one for shorter texts), sorted and unique; uint32.
 
-    Words are NFKC-normalized and case-folded; signs count as words, so 3 + 4 is not 3 - 4.
-
-    Args:
-        context: mixed into every hash, so that different contexts share none.
+    Words are NFKC-normalized and case-folded; signs count as words, so 3 + 4 is not 3 - 4. The `context` is mixed into
+    every hash, so that different contexts share none.
     """
     text = " ".join(part for message in messages for part in _list_texts(message))
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
@@ -208,11 +201,7 @@ class NearIndex:
             self._sketches[row] = sketch
 
     def find_near_rows(self, sketch: Sketch, apart: bool = False) -> Iterator[tuple[int, float]]:
-        """The near rows in order, each with its similarity.
-
-        Args:
-            apart: as in `Sketch.similarity`; prompts are near, and answers are.
-        """
+        """The near rows in order, each with its similarity; `apart`: prompts are near, and answers are."""
         for row in self._find_candidates(sketch) if len(sketch.all_shingles) else ():
             similar = self._sketches[row].similarity(sketch, apart)
             if similar >= self._threshold:
@@ -249,9 +238,8 @@ def find_near_duplicates(
         if not wanted[position]:
             continue
         sketch = index.build_sketch(example, context)
-        near = next(
-            (other for other in index.find_near_rows(sketch, apart=True) if prompt[other[0]] != prompt[position]), None
-        )
+        similar = index.find_near_rows(sketch, apart=True)
+        near = next((other for other in similar if prompt[other[0]] != prompt[position]), None)
         if near:
             found[position] = near
         else:
@@ -260,32 +248,28 @@ def find_near_duplicates(
 
 
 @dataclass(frozen=True, slots=True)
-class Leak:
-    """Two positions of rows in different splits: `row` and the `other` that it repeats.
+class RowMatch:
+    """The positions of a `row` and of the `other` that it repeats: an earlier row, or one of another split.
 
     `kind`: exact (all equal), prompt (equal prompt, different answer), near (similar).
     """
 
-    kind: LeakKind
+    kind: MatchKind
     row: int
     other: int
-    similarity: float
+    similarity: float = 1.0
 
 
-def find_equal_leaks(whole: np.ndarray, prompt: np.ndarray, split: np.ndarray, train: int) -> list[Leak]:
-    """Rows that an earlier split repeats, in whole or in their prompt; training counts as the last split.
+def find_equal_leaks(whole: np.ndarray, prompt: np.ndarray, split: np.ndarray, train: int) -> list[RowMatch]:
+    """Rows that an earlier split repeats, in whole or in their prompt; one leak per row, the stronger, in row order.
 
     Args:
-        whole, prompt: (rows,) uint64, as in `deduplication.Fingerprint`.
+        whole, prompt: (rows,) uint64, as in `Fingerprint`.
         split: (rows,) index of each row's split, or `DROPPED`.
-        train: the index of the training split.
-
-    Returns:
-        One leak per row, the stronger kind, in row order.
+        train: the index of the training split, which counts as the last.
     """
-    exact = _find_partners(whole, split, train)
-    found = {row: Leak("prompt", row, other, 1.0) for row, other in _find_partners(prompt, split, train).items()}
-    found |= {row: Leak("exact", row, other, 1.0) for row, other in exact.items()}
+    found = {row: RowMatch("prompt", row, other) for row, other in _find_partners(prompt, split, train).items()}
+    found |= {row: RowMatch("exact", row, other) for row, other in _find_partners(whole, split, train).items()}
     return [found[row] for row in sorted(found)]
 
 
@@ -299,14 +283,12 @@ def _find_partners(digests: np.ndarray, split: np.ndarray, train: int) -> dict[i
     return dict(zip(order[other].tolist(), partner[other].tolist(), strict=True))
 
 
-def find_near_leaks(rows: Rows, split: np.ndarray, train: int, index: NearIndex) -> list[Leak]:
-    """Rows near a row of another split. Reads all rows twice; held-out rows are added to the (empty) index.
+def find_near_leaks(rows: Rows, split: np.ndarray, train: int, index: NearIndex) -> list[RowMatch]:
+    """Rows near a row of another split; arguments as in `find_equal_leaks`.
 
-    Args:
-        split: (rows,) index of each row's split, or `DROPPED`: such rows are skipped.
-        train: the index of the training split.
+    Reads all rows twice; held-out rows are added to the (empty) index.
     """
-    leaks: list[Leak] = []
+    leaks: list[RowMatch] = []
     for training in (False, True):
         for position, example, context in rows():
             if split[position] == DROPPED or (split[position] == train) != training:
@@ -314,7 +296,7 @@ def find_near_leaks(rows: Rows, split: np.ndarray, train: int, index: NearIndex)
             sketch = index.build_sketch(example, context)
             other = next((found for found in index.find_near_rows(sketch) if split[found[0]] != split[position]), None)
             if other:
-                leaks.append(Leak("near", position, *other))
+                leaks.append(RowMatch("near", position, *other))
             if not training:
                 index.add_row(position, sketch)
     return leaks

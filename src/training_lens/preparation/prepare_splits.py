@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import training_lens
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.file_readers import check_csv_settings
-from training_lens.data.notes import DataNotes, collect_row_numbers, describe_bad_rows, refuse_unusable_sources
+from training_lens.data.notes import DataNotes, describe_bad_rows, refuse_unusable_sources
 from training_lens.data.sources import MADE_BY, MANIFEST, DataSource, expand_sources
 from training_lens.data.split_report import describe_remarks, log_split
 from training_lens.data.token_cache import Split, prepare_sources
@@ -24,14 +24,13 @@ from training_lens.data.token_pipeline import Preparation, collect_all_errors, f
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.preparation.corpus import Corpus, RowCatalogue, build_catalogue
-from training_lens.preparation.deduplication import DROPPED, LEAK_KINDS
+from training_lens.preparation.deduplication import DROPPED, MATCH_KINDS, RowMatch
 from training_lens.preparation.selection import Selection, select_rows
 from training_lens.preparation.split_files import (
     FileFormat,
     Form,
     build_reading_settings,
     choose_form,
-    collect_read_keys,
     convert_row,
     open_writer,
 )
@@ -109,10 +108,7 @@ def prepare_splits(config: TrainingConfig, progress: Progress, force: bool = Fal
     """Read data.train, keep what `config.prepare` wants, and write it as a folder of splits, whole or not at all.
 
     Sources are streamed in several passes. Memory: some 50 bytes per row, plus `NearIndex` if near duplicates are
-    searched.
-
-    Args:
-        force: replace an earlier result in the folder.
+    searched. With `force`, an earlier result in the folder is replaced.
 
     Raises:
         ConfigurationError: settings that do not apply, or the folder exists.
@@ -136,9 +132,8 @@ def prepare_splits(config: TrainingConfig, progress: Progress, force: bool = Fal
             texts = _write_splits(chosen, config.prepare.format, building)
             chosen.corpus.require_unchanged()
             reader = settled.model_copy(update={"data": build_reading_settings(chosen.form, settled.data)})
-            tokens = _tokenize_splits(
-                building, folder, build_preparation(reader, tokenizer), token_cache_folder(config), progress
-            )
+            rereading = build_preparation(reader, tokenizer)
+            tokens = _tokenize_splits(building, folder, rereading, token_cache_folder(config), progress)
         except DatasetError as error:  # of bad rows it names one, and perhaps as the row of a file that is not kept
             raise (collect_all_errors(sources, preparation) or error) from error
         splits = {name: _describe_split(building, tokens[name]) for name in config.prepare.splits}
@@ -157,7 +152,8 @@ def _choose_rows(
         counter = find_bad_rows(sources, preparation)
         refuse_unusable_sources(counter.notes, counter.usable)
         bad = counter.notes
-        left_out = {source: collect_row_numbers(kinds) for source, kinds in bad.bad_rows.items()}
+        reasons = bad.bad_row_reasons
+        left_out = {source: frozenset(itertools.chain(*rows.values())) for source, rows in reasons.items()}
     corpus = Corpus.from_sources(sources, settled.data, progress, left_out)
     form = choose_form(corpus, settled.prepare.format)
     notes = DataNotes()
@@ -170,8 +166,7 @@ def _choose_rows(
 def settle_splits(config: TrainingConfig) -> TrainingConfig:
     """The config with prepare.splits resolved from data.val_ratio and data.validation.
 
-    Raises:
-        ConfigurationError: settings that do not apply: sampling and weights belong to training.
+    Settings that do not apply are an error: sampling and weights belong to training.
     """
     data = config.data
     advice = "prepare takes every row of data.train once; leave it out here"
@@ -232,8 +227,9 @@ def find_written_files(folder: Path) -> set[str]:
 def _write_splits(chosen: RowChoice, file_format: FileFormat, building: Path) -> dict[int, str]:
     """Write every kept row to its split's file; returns excerpts of the rows that the manifest lists."""
     corpus, selection, form = chosen.corpus, chosen.selection, chosen.form
-    listed, texts = find_listed_rows(selection), dict[int, str]()
-    learned = collect_read_keys(corpus)
+    listed = {match.row for found in _group_findings(selection).values() for match in found[:LISTED]}
+    learned = {key.split(".")[0] for reading in corpus.readings for key in reading.mapping.key_by_meaning.values()}
+    texts: dict[int, str] = {}
     has_domain = any(domain is not None for domain in chosen.catalogue.domains)
     with ExitStack() as stack:
         writers = [
@@ -277,32 +273,17 @@ def _describe_split(building: Path, split: Split) -> PreparedSplit:
     )
 
 
-def _group_findings(selection: Selection) -> dict[str, list[tuple[int, int, float]]]:
-    """Kind of finding -> (row, other row, similarity)."""
-    found: dict[str, list[tuple[int, int, float]]] = {"duplicates_exact": [], "duplicates_near": []}
-    for duplicate in selection.duplicates:
-        found[f"duplicates_{duplicate.kind}"].append((duplicate.row, duplicate.original, duplicate.similarity))
-    found["conflicting_answers"] = [(row, other, 1.0) for row, other in selection.conflicts]
-    for kind in LEAK_KINDS:
-        leaks = [leak for leak in selection.leaks if leak.kind == kind]
-        found[f"leaks_{kind}"] = [(leak.row, leak.other, leak.similarity) for leak in leaks]
-    return found
-
-
-def find_listed_rows(selection: Selection) -> set[int]:
-    """Positions of the rows that the manifest shows."""
-    listed = (found[:LISTED] for found in _group_findings(selection).values())
-    return {row for row, _, _ in itertools.chain.from_iterable(listed)}
+def _group_findings(selection: Selection) -> dict[str, list[RowMatch]]:
+    """The findings by kind."""
+    found = {f"duplicates_{kind}": [m for m in selection.duplicates if m.kind == kind] for kind in ("exact", "near")}
+    found["conflicting_answers"] = selection.conflicts
+    return found | {f"leaks_{kind}": [m for m in selection.leaks if m.kind == kind] for kind in MATCH_KINDS}
 
 
 def build_manifest(
     config: TrainingConfig, chosen: RowChoice, splits: dict[str, PreparedSplit], texts: dict[int, str]
 ) -> dict[str, Any]:
-    """The contents of manifest.json.
-
-    Args:
-        texts: excerpts of the listed rows (`find_listed_rows`).
-    """
+    """The contents of manifest.json; `texts` are excerpts of the rows that it lists."""
     catalogue, selection, bad_rows = chosen.catalogue, chosen.selection, chosen.bad.bad_row_reasons
     remarks, ignored_keys = chosen.notes.remarks, chosen.notes.ignored_keys
     rows = Counter(catalogue.files[file] for file in catalogue.file)
@@ -325,7 +306,7 @@ def build_manifest(
         "rows_read": len(catalogue),
         "form": chosen.form,
         **{
-            kind: {"rows": len(found), "listed": list(_describe_findings(found[:LISTED], catalogue, texts))}
+            kind: {"rows": len(found), "listed": [_describe_match(each, catalogue, texts) for each in found[:LISTED]]}
             for kind, found in _group_findings(selection).items()
         },
         "leaks_removed": selection.removed,
@@ -333,13 +314,6 @@ def build_manifest(
     }
 
 
-def _describe_findings(
-    found: Sequence[tuple[int, int, float]], catalogue: RowCatalogue, texts: dict[int, str]
-) -> Iterator[dict[str, Any]]:
-    for row, other, similarity in found:
-        yield {
-            "row": catalogue.row_id(row),
-            "other": catalogue.row_id(other),
-            "similarity": round(similarity, 4),
-            "text": texts[row],
-        }
+def _describe_match(match: RowMatch, catalogue: RowCatalogue, texts: dict[int, str]) -> dict[str, Any]:
+    ids = {"row": catalogue.row_id(match.row), "other": catalogue.row_id(match.other)}
+    return {**ids, "similarity": round(match.similarity, 4), "text": texts[match.row]}

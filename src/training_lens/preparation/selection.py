@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -18,8 +17,8 @@ from training_lens.errors import DatasetError
 from training_lens.preparation.corpus import Corpus, RowCatalogue
 from training_lens.preparation.deduplication import (
     DROPPED,
-    Leak,
     NearIndex,
+    RowMatch,
     Rows,
     combine_digests,
     find_conflicts,
@@ -32,38 +31,24 @@ from training_lens.preparation.deduplication import (
 ROUNDING = 1e-9  # tolerance for share * count being a whole number
 
 
-@dataclass(frozen=True, slots=True)
-class Duplicate:
-    """A row left out as a duplicate or near duplicate of an earlier one (`original`); positions."""
-
-    kind: Literal["exact", "near"]
-    row: int
-    original: int
-    similarity: float
-
-
 @dataclass(frozen=True)
 class Selection:
     """The outcome for every row.
 
-    `split` is each row's index into `names`, or `DROPPED`; `conflicts` are kept rows (row, earlier) that answer
-    differently than an earlier row with the same prompt; `removed` counts training rows removed as leaks.
+    `split` is each row's index into `names`, or `DROPPED`; `duplicates` are left out; `conflicts` are kept rows that
+    answer differently than an earlier row with the same prompt; `removed` counts training rows removed as leaks.
     """
 
     names: list[str]
     split: np.ndarray
-    duplicates: list[Duplicate]
-    conflicts: list[tuple[int, int]]
-    leaks: list[Leak]
+    duplicates: list[RowMatch]
+    conflicts: list[RowMatch]
+    leaks: list[RowMatch]
     removed: int
 
 
 def select_rows(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection) -> Selection:
-    """Deduplicate, split and find leaks, by the settings.
-
-    Raises:
-        DatasetError: too few rows or groups for the splits, no domains, or no training rows left.
-    """
+    """Deduplicate, split and find leaks, by the settings; that too few rows, groups or domains are left is an error."""
     duplicates = _find_duplicates(corpus, catalogue, settings)
     kept = np.ones(len(catalogue), dtype=bool)
     kept[[duplicate.row for duplicate in duplicates]] = False
@@ -79,25 +64,24 @@ def select_rows(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSectio
             "Set prepare.leakage=check, or give other rows."
         )
     positions, strata = np.flatnonzero(kept), catalogue.hash_domains()[kept]
-    conflicts = find_conflicts(
-        combine_digests(strata, catalogue.whole[kept]), combine_digests(strata, catalogue.prompt[kept])
-    )
-    pairs = zip(*(positions[rows].tolist() for rows in conflicts), strict=True)
-    return Selection(names, split, duplicates, list(pairs), leaks, len(leaking))
+    digests = (combine_digests(strata, hashes[kept]) for hashes in (catalogue.whole, catalogue.prompt))
+    pairs = zip(*(positions[rows].tolist() for rows in find_conflicts(*digests)), strict=True)
+    matches = [RowMatch("prompt", row, earlier) for row, earlier in pairs]
+    return Selection(names, split, duplicates, matches, leaks, len(leaking))
 
 
-def _find_duplicates(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection) -> list[Duplicate]:
+def _find_duplicates(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection) -> list[RowMatch]:
     if settings.deduplicate == "none":
         return []
     strata = catalogue.hash_domains()
     first = find_first_equal(combine_digests(strata, catalogue.whole))
     repeats = first != np.arange(len(first))
-    found = [Duplicate("exact", int(row), int(first[row]), 1.0) for row in np.flatnonzero(repeats)]
+    found = [RowMatch("exact", int(row), int(first[row])) for row in np.flatnonzero(repeats)]
     if settings.deduplicate == "near":
         index = NearIndex(settings.near_threshold, settings.num_perm)
         rows = _build_row_iterator(corpus, catalogue, combine_digests(strata, catalogue.context), "near duplicates")
         near = find_near_duplicates(rows, ~repeats, catalogue.prompt, index)
-        found += [Duplicate("near", row, of, similarity) for row, (of, similarity) in near.items()]
+        found += [RowMatch("near", row, *earlier) for row, earlier in near.items()]
     return found
 
 
@@ -131,7 +115,7 @@ def _assign_splits(catalogue: RowCatalogue, kept: np.ndarray, settings: PrepareS
     return split_stratified(keys, strata, shares, settings.seed)
 
 
-def _find_leaks(corpus: Corpus, catalogue: RowCatalogue, split: np.ndarray, settings: PrepareSection) -> list[Leak]:
+def _find_leaks(corpus: Corpus, catalogue: RowCatalogue, split: np.ndarray, settings: PrepareSection) -> list[RowMatch]:
     """One leak per row, the strongest kind."""
     if settings.leakage == "off" or len(settings.splits) == 1:
         return []
@@ -158,10 +142,8 @@ def stratum_counts(sizes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
     """Rows per stratum and share, (strata, shares) int64; the totals are those of `split_counts`.
 
     Every cell gets the floor of its share; leftover rows go to the largest remainders, as long as the stratum has one
-    left and the split lacks one. The minimum of one row applies to whole splits, not to strata.
-
-    Args:
-        sizes: (strata,) rows per stratum; ties go to the earlier stratum.
+    left and the split lacks one; ties go to the earlier stratum. The minimum of one row applies to whole splits, not to
+    strata.
 
     Example:
         >>> stratum_counts(np.array([4, 3, 3]), [0.8, 0.2]).tolist()
@@ -201,11 +183,7 @@ def _fill_empty_splits(counts: np.ndarray) -> np.ndarray:
 
 
 def split_random(keys: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
-    """The split of each row, as an index into `shares`; int64.
-
-    Args:
-        keys: (rows,) uint64 content hashes; ties are ranked by position.
-    """
+    """The split of each row, as an index into `shares`; int64. `keys` (rows,) uint64 are hashes of the contents."""
     splits = np.repeat(np.arange(len(shares)), split_counts(len(keys), shares))
     assigned = np.empty(len(keys), dtype=np.int64)
     assigned[_rank_keys(keys, seed)] = splits
@@ -213,11 +191,7 @@ def split_random(keys: np.ndarray, shares: Sequence[float], seed: int) -> np.nda
 
 
 def split_stratified(keys: np.ndarray, strata: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
-    """Like `split_random` within each stratum: each has its share in every split, up to rounding.
-
-    Args:
-        strata: (rows,) uint64 hashes of the strata.
-    """
+    """Like `split_random` within each stratum (rows,) uint64: each has its share in every split, up to rounding."""
     names, inverse, sizes = np.unique(strata, return_inverse=True, return_counts=True)
     order = _rank_keys(names, seed)
     place = np.argsort(order)[inverse]  # rank of each row's stratum
@@ -233,10 +207,7 @@ def split_groups(groups: np.ndarray, shares: Sequence[float], seed: int) -> np.n
 
     A group goes to a random split that lacks at least its rows, weighted by how many it lacks, so every split gets
     small and large groups; if none fits, to the split that lacks most. A split that stays empty takes the smallest
-    group of a split with several.
-
-    Args:
-        groups: (rows,) uint64 hashes of the groups; at least as many distinct ones as shares.
+    group of a split with several. `groups` (rows,) uint64 are hashes, at least as many distinct ones as shares.
     """
     names, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     assert len(names) >= len(shares)
@@ -255,11 +226,7 @@ def split_groups(groups: np.ndarray, shares: Sequence[float], seed: int) -> np.n
 
 
 def _draw_split(size: int, lacking: np.ndarray, draw: float) -> int:
-    """A random split that lacks `size` rows, weighted by what it lacks; else the one that lacks most.
-
-    Args:
-        draw: in [0, 1).
-    """
+    """A split that lacks `size` rows, by `draw` in [0, 1), weighted by what it lacks; else the one that lacks most."""
     room = np.where(lacking + ROUNDING >= size, lacking, 0.0).cumsum()
     return int(np.searchsorted(room, draw * room[-1], side="right")) if room[-1] > 0 else int(np.argmax(lacking))
 

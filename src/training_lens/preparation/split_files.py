@@ -108,11 +108,7 @@ def build_reading_settings(form: Form, data: DataSection) -> DataSection:
 
 
 def convert_row(row: Row, example: Example, form: Form, per_file_domain: bool) -> dict[str, Any]:
-    """The values to write for a row; `example` is as read, end marks included.
-
-    Raises:
-        DatasetError: it cannot be written in this form; names the row.
-    """
+    """The values to write for a row; `example` is as read, end marks included."""
     domain = {} if example.domain is None else {DOMAIN_FIELD: example.domain}
     if form == "as_read":
         return {**row.values, **(domain if per_file_domain else {})}
@@ -166,18 +162,9 @@ def _convert_message(message: Message) -> dict[str, Any]:
 def open_writer(path: Path, form: Form, has_domain: bool, learned: Collection[str] = ()) -> _RowWriter:
     """A writer by the path's ending: .jsonl, or .parquet with the columns of `form`; complete after `close`.
 
-    Args:
-        learned: keys whose NaN or infinity is refused; under other keys it becomes null, and `emptied` counts it.
-
-    Raises:
-        DatasetError: in `write`: the format cannot hold a value; names the row.
+    NaN or infinity under a `learned` key is refused; under other keys it becomes null, and `emptied` counts it.
     """
     return _ParquetWriter(path, form, has_domain) if path.suffix == ".parquet" else _JsonlWriter(path, learned)
-
-
-def collect_read_keys(corpus: Corpus) -> set[str]:
-    """The keys that any source's mapping reads."""
-    return {key.split(".")[0] for reading in corpus.readings for key in reading.mapping.key_by_meaning.values()}
 
 
 class _JsonlWriter:

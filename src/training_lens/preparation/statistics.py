@@ -28,11 +28,7 @@ class LengthStatistics:
 
 
 def compute_length_statistics(lengths: np.ndarray) -> LengthStatistics:
-    """The statistics of one or more lengths.
-
-    Args:
-        lengths: (examples,) tokens per example.
-    """
+    """The statistics of one or more lengths in tokens, (examples,)."""
     at = np.quantile(lengths, QUANTILES, method="inverted_cdf")
     return LengthStatistics(
         examples=len(lengths),
@@ -57,9 +53,8 @@ def compute_domain_statistics(dataset: TokenDataset) -> dict[str, DomainStatisti
     """Statistics by domain, sorted by name, without examples that have no domain."""
     have = np.array([name is not None for name in dataset.domains], dtype=bool)
     names, index = np.unique(dataset.domains[have].astype(str), return_inverse=True)
-    sums = (
-        np.bincount(index, values[have]).astype(np.int64) for values in (dataset.lengths, dataset.supervised_counts)
-    )
+    tokens = (dataset.lengths[have], dataset.supervised_counts[have])
+    sums = (np.bincount(index, values).astype(np.int64) for values in tokens)
     columns = (np.bincount(index), *sums)  # a sum of float64 is exact below 2^53 tokens
     return {
         str(name): DomainStatistics(*each)

@@ -216,6 +216,11 @@ def list_files(folder: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
+def hash_bytes(content: bytes) -> int:
+    """A hash of 64 bits (BLAKE2b)."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
 def hash_file(path: Path) -> str:
     """The sha256 of a file in hexadecimal. Reads it once, in bounded memory."""
     with open_file(path) as file:
