@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from training_lens import embedded
-from training_lens.config.section import Paths, Place, Rows, Section
+from training_lens.config.section import Paths, Place, Rows, Section, setting
 from training_lens.utils.formatting import did_you_mean
 
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
@@ -22,15 +22,15 @@ class FieldsSection(Section):
     A dotted key leads into objects, and of lists into the first item: 'answers.text'.
     """
 
-    instruction: str | None = Field(None, description="key of the prompt, such as 'question'")
-    input: str | None = Field(None, description="key of the prompt's second part, such as 'context'")
-    output: str | None = Field(None, description="key of the answer that is learned, such as 'response'")
-    system: str | None = Field(None, description="key of the system message")
-    history: str | None = Field(None, description="key of earlier turns: pairs of prompt and answer, or messages")
-    messages: str | None = Field(None, description="key of a chat: a list of {role, content} or {from, value}")
-    tools: str | None = Field(None, description="key of the tools that may be called, a list or its JSON text")
-    label: str | None = Field(None, description="key that says whether an answer is wanted; false: it is not learned")
-    text: str | None = Field(None, description="key of plain text, learned whole and without a template")
+    instruction: str | None = setting(None, "key of the prompt, such as 'question'")
+    input: str | None = setting(None, "key of the prompt's second part, such as 'context'")
+    output: str | None = setting(None, "key of the answer that is learned, such as 'response'")
+    system: str | None = setting(None, "key of the system message")
+    history: str | None = setting(None, "key of earlier turns: pairs of prompt and answer, or messages")
+    messages: str | None = setting(None, "key of a chat: a list of {role, content} or {from, value}")
+    tools: str | None = setting(None, "key of the tools that may be called, a list or its JSON text")
+    label: str | None = setting(None, "key that says whether an answer is wanted; false: it is not learned")
+    text: str | None = setting(None, "key of plain text, learned whole and without a template")
 
 
 CSV_CHARACTERS = {
@@ -47,16 +47,15 @@ CSV_CHARACTERS = {
 class CsvSection(Section):
     """How tables of text (.csv, .tsv) are written; null: detected and logged."""
 
-    delimiter: str | None = Field(
-        None, description="the delimiter of cells: one character, or comma, semicolon, tab, pipe, space"
+    delimiter: str | None = setting(
+        None, "the delimiter of cells: one character, or comma, semicolon, tab, pipe, space"
     )
-    encoding: str | None = Field(None, description="such as utf-8, cp1252, cp1251, utf-16, shift_jis, gb18030")
-    quotechar: str | None = Field(
-        '"', description="what stands around text that holds a delimiter; null: none, quotation marks are plain text"
+    encoding: str | None = setting(None, "such as utf-8, cp1252, cp1251, utf-16, shift_jis, gb18030")
+    quotechar: str | None = setting(
+        '"', "what stands around text that holds a delimiter; null: none, quotation marks are plain text"
     )
-    escapechar: str | None = Field(
-        None,
-        description="what stands before a quotation mark within quoted text, such as backslash; null: it is doubled",
+    escapechar: str | None = setting(
+        None, "what stands before a quotation mark within quoted text, such as backslash; null: it is doubled"
     )
 
     @field_validator("delimiter", "quotechar", "escapechar")
@@ -89,11 +88,11 @@ class CsvSection(Section):
 class DomainSection(Section):
     """Domain conditioning: a prefix on the prompt that says where a row belongs."""
 
-    field: str | None = Field("auto", description="key that holds the domain; auto: 'domain' where rows have it")
-    per_file: bool = Field(False, description="the file's name without its ending is the domain of its rows")
-    style: Literal["tag", "hash", "raw", "none"] = Field(
+    field: str | None = setting("auto", "key that holds the domain; auto: 'domain' where rows have it")
+    per_file: bool = setting(False, "the file's name without its ending is the domain of its rows")
+    style: Literal["tag", "hash", "raw", "none"] = setting(
         "tag",
-        description="tag: '[domain: law] '; hash: a stable 8-digit hash of it, '[3f2a90bc] '; raw: its value alone, "
+        "tag: '[domain: law] '; hash: a stable 8-digit hash of it, '[3f2a90bc] '; raw: its value alone, "
         "'law '; none: no prefix",
     )
 
@@ -109,68 +108,66 @@ class DomainSection(Section):
 class DataSection(Section):
     """Training and validation rows, and how they become text."""
 
-    train: Rows = Field(
+    train: Rows = setting(
         [embedded.TRAIN],
-        description="paths or globs (.json, .jsonl, .ndjson, .csv, .tsv, .parquet, each also .gz), folders saved by "
+        "paths or globs (.json, .jsonl, .ndjson, .csv, .tsv, .parquet, each also .gz), folders saved by "
         "datasets, hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], merged; or rows: a list, or from Python a table",
     )
-    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+    weights: list[Annotated[float, Field(gt=0)]] | None = setting(
         None,
-        description="how often an epoch takes the rows of each entry of data.train: 2 is twice, 0.5 a random half, "
+        "how often an epoch takes the rows of each entry of data.train: 2 is twice, 0.5 a random half, "
         "drawn anew each epoch; null: once",
     )
-    validation: Rows | None = Field(
-        None, description="like train, each file reported; null: the embedded held-out rows for the embedded set"
+    validation: Rows | None = setting(
+        None, "like train, each file reported; null: the embedded held-out rows for the embedded set"
     )
-    val_ratio: float = Field(
-        0.0, ge=0.0, lt=1.0, description="share of the training rows held out at random when validation is not given"
+    val_ratio: float = setting(
+        0.0, "share of the training rows held out at random when validation is not given", ge=0.0, lt=1.0
     )
     fields: FieldsSection = FieldsSection()
-    ignore_keys: Paths = Field(
+    ignore_keys: Paths = setting(
         [],
-        description="keys of rows to train without, though they look as if they were meant: 'weight', "
+        "keys of rows to train without, though they look as if they were meant: 'weight', "
         "'messages[].reasoning_content'",
     )
     csv: CsvSection = CsvSection()
-    on_bad_row: Literal["error", "skip"] = Field(
+    on_bad_row: Literal["error", "skip"] = setting(
         "error",
-        description="rows that cannot be read or used: error names all of them and ends; skip leaves them out, and "
+        "rows that cannot be read or used: error names all of them and ends; skip leaves them out, and "
         "lists them in the run's metadata/data.json",
     )
-    template: Place = Field(
+    template: Place = setting(
         "auto",
-        min_length=1,
-        description="chat: the tokenizer's chat template; alpaca; plain: the row's texts alone; auto: chat where the "
+        "chat: the tokenizer's chat template; alpaca; plain: the row's texts alone; auto: chat where the "
         "tokenizer has one, else alpaca; a .jinja file; or a pattern such as 'Q: {instruction}\\nA: {output}'",
+        min_length=1,
     )
-    date: str | None = Field(
+    date: str | None = setting(
         None,
-        description="the date that a chat template writes as today's, as YYYY-MM-DD; null: the day on which the run "
+        "the date that a chat template writes as today's, as YYYY-MM-DD; null: the day on which the run "
         "starts, which the run keeps",
     )
     domain: DomainSection = DomainSection()
-    mask_prompt: bool = Field(True, description="learn the answer alone; false: the prompt's tokens as well")
-    supervise: Literal["auto", "all", "last"] = Field(
+    mask_prompt: bool = setting(True, "learn the answer alone; false: the prompt's tokens as well")
+    supervise: Literal["auto", "all", "last"] = setting(
         "auto",
-        description="auto: learn every answer of a chat, but not those of `history` or of a prompt that is a chat; "
+        "auto: learn every answer of a chat, but not those of `history` or of a prompt that is a chat; "
         "all: those, too; last: the last answer alone",
     )
-    thinking: bool = Field(
-        False, description="answers hold thoughts (<think>...</think>) that the chat template knows: learn them, too"
+    thinking: bool = setting(
+        False, "answers hold thoughts (<think>...</think>) that the chat template knows: learn them, too"
     )
-    truncation: Literal["keep_end", "keep_start", "drop"] = Field(
+    truncation: Literal["keep_end", "keep_start", "drop"] = setting(
         "keep_end",
-        description="rows longer than model.seq_len: keep_end cuts the start (the answer keeps its end), keep_start "
+        "rows longer than model.seq_len: keep_end cuts the start (the answer keeps its end), keep_start "
         "cuts the end, drop leaves them out",
     )
-    special_tokens: Literal["plain", "allow"] = Field(
-        "plain", description="text of a special token inside a row, such as '<|im_end|>': plain text, or the token"
+    special_tokens: Literal["plain", "allow"] = setting(
+        "plain", "text of a special token inside a row, such as '<|im_end|>': plain text, or the token"
     )
-    strip_end_marks: bool = Field(
-        True, description="take a literal end mark such as '<|endoftext|>' off the end of answers"
-    )
-    max_examples: int | None = Field(
-        None, ge=1, description="at most this many training examples, drawn at random with the seed; null: all"
+    strip_end_marks: bool = setting(True, "take a literal end mark such as '<|endoftext|>' off the end of answers")
+    max_examples: int | None = setting(
+        None, "at most this many training examples, drawn at random with the seed; null: all", ge=1
     )
 
     @field_validator("template")
@@ -218,39 +215,36 @@ class DataSection(Section):
 class PrepareSection(Section):
     """What `training-lens prepare` makes of the rows of data.train."""
 
-    output: Place | None = Field(
-        None, min_length=1, description="folder to write; null: {base_output_dir}/data/{experiment_name}"
+    output: Place | None = setting(
+        None, "folder to write; null: {base_output_dir}/data/{experiment_name}", min_length=1
     )
-    format: Literal["jsonl", "parquet"] = Field(
-        "jsonl", description="jsonl: the rows as they are; parquet: what is learned of them, in columns of one type"
+    format: Literal["jsonl", "parquet"] = setting(
+        "jsonl", "jsonl: the rows as they are; parquet: what is learned of them, in columns of one type"
     )
-    deduplicate: Literal["none", "exact", "near"] = Field(
+    deduplicate: Literal["none", "exact", "near"] = setting(
         "exact",
-        description="keep the first of rows that say the same (exact: but for white space), or ask and answer nearly "
+        "keep the first of rows that say the same (exact: but for white space), or ask and answer nearly "
         "the same (near: rows that differ in one number may be, too)",
     )
-    near_threshold: float = Field(
-        0.8, ge=0.5, le=1.0, description="near are texts that share this part of their 5-word pieces (Jaccard)"
+    near_threshold: float = setting(
+        0.8, "near are texts that share this part of their 5-word pieces (Jaccard)", ge=0.5, le=1.0
     )
-    num_perm: int = Field(
-        128, ge=16, le=1024, description="MinHash permutations a row; more find near rows more surely"
+    num_perm: int = setting(128, "MinHash permutations a row; more find near rows more surely", ge=16, le=1024)
+    splits: dict[str, Annotated[float, Field(gt=0, le=1)]] = setting(
+        {"train": 0.9, "validation": 0.1}, "name and share of each file; 'train' is one, the sum is 1"
     )
-    splits: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
-        {"train": 0.9, "validation": 0.1}, description="name and share of each file; 'train' is one, the sum is 1"
+    split_by: Literal["random", "domain", "group"] = setting(
+        "random", "random; domain: every domain has its share in every split; group: rows of one group stay together"
     )
-    split_by: Literal["random", "domain", "group"] = Field(
-        "random",
-        description="random; domain: every domain has its share in every split; group: rows of one group stay together",
+    group_field: str | None = setting(
+        None, "key of a row that names its group, such as 'user_id', for split_by=group", min_length=1
     )
-    group_field: str | None = Field(
-        None, min_length=1, description="key of a row that names its group, such as 'user_id', for split_by=group"
-    )
-    leakage: Literal["check", "remove", "off"] = Field(
+    leakage: Literal["check", "remove", "off"] = setting(
         "check",
-        description="rows that say the same, nearly the same, or ask the same in two splits: report, or also remove "
+        "rows that say the same, nearly the same, or ask the same in two splits: report, or also remove "
         "from the training split",
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="of the split")
+    seed: int = setting(0, "of the split", ge=0, lt=2**31)
 
     @field_validator("splits")
     @classmethod

@@ -2,74 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from training_lens.config.section import Names, Paths, Place, Section
+from training_lens.config.section import Count, Names, Paths, Place, Section, setting
 
 
 class EvaluationSection(Section):
     """Evaluating models on the validation rows: evaluate, baseline, compare."""
 
-    max_examples: int | None = Field(None, ge=1, description="evaluate on at most so many rows; null: all of them")
-    generate: bool = Field(
-        True, description="let the model answer each prompt and score the answers; false: losses only"
+    max_examples: int | None = setting(None, "evaluate on at most so many rows; null: all of them", ge=1)
+    generate: bool = setting(True, "let the model answer each prompt and score the answers; false: losses only")
+    max_new_tokens: int = setting(256, "longest generated answer in tokens", ge=1)
+    batch_tokens: int = setting(
+        8192, "most tokens (padding included) in one forward pass; halved where memory runs out", ge=1
     )
-    max_new_tokens: int = Field(256, ge=1, description="longest generated answer in tokens")
-    batch_tokens: int = Field(
-        8192, ge=1, description="most tokens (padding included) in one forward pass; halved where memory runs out"
+    metrics: Paths = setting(
+        [], "your own metrics: functions (my_metrics.polite), or all of a module or of a file my_metrics.py"
     )
-    metrics: Paths = Field(
-        [],
-        description="your own metrics: functions (my_metrics.polite), or all of a module or of a file my_metrics.py",
+    decide_by: str | None = setting(None, "the measure that decides compare's verdict, such as exact_match; null: loss")
+    word_tokenizer: Literal["13a", "intl", "char", "zh", "ja-mecab", "ko-mecab"] = setting(
+        "13a", "whose words BLEU, ROUGE and F1 compare, by sacrebleu's names; char or zh for Chinese"
     )
-    decide_by: str | None = Field(
-        None, description="the measure that decides compare's verdict, such as exact_match; null: loss"
+    decimal: Literal["auto", "point", "comma"] = setting(
+        "auto", "decimal mark of numbers with two readings, like 1,234; auto: as the right answers write them"
     )
-    word_tokenizer: Literal["13a", "intl", "char", "zh", "ja-mecab", "ko-mecab"] = Field(
-        "13a", description="whose words BLEU, ROUGE and F1 compare, by sacrebleu's names; char or zh for Chinese"
+    length_buckets: Count | list[Count] = setting(
+        4, "results by length in tokens: so many buckets of like size, or their upper limits, [64, 256]"
     )
-    decimal: Literal["auto", "point", "comma"] = Field(
-        "auto",
-        description="decimal mark of numbers with two readings, like 1,234; auto: as the right answers write them",
+    controls: bool = setting(True, "compare: also ask the adapter with wrong and no domains, and with shuffled prompts")
+    resamples: int = setting(1000, "bootstrap resamples for the intervals; 0: no intervals", ge=0)
+    confidence: float = setting(0.95, "share of the resamples inside an interval", gt=0.0, lt=1.0)
+    seed: int = setting(0, "of the resamples and of shuffled prompts", ge=0, lt=2**31)
+    forgetting: Paths | None = setting(
+        None, "compare: other text (paths like data.train): its loss before and after; null: none"
     )
-    length_buckets: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = Field(
-        4, description="results by length in tokens: so many buckets of like size, or their upper limits, [64, 256]"
-    )
-    controls: bool = Field(
-        True, description="compare: also ask the adapter with wrong and no domains, and with shuffled prompts"
-    )
-    resamples: int = Field(1000, ge=0, description="bootstrap resamples for the intervals; 0: no intervals")
-    confidence: float = Field(0.95, gt=0.0, lt=1.0, description="share of the resamples inside an interval")
-    seed: int = Field(0, ge=0, lt=2**31, description="of the resamples and of shuffled prompts")
-    forgetting: Paths | None = Field(
-        None, description="compare: other text (paths like data.train): its loss before and after; null: none"
-    )
-    tasks: Names = Field(
-        [], description="tasks of lm-eval, its own or yours, such as [arc_easy]; needs the extra `eval`"
-    )
-    task_path: Place | None = Field(None, description="folder of your own lm-eval tasks in YAML; null: lm-eval's alone")
-    task_limit: int | None = Field(None, ge=1, description="at most so many rows of each task; null: all of them")
+    tasks: Names = setting([], "tasks of lm-eval, its own or yours, such as [arc_easy]; needs the extra `eval`")
+    task_path: Place | None = setting(None, "folder of your own lm-eval tasks in YAML; null: lm-eval's alone")
+    task_limit: int | None = setting(None, "at most so many rows of each task; null: all of them", ge=1)
 
 
 class InferenceSection(Section):
     """Answering prompts."""
 
-    adapter: Place = Field(
+    adapter: Place = setting(
         "latest",
-        min_length=1,
-        description="latest: of the run that started last; a run's id or folder, or an experiment: its last run; a "
+        "latest: of the run that started last; a run's id or folder, or an experiment: its last run; a "
         "PEFT adapter folder on model.id; none: model.id alone",
+        min_length=1,
     )
-    max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens")
-    temperature: float = Field(0.0, ge=0.0, le=5.0, description="0: greedy; else the sampling temperature")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="sample from the smallest set with this probability")
-    top_k: int | None = Field(None, ge=1, description="sample from so many of the likeliest tokens; null: from all")
-    seed: int = Field(0, ge=0, lt=2**31, description="of the sampling")
-    batch_tokens: int = Field(
-        8192, ge=1, description="most tokens (padding and answers included) in one batch of infer --input"
-    )
+    max_new_tokens: int = setting(256, "longest answer in tokens", ge=1)
+    temperature: float = setting(0.0, "0: greedy; else the sampling temperature", ge=0.0, le=5.0)
+    top_p: float = setting(1.0, "sample from the smallest set with this probability", gt=0.0, le=1.0)
+    top_k: int | None = setting(None, "sample from so many of the likeliest tokens; null: from all", ge=1)
+    seed: int = setting(0, "of the sampling", ge=0, lt=2**31)
+    batch_tokens: int = setting(8192, "most tokens (padding and answers included) in one batch of infer --input", ge=1)
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -82,21 +70,17 @@ class InferenceSection(Section):
 class BenchmarkSection(Section):
     """Measuring how fast base, adapter and merged model answer."""
 
-    models: list[Literal["base", "adapter", "merged"]] = Field(
+    models: list[Literal["base", "adapter", "merged"]] = setting(
         ["base", "adapter", "merged"],
+        "which are measured, in turn: base alone, adapter beside the weights, adapter merged into them",
         min_length=1,
-        description="which are measured, in turn: base alone, adapter beside the weights, adapter merged into them",
     )
-    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(
-        [1, 4, 16], min_length=1, description="prompts that are answered together"
-    )
-    prompt_lengths: list[Annotated[int, Field(ge=1)]] = Field(
-        [32, 128], min_length=1, description="tokens of each prompt"
-    )
-    new_tokens: int = Field(64, ge=2, description="tokens generated for each prompt, end tokens or not")
-    warmup: int = Field(1, ge=0, description="calls of each kind before those that count")
-    repetitions: int = Field(5, ge=1, description="calls of each kind that count")
-    seed: int = Field(0, ge=0, lt=2**31, description="of the choice of prompts")
+    batch_sizes: list[Count] = setting([1, 4, 16], "prompts that are answered together", min_length=1)
+    prompt_lengths: list[Count] = setting([32, 128], "tokens of each prompt", min_length=1)
+    new_tokens: int = setting(64, "tokens generated for each prompt, end tokens or not", ge=2)
+    warmup: int = setting(1, "calls of each kind before those that count", ge=0)
+    repetitions: int = setting(5, "calls of each kind that count", ge=1)
+    seed: int = setting(0, "of the choice of prompts", ge=0, lt=2**31)
 
     @field_validator("models", "batch_sizes", "prompt_lengths")
     @classmethod

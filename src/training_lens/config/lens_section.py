@@ -2,51 +2,38 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
-from training_lens.config.section import Section
+from training_lens.config.section import Section, setting
 
 
 class LensSection(Section):
     """What the lens captures of a run (training-lens analyze, report, export). It never changes the adapter."""
 
-    enabled: bool = Field(True, description="capture at all")
-    collectors: list[str] | None = Field(
-        None, description="names of collectors, your own among them; null: all built-in ones"
-    )
-    scalars_every: int | None = Field(
+    enabled: bool = setting(True, "capture at all")
+    collectors: list[str] | None = setting(None, "names of collectors, your own among them; null: all built-in ones")
+    scalars_every: int | None = setting(
         None,
-        ge=1,
-        description="norms, directions and the self-check every so many steps; null: each of the first 20, then as "
+        "norms, directions and the self-check every so many steps; null: each of the first 20, then as "
         "often as takes 1 % of the time, and about 200 times in a run at least",
-    )
-    spectra_every: int | None = Field(
-        None, ge=1, description="spectra every so many steps; null: as often as takes 0.25 % of the time"
-    )
-    probe_every: int | None = Field(
-        None,
         ge=1,
-        description="activations and KL on the probe set every so many steps; null: as 0.5 % of the time allows",
     )
-    snapshot_every: int | None = Field(
-        None, ge=1, description="A and B whole every so many steps; null: 4 to 8 in a run, as 0.25 % of the time allows"
+    spectra_every: int | None = setting(
+        None, "spectra every so many steps; null: as often as takes 0.25 % of the time", ge=1
     )
-    probe_tokens: int = Field(
-        512,
-        ge=0,
-        description="tokens of the probe set: validation rows, or training rows where there are none; 0: none",
+    probe_every: int | None = setting(
+        None, "activations and KL on the probe set every so many steps; null: as 0.5 % of the time allows", ge=1
     )
-    keep_probe: bool = Field(
-        False,
-        description="save the probe set's tokens as lens/probe.safetensors; otherwise only what is measured of them",
+    snapshot_every: int | None = setting(
+        None, "A and B whole every so many steps; null: 4 to 8 in a run, as 0.25 % of the time allows", ge=1
     )
-    flush_seconds: float = Field(
-        30.0, ge=0, description="captures go to disk at least so often; a kill loses what is younger"
+    probe_tokens: int = setting(
+        512, "tokens of the probe set: validation rows, or training rows where there are none; 0: none", ge=0
     )
-    scalars_megabytes: int = Field(
-        64, ge=1, description="most room of scalars and spectra; beyond it, of old steps every second is dropped"
+    keep_probe: bool = setting(
+        False, "save the probe set's tokens as lens/probe.safetensors; otherwise only what is measured of them"
     )
-    snapshots_megabytes: int = Field(
-        256, ge=0, description="most room of snapshots; beyond it, every second is dropped"
+    flush_seconds: float = setting(30.0, "captures go to disk at least so often; a kill loses what is younger", ge=0)
+    scalars_megabytes: int = setting(
+        64, "most room of scalars and spectra; beyond it, of old steps every second is dropped", ge=1
     )
-    report: bool = Field(True, description="write reports/lens.html when training ends")
+    snapshots_megabytes: int = setting(256, "most room of snapshots; beyond it, every second is dropped", ge=0)
+    report: bool = setting(True, "write reports/lens.html when training ends")

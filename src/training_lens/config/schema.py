@@ -15,7 +15,7 @@ from training_lens.config.data_sections import DataSection, PrepareSection
 from training_lens.config.evaluation_sections import BenchmarkSection, EvaluationSection, InferenceSection
 from training_lens.config.foreign_keys import translate_names
 from training_lens.config.lens_section import LensSection
-from training_lens.config.section import ExperimentName, Place, RunId, Section
+from training_lens.config.section import Count, ExperimentName, Place, RunId, Section, setting
 from training_lens.config.tracking_section import TrackingSection
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import get_logger
@@ -28,166 +28,157 @@ logger = get_logger(__name__)
 class ModelSection(Section):
     """The base model and how it is loaded."""
 
-    id: Place = Field(embedded.MODEL, min_length=1, description="local folder, hub id, or 'embedded' (the demo model)")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model; null: its default branch")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="number type of the frozen weights; auto: that of training.precision"
+    id: Place = setting(embedded.MODEL, "local folder, hub id, or 'embedded' (the demo model)", min_length=1)
+    revision: str | None = setting(None, "branch, tag or commit of a hub model; null: its default branch")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "number type of the frozen weights; auto: that of training.precision"
     )
-    seq_len: int | None = Field(
-        None, ge=8, description="longest example in tokens; null: the model's positions, at most 2048"
+    seq_len: int | None = setting(None, "longest example in tokens; null: the model's positions, at most 2048", ge=8)
+    attention: Literal["auto", "sdpa", "eager"] = setting(
+        "auto", "attention; auto: sdpa, or eager where the model has no sdpa"
     )
-    attention: Literal["auto", "sdpa", "eager"] = Field(
-        "auto", description="attention; auto: sdpa, or eager where the model has no sdpa"
+    quantization: Literal["none", "4bit", "8bit"] = setting(
+        "none", "of the frozen weights, through bitsandbytes: 4bit (NF4, double quantization) or 8bit"
     )
-    quantization: Literal["none", "4bit", "8bit"] = Field(
-        "none", description="of the frozen weights, through bitsandbytes: 4bit (NF4, double quantization) or 8bit"
-    )
-    resize_embeddings: bool = Field(
+    resize_embeddings: bool = setting(
         False,
-        description="where the tokenizer has more tokens than the embedding has rows, add rows, and train and save "
+        "where the tokenizer has more tokens than the embedding has rows, add rows, and train and save "
         "embedding and output head whole; false: such a model is refused",
     )
-    trust_remote_code: bool = Field(False, description="run code that a model folder or hub repository carries")
-    accept_changed_base: bool = Field(
-        False, description="use a run's adapter, or resume the run, though files of its base changed since it began"
+    trust_remote_code: bool = setting(False, "run code that a model folder or hub repository carries")
+    accept_changed_base: bool = setting(
+        False, "use a run's adapter, or resume the run, though files of its base changed since it began"
     )
 
 
 class PeftSection(Section):
     """The adapter."""
 
-    variant: Literal["lora", "rslora"] = Field(
-        "lora", description="scale of the update: lora: lora_alpha / r; rslora: lora_alpha / sqrt(r) (arXiv 2312.03732)"
+    variant: Literal["lora", "rslora"] = setting(
+        "lora", "scale of the update: lora: lora_alpha / r; rslora: lora_alpha / sqrt(r) (arXiv 2312.03732)"
     )
-    use_dora: bool = Field(False, description="learn magnitude and direction apart (DoRA, arXiv 2402.09353)")
-    init: Literal["default", "pissa"] = Field(
-        "default",
-        description="default: B is zero; pissa: from the weights' largest singular directions (arXiv 2404.02948)",
+    use_dora: bool = setting(False, "learn magnitude and direction apart (DoRA, arXiv 2402.09353)")
+    init: Literal["default", "pissa"] = setting(
+        "default", "default: B is zero; pissa: from the weights' largest singular directions (arXiv 2404.02948)"
     )
-    r: int = Field(16, ge=1, description="rank")
-    lora_alpha: float = Field(32.0, gt=0, description="scales the update, see variant")
-    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of the adapter's inputs dropped in training")
-    target_modules: str | list[str] = Field(
+    r: int = setting(16, "rank", ge=1)
+    lora_alpha: float = setting(32.0, "scales the update, see variant", gt=0)
+    lora_dropout: float = setting(0.0, "share of the adapter's inputs dropped in training", ge=0.0, lt=1.0)
+    target_modules: str | list[str] = setting(
         "auto",
-        min_length=1,
-        description="auto: every linear layer of the decoder; names such as [q_proj, v_proj]; or one regular "
+        "auto: every linear layer of the decoder; names such as [q_proj, v_proj]; or one regular "
         "expression for whole module paths, such as '.*layers\\.[0-3]\\..*_proj'",
+        min_length=1,
     )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        {}, description="other ranks for some modules: {name or end of a module path: rank}"
+    rank_pattern: dict[str, Count] = setting({}, "other ranks for some modules: {name or end of a module path: rank}")
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = setting(
+        {}, "other lora_alpha for some modules, like rank_pattern"
     )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="other lora_alpha for some modules, like rank_pattern"
+    modules_to_save: list[str] = setting([], "modules that are trained and saved whole, such as [lm_head]")
+    lora_plus_ratio: float | None = setting(
+        None, "learning rate of B over that of A (LoRA+, arXiv 2402.12354); null: the same", ge=1
     )
-    modules_to_save: list[str] = Field([], description="modules that are trained and saved whole, such as [lm_head]")
-    lora_plus_ratio: float | None = Field(
-        None, ge=1, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354); null: the same"
-    )
-    from_adapter: Place | None = Field(
-        None, min_length=1, description="continue training this adapter folder or run; its rank, targets and scale hold"
+    from_adapter: Place | None = setting(
+        None, "continue training this adapter folder or run; its rank, targets and scale hold", min_length=1
     )
 
 
 class TrainingSection(Section):
     """The loop. One step is one optimizer update."""
 
-    lr: float | None = Field(
-        None, gt=0, le=1, description="peak learning rate; null: from the model's width, 5e-4 (2000 / width)^0.781"
+    lr: float | None = setting(
+        None, "peak learning rate; null: from the model's width, 5e-4 (2000 / width)^0.781", gt=0, le=1
     )
-    epochs: float = Field(2.0, gt=0, description="passes over the training rows")
-    max_steps: int | None = Field(
-        None,
-        ge=1,
-        description="train exactly this many steps, whatever epochs says; rows come again when they are through",
+    epochs: float = setting(2.0, "passes over the training rows", gt=0)
+    max_steps: int | None = setting(
+        None, "train exactly this many steps, whatever epochs says; rows come again when they are through", ge=1
     )
-    batch_size: int = Field(8, ge=1, description="examples per process and accumulation step")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="a step covers this many times batch_size")
-    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    batch_size: int = setting(8, "examples per process and accumulation step", ge=1)
+    gradient_accumulation_steps: int = setting(1, "a step covers this many times batch_size", ge=1)
+    micro_batch_tokens: Count | Literal["auto"] = setting(
         "auto",
-        description="most tokens (padding included) in one forward pass, never changes the result; auto: what free "
+        "most tokens (padding included) in one forward pass, never changes the result; auto: what free "
         "memory holds, at most 4096, on CUDA 32768",
     )
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = setting(
         "adamw",
-        description="adamw: betas 0.9 and 0.999; adamw_8bit: its state in 8 bits (bitsandbytes); adafactor: "
+        "adamw: betas 0.9 and 0.999; adamw_8bit: its state in 8 bits (bitsandbytes); adafactor: "
         "factored second moments, no first",
     )
-    scheduler: Literal["linear", "cosine", "cosine_with_restarts", "constant"] = Field(
-        "cosine", description="learning rate after warm-up"
+    scheduler: Literal["linear", "cosine", "cosine_with_restarts", "constant"] = setting(
+        "cosine", "learning rate after warm-up"
     )
-    scheduler_cycles: int = Field(1, ge=1, description="cosines in cosine_with_restarts")
-    min_lr_ratio: float = Field(0.0, ge=0.0, lt=1.0, description="the rate falls to this share of its peak")
-    warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0, description="share of the steps with rising learning rate")
-    warmup_steps: int | None = Field(
-        None, ge=0, description="so many steps with rising learning rate, whatever warmup_ratio says; null: its share"
+    scheduler_cycles: int = setting(1, "cosines in cosine_with_restarts", ge=1)
+    min_lr_ratio: float = setting(0.0, "the rate falls to this share of its peak", ge=0.0, lt=1.0)
+    warmup_ratio: float = setting(0.03, "share of the steps with rising learning rate", ge=0.0, lt=1.0)
+    warmup_steps: int | None = setting(
+        None, "so many steps with rising learning rate, whatever warmup_ratio says; null: its share", ge=0
     )
-    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="decoupled weight decay of the adapter")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null: never")
-    seed: int = Field(0, ge=0, lt=2**31, description="of the adapter's start, the order of rows, and dropout")
-    eval_steps: int | None = Field(None, ge=1, description="validate every so many steps; null: once an epoch")
-    save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps; null: when validating")
-    logging_steps: int = Field(10, ge=1, description="TensorBoard and run.log every so many steps")
-    early_stopping_patience: int | None = Field(
-        None, ge=1, description="stop after so many validations without a new best; null: never"
+    weight_decay: float = setting(0.0, "decoupled weight decay of the adapter", ge=0.0, le=1.0)
+    max_grad_norm: float | None = setting(1.0, "gradients are scaled down to this norm; null: never", gt=0)
+    seed: int = setting(0, "of the adapter's start, the order of rows, and dropout", ge=0, lt=2**31)
+    eval_steps: int | None = setting(None, "validate every so many steps; null: once an epoch", ge=1)
+    save_steps: int | None = setting(None, "checkpoint every so many steps; null: when validating", ge=1)
+    logging_steps: int = setting(10, "TensorBoard and run.log every so many steps", ge=1)
+    early_stopping_patience: int | None = setting(
+        None, "stop after so many validations without a new best; null: never", ge=1
     )
-    gradient_checkpointing: bool = Field(
-        False, description="keep no activations but each layer's input, and compute them again: less memory, more time"
+    gradient_checkpointing: bool = setting(
+        False, "keep no activations but each layer's input, and compute them again: less memory, more time"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="of the forward and backward pass; auto: fp32 on CPU and MPS, bf16 or fp16 on CUDA"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "of the forward and backward pass; auto: fp32 on CPU and MPS, bf16 or fp16 on CUDA"
     )
 
 
 class SweepSection(Section):
     """Many trials of one question (training-lens sweep): each a run of its own, with other values of some keys."""
 
-    name: ExperimentName = Field("sweep", description="of the study, and of the experiment that its runs are in")
-    space: dict[str, list[Any] | dict[str, Any]] = Field(
+    name: ExperimentName = setting("sweep", "of the study, and of the experiment that its runs are in")
+    space: dict[str, list[Any] | dict[str, Any]] = setting(
         {},
-        description="what is tried, by key: choices such as {peft.r: [4, 8, 16]}, or a range such as {training.lr: "
+        "what is tried, by key: choices such as {peft.r: [4, 8, 16]}, or a range such as {training.lr: "
         "{low: 1e-4, high: 1e-2, log: true}}; step makes a range a grid",
     )
-    trials: int = Field(
-        20, ge=1, description="trials in all, those of every process and every start together; failed ones count"
-    )
-    sampler: Literal["tpe", "random", "grid"] = Field(
+    trials: int = setting(20, "trials in all, those of every process and every start together; failed ones count", ge=1)
+    sampler: Literal["tpe", "random", "grid"] = setting(
         "tpe",
-        description="tpe: from what was good so far (Tree-structured Parzen Estimator, arXiv 2304.11127); random; "
+        "tpe: from what was good so far (Tree-structured Parzen Estimator, arXiv 2304.11127); random; "
         "grid: every combination, in an order drawn with the seed",
     )
-    pruner: Literal["none", "median", "successive_halving"] = Field(
+    pruner: Literal["none", "median", "successive_halving"] = setting(
         "none",
-        description="median: ends a trial that is worse than the median of the others at the same validation, once 5 "
+        "median: ends a trial that is worse than the median of the others at the same validation, once 5 "
         "are finished; successive_halving: keeps the better half at validations 1, 2, 4, 8, ... (arXiv 1810.05934)",
     )
-    metric: Literal["validation_loss"] = Field(
-        "validation_loss", description="what is made small: the saved adapter's, in nats per supervised token"
+    metric: Literal["validation_loss"] = setting(
+        "validation_loss", "what is made small: the saved adapter's, in nats per supervised token"
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="of the sampler; the trials' own is training.seed")
-    storage: str | None = Field(
+    seed: int = setting(0, "of the sampler; the trials' own is training.seed", ge=0, lt=2**31)
+    storage: str | None = setting(
         None,
+        "database URL that Optuna takes (postgresql://..., mysql://..., sqlite:///...), shared by all who "
+        "give it; may hold a password, so it is saved with no run; null: study.db in the sweep's folder",
         min_length=1,
         exclude=True,
-        description="database URL that Optuna takes (postgresql://..., mysql://..., sqlite:///...), shared by all who "
-        "give it; may hold a password, so it is saved with no run; null: study.db in the sweep's folder",
     )
 
 
 class OutputSection(Section):
     """Where runs are kept: {base_output_dir}/experiments/{experiment_name}/runs/{run_id}."""
 
-    base_output_dir: Place = Field("outputs", min_length=1, description="folder of all runs and of the token cache")
-    experiment_name: ExperimentName = Field("default", description="groups runs; one path component")
-    run_id: RunId | None = Field(
-        None, description="ASCII letters, digits, '.', '_', '-'; null: a UTC timestamp with a random tail"
+    base_output_dir: Place = setting("outputs", "folder of all runs and of the token cache", min_length=1)
+    experiment_name: ExperimentName = setting("default", "groups runs; one path component")
+    run_id: RunId | None = setting(
+        None, "ASCII letters, digits, '.', '_', '-'; null: a UTC timestamp with a random tail"
     )
-    mirror: Place | None = Field(
+    mirror: Place | None = setting(
         None,
-        min_length=1,
-        description="place to which every run is copied while it trains, and from which it can be resumed elsewhere: "
+        "place to which every run is copied while it trains, and from which it can be resumed elsewhere: "
         "a folder, or a URL that fsspec takes (s3://bucket/path, gs://, az://, ssh://, hf://); credentials come from "
         "the environment",
+        min_length=1,
     )
 
     @property

@@ -9,24 +9,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
 
-from training_lens.config.keys import known_keys
-from training_lens.config.problems import find_problems, list_problems
+from training_lens.config.keys import find_problems, known_keys, list_problems
 from training_lens.errors import ConfigurationError
 from training_lens.utils.arrow_rows import iterate_arrow_rows
 from training_lens.utils.names import check_experiment, check_run_id, expand_home
 
+Default = TypeVar("Default")
 NOTHING = ("NAType", "NaTType")  # pandas' own words for a missing value
 
 
@@ -91,6 +92,11 @@ def _convert_value(value: Any) -> Any:
     return _convert_value(value.tolist()) if type(value).__module__ == "numpy" else value
 
 
+def setting(default: Default, description: str, **limits: Any) -> Default:
+    """A key of a section: its default, what the docs say of it, and pydantic's limits and options."""
+    return Field(default, description=description, **limits)  # type: ignore[no-any-return]
+
+
 def as_list(value: Any) -> Any:
     """A single path as a list of one; `Path` objects as text."""
     values = [value] if isinstance(value, str | Path) else value
@@ -123,6 +129,7 @@ RunId = Annotated[str, AfterValidator(check_run_id)]
 ExperimentName = Annotated[str, AfterValidator(check_experiment)]
 Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value), PATH_MARKER]
 Paths = Annotated[list[Place], BeforeValidator(as_list)]
+Count = Annotated[int, Field(ge=1)]
 Names = Annotated[list[str], BeforeValidator(as_list)]
 Rows = Annotated[list[Place] | list[dict[str, Any]], BeforeValidator(as_rows)]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
-from training_lens.config.section import Place, Section
+from training_lens.config.section import Place, Section, setting
 
 
 def _check_repo_name(value: str) -> str:
@@ -24,69 +24,64 @@ RepoName = Annotated[str, AfterValidator(_check_repo_name)]
 class WandBSection(Section):
     """Weights & Biases. Its key is read from WANDB_API_KEY or `wandb login`."""
 
-    mode: Literal["disabled", "online", "offline"] = Field(
-        "disabled", description="offline: kept in the run's folder, to be sent with training-lens sync or wandb sync"
+    mode: Literal["disabled", "online", "offline"] = setting(
+        "disabled", "offline: kept in the run's folder, to be sent with training-lens sync or wandb sync"
     )
-    project: str = Field("training-lens", min_length=1, description="the project of the run")
-    entity: str | None = Field(None, description="user or team; null: the default of your account")
-    group: str | None = Field(None, description="runs shown together; null: the sweep of a trial, none for others")
-    name: str | None = Field(None, description="of the run; null: its run id")
-    tags: list[str] = Field([], description="of the run")
-    folder: Place | None = Field(None, description="where offline runs are written; null: the run's tracking folder")
+    project: str = setting("training-lens", "the project of the run", min_length=1)
+    entity: str | None = setting(None, "user or team; null: the default of your account")
+    group: str | None = setting(None, "runs shown together; null: the sweep of a trial, none for others")
+    name: str | None = setting(None, "of the run; null: its run id")
+    tags: list[str] = setting([], "of the run")
+    folder: Place | None = setting(None, "where offline runs are written; null: the run's tracking folder")
 
 
 class MlflowSection(Section):
     """MLflow: a local database, or a server."""
 
-    enabled: bool = Field(False, description="send the run to MLflow")
-    uri: str | None = Field(
-        None,
-        description="tracking URI; null: MLFLOW_TRACKING_URI, or else the file mlflow.db in output.base_output_dir",
+    enabled: bool = setting(False, "send the run to MLflow")
+    uri: str | None = setting(
+        None, "tracking URI; null: MLFLOW_TRACKING_URI, or else the file mlflow.db in output.base_output_dir"
     )
-    experiment: str | None = Field(None, description="null: output.experiment_name")
+    experiment: str | None = setting(None, "null: output.experiment_name")
 
 
 class TrackioSection(Section):
     """trackio: a local dashboard with the interface of W&B."""
 
-    enabled: bool = Field(False, description="send the run to trackio")
-    project: str | None = Field(None, description="null: output.experiment_name")
-    folder: Place | None = Field(None, description="of its database; null: trackio in output.base_output_dir")
+    enabled: bool = setting(False, "send the run to trackio")
+    project: str | None = setting(None, "null: output.experiment_name")
+    folder: Place | None = setting(None, "of its database; null: trackio in output.base_output_dir")
 
 
 class HubSection(Section):
     """The Hugging Face hub. Its token is read from HF_TOKEN or `hf auth login`."""
 
-    repo: RepoName | None = Field(None, description="owner/name to which the finished adapter is pushed; null: none")
-    private: bool = Field(True, description="whether a new repository is private")
-    checkpoints: bool = Field(
-        False, description="push checkpoints while training runs, to training_lens_checkpoints/ in the repository"
+    repo: RepoName | None = setting(None, "owner/name to which the finished adapter is pushed; null: none")
+    private: bool = setting(True, "whether a new repository is private")
+    checkpoints: bool = setting(
+        False, "push checkpoints while training runs, to training_lens_checkpoints/ in the repository"
     )
-    revision: str | None = Field(None, description="branch to push to; null: the default branch")
+    revision: str | None = setting(None, "branch to push to; null: the default branch")
 
 
 class TrackingSection(Section):
     """Where a run is shown besides its folder. None can end a run, or make it wait: what one misses, `sync` sends."""
 
-    tensorboard: bool = Field(True, description="write TensorBoard events to the run's logs folder")
+    tensorboard: bool = setting(True, "write TensorBoard events to the run's logs folder")
     wandb: WandBSection = WandBSection()
     mlflow: MlflowSection = MlflowSection()
     trackio: TrackioSection = TrackioSection()
     hub: HubSection = HubSection()
-    custom: dict[str, dict[str, Any]] = Field(
-        {}, description="your own trackers and their options, such as {my_module.MyTracker: {channel: x}}"
+    custom: dict[str, dict[str, Any]] = setting(
+        {}, "your own trackers and their options, such as {my_module.MyTracker: {channel: x}}"
     )
-    samples: int = Field(
-        3, ge=0, description="prompts answered greedily at every validation, for the trackers; 0: none"
+    samples: int = setting(3, "prompts answered greedily at every validation, for the trackers; 0: none", ge=0)
+    sample_tokens: int = setting(48, "most new tokens of such an answer", ge=1)
+    histograms_every: int | None = setting(
+        200, "histograms of the adapter's weights and gradients every so many steps; null: none", ge=1
     )
-    sample_tokens: int = Field(48, ge=1, description="most new tokens of such an answer")
-    histograms_every: int | None = Field(
-        200, ge=1, description="histograms of the adapter's weights and gradients every so many steps; null: none"
-    )
-    send_seconds: float = Field(2.0, gt=0, description="what is new is sent at least so often")
-    wait_seconds: float = Field(
-        300.0, ge=0, description="most seconds that the end of a run waits for what is not sent yet"
-    )
+    send_seconds: float = setting(2.0, "what is new is sent at least so often", gt=0)
+    wait_seconds: float = setting(300.0, "most seconds that the end of a run waits for what is not sent yet", ge=0)
 
     @property
     def has_display(self) -> bool:
