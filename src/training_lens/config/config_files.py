@@ -186,17 +186,17 @@ def check_references(values: Any) -> None:
     leaves = dict(_list_texts(values, ""))
     lengths: dict[str, int] = {}
 
-    def length(key: str, above: frozenset[str]) -> int:
+    def measure_text(key: str, above: frozenset[str]) -> int:
         if key in above or len(above) > NESTING or key not in leaves:
             return len(key)  # OmegaConf reports circles later; anything but a text of the file is short
         if key not in lengths:
-            inside = sum(length(name, above | {key}) for name in _REFERENCE.findall(leaves[key]))
+            inside = sum(measure_text(name, above | {key}) for name in _REFERENCE.findall(leaves[key]))
             lengths[key] = len(leaves[key]) + inside
         return lengths[key]
 
     if any(text.count("${") > len(_REFERENCE.findall(text)) for text in leaves.values()):
         raise TooMuchError("has a reference inside of a reference (${a.${b}}); write what is meant")
-    if sum(length(key, frozenset()) for key in leaves) > CONFIG_BYTES:
+    if sum(measure_text(key, frozenset()) for key in leaves) > CONFIG_BYTES:
         raise TooMuchError(f"has over {CONFIG_BYTES:,} characters once its references are followed")
 
 

@@ -12,11 +12,7 @@ from training_lens.utils.nested import nest_keys
 Convert = Callable[[Any], Any]
 
 
-class _Unset:
-    """The value of a key that stays at its default: that of `load_in_4bit: false`."""
-
-
-UNSET = _Unset()
+UNSET: Any = object()  # the value of a key that stays at its default: that of `load_in_4bit: false`
 
 
 @dataclass(frozen=True)
@@ -209,10 +205,7 @@ KINDS = ("name", "type", "kind", "class")  # {optimizer: {name: adamw}} is optim
 
 
 def find_counterpart(name: str) -> ForeignKey | None:
-    """Our key for a dotted name of another trainer: `lora.alpha`, `optimizer.name`, `training.num_epochs`.
-
-    Only exact names match.
-    """
+    """Our key for exactly this dotted name of another trainer: `lora.alpha`, `optimizer.name`, `training.lr`."""
     *sections, last = name.split(".")
     section = sections[-1] if sections else ""
     stems = [section, *(stem for stem, names in SECTIONS.items() if section in names)] if section else []

@@ -135,10 +135,7 @@ def consent_for(run: RunFolder, config: TrainingConfig) -> dict[str, Any]:
 
 
 def destination_settings(config: TrainingConfig, keys: Collection[str] = DESTINATIONS) -> dict[str, Any]:
-    """The destinations, by dotted key: settings below `keys` that are not the defaults.
-
-    Those of a service that is off are left out.
-    """
+    """The destinations, by dotted key: settings below `keys` that are not the defaults, of services that are on."""
     off = {key for key in DESTINATIONS if key not in config.destinations}
     return _changed_settings(config, [key for key in keys if key not in off])
 

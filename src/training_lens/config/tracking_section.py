@@ -86,10 +86,5 @@ class TrackingSection(Section):
     @property
     def has_display(self) -> bool:
         """Whether any tracker is on that can show samples and histograms."""
-        return bool(
-            self.tensorboard
-            or self.wandb.mode != "disabled"
-            or self.mlflow.enabled
-            or self.trackio.enabled
-            or self.custom
-        )
+        services = (self.wandb.mode != "disabled", self.mlflow.enabled, self.trackio.enabled)
+        return any((self.tensorboard, *services, self.custom))

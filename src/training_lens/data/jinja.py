@@ -18,11 +18,7 @@ _MARKS = re.compile(r"\{%-?\s*generation\b")
 
 
 class JinjaTemplate:
-    """A chat template, compiled once; `variables` besides the chat are the tokenizer's special tokens by name.
-
-    Raises:
-        ConfigurationError: invalid Jinja; names the line.
-    """
+    """A chat template, compiled once; `variables` besides the chat are the tokenizer's special tokens by name."""
 
     def __init__(self, source: str, variables: Mapping[str, Any], today: date) -> None:
         self._compiled = _compile_template(source, "the tokenizer's chat template")

@@ -121,11 +121,7 @@ class KeyCheck:
         self._examples: dict[str, str] = {}
 
     def check_keys(self, place: str, level: KeySchema, values: Mapping[str, Any], path: str = "") -> KeyShape:
-        """Check that no key of `values` is lost silently; `path` is that of its keys, such as 'messages[].'.
-
-        Raises:
-            DatasetError: a refused or misspelt key.
-        """
+        """Refuse keys of `values` whose content would be lost, count unused ones; `path` is theirs: 'messages[].'."""
         kind = (level, path, tuple(values))
         shape = self._shapes.get(kind)
         if shape is None:

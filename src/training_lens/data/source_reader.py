@@ -43,11 +43,7 @@ def read_usable_rows(
 
 
 def read_usable_examples(source: DataSource, data: DataSection, notes: DataNotes) -> Iterator[Example]:
-    """The examples of one source as they are trained on; remarks on how it was read go to `notes`.
-
-    Raises:
-        DatasetError: an empty source, ambiguous fields, or of bad rows the first.
-    """
+    """One source's examples as they are trained on; remarks on it go to `notes`. Of bad rows, the first is the error."""
     mapping = find_mapping(read_keys(source, data), data, source.name)
     notes.mappings[source.name] = mapping.describe()
     for _, example in read_usable_rows(source, mapping, data, notes):

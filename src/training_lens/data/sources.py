@@ -81,11 +81,7 @@ class DataSource:
 
     @property
     def sha256(self) -> str:
-        """The file's sha256; for several files, the sha256 of their hashes.
-
-        Raises:
-            DatasetError: the file differs from what `prepare` wrote.
-        """
+        """The file's sha256, or that of several files' hashes; one that is not what `prepare` wrote is an error."""
         each = [hash_file(file) for file in self.files]
         for file, found in zip(self.files, each, strict=True):
             _require_prepared_hash(file, found)
@@ -116,8 +112,7 @@ def _require_prepared_hash(file: Path, found: str) -> None:
 def expand_sources(specs: Sequence[str], key: str) -> list[DataSource]:
     """The sources for paths, globs, folders, hub ids and embedded names, in order, without duplicates.
 
-    Raises:
-        DatasetError: a missing path or a glob without matches; names `key` and a similar file.
+    The error on a missing path, or a glob without matches, names `key` and a similar file.
     """
     sources: dict[str, DataSource] = {}
     for entry, spec in enumerate(specs):

@@ -102,11 +102,7 @@ class TemplateForm:
 
 
 def find_form(render: Render) -> TemplateForm:
-    """Probe which form a template takes; `render` raises DatasetError if it fails.
-
-    Raises:
-        ConfigurationError: the template renders no content in any form.
-    """
+    """Probe which form a template takes; one that renders no content in any form is an error."""
     form = _try_content(render)
     for tried in (replace(form, shows_tools=True), replace(form, shows_tools=True, bare_tools=True)):
         chat = tried.format_messages([Message("user", ASKED), Message("assistant", ANSWER)])

@@ -44,10 +44,7 @@ def find_foreign_marks(texts: Iterable[str], tokens: Collection[str]) -> list[st
 
 
 class SpecialText:
-    """Replaces names of special tokens in texts by placeholders, and restores them as plain text.
-
-    Without `names`, names in data become tokens.
-    """
+    """Keeps `names` of special tokens in texts from becoming tokens: placeholders, restored as plain text."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = sorted(names, key=len, reverse=True)  # the longest first: one may begin another
@@ -147,11 +144,7 @@ class Renderer:
         self._reported: set[str] = set()
 
     def render_prompt(self, messages: Sequence[Message], domain: str | None, tools: Tools = ()) -> list[TextSegment]:
-        """The prompt that the model answers; `messages` end with the user's or a tool's.
-
-        Raises:
-            DatasetError: the template fails or drops content.
-        """
+        """The prompt that the model answers; `messages` end with the user's or a tool's."""
         chat = self._fit_chat(messages, domain, tools)
         learned = self._find_learned_answers(chat.messages) if self._supervise == "all" else ()
         segments = chat.template.render_prompt(chat.messages, chat.tools, learned)

@@ -28,10 +28,7 @@ EXAMPLES, REPORT = "examples.arrow", "report.json"
 
 @dataclass(frozen=True)
 class Split:
-    """A tokenized split, its report, and the fingerprint of its inputs.
-
-    `entries` maps each source to its entry in the setting.
-    """
+    """A tokenized split, its report, the fingerprint of its inputs, and each source's entry in the setting."""
 
     dataset: TokenDataset
     report: SplitReport
@@ -69,7 +66,14 @@ def prepare_sources(
     def tokenize_sources() -> None:
         if {source.name: source.sha256 for source in sources} != hashes:
             raise DatasetError(f"{key}: {folder} is damaged, and the files that it was made of have changed since.")
-        _build_split(folder, hashes, sources, key, preparation, progress)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep_temporaries(folder.parent, older_than_seconds=86_400)
+        with atomic_folder(folder, existing="replace") as building:
+            with progress.task(f"tokenizing {key}", sum(s.size_bytes for s in sources), "bytes") as advance:
+                counter = _write_tokens(building / EXAMPLES, sources, preparation, advance)
+            report = counter.build_report(hashes)
+            _refuse_useless_split(report, counter, key, preparation)
+            write_sealed(building / REPORT, asdict(report))
 
     if not folder.is_dir():
         tokenize_sources()
@@ -85,25 +89,6 @@ def prepare_sources(
 def _open_split(folder: Path, rebuild: Callable[[], None] | None) -> tuple[TokenDataset, SplitReport]:
     report = SplitReport(**read_sealed(folder / REPORT, required=True))
     return TokenDataset.open(folder / EXAMPLES, rebuild), report
-
-
-def _build_split(
-    folder: Path,
-    hashes: dict[str, str],
-    sources: Sequence[DataSource],
-    key: str,
-    preparation: Preparation,
-    progress: Progress,
-) -> None:
-    """Write the folder of a split, replacing a damaged one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(folder.parent, older_than_seconds=86_400)
-    with atomic_folder(folder, existing="replace") as building:
-        with progress.task(f"tokenizing {key}", sum(s.size_bytes for s in sources), "bytes") as advance:
-            counter = _write_tokens(building / EXAMPLES, sources, preparation, advance)
-        report = counter.build_report(hashes)
-        _refuse_useless_split(report, counter, key, preparation)
-        write_sealed(building / REPORT, asdict(report))
 
 
 def _write_tokens(

@@ -50,11 +50,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def tokenize(
     examples: Sequence[Example], preparation: Preparation, notes: DataNotes | None = None
 ) -> list[TokenizedExample | None]:
-    """Tokenize examples; None for one that is dropped, or bad and skipped. `notes` collect skipped rows and remarks.
-
-    Raises:
-        DatasetError: the template or the tokenizer refuses a row; names it.
-    """
+    """Tokenize examples; None for one that is dropped, or bad and skipped. `notes` collect skipped rows and remarks."""
     notes = notes or DataNotes()
     chunk, whole = _encode_chunk(_render_examples(examples, preparation, notes), preparation, notes)
     rows, kept = _select_rows(chunk, whole, preparation)

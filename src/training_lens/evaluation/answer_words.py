@@ -12,13 +12,12 @@ from training_lens.errors import ConfigurationError
 
 WORD_TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab")
 DEFAULT_TOKENIZER = "13a"
-CHARACTERS = "char"
 PACKAGES = {"ja-mecab": ("MeCab", "sacrebleu[ja]"), "ko-mecab": ("mecab_ko", "sacrebleu[ko]")}
 
 # Unicode's names for letters of scripts without spaces between words.
 HAN, KANA = ("CJK", "IDEOGRAPHIC", "BOPOMOFO"), ("HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA")
 UNSPACED = (*HAN, *KANA, "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI", "TAI", "NEW TAI", "JAVANESE", "BALINESE")
-DIVIDED: Mapping[str, tuple[str, ...]] = {CHARACTERS: UNSPACED, "zh": HAN, "ja-mecab": (*HAN, *KANA)}
+DIVIDED: Mapping[str, tuple[str, ...]] = {"char": UNSPACED, "zh": HAN, "ja-mecab": (*HAN, *KANA)}
 MOST_UNSPACED = 0.2  # share of a reference's letters; beyond it, there is hardly a word to compare
 
 LEAST_WORDS = {"bleu": 4, "rouge1": 1, "rouge2": 2, "rougeL": 1, "token_f1": 1}

@@ -161,9 +161,6 @@ def evaluate_loss(model: Any, dataset: TokenDataset, options: EvaluationOptions)
     """The loss on every example of `dataset`: sum of the supervised tokens' losses over their number.
 
     Sums are float64, so the batching changes only the float32 rounding of single losses.
-
-    Raises:
-        EvaluationError: evaluation failed in this process or another.
     """
     sums = token_sums(model, dataset, options)
     by_file = _mean_losses(sums, dataset.files)

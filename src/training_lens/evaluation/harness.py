@@ -173,23 +173,13 @@ def _language_model(session: Session, batch_tokens: int, progress: Progress) -> 
                 self.cache_hook = SimpleNamespace(add_partial=lambda *_request: advance(1))
                 return answer(requests, disable_tqdm=True)
 
-    with _prevent_tying(session.model):
+    with _set_attributes(session.model, tie_weights=lambda: None):  # tying breaks modules that PEFT trained whole
         return SessionModel(
             pretrained=session.model,
             tokenizer=copy.deepcopy(session.tokenizer),  # lm-eval gives it a pad token
             max_length=session.positions,
             mixed_precision_dtype=None if session.precision == "fp32" else DTYPES[session.precision],
         )
-
-
-@contextmanager
-def _prevent_tying(model: Any) -> Iterator[None]:
-    """Within the block no weights are tied: lm-eval ties them, which breaks modules that PEFT trained whole."""
-    model.tie_weights = lambda: None
-    try:
-        yield
-    finally:
-        del model.tie_weights
 
 
 @contextmanager
@@ -234,12 +224,14 @@ def _silence_libraries() -> Iterator[None]:
 @contextmanager
 def _set_attributes(target: Any, **values: Any) -> Iterator[None]:
     """Within the block, these attributes have these values."""
-    before = {name: getattr(target, name) for name in values}
+    before = {name: vars(target)[name] for name in values if name in vars(target)}  # not those of a class above
     for name, value in values.items():
         setattr(target, name, value)
     try:
         yield
     finally:
+        for name in values:
+            delattr(target, name)
         for name, value in before.items():
             setattr(target, name, value)
 

@@ -78,13 +78,7 @@ class EvaluationResult:
 
 
 class ModelEvaluator:
-    """Evaluates the model of a session on rows, rendered as in training.
-
-    Example:
-        session = open_run(find_run("latest", "outputs", "default", finished=True))
-        evaluator = ModelEvaluator(session, EvaluationSection(generate=False))
-        evaluator.compare(examples).comparison.whole.delta["loss"]
-    """
+    """Evaluates the model of a session on rows, rendered as in training; the package's docstring has an example."""
 
     def __init__(self, session: Session, settings: EvaluationSection, progress: Progress | None = None) -> None:
         self.session, self.settings, self.progress = session, settings, progress or Progress()

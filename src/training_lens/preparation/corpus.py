@@ -69,10 +69,9 @@ class Corpus:
         return cls(tuple(readings), data, progress, left_out or {})
 
     def read_rows(self, title: str, notes: DataNotes | None = None) -> Iterator[tuple[Row, Example]]:
-        """Each row and its example, unchanged and streamed; `title` is the progress bar's, `notes` collect remarks.
+        """Each row and its example, unchanged and streamed; that a source changed between passes is an error.
 
-        Raises:
-            DatasetError: a row cannot be used, or a source changed between passes.
+        `title` is the progress bar's, `notes` collect remarks.
         """
         notes = notes or DataNotes()
         with self.progress.task(title, sum(r.size_bytes for r in self.readings), "bytes") as advance:

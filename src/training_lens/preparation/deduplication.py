@@ -284,10 +284,7 @@ def _find_partners(digests: np.ndarray, split: np.ndarray, train: int) -> dict[i
 
 
 def find_near_leaks(rows: Rows, split: np.ndarray, train: int, index: NearIndex) -> list[RowMatch]:
-    """Rows near a row of another split; arguments as in `find_equal_leaks`.
-
-    Reads all rows twice; held-out rows are added to the (empty) index.
-    """
+    """Rows near one of another split, as `find_equal_leaks`. Reads all rows twice; held-out ones fill the index."""
     leaks: list[RowMatch] = []
     for training in (False, True):
         for position, example, context in rows():

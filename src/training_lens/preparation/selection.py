@@ -86,11 +86,11 @@ def _find_duplicates(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareS
 
 
 def _build_row_iterator(corpus: Corpus, catalogue: RowCatalogue, contexts: np.ndarray, title: str) -> Rows:
-    def rows() -> Iterator[tuple[int, Example, int]]:
+    def iterate_rows() -> Iterator[tuple[int, Example, int]]:
         for position, example in catalogue.enumerate_rows(corpus.read_examples(title)):
             yield position, example, int(contexts[position])
 
-    return rows
+    return iterate_rows
 
 
 def _assign_splits(catalogue: RowCatalogue, kept: np.ndarray, settings: PrepareSection) -> np.ndarray:
@@ -186,14 +186,14 @@ def split_random(keys: np.ndarray, shares: Sequence[float], seed: int) -> np.nda
     """The split of each row, as an index into `shares`; int64. `keys` (rows,) uint64 are hashes of the contents."""
     splits = np.repeat(np.arange(len(shares)), split_counts(len(keys), shares))
     assigned = np.empty(len(keys), dtype=np.int64)
-    assigned[_rank_keys(keys, seed)] = splits
+    assigned[np.argsort(_mix_hash(keys, seed), kind="stable")] = splits
     return assigned
 
 
 def split_stratified(keys: np.ndarray, strata: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
     """Like `split_random` within each stratum (rows,) uint64: each has its share in every split, up to rounding."""
     names, inverse, sizes = np.unique(strata, return_inverse=True, return_counts=True)
-    order = _rank_keys(names, seed)
+    order = np.argsort(_mix_hash(names, seed), kind="stable")
     place = np.argsort(order)[inverse]  # rank of each row's stratum
     counts = stratum_counts(sizes[order], shares)
     rows = np.lexsort((_mix_hash(keys, seed), place))  # by stratum, then by rank within it
@@ -229,11 +229,6 @@ def _draw_split(size: int, lacking: np.ndarray, draw: float) -> int:
     """A split that lacks `size` rows, by `draw` in [0, 1), weighted by what it lacks; else the one that lacks most."""
     room = np.where(lacking + ROUNDING >= size, lacking, 0.0).cumsum()
     return int(np.searchsorted(room, draw * room[-1], side="right")) if room[-1] > 0 else int(np.argmax(lacking))
-
-
-def _rank_keys(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Positions sorted by a hash of (seed, key)."""
-    return np.argsort(_mix_hash(keys, seed), kind="stable")
 
 
 def _mix_hash(keys: np.ndarray, seed: int) -> np.ndarray:

@@ -30,10 +30,7 @@ def choose_form(corpus: Corpus, file_format: FileFormat) -> Form:
     """The form in which one file can hold all rows without changing how they are read.
 
     Rows stay unchanged if one mapping reads them all. For Parquet, whose columns are typed, and for differing sources,
-    rows are rewritten: only what is learned, without other keys.
-
-    Raises:
-        DatasetError: no single form fits all sources; names two of them.
+    rows are rewritten: only what is learned, without other keys. The error names two sources that no form fits.
     """
     if file_format == "jsonl" and _share_a_mapping(corpus):
         return "as_read"
