@@ -43,7 +43,7 @@ def read_usable_rows(
 
 
 def read_usable_examples(source: DataSource, data: DataSection, notes: DataNotes) -> Iterator[Example]:
-    """One source's examples as they are trained on; remarks on it go to `notes`. Of bad rows, the first is the error."""
+    """One source's examples as they are trained on; remarks on it go to `notes`. The first bad row is an error."""
     mapping = find_mapping(read_keys(source, data), data, source.name)
     notes.mappings[source.name] = mapping.describe()
     for _, example in read_usable_rows(source, mapping, data, notes):

@@ -10,7 +10,6 @@ from importlib.util import find_spec
 
 from training_lens.errors import ConfigurationError
 
-WORD_TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "ko-mecab")
 DEFAULT_TOKENIZER = "13a"
 PACKAGES = {"ja-mecab": ("MeCab", "sacrebleu[ja]"), "ko-mecab": ("mecab_ko", "sacrebleu[ko]")}
 

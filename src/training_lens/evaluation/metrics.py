@@ -177,7 +177,7 @@ def _list_leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
 class AnswerScoring:
     """How the answers to one set of rows are scored.
 
-    `word_tokenizer` (one of `answer_words.WORD_TOKENIZERS`) splits the words of BLEU, ROUGE and F1. `decimal` is the
+    `word_tokenizer` (as evaluation.word_tokenizer) splits the words of BLEU, ROUGE and F1. `decimal` is the
     mark of ambiguous numbers. `own` are the user's metrics. `reading` says how numbers are read, if there are any.
     """
 
