@@ -17,6 +17,7 @@ from training_lens.utils.nested import flatten_sections, merge_sections, set_at_
 
 logger = get_logger(__name__)
 ConfigFiles = str | Path | Sequence[str | Path] | None
+Contents = Sequence[FileContent]
 
 
 def compose(
@@ -57,7 +58,7 @@ def compose(
 
 
 def _require_user_consent(
-    config: TrainingConfig, presets: dict[str, Any], files: Sequence[FileContent], layers: Sequence[dict[str, Any]]
+    config: TrainingConfig, presets: dict[str, Any], files: Contents, layers: Sequence[dict[str, Any]]
 ) -> None:
     """Refuse code and destinations that only a file of a run, a sweep or an adapter names."""
     from training_lens.config.run_config import FILE_KEYS, find_writer, require_consent
@@ -86,9 +87,7 @@ def _split_presets(words: Sequence[Override], problems: list[str]) -> tuple[list
     return list(dict.fromkeys((word.key, word.raw) for word in chosen)), [w for w in words if w not in chosen]
 
 
-def _report_layers(
-    choices: Sequence[tuple[str, str]], own: Sequence[FileContent], files: Sequence[FileContent]
-) -> None:
+def _report_layers(choices: Sequence[tuple[str, str]], own: Contents, files: Contents) -> None:
     """Log which files are used, what they override, and which names were translated."""
     for content in own:
         logger.info("preset %s", content.file)
@@ -106,7 +105,7 @@ def _report_layers(
         _report_merged(files[:number], content)
 
 
-def _report_overridden_preset(files: Sequence[FileContent], choice: tuple[str, str]) -> None:
+def _report_overridden_preset(files: Contents, choice: tuple[str, str]) -> None:
     """Log the keys that a preset on the command line sets to one value, and a config file to another."""
     base, chosen = (flatten_sections(load_presets(choices)[0]) for choices in ((), (choice,)))
     for content in files:
@@ -116,7 +115,7 @@ def _report_overridden_preset(files: Sequence[FileContent], choice: tuple[str, s
             logger.info("--config %s sets %s over %s", content.file, ", ".join(keys), "=".join(choice))
 
 
-def _report_merged(earlier: Sequence[FileContent], later: FileContent) -> None:
+def _report_merged(earlier: Contents, later: FileContent) -> None:
     """Log that a config file overrides earlier ones, and which keys it changes."""
     before = flatten_sections(reduce(merge_sections, [content.values for content in earlier], {}))
     keys = [key for key, value in flatten_sections(later.values).items() if key in before and before[key] != value]

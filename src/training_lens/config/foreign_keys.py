@@ -221,11 +221,8 @@ def translate_names(
     """The values by section, with the flat names among them translated; a line for each name; and the problems.
 
     A key that is given twice with different values, by any of its names, is a problem, and so is a value without a
-    counterpart. A name without a value, as in `fp16:`, is none.
-
-    Args:
-        other: names that mean something else in this file.
-        place: prefix of the problems of our own keys.
+    counterpart. A name without a value, as in `fp16:`, is none. The `other` names mean something else in this file;
+    `place` is the prefix of the problems of our own keys.
     """
     nested, problems = nest_keys(values, place)
     names = BY_NAME.keys() - set(other)

@@ -20,7 +20,8 @@ from training_lens.errors import DatasetError
 
 OTHER_TEMPLATE_ADVICE = "Use data.template=alpaca, or a .jinja file with {% generation %} marks around what is learned."
 Tools = Sequence[Mapping[str, Any]]
-Render = Callable[..., tuple[str, list[Span]]]
+Rendered = tuple[str, list[Span]]  # the text, and its spans inside generation marks
+Render = Callable[..., Rendered]
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,8 @@ class RenderedChat:
 class AnswerFinder:
     """Finds the answers in what one chat template renders.
 
-    Args:
-        render: turns messages and tools into text and marks; optionally adds the generation prompt.
-        ends: tokens that can end an answer.
-        behind: the text that this template puts after an answer; it may begin with such tokens.
+    `render` takes messages and tools, and optionally adds the generation prompt. `ends` are tokens that can end an
+    answer; `behind`, the text that this template puts after one, may begin with them.
     """
 
     def __init__(self, render: Render, ends: Collection[str], behind: str, name: str) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any
 
-from training_lens.data.answer_spans import OTHER_TEMPLATE_ADVICE, AnswerFinder, RenderedChat, Tools
+from training_lens.data.answer_spans import OTHER_TEMPLATE_ADVICE, AnswerFinder, Rendered, RenderedChat, Tools
 from training_lens.data.completeness import contains_text, mark_chat
 from training_lens.data.examples import Message, TextSegment
-from training_lens.data.jinja import JinjaTemplate, Span, choose_source
+from training_lens.data.jinja import JinjaTemplate, choose_source
 from training_lens.data.template_forms import ANSWER, ASKED, NINE, TOOL, find_form
 from training_lens.errors import DatasetError
 from training_lens.utils.logging import get_logger
@@ -27,11 +27,8 @@ class ChatTemplate:
     The answer's text and its end token are supervised. Anything that the template puts before the text, such as an
     empty thinking block, belongs to the prompt, in training and at inference. With `thinking`, and in chats with tools
     if the template begins a call differently than a text, the prompt ends with the template's generation prompt, and
-    everything after it is the answer.
-
-    Args:
-        source: the template's text; None takes the tokenizer's own.
-        today: the date that the template sees.
+    everything after it is the answer. Without `source`, the text is the tokenizer's own; `today` is the date that the
+    template sees.
 
     Raises:
         ConfigurationError: the template renders no content, or fails.
@@ -131,14 +128,10 @@ class ChatTemplate:
     def _render_chat(self, messages: Sequence[Message], tools: Tools) -> RenderedChat:
         return RenderedChat(messages, tools, *self._render_messages(messages, tools))
 
-    def _render_messages(
-        self, messages: Sequence[Message], tools: Tools, generation: bool = False
-    ) -> tuple[str, list[Span]]:
+    def _render_messages(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> Rendered:
         return self._render_plain(self.form.format_messages(messages), self.form.format_tools(tools), generation)
 
-    def _render_plain(
-        self, messages: Sequence[Mapping[str, Any]], tools: Tools, generation: bool = False
-    ) -> tuple[str, list[Span]]:
+    def _render_plain(self, messages: Sequence[Mapping[str, Any]], tools: Tools, generation: bool = False) -> Rendered:
         try:
             return self._jinja.render_chat(messages, tools, generation)
         except Exception as error:  # a template is foreign code and may fail in any way

@@ -50,6 +50,9 @@ class Message:
         return [{key: value for key, value in call.items() if key != "id"} for call in self.calls]
 
 
+Turns = tuple[Message, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """Messages that end with an assistant's, the row that they come from, and optionally a domain.
@@ -57,7 +60,7 @@ class Example:
     `tools` describe what the chat may call. A plain text (`is_text`) is one assistant message without a template.
     """
 
-    messages: tuple[Message, ...]
+    messages: Turns
     domain: str | None
     file: str
     row: int

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from training_lens.data.examples import Message, Row
+from training_lens.data.examples import Message, Row, Turns
 from training_lens.data.row_keys import ignore_option
 from training_lens.data.values import describe_value
 from training_lens.errors import DatasetError
@@ -42,9 +42,7 @@ def _require_flag(place: str, path: str, value: Any) -> bool:
     return flag
 
 
-def mask_row(
-    row: Row, masks: tuple[str, ...], messages: tuple[Message, ...], masked_turns: bool
-) -> tuple[Message, ...]:
+def mask_row(row: Row, masks: tuple[str, ...], messages: Turns, masked_turns: bool) -> Turns:
     """Apply the row's masks to its messages: one mask for all answers, or a list with one per turn.
 
     They must agree with the messages' own masks, if there are any (`masked_turns`).
@@ -66,7 +64,7 @@ def mask_row(
     return mark_learned(messages, learn)
 
 
-def mark_learned(messages: Sequence[Message], learn: Sequence[bool]) -> tuple[Message, ...]:
+def mark_learned(messages: Sequence[Message], learn: Sequence[bool]) -> Turns:
     """The messages; an answer stays learned only where `learn` is true."""
     return tuple(
         replace(m, learn=False) if m.learn and not keep and m.role == "assistant" else m

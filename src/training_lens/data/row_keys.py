@@ -188,7 +188,7 @@ def is_near(found: str, name: str) -> bool:
     """Whether `found` is `name` with at most one typo (two from eight letters on), ignoring case."""
     found, name = plain_name(found), plain_name(name)
     slips = 0 if len(name) < 4 else 1 if len(name) < 8 else 2
-    is_close = abs(len(found) - len(name)) <= slips and len(set(found) ^ set(name)) <= 2 * slips  # of two letters each
+    is_close = abs(len(found) - len(name)) <= slips and len(set(found) ^ set(name)) <= 2 * slips  # a typo changes two
     return is_close and _edit_distance(found, name) <= slips
 
 

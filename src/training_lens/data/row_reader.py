@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.examples import Example, Message, Role, Row
+from training_lens.data.examples import Example, Message, Role, Row, Turns
 from training_lens.data.fields import FieldMapping, domain_from_file
 from training_lens.data.masks import mark_learned, mask_row, read_flag
 from training_lens.data.messages import is_chat, read_answers, read_chat
@@ -22,7 +22,6 @@ END_MARKS = (
     *("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>"),
     *("<eos>", "<end_of_turn>", "<|end|>", "<|eot|>"),
 )
-Turns = tuple[Message, ...]
 
 
 class RowReader:

@@ -12,6 +12,7 @@ from training_lens.data.examples import Row
 from training_lens.errors import DatasetError
 
 OnBadRow = Callable[[int, DatasetError], None]  # takes the row number and the error
+AddRemark = Callable[[str], None]
 
 
 def ignore_remark(_: str) -> None:
@@ -29,7 +30,7 @@ class SourceFile:
     path: Path
     csv: CsvSection = field(default_factory=CsvSection)
     on_bad_row: OnBadRow | None = None
-    add_remark: Callable[[str], None] = ignore_remark
+    add_remark: AddRemark = ignore_remark
 
     def build_row(self, number: int, values: dict[str, Any]) -> Row:
         return Row(str(self.path), number, values)

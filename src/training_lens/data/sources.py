@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from training_lens.config.data_sections import DataSection
 from training_lens.data.examples import Row
 from training_lens.data.file_readers import FORMATS, detect_format, read_file_rows
 from training_lens.data.row_keys import ALIASES, plain_name
-from training_lens.data.source_file import OnBadRow, SourceFile, ignore_remark
+from training_lens.data.source_file import AddRemark, OnBadRow, SourceFile, ignore_remark
 from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.arrow_rows import iterate_arrow_rows
 from training_lens.utils.files import hash_file
@@ -54,10 +54,7 @@ class DataSource:
     table: Any = None
 
     def read_rows(
-        self,
-        data: DataSection | None = None,
-        on_bad_row: OnBadRow | None = None,
-        add_remark: Callable[[str], None] = ignore_remark,
+        self, data: DataSection | None = None, on_bad_row: OnBadRow | None = None, add_remark: AddRemark = ignore_remark
     ) -> Iterator[Row]:
         """The rows in order, streamed (except JSON that is not JSON Lines); nested records become rows.
 
@@ -223,9 +220,7 @@ def _build_table_source(name: str, table: Any, entry: int) -> DataSource:
     return DataSource(name, files, entry, table)
 
 
-def _flatten_records(
-    rows: Iterable[Row], add_remark: Callable[[str], None], named_fields: Collection[str]
-) -> Iterator[Row]:
+def _flatten_records(rows: Iterable[Row], add_remark: AddRemark, named_fields: Collection[str]) -> Iterator[Row]:
     """The rows; one that only nests records (SQuAD's articles, the topics of an FAQ) becomes a row per record.
 
     Each record gets the fields around it. Rows behind the first such row are numbered consecutively. A row that has one
@@ -267,9 +262,7 @@ def _is_prompt_name(key: str) -> bool:
     return plain_name(key) in PROMPT_NAMES
 
 
-def _list_records(
-    values: Mapping[str, Any], path: Sequence[str], add_remark: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+def _list_records(values: Mapping[str, Any], path: Sequence[str], add_remark: AddRemark) -> Iterator[dict[str, Any]]:
     """The records at a path, each merged into the fields around it; outer keys that clash get the prefix 'record.'."""
     records: Any = values.get(path[0]) if path else None
     if records == []:

@@ -50,11 +50,6 @@ class SpecialText:
         self._names = sorted(names, key=len, reverse=True)  # the longest first: one may begin another
         self._found = re.compile("|".join(map(re.escape, self._names))) if names else None
 
-    @property
-    def are_tokens(self) -> bool:
-        """Whether names in data become tokens."""
-        return self._found is None
-
     def protect_text(self, text: str) -> str:
         """`text` with the names as placeholders."""
         if self._found is None or not self._found.search(text):
@@ -119,12 +114,9 @@ class FittedChat:
 class Renderer:
     """Template, domain style and supervision: the only way from messages to text.
 
-    Args:
-        tool_template: the template for chats with tools; None takes `template`.
-        supervise: 'all' learns every answer that is not masked, 'last' only the last one.
-        end: the tokenizer's EOS as text, for plain texts, which have no template.
-        special: names of special tokens that stay plain text in data; if empty, they become tokens.
-        tokens: names of all added tokens.
+    `tool_template` renders chats with tools, if given. `supervise`: 'all' learns every answer that is not masked,
+    'last' only the last one. `end` is the EOS as text, for plain texts, which have no template. `special` tokens stay
+    plain text in data; if empty, they become tokens. `tokens` are all added ones.
     """
 
     def __init__(
@@ -140,7 +132,7 @@ class Renderer:
     ) -> None:
         self.template, self.tool_template = template, tool_template or template
         self._style, self._supervise, self._end = style, supervise, end
-        self._special, self._tokens = SpecialText(special), tokens
+        self._special, self._names_are_tokens, self._tokens = SpecialText(special), not special, tokens
         self._reported: set[str] = set()
 
     def render_prompt(self, messages: Sequence[Message], domain: str | None, tools: Tools = ()) -> list[TextSegment]:
@@ -191,7 +183,7 @@ class Renderer:
         message = example.messages[0]
         if not message.learn:
             return []
-        ended = self._special.are_tokens and bool(self._end) and message.text.endswith(self._end)
+        ended = self._names_are_tokens and bool(self._end) and message.text.endswith(self._end)
         learned = TextSegment(self._special.protect_text(message.text) + ("" if ended else self._end), True)
         return [*self.render_text_prompt("", example.domain), *self._special.restore_segments([learned])]
 

@@ -151,11 +151,7 @@ class TokenTable:
 class TokenFile(TokenTable):
     """The columns of a memory-mapped examples file. Everything is verified before it is read.
 
-    Args:
-        rebuild: writes the file again if tokens are damaged.
-
-    Raises:
-        DamagedFileError: the file or its checksums are missing or damaged; for tokens see `require_tokens`.
+    A missing or damaged file is a DamagedFileError; where only tokens are damaged, `rebuild` writes it again.
     """
 
     def __init__(self, path: Path, rebuild: Callable[[], object] | None = None) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from training_lens.data.examples import Example
 from training_lens.errors import ConfigurationError
 from training_lens.evaluation.answer_endings import Endings
-from training_lens.evaluation.model_scores import Bootstrap, Interval, Measures, ModelScores
-from training_lens.evaluation.verdict import ADAPTER_NAME
+from training_lens.evaluation.model_scores import Bootstrap, Measures, ModelScores
+from training_lens.evaluation.verdict import ADAPTER_NAME, Interval
 
 BASE, ADAPTER = "base", "adapter"
 WRONG_DOMAIN, NO_DOMAIN, SHUFFLED_PROMPTS = "wrong_domain", "no_domain", "shuffled_prompts"
@@ -249,10 +249,7 @@ def choose_samples(examples: Sequence[Example], count: int) -> list[int]:
 
 
 def corrupt_prompts(examples: Sequence[Example], domain_in_prompt: bool, seed: int) -> dict[str, dict[int, Example]]:
-    """The corrupted rows of each control, by the index of the original row.
-
-    Where prompts name the domain, the domain controls take the rows that have one, and need two different ones.
-    """
+    """The corrupted rows of each control, by the index of the original row; those of domains need two of them."""
     changed: dict[str, dict[int, Example]] = {}
     with_domain = {i: e for i, e in enumerate(examples) if e.domain is not None}
     if domain_in_prompt and len({e.domain for e in with_domain.values()}) > 1:

@@ -254,12 +254,7 @@ class AnswerScoring:
 def row_scores(
     predictions: Sequence[str], references: Sequence[str], scoring: AnswerScoring | None = None
 ) -> dict[str, np.ndarray]:
-    """Every row metric on every row: (rows,) float64, nan where it does not apply.
-
-    Metrics that apply to no row are left out.
-
-    Raises:
-        EvaluationError: a metric of the user's fails.
+    """Every row metric on every row: (rows,) float64, nan where it does not apply; those of no row are left out.
 
     Example:
         >>> row_scores(["Tom"], ["Tom"])["exact_match"]

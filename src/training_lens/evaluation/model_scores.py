@@ -10,9 +10,9 @@ import numpy as np
 
 from training_lens.evaluation.evaluator import TokenSums
 from training_lens.evaluation.metrics import CORPUS_METRICS, AnswerScoring, row_scores
+from training_lens.evaluation.verdict import Interval
 
 Measures = dict[str, float]
-Interval = tuple[float, float]
 PER_TOKEN = ("loss", "perplexity", "bits_per_token", "token_accuracy")  # not comparable across tokenizers
 DRAWN_AT_ONCE = 2**22  # weights of resampled rows in memory: 32 MB
 

@@ -23,6 +23,7 @@ from training_lens.preparation.deduplication import fingerprint_example
 from training_lens.utils.files import hash_bytes
 
 Item = TypeVar("Item")
+RowNumbers = Mapping[str, Collection[int]]  # by source
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,11 @@ class Corpus:
     readings: tuple[SourceReading, ...]
     data: DataSection
     progress: Progress
-    left_out: Mapping[str, Collection[int]] = field(default_factory=dict)
+    left_out: RowNumbers = field(default_factory=dict)
 
     @classmethod
     def from_sources(
-        cls,
-        sources: Sequence[DataSource],
-        data: DataSection,
-        progress: Progress,
-        left_out: Mapping[str, Collection[int]] | None = None,
+        cls, sources: Sequence[DataSource], data: DataSection, progress: Progress, left_out: RowNumbers | None = None
     ) -> Corpus:
         """Find the field mapping of each source; `left_out` are the row numbers to skip of each."""
         readings = []
@@ -150,8 +147,7 @@ class RowCatalogue:
     def hash_domains(self) -> np.ndarray:
         """A hash of each row's domain, (rows,) uint64; 0 without a domain."""
         hashes = [0 if name is None else hash_bytes(name.encode()) for name in self.domains]
-        of_rows: np.ndarray = np.array(hashes, dtype=np.uint64)[self.domain]
-        return of_rows
+        return np.take(np.array(hashes, dtype=np.uint64), self.domain)
 
     def row_id(self, position: int) -> str:
         """As `Example.id`: 'data/train.jsonl:17'."""

@@ -83,8 +83,7 @@ def find_first_equal(digests: np.ndarray) -> np.ndarray:
         [0, 1, 0]
     """
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    found: np.ndarray = first[inverse]
-    return found
+    return np.take(first, inverse)
 
 
 def find_conflicts(whole: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -221,8 +221,7 @@ def split_groups(groups: np.ndarray, shares: Sequence[float], seed: int) -> np.n
     for empty in sorted(set(range(len(shares))) - set(split_of.tolist())):
         several = np.bincount(split_of, minlength=len(shares))[split_of] > 1
         split_of[np.argmin(np.where(several, sizes, len(groups) + 1))] = empty
-    assigned: np.ndarray = split_of[inverse]
-    return assigned
+    return np.take(split_of, inverse)
 
 
 def _draw_split(size: int, lacking: np.ndarray, draw: float) -> int:
