@@ -109,7 +109,8 @@ def as_rows(value: Any) -> Any:
     rows = rows_of_table(value)
     if rows is not None or not isinstance(value, dict):
         return as_list(value) if rows is None else rows
-    if len(value) > 1 and all(isinstance(i, list) and not any(isinstance(v, dict) for v in i) for i in value.values()):
+    are_lists = all(isinstance(column, list) for column in value.values())
+    if len(value) > 1 and are_lists and not any(isinstance(cell, dict) for column in value.values() for cell in column):
         raise ValueError("these are columns; give a list of rows, or a pandas DataFrame of the columns")
     return [value]
 
