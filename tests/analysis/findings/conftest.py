@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from training_lens.analysis.findings import Finding
 from training_lens.analysis.findings.diagnosis import CHECKS
 from training_lens.config.lens_section import LensSection
+from training_lens.core.arrow import MODULE, STEP
 from training_lens.core.capture import RunFacts
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.lens_store import LensStore
 from training_lens.core.lens_writer import LensWriter
 from training_lens.core.probe import Probe
 from training_lens.core.recording import Recording
-from training_lens.core.types import RUN, Captured, LensManifest, ModuleRecord
+from training_lens.core.segments import SegmentedTable
+from training_lens.core.types import RUN, LensManifest, ModuleRecord
 
 Table = Mapping[str, np.ndarray]  # measure -> (steps,) for the run or (steps, modules)
 Change = Callable[[Any, int], None]
@@ -45,17 +48,25 @@ def record(tmp_path: Path) -> Callable[..., Recording]:
         status: str = "finished",
     ) -> Recording:
         folder = tmp_path / f"lens{len(list(tmp_path.iterdir()))}"
-        writer = LensWriter(folder, LensManifest(modules=of, settings=settings or {}), LensSection())
-        for name, (steps, values) in tables.items():
-            for i, step in enumerate(steps):
-                row = {measure: torch.as_tensor(column[i]).reshape(-1) for measure, column in values.items()}
-                of_run = next(iter(row.values())).numel() == 1
-                writer.add(name, int(step), Captured(row, rows=(RUN,) if of_run else [m.name for m in of]))
-        writer.close()
+        LensWriter(folder, LensManifest(modules=of, settings=settings or {}), LensSection())
+        for name, table in tables.items():
+            SegmentedTable(folder / name, -1).append(build_table(*table, [m.name for m in of]))
         store = LensStore(folder)
         return Recording("made", folder, store.manifest, store, status)
 
     return build
+
+
+def build_table(steps: np.ndarray, measures: Table, names: Sequence[str]) -> pa.Table:
+    """All steps at once, as the lens would have written them one by one."""
+    rows = (RUN,) if next(iter(measures.values())).ndim == 1 else names
+    modules = pa.array(np.tile(np.arange(len(rows), dtype=np.int32), len(steps)))
+    values = {name: pa.array(np.ravel(column[: len(steps)]).astype(np.float32)) for name, column in measures.items()}
+    return pa.table({
+        STEP: pa.array(np.repeat(steps, len(rows)).astype(np.int32)),
+        MODULE: pa.DictionaryArray.from_arrays(modules, pa.array(rows, pa.string())),
+        **values,
+    })  # fmt: skip
 
 
 class Healthy:
