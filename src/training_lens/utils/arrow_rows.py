@@ -15,13 +15,10 @@ Clean = Callable[[Any], Any]
 
 
 def iterate_arrow_rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """The values of each row, without the nulls that Arrow adds to structs.
+    """The values of each row of `pyarrow.RecordBatch`es or tables of one schema, without the nulls of structs.
 
     In a struct, null and a missing field look the same: both become a missing field. Nulls are kept in columns, lists
     and maps, and in the `content` of a struct with a `role`, since a message may be empty.
-
-    Args:
-        batches: `pyarrow.RecordBatch`es or tables of one schema.
     """
     cleaners: dict[str, Clean] | None = None
     for batch in batches:

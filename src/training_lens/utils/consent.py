@@ -26,12 +26,12 @@ logger = get_logger(__name__)
 def save_consent(folder: Path, allowed: Collection[str]) -> None:
     """Record what the user allows for `folder`; a failure is only a warning."""
     try:
-        store = _consent_file()
+        store, key = _consent_file(), str(folder.resolve())
         store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(f"{store}.lock"):
             kept = _read_consents(store)
-            if kept.get(_folder_key(folder)) != sorted(allowed):
-                write_json(store, kept | {_folder_key(folder): sorted(allowed)})
+            if kept.get(key) != sorted(allowed):
+                write_json(store, kept | {key: sorted(allowed)})
     except (OSError, RuntimeError) as error:
         logger.warning("what you allow for this run cannot be recorded (%s): allow it again when you resume", error)
 
@@ -39,7 +39,7 @@ def save_consent(folder: Path, allowed: Collection[str]) -> None:
 def read_consent(folder: Path) -> frozenset[str]:
     """What the user allowed for `folder` before; empty if unknown."""
     try:
-        return frozenset(_read_consents(_consent_file()).get(_folder_key(folder), ()))
+        return frozenset(_read_consents(_consent_file()).get(str(folder.resolve()), ()))
     except (OSError, RuntimeError):
         return frozenset()
 
@@ -61,15 +61,10 @@ def _read_consents(store: Path) -> dict[str, list[str]]:
     return kept if isinstance(kept, dict) else {}
 
 
-def _folder_key(folder: Path) -> str:
-    return str(folder.resolve())
-
-
-def find_model_code(folder: Path, own_id: str = "") -> set[str]:
+def find_model_code(folder: Path, own_id: str) -> set[str]:
     """The sha256 of the Python files in a model's or tokenizer's folder, and the repositories whose code it names.
 
-    Args:
-        own_id: the id of the folder's own repository, which is not listed.
+    Its own repository, `own_id`, is not listed.
     """
     found = {hash_file(path) for path in sorted(folder.rglob("*.py")) if path.is_file()}
     for path in sorted(folder.glob("*config.json")):

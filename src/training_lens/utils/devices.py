@@ -18,6 +18,7 @@ from training_lens.utils.heap import trim_heap
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KINDS = ("cuda", "mps", "cpu")
 
 
 def get_device(name: str = "auto") -> torch.device:
@@ -27,20 +28,16 @@ def get_device(name: str = "auto") -> torch.device:
         ConfigurationError: this machine has no such device.
     """
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if _count_devices(kind))
+        name = next(filter(_count_devices, KINDS))
     try:
         device = torch.device(name)
-        count = _count_devices(device.type)
+        if (device.index or 0) < _count_devices(device.type):
+            return device
     except RuntimeError:  # not the name of a device
-        count = 0
-    if count == 0 or (device.index or 0) >= count:
-        there = ", ".join(
-            kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
-            for kind in ("cuda", "mps", "cpu")
-            if (count := _count_devices(kind))
-        )
-        raise ConfigurationError(f"model.device: '{name}' is not available here; available: {there}.")
-    return device
+        pass
+    counts = {kind: count for kind in KINDS if (count := _count_devices(kind))}
+    there = ", ".join(kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}" for kind, count in counts.items())
+    raise ConfigurationError(f"model.device: '{name}' is not available here; available: {there}.")
 
 
 def _count_devices(kind: str) -> int:

@@ -104,8 +104,7 @@ def find_type_error(name: str, values: Mapping[str, Any]) -> str:
         names = (part for part in first["loc"] if isinstance(part, str))
         key = ".".join(name for name in names if name not in ("str", "int") and not name.endswith("]"))
         shown = repr(first["input"])
-        shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
-        return f"{key}: given {shown}. {first['msg']}"
+        return f"{key}: given {shown[:LONGEST_SHOWN]}{'...' * (len(shown) > LONGEST_SHOWN)}. {first['msg']}"
     return ""
 
 

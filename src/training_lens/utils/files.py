@@ -41,11 +41,7 @@ def _fsync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, verbatim: bool = False) -> None:
-    """Write `text` to `path` atomically.
-
-    Args:
-        verbatim: keep secrets; for rows, tokenizers and models, which must not change.
-    """
+    """Write `text` to `path` atomically; `verbatim` keeps secrets, for rows, tokenizers and models."""
     descriptor, name = tempfile.mkstemp(prefix=temporary_prefix(path.parent), dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -180,11 +176,7 @@ def temporary_prefix(folder: Path) -> str:
 
 
 def sweep_temporaries(folder: Path, older_than_seconds: float = math.inf, prefix: str = TEMPORARY) -> None:
-    """Delete unfinished files of dead processes of this machine in `folder`.
-
-    Args:
-        older_than_seconds: also delete temporary files of other or unknown machines that are older.
-    """
+    """Delete unfinished files of dead processes in `folder`; those of other or unknown machines by their age."""
     for leftover in folder.glob(f"{prefix}*"):
         with suppress(FileNotFoundError):  # another process sweeps, too
             if _is_abandoned(leftover, older_than_seconds):
@@ -230,11 +222,8 @@ def hash_file(path: Path) -> str:
 def resolve_file_path(name: str, setting: str) -> Path:
     """The path `name`, checked to be one where a file can be written.
 
-    Args:
-        setting: the option and its value, for the message.
-
     Raises:
-        ConfigurationError: it is a folder, or its folder does not exist.
+        ConfigurationError: it is a folder, or its folder does not exist; begins with `setting`.
     """
     path = expand_home(name)
     if path.is_dir() or not path.parent.is_dir():

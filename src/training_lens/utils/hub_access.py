@@ -8,11 +8,9 @@ TIMEOUT_SECONDS = 5
 
 
 def require_hub(asked: str, error: type[TrainingLensError]) -> None:
-    """Check that the hub answers, unless the user works offline (HF_HUB_OFFLINE).
+    """Check that the hub answers, unless the user works offline (HF_HUB_OFFLINE); else raise `error`.
 
-    Args:
-        asked: what the hub is needed for, to begin the message: "model.id: 'owner/name'".
-        error: the exception to raise if the hub cannot be reached.
+    `asked`, what the hub is needed for, begins the message: "model.id: 'owner/name'".
     """
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen

@@ -53,8 +53,7 @@ def read_sealed(path: Path, *, required: bool = False) -> dict[str, Any]:
         required: refuse a file without a hash, because every version wrote one.
 
     Raises:
-        DamagedFileError: it is not what was written.
-        FileNotFoundError: there is no such file.
+        DamagedFileError: it is not what was written; FileNotFoundError: there is no such file.
     """
     try:
         values = read_json(path)
@@ -68,9 +67,8 @@ def read_sealed(path: Path, *, required: bool = False) -> dict[str, Any]:
 def strip_checksum(values: dict[str, Any], path: Path, *, required: bool = False) -> dict[str, Any]:
     """The object read from `path`, checked, without its hash; arguments and errors as for `read_sealed`."""
     content = {key: value for key, value in values.items() if key != CHECKSUM}
-    if (required or CHECKSUM in values or _has_damaged_key(values, _hash_values)) and values.get(
-        CHECKSUM
-    ) != _hash_values(content):
+    is_sealed = required or CHECKSUM in values or _has_damaged_key(values, _hash_values)
+    if is_sealed and values.get(CHECKSUM) != _hash_values(content):
         raise DamagedFileError(f"{path} is damaged: its content does not match its checksum.")
     if misfit := find_type_error(path.name, content):
         raise DamagedFileError(f"{path} has a wrong value. {misfit}. Restore it, or write it again.")
@@ -130,11 +128,7 @@ def seal_file(path: Path) -> None:
 def verify_seal(path: Path) -> None:
     """Compare a file with the sha256 in it. A file of an earlier version, without one, passes.
 
-    Cost: the file is read once, and again only after it changed.
-
-    Raises:
-        DamagedFileError: it is not what was written.
-        OSError: it cannot be read.
+    Cost: the file is read once, and again only after it changed. Raises DamagedFileError, or OSError in reading.
     """
     if not _holds_seal(path, *_file_identity(path)):
         raise DamagedFileError("its content does not match the sha256 in it")
@@ -155,13 +149,8 @@ def _holds_seal(path: Path, *_file_identity: int) -> bool:
 def _holds_part(content: mmap.mmap, part: tuple[bytes, int]) -> bool:
     """Whether a part of `SEAL` (text, offset) is followed by a sha256 at its place, so that the rest was damaged."""
     text, offset = part
-    at = content.find(text)
-    while at >= 0:
-        start = at - offset + len(SEAL)
-        if SHA256.fullmatch(content[start : start + 64]):
-            return True
-        at = content.find(text, at + 1)
-    return False
+    starts = (found.start() - offset + len(SEAL) for found in re.finditer(re.escape(text), content))
+    return any(SHA256.fullmatch(content[start : start + 64]) for start in starts)
 
 
 def _hash_around(content: mmap.mmap, place: int) -> str:
@@ -181,11 +170,7 @@ def record_hashes(root: Path, files: Iterable[Path]) -> None:
 
 
 def read_recorded_hashes(root: Path) -> dict[str, str]:
-    """The recorded sha256 of each file of a run or checkpoint, by relative name; empty for an older run.
-
-    Raises:
-        DamagedFileError: the record itself is damaged.
-    """
+    """The recorded sha256 of each file of a run or checkpoint, by relative name; empty for an older run."""
     for record in RECORDS:
         if (root / record).is_file():
             files: dict[str, str] = read_sealed(root / record).get("files", {})
@@ -198,10 +183,8 @@ def read_recorded_hashes(root: Path) -> dict[str, str]:
 def require_intact(path: Path) -> None:
     """Compare a file, or all recorded files of a folder, with the hashes recorded in its run or checkpoint.
 
-    Cost: each file is read once, and again only after it changed.
-
-    Raises:
-        DamagedFileError: names the first file that is missing or differs.
+    Cost: each file is read once, and again only after it changed. Raises DamagedFileError for the first that is missing
+    or differs.
     """
     for root in list(path.absolute().parents)[:3]:
         name = path.absolute().relative_to(root).as_posix()
@@ -213,11 +196,7 @@ def require_intact(path: Path) -> None:
 
 
 def find_damaged_files(root: Path, within: str = "") -> Iterator[str]:
-    """Problems of recorded files of a run or checkpoint: 'PATH is missing', 'PATH differs from the sha256 ...'.
-
-    Args:
-        within: check only this file or folder, by relative name; empty: all.
-    """
+    """Problems of recorded files of a run or checkpoint, or only of `within`: 'PATH is missing', 'PATH differs ...'."""
     for name, sha256 in read_recorded_hashes(root).items():
         if not within or name == within or name.startswith(f"{within}/"):
             path = root / name

@@ -8,10 +8,9 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -22,12 +21,9 @@ ROOT = "training_lens"
 
 
 def plain_console(**options: Any) -> Console:
-    """A Rich console without markup in texts, tables and titles; without a terminal it folds no line.
+    """A Rich `Console` without markup in texts, tables and titles; without a terminal it folds no line.
 
     Pass styles as arguments or `Text`.
-
-    Args:
-        options: as for Rich's `Console`.
     """
     console = Console(**{"highlight": False, "emoji": False, "markup": False, **options})
     console.soft_wrap = not console.is_terminal
@@ -48,7 +44,6 @@ class ScreenHandler(logging.Handler):
         self.shown: deque[logging.LogRecord] = deque(maxlen=1000)  # since the last run.log was opened
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one message."""
         try:
             text = self.format(record)
             style = "yellow" if record.levelno >= logging.WARNING else ""
@@ -66,7 +61,6 @@ class RunLogHandler(logging.FileHandler):
     lost = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Drop the line; the next one is tried again."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError | ValueError):
             super().handleError(record)
@@ -75,21 +69,14 @@ class RunLogHandler(logging.FileHandler):
             get_logger(__name__).warning("%s lacks lines (%s); the run continues", self.baseFilename, error)
 
     def close(self) -> None:
-        """Close the file; buffered lines that cannot be written are lost."""
-        with suppress(OSError):
+        with suppress(OSError):  # buffered lines that cannot be written are lost
             super().close()
 
 
 def setup_logging(console: Console | None = None, level: int = logging.INFO) -> logging.Logger:
-    """Send the log to a screen, and silence libraries: no progress bars, telemetry or hints.
+    """Send the log to `console`, else standard error, and silence libraries: no progress bars, telemetry or hints.
 
-    A second call replaces the first.
-
-    Args:
-        console: the target; None: standard error.
-
-    Returns:
-        The root of our loggers.
+    A second call replaces the first. Returns the root of our loggers.
     """
     logger = logging.getLogger(ROOT)
     for old in _screen_handlers():
@@ -137,19 +124,16 @@ class _RedactingFormatter(logging.Formatter):
     """A formatter that redacts secrets in messages and tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The formatted line with secrets redacted."""
         return redact_text(super().format(record))
 
 
-class RepeatFilter(logging.Filter):
+class RepeatFilter:
     """Passes every message once."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._shown: set[str] = set()
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the message is new."""
+    def __call__(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
         new = message not in self._shown
         self._shown.add(message)
@@ -157,8 +141,8 @@ class RepeatFilter(logging.Filter):
 
 
 @contextmanager
-def filter_screen(passes: logging.Filter) -> Iterator[None]:
-    """In the block, the screen shows what the filter `passes`; run.log still gets everything."""
+def filter_screen(passes: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """In the block, the screen shows what `passes`; run.log still gets everything."""
     handlers = _screen_handlers()
     for handler in handlers:
         handler.addFilter(passes)
@@ -169,18 +153,9 @@ def filter_screen(passes: logging.Filter) -> Iterator[None]:
             handler.removeFilter(passes)
 
 
-@contextmanager
-def quiet_screen() -> Iterator[None]:
+def quiet_screen() -> AbstractContextManager[None]:
     """In the block, the screen shows only warnings and errors; run.log still gets everything."""
-    handlers = _screen_handlers()
-    before = [handler.level for handler in handlers]
-    for handler in handlers:
-        handler.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for handler, level in zip(handlers, before, strict=True):
-            handler.setLevel(level)
+    return filter_screen(lambda record: record.levelno >= logging.WARNING)
 
 
 class TrainingLogger:
@@ -197,7 +172,6 @@ class TrainingLogger:
 
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)
-        self._handler: RunLogHandler | None = None
 
     def __enter__(self) -> TrainingLogger:
         self._handler = RunLogHandler(self._path, encoding="utf-8")
@@ -212,9 +186,6 @@ class TrainingLogger:
                 self._handler.handle(screen.shown.popleft())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._handler is not None
+    def __exit__(self, *_: object) -> None:
         logging.getLogger(ROOT).removeHandler(self._handler)
         self._handler.close()

@@ -43,11 +43,7 @@ class MachineCheck:
 
 
 def check_machine(base_output_dir: str) -> Iterator[MachineCheck]:
-    """The checks of this machine, one by one. A missing optional package passes.
-
-    Args:
-        base_output_dir: the folder for runs.
-    """
+    """The checks of this machine, with `base_output_dir` for runs, one by one. A missing optional package passes."""
     yield MachineCheck("python", True, f"{sys.version.split()[0]} on {platform.platform()}")
     yield MachineCheck("packages", True, ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES))
     device = get_device()

@@ -74,11 +74,7 @@ def find_name_fault(name: str) -> str:
 
 
 def check_file_name(name: str) -> str:
-    """Return `name` if it is a safe relative path.
-
-    Raises:
-        ConfigurationError: see `find_name_fault`.
-    """
+    """Return `name` if it is a safe relative path; else a ConfigurationError with its `find_name_fault`."""
     if fault := find_name_fault(name):
         raise ConfigurationError(f"{_quote_name(name)} names no file in the folder: {fault}")
     return name
@@ -95,11 +91,8 @@ def expand_home(path: str | Path) -> Path:
 def require_contained(folder: Path, *, besides: tuple[str, ...] = ()) -> None:
     """Check that no symbolic link in a folder leads out of it, since writes would follow it.
 
-    Args:
-        besides: subfolders that are not checked, by relative name.
-
     Raises:
-        CheckpointError: names the link and its target.
+        CheckpointError: names the link and its target; subfolders `besides`, by relative name, are not checked.
     """
     home = folder.resolve()
     for link in _find_links(folder, {folder / name for name in besides}):

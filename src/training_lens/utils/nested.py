@@ -10,9 +10,8 @@ def flatten_sections(values: Mapping[str, Any], prefix: str = "") -> dict[str, A
     """Nested sections as dotted keys: `flatten_sections({"peft": {"r": 16}})` is {'peft.r': 16}."""
     leaves: dict[str, Any] = {}
     for key, value in values.items():
-        leaves |= (
-            flatten_sections(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-        )
+        name = f"{prefix}{key}"
+        leaves |= flatten_sections(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return leaves
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -53,8 +52,6 @@ class Processes:
         """A barrier: wait until every process gets here."""
         self._state.wait_for_everyone()
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
+    def main_first(self) -> AbstractContextManager[None]:
         """The main process runs the block first, so that the others find its caches."""
-        with self._state.main_process_first():
-            yield
+        return self._state.main_process_first()  # type: ignore[no-any-return]
