@@ -258,8 +258,7 @@ def study(world: World, folder: Path, draw: random.Random) -> Call:
     """A sweep's database, in its bytes or in a value of a table, opened and gone on with."""
     from training_lens.sweeps.leaderboard import build_leaderboard, recommend_trial
     from training_lens.sweeps.space import Space
-    from training_lens.sweeps.study import SharedStudy
-    from training_lens.sweeps.study_storage import explain_lost_storage
+    from training_lens.sweeps.study import SharedStudy, explain_lost_storage
     from training_lens.sweeps.sweep_report import best_yaml
     from training_lens.sweeps.worker import Worker
 

@@ -277,7 +277,7 @@ def test_a_database_in_memory_is_refused(sweep_config: Config, open_study: Open,
 def test_a_storage_that_cannot_be_opened_is_named_without_its_password(
     sweep_config: Config, open_study: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training_lens.sweeps.study_storage.OPENING_TRIES", 1)
+    monkeypatch.setattr("training_lens.sweeps.study.OPENING_TRIES", 1)
     for url in ("sqlite:////no/such/folder/study.db", "mysql+nosuch://me:secret@localhost/db", "me:secret"):
         with pytest.raises(ConfigurationError, match=r"sweep\.storage: .* cannot be opened") as caught:
             open_study(sweep_config(storage=url))

@@ -124,9 +124,8 @@ class Recommendation:
 
     def as_json(self) -> dict[str, Any]:
         """Its trial, settings and reason."""
-        return {"trial": self.row.trial, "is_default": self.row.is_default, "params": self.row.params} | {
-            "reason": self.reason
-        }
+        row = self.row
+        return {"trial": row.trial, "is_default": row.is_default, "params": row.params, "reason": self.reason}
 
 
 def sum_blocks(row_nll: np.ndarray) -> list[float]:
@@ -140,10 +139,8 @@ def paired_interval(loss: float, blocks: Sequence[float], others: Sequence[float
     """The 95 % interval of the difference between two losses on the same rows.
 
     Blocks of rows are treated as a sample: the standard error of the summed difference is sqrt(n) times the standard
-    deviation of the block differences. None with fewer than two blocks, or if they do not match.
-
-    Args:
-        loss: in nats per token, of `blocks`.
+    deviation of the block differences. None with fewer than two blocks, or if they do not match. `loss` is that of
+    `blocks`, in nats per token.
     """
     if len(blocks) != len(others) or len(blocks) < 2 or not loss:
         return None

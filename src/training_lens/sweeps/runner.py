@@ -30,8 +30,7 @@ from training_lens.sweeps.leaderboard import (
     sum_blocks,
 )
 from training_lens.sweeps.space import Space
-from training_lens.sweeps.study import SharedStudy, free_settings
-from training_lens.sweeps.study_storage import explain_lost_storage
+from training_lens.sweeps.study import SharedStudy, explain_lost_storage, free_settings
 from training_lens.sweeps.sweep_report import write_results
 from training_lens.sweeps.trials import FINISHED, is_default, run_id
 from training_lens.sweeps.worker import Worker
@@ -74,8 +73,8 @@ class Sweep:
         on_trial: called with every trial that ends in this process.
 
     Raises:
-        ConfigurationError: the space, the base config or the storage is invalid.
-        CheckpointError: a symbolic link leads out of the sweep's folder.
+        ConfigurationError: the space, the base config or the storage is invalid; CheckpointError: a symbolic link leads
+            out of the sweep's folder.
     """
 
     def __init__(

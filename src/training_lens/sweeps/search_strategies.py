@@ -24,8 +24,7 @@ DRAWS = 100  # of a sampler that repeats tried points, before a free point is pi
 def propose_point(space: Space, settings: SweepSection, history: Sequence[FrozenTrial]) -> Params | None:
     """A point that is not in `history`, or None if all were tried.
 
-    Args:
-        history: the trials so far by number, including failed and running ones. Only it and the seed decide the draw.
+    `history` has the trials so far by number, failed and running ones included. Only it and the seed decide the draw.
     """
     tried = [trial.params for trial in history if trial.params]  # without default settings outside of the space
     if settings.sampler != "grid" and (space.size is None or len(tried) < space.size):

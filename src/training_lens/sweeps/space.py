@@ -67,8 +67,7 @@ class Space:
     def first_valid_point(self, base: TrainingConfig) -> Params:
         """The first point with a valid config, from the first choices and lowest numbers of each key.
 
-        Raises:
-            ConfigurationError: none is valid; lists the problems of the first one.
+        If none is valid, a ConfigurationError lists the problems of the first one.
         """
         some = [list(islice(_list_values(found), FIRST_VALUES)) for found in self.dimensions.values()]
         problems: tuple[str, ...] = ()

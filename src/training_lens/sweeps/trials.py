@@ -19,11 +19,7 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def check_attributes(trial: FrozenTrial) -> None:
-    """Refuse attributes that no sweep writes: the database is untrusted data.
-
-    Raises:
-        ConfigurationError: names the trial and the attribute.
-    """
+    """Refuse attributes that no sweep writes by a ConfigurationError: the database is untrusted data."""
     numbers = [*(trial.values or ()), *trial.intermediate_values.values(), trial.number]
     misfit = find_type_error("study.db", trial.user_attrs)
     if not misfit and "token" not in trial.user_attrs:
@@ -77,9 +73,7 @@ def current_trials(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 def is_valid_claim(claim: FrozenTrial, trials: Sequence[FrozenTrial], wanted: int) -> bool:
     """Whether `claim` may run: of simultaneous claims of one slot, point or run, the lowest number wins.
 
-    Args:
-        trials: all of the study, read after the claim was made.
-        wanted: total number of trials.
+    `trials` are all of the study, read after the claim was made; `wanted` is their total number.
     """
     before = current_trials([trial for trial in trials if trial.number < claim.number])
     if "continues" in claim.user_attrs:

@@ -28,11 +28,7 @@ GRACE_SECONDS = 300
 
 
 class Worker:
-    """This process; a context that holds its lock.
-
-    Args:
-        folder: the locks of the sweep's processes.
-    """
+    """This process; a context that holds its lock, in the folder of the sweep's locks."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
