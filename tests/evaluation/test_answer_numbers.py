@@ -85,9 +85,17 @@ def test_how_numbers_are_read_is_told() -> None:
     assert describe_convention(["no number"], found, "auto") == ""
 
 
+def test_answers_with_decimal_commas() -> None:
+    check_decimal_commas([f"Das ist {n},5.\n#### {n},5" for n in range(1, 13)])
+
+
 def test_the_shared_rows_with_decimal_commas(shared: Path) -> None:
     file = shared / "cases/26-numbers/decimal_comma.jsonl"
-    references = [json.loads(line)["answer"] for line in file.read_text(encoding="utf-8").splitlines()]
+    check_decimal_commas([json.loads(line)["answer"] for line in file.read_text(encoding="utf-8").splitlines()])
+
+
+def check_decimal_commas(references: list[str]) -> None:
+    """Numbers with a point mean the same, and without either another."""
     decimal = find_convention(references).decimal
     assert decimal == "comma"
     for reference in references:

@@ -87,6 +87,15 @@ def test_a_tokenizer_whose_package_is_missing_is_refused(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
+    ("texts", "share"),
+    [([*list(UNSPACED.values())[:2], *list(SPACED.values())[-3:]], 3 / 5), (["yes", "no", "yes", "42", "owl"], 0)],
+    ids=["scripts", "short"],
+)
+def test_right_answers_score_full_marks_or_none(texts: list[str], share: float) -> None:
+    check_right_answers(texts, share, share)
+
+
+@pytest.mark.parametrize(
     ("file", "bleu", "rouge2"),
     [("14-non-latin-metrics/rows.jsonl", 3 / 5, 3 / 5), ("28-short-answers-bleu/validation.jsonl", 0, 0)],
 )
@@ -94,7 +103,11 @@ def test_right_answers_of_the_shared_rows_score_full_marks_or_none(
     shared: Path, file: str, bleu: float, rouge2: float
 ) -> None:
     lines = (shared / "cases" / file).read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["answer"] for line in lines][:5]
+    check_right_answers([json.loads(line)["answer"] for line in lines][:5], bleu, rouge2)
+
+
+def check_right_answers(texts: list[str], bleu: float, rouge2: float) -> None:
+    """So many of the texts are scored, and all of these in full."""
     scoring = AnswerScoring()
     scores = row_scores(texts, texts, scoring)
     assert np.mean(scoring.corpus_metrics()["bleu"].applicable_rows(texts)) == bleu
