@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from own_forms import ANSWERS, OWN_FORMS, QUESTIONS  # type: ignore[import-not-found]
 from pairwise import pairwise  # type: ignore[import-not-found]
 
 from training_lens import embedded
@@ -34,7 +35,8 @@ from training_lens.preparation.split_files import (
 
 ROWS = 20
 FORMATS: tuple[FileFormat, ...] = ("jsonl", "parquet")
-FORMS = {
+CHATS = ("sharegpt-tools", "messages", "messages-loss-weight")
+REAL_FORMS = {
     "data/gsm8k/train.jsonl": "pair",
     "data/llama_factory/alpaca_en_demo.json": "pair",
     "data/llama_factory/glaive_toolcall_en_demo.json": "messages",
@@ -42,7 +44,6 @@ FORMS = {
     "data/llama_factory/v1_sft_demo.jsonl": "messages",
     "data/llama_factory/c4_demo.jsonl": "text",
     "data/t0_per_template/trec_trec1.jsonl": "pair",  # answers of nothing but an end mark
-    embedded.TRAIN: "pair",
 }
 
 
@@ -66,28 +67,54 @@ def tokens(specs: list[str], section: DataSection, tokenizer: Any) -> list[Any]:
     return [t and (t.input_ids.tolist(), t.loss_mask.tolist(), t.domain, t.digest) for t in tokenize(examples, ready)]
 
 
-@pytest.mark.parametrize(("source", "file_format", "template"), pairwise(list(FORMS), FORMATS, ["chat", "alpaca"]))
+def check_rewritten(spec: str, file_format: FileFormat, template: str, tokenizer: Any, folder: Path) -> str:
+    """What is written has the tokens and masks of the source; gives its form."""
+    path, form, section = rewrite([spec], folder, file_format, template=template)
+    before = tokens([spec], DataSection(template=template), tokenizer)
+    assert tokens([str(path)], section, tokenizer) == before
+    assert any(before) or "trec" in spec
+    return form
+
+
+@pytest.mark.parametrize(
+    ("source", "file_format", "template"), pairwise([*OWN_FORMS, embedded.TRAIN], FORMATS, ["chat", "alpaca"])
+)
 def test_tokens_and_masks_are_those_of_the_source(
     source: str,
     file_format: FileFormat,
     template: str,
     embedded_tokenizer: Any,
+    write_rows: Callable[..., Path],
     tmp_path: Path,
-    request: pytest.FixtureRequest,
 ) -> None:
-    spec = source if source in embedded.PATHS else str(request.getfixturevalue("shared") / source)
-    path, form, section = rewrite([spec], tmp_path, file_format, template=template)
-    assert form == ("as_read" if file_format == "jsonl" else FORMS[source])
-    before = tokens([spec], DataSection(template=template), embedded_tokenizer)
-    assert tokens([str(path)], section, embedded_tokenizer) == before
-    assert any(before) or "trec" in source
+    rows = [OWN_FORMS[source](*pair) for pair in zip(QUESTIONS, ANSWERS, strict=True)] if source in OWN_FORMS else []
+    spec = str(write_rows(rows)) if rows else source
+    form = check_rewritten(spec, file_format, template, embedded_tokenizer, tmp_path)
+    written = "text" if source == "text" else "messages" if source in CHATS else "pair"
+    assert form == ("as_read" if file_format == "jsonl" else written)
+
+
+@pytest.mark.parametrize(("source", "file_format", "template"), pairwise(list(REAL_FORMS), FORMATS, ["chat", "alpaca"]))
+def test_tokens_and_masks_are_those_of_real_files(
+    source: str, file_format: FileFormat, template: str, embedded_tokenizer: Any, tmp_path: Path, shared: Path
+) -> None:
+    form = check_rewritten(str(shared / source), file_format, template, embedded_tokenizer, tmp_path)
+    assert form == ("as_read" if file_format == "jsonl" else REAL_FORMS[source])
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_answers_of_nothing_but_an_end_mark_are_none(
+    file_format: FileFormat, embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    ends = str(write_rows([{"prompt": question, "completion": "</s>"} for question in QUESTIONS], "trec.jsonl"))
+    check_rewritten(ends, file_format, "alpaca", embedded_tokenizer, tmp_path)
 
 
 def own(rows: list[dict[str, Any]], write_rows: Callable[..., Path], name: str) -> str:
     return str(write_rows(rows, name))
 
 
-QUESTIONS = [{"question": "Who?", "answer": "Tom.", "id": 7}, {"question": "Where?", "answer": "Here.</s>", "id": 8}]
+PAIRS = [{"question": "Who?", "answer": "Tom.", "id": 7}, {"question": "Where?", "answer": "Here.</s>", "id": 8}]
 CHAT = {
     "messages": [
         {"role": "system", "content": "Be brief."},
@@ -111,7 +138,7 @@ def test_sources_of_several_forms_become_one_of_messages(
     file_format: FileFormat, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Every field of every message comes back: roles, calls, names, weights, tools."""
-    specs = [own(QUESTIONS, write_rows, "questions.jsonl"), own([CHAT], write_rows, "chats.jsonl")]
+    specs = [own(PAIRS, write_rows, "questions.jsonl"), own([CHAT], write_rows, "chats.jsonl")]
     path, form, section = rewrite(specs, tmp_path, file_format, domain={"per_file": True})
     assert form == "messages"
     before = list(read_examples(specs, "data.train", DataSection(domain={"per_file": True})))  # type: ignore[arg-type]
@@ -122,25 +149,25 @@ def test_sources_of_several_forms_become_one_of_messages(
 
 def test_rows_of_one_mapping_keep_their_keys_and_values(write_rows: Callable[..., Path], tmp_path: Path) -> None:
     more = [{"question": "Why?", "answer": "Because 😀", "meta": {"a": [1.5, None]}, "note": "half a pair: \ud800"}]
-    specs = [own(QUESTIONS, write_rows, "a.jsonl"), own(more, write_rows, "b.jsonl")]
+    specs = [own(PAIRS, write_rows, "a.jsonl"), own(more, write_rows, "b.jsonl")]
     path, form, section = rewrite(specs, tmp_path, "jsonl")
     assert form == "as_read" and section.fields == DataSection().fields
     (source,) = expand_sources([str(path)], "data.train")
-    assert [dict(row.values) for row in source.read_rows()] == [*QUESTIONS, *more]
+    assert [dict(row.values) for row in source.read_rows()] == [*PAIRS, *more]
 
 
 def test_the_file_s_name_becomes_the_domain_of_rows_as_they_are(
     write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
-    specs = [own(QUESTIONS, write_rows, "law.jsonl")]
+    specs = [own(PAIRS, write_rows, "law.jsonl")]
     path, form, section = rewrite(specs, tmp_path, "jsonl", domain={"per_file": True})
     assert form == "as_read" and not section.domain.per_file
     (source,) = expand_sources([str(path)], "data.train")
-    assert [dict(row.values) for row in source.read_rows()] == [{**row, "domain": "law"} for row in QUESTIONS]
+    assert [dict(row.values) for row in source.read_rows()] == [{**row, "domain": "law"} for row in PAIRS]
 
 
 def test_a_domain_that_the_rows_have_is_not_written_over(write_rows: Callable[..., Path], tmp_path: Path) -> None:
-    specs = [own([{**row, "domain": "own"} for row in QUESTIONS], write_rows, "law.jsonl")]
+    specs = [own([{**row, "domain": "own"} for row in PAIRS], write_rows, "law.jsonl")]
     path, form, section = rewrite(specs, tmp_path, "jsonl", domain={"per_file": True})
     assert form == "pair"
     assert [e.domain for e in read_examples([str(path)], "data.train", section)] == ["law", "law"]
@@ -168,8 +195,8 @@ def test_fields_that_were_named_are_found_by_themselves_afterwards(
             CHAT,
             r"a.jsonl holds plain texts, .*b.jsonl is read as messages \+ tools: one file cannot",
         ),
-        ({**QUESTIONS[0], "input": "more"}, CHAT, r"a.jsonl, row 1: has the input 'more' .* chats .* have no place"),
-        ({**QUESTIONS[0], "domain": "x"}, QUESTIONS[1], r"a.jsonl has domains, .*b.jsonl has none: one file cannot"),
+        ({**PAIRS[0], "input": "more"}, CHAT, r"a.jsonl, row 1: has the input 'more' .* chats .* have no place"),
+        ({**PAIRS[0], "domain": "x"}, PAIRS[1], r"a.jsonl has domains, .*b.jsonl has none: one file cannot"),
     ],
     ids=["texts and chats", "inputs and chats", "domains and none"],
 )
