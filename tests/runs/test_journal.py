@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -126,3 +127,18 @@ def test_a_resume_names_the_damaged_lines_that_it_leaves_out(tmp_path: Path, cap
         write(path, [], after=4)
         assert said in caplog.text and bool(caplog.text) == bool(said)
         assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_number_that_is_not_finite_is_null_to_strict_readers(tmp_path: Path) -> None:
+    """Such as the norm of a step that loss scaling skips."""
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.open(after=0)
+    journal.write({"step": 1, "grad_norm": math.inf, "losses": [math.nan, 2.0]})
+    journal.close()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    line = json.loads(journal.path.read_text(), parse_constant=refuse)
+    assert (line["grad_norm"], line["losses"]) == (None, [None, 2.0])
+    assert [entry.values["losses"] for entry in JournalReader(journal.path).read(100)] == [[None, 2.0]]

@@ -21,6 +21,7 @@ from training_lens.cli.find_runs import locate_adapter
 from training_lens.cli.options import CommandOptions, ConfigOptions, OutputOptions
 from training_lens.cli.preflight import check_own_model
 from training_lens.errors import ConfigurationError, OutputError, TrainingLensError
+from training_lens.utils.files import replace_non_finite
 from training_lens.utils.resource_errors import describe_shortage
 from training_lens.utils.streams import lost_output
 
@@ -63,7 +64,7 @@ class Screen:
     def print_result(self, value: dict[str, Any]) -> None:
         """Print the one JSON object of `--json`; nothing without it."""
         if self.as_json:
-            print(json.dumps(value, ensure_ascii=False), file=self.output, flush=True)
+            print(json.dumps(replace_non_finite(value), ensure_ascii=False), file=self.output, flush=True)
 
 
 def show_table(

@@ -64,7 +64,8 @@ class Record:
         """
         values = self.values
         if self.kind == "step":
-            found = {f"train/{name}": float(values[name]) for name in ("loss", "grad_norm", "lr", "epoch")}
+            names = ("loss", "grad_norm", "lr", "epoch")  # the norm of a skipped step is not finite, and null
+            found = {f"train/{name}": float(values[name]) for name in names if values[name] is not None}
             return found | {"train/tokens_per_second": values["tokens"] / values["seconds"]}
         if self.kind in ("base", "validation"):
             found = {"validation/loss": float(values["loss"])}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from training_lens.merging.merge_tensors import scale_update
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.devices import Precision
-from training_lens.utils.files import read_json, write_json
+from training_lens.utils.files import read_json, replace_non_finite, write_json
 
 ROWS = 16
 TOKENS = 256  # of a row at most, from its start
@@ -186,7 +185,7 @@ class Verification:
     def as_json(self) -> dict[str, Any]:
         """As written in a report; values that are not finite are null."""
         values = asdict(self) | {"checks": [asdict(c) | {"ok": c.is_ok} for c in self.checks]}
-        kept: dict[str, Any] = json.loads(json.dumps(values), parse_constant=lambda _name: None)
+        kept: dict[str, Any] = replace_non_finite(values)
         return kept
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from training_lens.utils.files import redact_values_for_file, write_text
+from training_lens.utils.files import redact_values_for_file, replace_non_finite, write_text
 from training_lens.utils.integrity import read_line, seal_line
 from training_lens.utils.limits import open_file, read_text
 from training_lens.utils.logging import get_logger
@@ -67,7 +67,7 @@ class Journal:
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one line, which must have the key `step`, and flush it. `time` (seconds since the epoch) is added."""
         assert self._file is not None, "open the journal first"
-        line = redact_values_for_file({**values, "time": round(time.time(), 3)}, self.path)
+        line = replace_non_finite(redact_values_for_file({**values, "time": round(time.time(), 3)}, self.path))
         self._file.write(seal_line(line) + "\n")
         self._file.flush()
 

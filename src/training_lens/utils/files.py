@@ -57,9 +57,18 @@ def write_text(path: Path, text: str, *, verbatim: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any, *, verbatim: bool = False) -> None:
-    """Write `value` as indented JSON, atomically; `verbatim` as for `write_text`."""
-    value = value if verbatim else redact_values_for_file(value, path)
+    """Write `value` as indented JSON, atomically; `verbatim` as for `write_text`. See `replace_non_finite`."""
+    value = replace_non_finite(value if verbatim else redact_values_for_file(value, path))
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", verbatim=True)
+
+
+def replace_non_finite(value: Any) -> Any:
+    """The value with null for each number that is not finite: JSON has no such numbers, and strict readers fail."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.loads(json.dumps(value), parse_constant=lambda _name: None)
+    return value
 
 
 def redact_for_file(text: str, path: Path) -> str:
