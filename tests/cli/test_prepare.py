@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from forked import fork_command  # type: ignore[import-not-found]
 
 from training_lens import embedded
 from training_lens.data.file_readers import read_file_rows
@@ -386,16 +384,16 @@ def test_bad_input_is_one_paragraph_and_leaves_nothing(case: str, call: Call, tm
 
 
 def test_a_kill_in_the_middle_leaves_no_result_and_the_next_time_works(call: Call, tmp_path: Path) -> None:
-    name = write(tmp_path, [{"question": f"Where is {i}?", "answer": f"In box {i}."} for i in range(15_000)])
-    command = [sys.executable, "-m", "training_lens", "prepare", f"data.train={name}", "prepare.leakage=off"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    name = write(tmp_path, [{"question": f"Where is {i}?", "answer": f"In box {i}."} for i in range(5_000)])
+    command = ["prepare", f"data.train={name}", "prepare.leakage=off"]
+    process = fork_command(tmp_path, *command)
     building: list[Path] = []
-    while not building and process.poll() is None:
+    while not building and process.is_alive():
         time.sleep(0.005)
         building = list(tmp_path.glob("outputs/data/.tmp-*/train.jsonl"))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert building and not (tmp_path / "outputs/data/default").exists()
     write(tmp_path, ROWS)
-    assert call(*command[3:]).exit_code == 0
+    assert call(*command).exit_code == 0
     assert (tmp_path / "outputs/data/default/manifest.json").is_file()
