@@ -25,10 +25,28 @@ ROWS = [{"question": f"What is {i} plus 1?", "answer": f"{i} plus 1 is {i + 1}."
 LOSSES = EvaluationSection(generate=False, resamples=50, length_buckets=2)
 
 
-def trained(small_config: Callable[..., Any], write_rows: Callable[..., Path], **data: Any) -> tuple[RunFolder, Any]:
-    config = small_config(data={"train": str(write_rows(ROWS)), **data}, training={"max_steps": 2})
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def split_run(
+    small_config_in: Callable[..., Any], rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunFolder, Any]:
+    """A run that held rows of its file out, and its summary. For reading alone."""
+    data = {"train": str(rows_file), "val_ratio": 0.3, "max_examples": None}
+    config = small_config_in(tmp_path_factory.mktemp("outputs"), data=data, training={"max_steps": 2})
     summary = TrainingWrapper(config).train()
     return RunFolder(Path(summary.run_dir)), summary
+
+
+def open_on(run: RunFolder, path: Path, *, model: dict[str, Any] | None = None, **data: Any) -> Session:
+    """The adapter of a run with other data."""
+    sections = {"data": {"train": str(path), **data}, "model": model or {}, "inference": {"adapter": str(run.adapter)}}
+    return open_session(TrainingConfig.model_validate(sections))
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +60,8 @@ def result(finished_run: RunFolder, session: Session) -> EvaluationResult:
     return ModelEvaluator(session, settings).compare(validation_examples(finished_run, session, 12))
 
 
-def test_held_out_rows_are_those_that_training_left_out(
-    small_config: Callable[..., Any], write_rows: Callable[..., Path]
-) -> None:
-    run, summary = trained(small_config, write_rows, val_ratio=0.3, max_examples=None)
+def test_held_out_rows_are_those_that_training_left_out(split_run: tuple[RunFolder, Any]) -> None:
+    run, summary = split_run
     session = open_run(run)
     result = ModelEvaluator(session, EvaluationSection(max_new_tokens=8)).compare(validation_examples(run, session))
     assert [e.id for e in result.rows.examples] == run.read_metadata("held_out.json")
@@ -56,10 +72,8 @@ def test_held_out_rows_are_those_that_training_left_out(
     assert list(result.comparison.controls) == ["shuffled_prompts"]
 
 
-def test_a_baseline_is_the_base_loss_of_the_run_on_the_same_rows(
-    small_config: Callable[..., Any], write_rows: Callable[..., Path]
-) -> None:
-    run, summary = trained(small_config, write_rows, val_ratio=0.3, max_examples=None)
+def test_a_baseline_is_the_base_loss_of_the_run_on_the_same_rows(split_run: tuple[RunFolder, Any]) -> None:
+    run, summary = split_run
     config = TrainingConfig.model_validate(run.read_metadata("config.json")).replace_keys(inference={"adapter": "none"})
     session = open_session(config)
     examples = configured_examples(session)
@@ -71,7 +85,8 @@ def test_a_baseline_is_the_base_loss_of_the_run_on_the_same_rows(
 def test_a_run_without_validation_rows_can_be_evaluated_on_others(
     small_config: Callable[..., Any], write_rows: Callable[..., Path]
 ) -> None:
-    run, _ = trained(small_config, write_rows)
+    config = small_config(data={"train": str(write_rows(ROWS))}, training={"max_steps": 1})
+    run = RunFolder(Path(TrainingWrapper(config).train().run_dir))
     session = open_run(run)
     with pytest.raises(ConfigurationError, match="had no validation rows"):
         validation_examples(run, session)
@@ -179,12 +194,15 @@ def test_calls_of_tools_are_expected_as_the_template_writes_them(
 
 
 def test_held_out_rows_of_a_file_that_has_changed_cannot_be_told(
-    small_config: Callable[..., Any], write_rows: Callable[..., Path]
+    split_run: tuple[RunFolder, Any], rows_file: Path
 ) -> None:
-    run, _ = trained(small_config, write_rows, val_ratio=0.3, max_examples=None)
-    write_rows(ROWS[::-1])
-    with pytest.raises(DatasetError, match=r"has changed since the run .* held rows of it out"):
-        validation_examples(run, open_run(run))
+    content = rows_file.read_text()
+    rows_file.write_text(content + content.splitlines()[0])
+    try:
+        with pytest.raises(DatasetError, match=r"has changed since the run .* held rows of it out"):
+            validation_examples(split_run[0], open_run(split_run[0]))
+    finally:
+        rows_file.write_text(content)
 
 
 def long_and_short(count: int) -> list[dict[str, str]]:
@@ -195,13 +213,11 @@ def long_and_short(count: int) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("truncation", ["drop", "keep_start", "keep_end"])
 def test_a_control_is_measured_on_the_same_tokens_as_the_adapter(
-    truncation: str, small_config: Callable[..., Any], write_rows: Callable[..., Path]
+    truncation: str, finished_run: RunFolder, write_rows: Callable[..., Path]
 ) -> None:
-    data = {"train": str(write_rows(long_and_short(12))), "truncation": truncation, "val_ratio": 0.5}
-    config = small_config(data=data, training={"max_steps": 1}, model={"seq_len": 120})
-    run = RunFolder(Path(TrainingWrapper(config).train().run_dir))
-    session = open_run(run)
-    found = ModelEvaluator(session, LOSSES).compare(validation_examples(run, session))
+    rows, model = write_rows(long_and_short(12)), {"seq_len": 120}
+    session = open_on(finished_run, rows, truncation=truncation, val_ratio=0.5, model=model)
+    found = ModelEvaluator(session, LOSSES).compare(configured_examples(session))
     shuffled = found.comparison.controls["shuffled_prompts"]
     lengths = {e.id: e for e in found.rows.examples}
     assert 0 < shuffled.rows <= len(lengths)
@@ -210,12 +226,9 @@ def test_a_control_is_measured_on_the_same_tokens_as_the_adapter(
         assert shuffled.adapter["loss"] == pytest.approx(found.comparison.whole.models["adapter"]["loss"], rel=1e-6)
 
 
-def test_where_prompts_are_learned_too_no_control_is_the_same(
-    small_config: Callable[..., Any], write_rows: Callable[..., Path]
-) -> None:
-    run, _ = trained(small_config, write_rows, val_ratio=0.3, mask_prompt=False, max_examples=None)
-    session = open_run(run)
-    assert ModelEvaluator(session, LOSSES).compare(validation_examples(run, session)).comparison.controls == {}
+def test_where_prompts_are_learned_too_no_control_is_the_same(finished_run: RunFolder, rows_file: Path) -> None:
+    session = open_on(finished_run, rows_file, val_ratio=0.3, mask_prompt=False)
+    assert ModelEvaluator(session, LOSSES).compare(configured_examples(session)).comparison.controls == {}
 
 
 def test_a_row_whose_answer_leaves_no_prompt_is_evaluated_by_its_loss_alone(
