@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,19 @@ def name_everything(mark: Path, precious: Path) -> dict[str, Any]:
     }
 
 
-def refuse_all_files(call: Call, file: Path, mark: Path, precious: Path) -> None:
-    """A config file of others allows nothing, in any command."""
-    before, more = look_at(precious), ("--input", "train.jsonl", "--output", "answers.jsonl")
-    for words in (
-        ["train"], ["train", "--resume", "latest"], ["validate"], ["prepare"], ["sweep"], ["evaluate"], ["baseline"],
-        ["compare"], ["infer", *more], ["merge"], ["benchmark"], ["sync"], ["push", "latest", "me/it"],
-    ):  # fmt: skip
+COMMANDS = (
+    ("train",), ("train", "--resume", "latest"), ("validate",), ("prepare",), ("sweep",), ("evaluate",), ("baseline",),
+    ("compare",), ("infer", "--input", "train.jsonl", "--output", "answers.jsonl"), ("merge",), ("benchmark",),
+    ("sync",), ("push", "latest", "me/it"),
+)  # fmt: skip
+
+
+def refuse_file(
+    call: Call, file: Path, mark: Path, precious: Path, commands: Sequence[tuple[str, ...]] = COMMANDS[:2]
+) -> None:
+    """A config file of others allows nothing."""
+    before = look_at(precious)
+    for words in commands:
         result = call(*words, "--config", str(file))
         assert result.exit_code == 2, (words, result.output)
         for key in (*CODE, *PLACES):
@@ -106,7 +112,7 @@ def test_a_sweep_from_elsewhere_runs_no_code_and_writes_nowhere_else(
     for words in (["report"], ["analyze"], ["sync"], ["train", "--resume"], ["infer", "hi", "--run"], ["doctor"]):
         call(*words, str(trial.root))
     assert not mark.exists() and look_at(precious) == before
-    refuse_all_files(call, sweep / "best.yaml", mark, precious)
+    refuse_file(call, sweep / "best.yaml", mark, precious, COMMANDS)
 
 
 @pytest.mark.parametrize("name", ["workers", "results.lock", "study.db", "leaderboard.json"])
@@ -177,7 +183,7 @@ def test_a_prepared_folder_from_elsewhere_runs_no_code_and_writes_nowhere_else(
         expected = 1 if words[1] == f"data.train={prepared}" else 2 if "--force" in words else 0
         assert result.exit_code == expected, (words, result.output)
     assert not mark.exists() and look_at(precious) == before
-    refuse_all_files(call, prepared / "best.yaml", mark, precious)
+    refuse_file(call, prepared / "best.yaml", mark, precious)
 
 
 def test_rows_that_differ_from_what_prepare_wrote_are_refused(call: Call, own: list[str], tmp_path: Path) -> None:
@@ -225,7 +231,7 @@ def test_an_adapter_from_elsewhere_runs_no_code(
         call("infer", "hi", *run)
         call("train", *own, f"peft.from_adapter={adapter}")
     assert not mark.exists() and look_at(precious) == before
-    refuse_all_files(call, adapter / "best.yaml", mark, precious)
+    refuse_file(call, adapter / "best.yaml", mark, precious)
 
 
 def test_a_run_from_elsewhere_is_sent_nowhere_until_the_user_says_so(
