@@ -30,14 +30,16 @@ ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i 
 FAST = ["data.max_examples=32", "training.epochs=1", "training.lr=3e-3", "peft.r=4", "tracking.tensorboard=false"]
 
 
+def name_rows(few_rows: dict[str, list[str]]) -> list[str]:
+    return [f"data.{split}={files}" for split, files in few_rows.items()]
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A folder with one finished run of the embedded default, and what `train --json` printed."""
-    folder = tmp_path_factory.mktemp("work")
+def trained(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with one finished run on rows of the embedded set, and what `train --json` printed."""
+    folder, settings = tmp_path_factory.mktemp("work"), ["data.max_examples=80", "output.experiment_name=default"]
     with contextlib.chdir(folder):
-        result = CliRunner().invoke(
-            cli, ["train", "+experiment=quick_test", "output.experiment_name=default", "--json"]
-        )
+        result = CliRunner().invoke(cli, ["train", "+experiment=quick_test", *name_rows(few_rows), *settings, "--json"])
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.strip().split("\n")
     assert len(lines) == 1
@@ -46,7 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 def test_train_json_is_the_summary(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = trained
-    assert summary["status"] == "finished" and summary["steps"] == 20
+    assert summary["status"] == "finished" and summary["steps"] == 10
     assert summary["validation_loss"] < summary["base_validation_loss"]
     saved = RunFolder(folder / summary["run_dir"]).read_metadata("summary.json")
     verdict = summary["verdict"]
@@ -101,8 +103,8 @@ def test_compare_prints_scores_samples_and_json(trained: tuple[Path, dict[str, A
     assert "wrong domain" in result.stderr and "expected" in result.stderr
 
 
-def test_validate_shows_the_plan_and_trains_nothing(call: Call, tmp_path: Path) -> None:
-    result = call("validate", "+experiment=quick_test", "--json")
+def test_validate_shows_the_plan_and_trains_nothing(call: Call, few_rows: dict[str, list[str]], tmp_path: Path) -> None:
+    result = call("validate", "+experiment=quick_test", *name_rows(few_rows), "--json")
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     assert (plan["train_examples"], plan["global_batch_size"], plan["total_steps"]) == (160, 8, 20)
@@ -158,8 +160,11 @@ def test_a_wrong_option_is_wrong_usage(call: Call) -> None:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_and_sets_the_exit_code(tmp_path: Path, number: int, code: int) -> None:
-    settings = ["output.run_id=mine", "training.save_steps=2", *FAST, "data.max_examples=1000", "training.epochs=3"]
+def test_a_signal_saves_and_sets_the_exit_code(
+    few_rows: dict[str, list[str]], tmp_path: Path, number: int, code: int
+) -> None:
+    settings = ["output.run_id=mine", "training.save_steps=2", *FAST, *name_rows(few_rows)]
+    settings += ["data.max_examples=240", "training.epochs=9"]
     process = fork_command(tmp_path, "train", *settings)
     run = tmp_path / "outputs/experiments/default/runs/mine"
     while process.is_alive() and not list((run / "checkpoints").glob("step-*")):
