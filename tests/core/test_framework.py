@@ -38,11 +38,11 @@ class OwnRun:
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> OwnRun:
+def own(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> OwnRun:
     folder = tmp_path_factory.mktemp("own")
     config = TrainingConfig.model_validate(
         {
-            "data": {"max_examples": STEPS * BATCH * ACCUMULATION, "validation": None},
+            "data": {"max_examples": STEPS * BATCH * ACCUMULATION, **few_rows},
             "training": {
                 "epochs": 1,
                 "batch_size": BATCH,

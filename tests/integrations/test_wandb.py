@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,11 @@ SAMPLE = {"id": "a-1", "prompt": "Where is the cat?", "expected": "On the mat.",
 HISTOGRAM = {"counts": [1, 2, 3], "low": -0.5, "high": 1.0}
 
 
-def config(folder: Path, lens: bool = True, **sent: Any) -> Any:
+def config(folder: Path, rows: dict[str, list[str]], lens: bool = True, **sent: Any) -> Any:
     """A run of six steps with its lens and report."""
     return validate_values(
         {
-            "data": {"max_examples": 48, "validation": None},
+            "data": {"max_examples": 48, **rows},
             "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3, "logging_steps": 2},
             "peft": {"r": 4},
             "tracking": {"tensorboard": False, "samples": 0, "histograms_every": None, "wandb": sent},
@@ -52,9 +53,9 @@ def config(folder: Path, lens: bool = True, **sent: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def trained(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A finished run that was sent nowhere, with samples and histograms in its journals."""
-    run = RunFolder(Path(TrainingWrapper(config(tmp_path_factory.mktemp("outputs"))).train().run_dir))
+    run = RunFolder(Path(TrainingWrapper(config(tmp_path_factory.mktemp("outputs"), few_rows)).train().run_dir))
     samples = [{"step": step, "base": step == 0, "samples": [SAMPLE]} for step in (0, 6)]
     run.samples_file.write_text("".join(json.dumps(line) + "\n" for line in samples))
     kinds = {kind: {"model.layers.0.q_proj.A": HISTOGRAM} for kind in ("weights", "gradients")}
@@ -68,17 +69,34 @@ def run(trained: RunFolder, tmp_path: Path) -> RunFolder:
     return RunFolder(Path(shutil.copytree(trained.root, tmp_path / "runs" / trained.run_id)))
 
 
-@pytest.fixture(autouse=True)
-def without_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@contextmanager
+def without_account(folder: Path) -> Iterator[None]:
     """No key and no settings of whoever runs the tests; what the integration sets is put back."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "home"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "home"))
-    yield
-    wandb.teardown()  # it remembers the environment
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        patch.setenv("HOME", str(folder))
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        patch.setenv("WANDB_DATA_DIR", str(folder / "home"))
+        patch.setenv("WANDB_CACHE_DIR", str(folder / "home"))
+        yield
+        wandb.teardown()  # it remembers the environment
+
+
+@pytest.fixture(autouse=True)
+def nobodys_account(tmp_path: Path) -> Iterator[None]:
+    with without_account(tmp_path):
+        yield
+
+
+@pytest.fixture(scope="module")
+def sent(trained: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A copy of `trained` that was sent to an offline run. For reading alone."""
+    folder = tmp_path_factory.mktemp("sent")
+    run = RunFolder(Path(shutil.copytree(trained.root, folder / trained.run_id)))
+    with without_account(folder):
+        assert statuses(send_run(run, to("offline", tags=["cats"]))) == ["delivered"]
+    return run
 
 
 def to(mode: str, **more: Any) -> dict[str, Any]:
@@ -125,9 +143,8 @@ def statuses(states: tuple[IntegrationState, ...]) -> list[str]:
     return [state.status for state in states]
 
 
-def test_an_offline_run_holds_what_the_run_holds(run: RunFolder) -> None:
-    assert statuses(send_run(run, to("offline", tags=["cats"]))) == ["delivered"]
-    (file,) = offline_runs(run.tracking / "wandb")
+def test_an_offline_run_holds_what_the_run_holds(sent: RunFolder) -> None:
+    run, (file,) = sent, offline_runs(sent.tracking / "wandb")
     found = rows(file)
     check_history(run, found)
     assert [row["_step"] for row in found] == [0, 1, 2, 3, 4, 6, 7]  # the last one is the lens's, at step 6
@@ -162,9 +179,8 @@ def test_an_offline_run_holds_what_the_run_holds(run: RunFolder) -> None:
     assert (end["state"], end["exit_code"], end["tags"], end["name"]) == ("finished", 0, ["cats"], run.run_id)
 
 
-def test_artifacts_are_the_files_of_the_run_and_no_copies(run: RunFolder) -> None:
-    send_run(run, to("offline"))
-    (file,) = offline_runs(run.tracking / "wandb")
+def test_artifacts_are_the_files_of_the_run_and_no_copies(sent: RunFolder) -> None:
+    run, (file,) = sent, offline_runs(sent.tracking / "wandb")
     found = {artifact["type"]: artifact for artifact in of_type(file, "artifact") if artifact["type"] != "run_table"}
     assert set(found) == {"model", "report"}
     facts = json.loads(found["model"]["metadata"])
@@ -177,9 +193,8 @@ def test_artifacts_are_the_files_of_the_run_and_no_copies(run: RunFolder) -> Non
     assert size < (run.reports / "lens.html").stat().st_size
 
 
-def test_nothing_of_the_machine_or_its_user_is_written(run: RunFolder) -> None:
-    send_run(run, to("offline"))
-    (file,) = offline_runs(run.tracking / "wandb")
+def test_nothing_of_the_machine_or_its_user_is_written(sent: RunFolder) -> None:
+    (file,) = offline_runs(sent.tracking / "wandb")
     assert not {"host", "git", "email"} & set(of_type(file, "run")[0])
     assert not {"environment", "stats", "output"} & {record["type"] for record in read(file)}
     assert not (file.parent / "files" / "wandb-metadata.json").exists()
@@ -243,13 +258,11 @@ def _processes(name: str) -> list[int]:
 
 @pytest.mark.slow
 def test_a_killed_client_changes_no_bit_and_all_is_there_in_the_end(
-    trained: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: RunFolder, few_rows: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    killer = KillsTheClient()
-    run = RunFolder(
-        Path(TrainingWrapper(config(tmp_path, lens=False, mode="offline"), callbacks=(killer,)).train().run_dir)
-    )
+    killer, sending = KillsTheClient(), config(tmp_path, few_rows, lens=False, mode="offline")
+    run = RunFolder(Path(TrainingWrapper(sending, callbacks=(killer,)).train().run_dir))
     assert killer.killed
     assert (run.adapter / WEIGHTS).read_bytes() == (trained.adapter / WEIGHTS).read_bytes()
     log = (run.logs / "run.log").read_text()
@@ -286,10 +299,10 @@ def test_a_full_disk_is_found_and_what_it_did_not_take_is_sent_elsewhere(
     check_history(run, rows(file))
 
 
-def test_a_file_that_lacks_its_end_or_a_row_is_found(run: RunFolder) -> None:
+def test_a_file_that_lacks_its_end_or_a_row_is_found(sent: RunFolder, tmp_path: Path) -> None:
     """On a full disk the client's writer drops records, and says nothing of it."""
-    send_run(run, to("offline"))
-    (file,) = offline_runs(run.tracking / "wandb")
+    (whole,) = offline_runs(sent.tracking / "wandb")
+    (file,) = Path(shutil.copytree(whole.parent, tmp_path / "copy")).glob("run-*.wandb")
     require_written(file.parent, 7)
     with pytest.raises(IntegrationError, match="is incomplete"):
         require_written(file.parent, 8)
