@@ -69,20 +69,24 @@ def embedded_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def few_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The first rows of the embedded set, of all its domains, as a config's data section: read and judged at once."""
+    """The first short rows of the embedded set, of all its domains, as a data section: read and judged at once."""
     from training_lens import embedded
 
     folder, few = tmp_path_factory.mktemp("rows"), {}
     for split, name, rows in (("train", embedded.TRAIN, 240), ("validation", embedded.HELDOUT, 24)):
         lines = embedded.PATHS[name].read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / f"{split}.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
+        short = [line for line in lines if len(line) <= 240]
+        (folder / f"{split}.jsonl").write_text("".join(short[:rows]), encoding="utf-8")
         few[split] = [str(folder / f"{split}.jsonl")]
     return few
 
 
 @pytest.fixture(scope="session")
 def small_config_in(few_rows: dict[str, Any]) -> Callable[..., Any]:
-    """`small_config` for fixtures that outlive a test: its first argument is the folder of outputs."""
+    """`small_config` for fixtures that outlive a test: its first argument is the folder of outputs.
+
+    The lens is off where no `lens` section is given.
+    """
     from training_lens.config.compose import validate_values
 
     def build(outputs: Path, **sections: dict[str, Any]) -> Any:
@@ -92,10 +96,12 @@ def small_config_in(few_rows: dict[str, Any]) -> Callable[..., Any]:
             "data": {"max_examples": 48, **{split: few_rows[split] for split in splits}},
             "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3},
             "peft": {"r": 4},
-            "lens": {"report": False},
+            "lens": {"enabled": False},
             "tracking": {"tensorboard": False, "samples": 0, "histograms_every": None},
             "output": {"base_output_dir": str(outputs)},
         }
+        if "lens" in sections:
+            values["lens"] = {"report": False}
         for name, keys in sections.items():
             values[name] = {**values.get(name, {}), **keys}
         return validate_values(values)

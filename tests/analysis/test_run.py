@@ -123,7 +123,7 @@ class Onlooker(Callback):
 
 
 def test_a_run_that_goes_on_is_read_while_it_does(small_config: Callable[..., Any]) -> None:
-    config = small_config(data={"max_examples": 24})
+    config = small_config(data={"max_examples": 24}, lens={})
     onlooker = Onlooker(config.output.base_output_dir)
     TrainingWrapper(config, callbacks=(onlooker,)).train()
     assert onlooker.run is not None

@@ -58,7 +58,7 @@ def sweep_config(tmp_path: Path, empty_database: Path) -> Callable[..., Training
             "data": {"train": ROWS[:24], "validation": ROWS[24:]},
             "training": {"epochs": 1, "max_steps": 2, **(training or {})},
             "peft": {"r": 4},
-            "lens": {"report": False},
+            "lens": {"enabled": False},
             "tracking": {"tensorboard": False},
             "sweep": {"space": {"training.lr": {"low": 1e-4, "high": 1e-2, "log": True}}, "trials": 4, **sweep},
             "output": {"base_output_dir": str(tmp_path / "outputs")},
