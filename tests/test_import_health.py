@@ -189,13 +189,15 @@ def test_without_extras_every_module_imports_first_and_every_public_name_resolve
 
 
 @pytest.fixture(scope="session")
-def trained_bare(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def trained_bare(
+    bare: Path, few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
     """A folder with a run that the bare environment trained, connected to what is not there, and what was printed.
 
     Other commands follow in the same process: importing torch and transformers takes longer than any of them.
     """
-    folder = tmp_path_factory.mktemp("work")
-    result = run(bare, "-c", COMMANDS, json.dumps([TRAIN, *AFTERWARDS]), cwd=folder)
+    folder, rows = tmp_path_factory.mktemp("work"), [f"data.{split}={files}" for split, files in few_rows.items()]
+    result = run(bare, "-c", COMMANDS, json.dumps([[*TRAIN, *rows], *AFTERWARDS]), cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder, json.loads(result.stdout.splitlines()[-1])
 

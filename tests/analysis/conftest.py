@@ -128,13 +128,13 @@ def trainer_output(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def run_without_captures(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def run_without_captures(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run of ours that was trained with the lens off. For reading alone."""
     from training_lens import TrainingConfig, TrainingWrapper
     from training_lens.runs.run_folder import RunFolder
 
     values = {
-        "data": {"max_examples": 32},
+        "data": {"max_examples": 32, **few_rows},
         "training": {"epochs": 1, "batch_size": 8},
         "peft": {"r": 2},
         "lens": {"enabled": False},

@@ -39,12 +39,12 @@ HISTOGRAMS = [{"step": 6, "histograms": {"weights": {"model.q_proj.A": BINS}, "g
 
 
 @pytest.fixture(scope="session")
-def sent_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def sent_run(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A short run that the courier sent to MLflow and trackio, both local; for reading alone."""
     from training_lens import TrainingConfig, TrainingWrapper
 
     values = {
-        "data": {"max_examples": 48, "val_ratio": 0.2, "validation": None},
+        "data": {"train": few_rows["train"], "max_examples": 48, "val_ratio": 0.2},
         "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3, "logging_steps": 2},
         "peft": {"r": 4},
         "tracking": {

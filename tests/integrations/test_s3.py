@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 PLACE = "s3://bucket/path"
 SECRET = "planted-secret-access-key"
+ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(48)]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def values(base: str, **tracking: Any) -> dict[str, Any]:
     return {
-        "data": {"train": str(files("training_lens.embedded") / "train.jsonl"), "max_examples": 48},
+        "data": {"train": ROWS},
         "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3, "save_steps": 2},
         "peft": {"r": 4},
         "lens": {"enabled": False},
