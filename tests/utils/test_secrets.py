@@ -92,9 +92,9 @@ def test_a_place_or_a_common_word_is_no_secret(monkeypatch: pytest.MonkeyPatch, 
 )
 def test_searching_a_text_of_beginnings_takes_no_squared_time(start: str) -> None:
     text = start * (300_000 // len(start))
-    began = time.perf_counter()
+    began = time.process_time()
     redact_text(text)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_ordinary_text_stays() -> None:
