@@ -32,7 +32,7 @@ def make_world(folder: Path) -> World:
     compose([], ["training.lr=1e-3"], None, None)  # what is made once in a process is made here, for all
     torch.set_num_threads(1)  # a process that is forked beside threads of ours would wait for them
     values = {
-        "data": {"max_examples": 16},
+        "data": {"max_examples": 16, **write_first_rows(folder, 32)},
         "training": {"max_steps": 2, "warmup_ratio": 0, "batch_size": 4},
         "tracking": {"tensorboard": False, "samples": 1},
         "output": {"base_output_dir": str(folder / "outputs"), "mirror": str(folder / "mirror")},
@@ -42,6 +42,19 @@ def make_world(folder: Path) -> World:
     gc.collect()
     gc.freeze()  # a collection in a forked process would copy all that it looks at
     return World(run, folder / "mirror", sweep, prepared)
+
+
+def write_first_rows(folder: Path, count: int) -> dict[str, list[str]]:
+    """The first rows of the embedded set, as a config's data section."""
+    from training_lens import embedded
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    for split, name in (("train", embedded.TRAIN), ("validation", embedded.HELDOUT)):
+        lines = embedded.PATHS[name].read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+        rows[split] = [str(folder / f"{split}.jsonl")]
+    return rows
 
 
 def _make_study(folder: Path) -> Path:
