@@ -102,10 +102,10 @@ def test_behind_the_scaled_block_the_adapter_is_as_before() -> None:
 @pytest.mark.parametrize("section", FEW, ids=str)
 def test_base_and_delta_are_the_merged_weights_and_nothing_else_changed(section: dict[str, Any]) -> None:
     whole, delta = merge_weights(adapted(base(), **section)), merge_weights(adapted(base(), **section), delta=True)
-    assert whole.changed == delta.changed and whole.is_untied == delta.is_untied
+    assert whole.changed == delta.changed and whole.untied == delta.untied
     before, after = base().state_dict(), whole.model.state_dict()
     for name, weight in after.items():
-        changed = name in whole.changed or (name == "lm_head.weight" and not whole.is_untied)
+        changed = name in whole.changed or (name == "lm_head.weight" and not whole.untied)
         if not changed:
             assert torch.equal(weight, before[name]), name
         elif name in delta.changed:
@@ -118,13 +118,13 @@ def test_one_end_of_tied_weights_unties_them(end: str) -> None:
     folded = merge_weights(model)
     embedding, head = (folded.model.get_parameter(n) for n in ("model.embed_tokens.weight", "lm_head.weight"))
     still, original = (head, "lm_head.weight") if end == "embed_tokens" else (embedding, "model.embed_tokens.weight")
-    assert folded.is_untied and not folded.model.config.tie_word_embeddings
+    assert folded.untied and not folded.model.config.tie_word_embeddings
     assert torch.equal(still, base().get_parameter(original)) and not torch.equal(embedding, head)
 
 
 def test_both_ends_trained_as_one_stay_one() -> None:
     folded = merge_weights(adapted(base(), target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
-    assert not folded.is_untied and folded.model.config.tie_word_embeddings
+    assert not folded.untied and folded.model.config.tie_word_embeddings
     assert folded.model.get_input_embeddings().weight is folded.model.get_output_embeddings().weight
 
 

@@ -58,8 +58,7 @@ class MergePlan:
 def plan_merge(config: TrainingConfig, options: MergeOptions) -> MergePlan:
     """What `inference.adapter` names, and where its merge goes, once nothing is in the way.
 
-    Raises:
-        CheckpointError: there is no such run; ConfigurationError: the options are wrong, or the output is taken.
+    Raises CheckpointError without such a run, ConfigurationError if options are wrong or the output is taken.
     """
     run, adapter, base = _find_adapter(config)
     _check_options(options, base)
@@ -110,14 +109,9 @@ def output_marks(folder: Path) -> dict[str, Any]:
 
 
 def check_output(output: Path, run: RunFolder | None, adapter: Path, base: ModelSection, force: bool) -> None:
-    """Refuse an output (a resolved path) that would cost files that no merge wrote.
+    """Refuse an output (a resolved path) that overlaps the run's, the adapter's or the base's files, or holds others.
 
-    Args:
-        run: the run that is merged; `adapter` is its folder, and `base` the base that it is merged into.
-        force: an earlier merge may be replaced, if it wrote every file that is there.
-
-    Raises:
-        ConfigurationError: it overlaps the run's, the adapter's or the base's files, or holds other files already.
+    With `force` an earlier merge may be replaced, if it wrote every file that is there.
     """
     kept = {"the adapter": adapter}
     if run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,7 @@ from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import AdapterError, MergeError
 from training_lens.inference.session import Session, open_run, open_session
 from training_lens.merging.merge_plan import REPORT, MergeOptions, output_marks, plan_merge
-from training_lens.merging.merge_tensors import check_mergeable
-from training_lens.merging.merged_folder import write_folder
+from training_lens.merging.merge_tensors import MergedModel, check_mergeable, merge_weights, save_delta, save_merged
 from training_lens.merging.merged_weights import MergeOutput, check_weights
 from training_lens.merging.verification import (
     Probes,
@@ -33,14 +33,14 @@ from training_lens.merging.verification import (
 )
 from training_lens.models.adapter_files import read_config, require_adapter, require_plain
 from training_lens.models.adapters import count_parameters
-from training_lens.models.base_files import has_newer_form
+from training_lens.models.base_files import copy_beside, has_newer_form, save_tokenizer, write_generation_config
 from training_lens.models.base_record import check_base, require_local_folder, stored_precision
 from training_lens.models.factory import build_skeleton, read_facts, resolve_seq_len
 from training_lens.models.location import locate_model
 from training_lens.models.model_classes import public_class
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.devices import Precision, available_bytes, free_memory, get_device
-from training_lens.utils.files import atomic_folder, write_json
+from training_lens.utils.devices import DTYPES, Precision, available_bytes, free_memory, get_device
+from training_lens.utils.files import atomic_folder, write_json, write_text
 from training_lens.utils.formatting import format_size
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
@@ -65,10 +65,8 @@ def merge_adapter(
 ) -> MergeResult:
     """Merge the adapter that `inference.adapter` names into its base, and check it.
 
-    Memory: the base in float32, in one process at a time: to merge, to recompute, and to check each weight.
-
-    Args:
-        on_written: called with the folder, still at a temporary name, before it is checked.
+    `on_written` is called with the folder, still at a temporary name, before it is checked. Memory: the base in
+    float32, in one process at a time: to merge, to recompute, and to check each weight.
 
     Raises:
         ConfigurationError: the output is taken, or the options do not go together.
@@ -119,12 +117,7 @@ def _report_refusal(report: dict[str, Any], kept: Path) -> Iterator[None]:
 def _open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: bool) -> tuple[Session, bool]:
     """The adapter on its base, in float32; and whether the base's weights are known to be those that it trained on.
 
-    Args:
-        run: None where `inference.adapter` is a bare adapter.
-        same_base: accept `model.id` as the base of a bare adapter, whatever base that names.
-
-    Raises:
-        AdapterError: the base is another one, or the adapter is of a kind that has no plain weights.
+    `run` is None where `inference.adapter` is a bare adapter; `same_base` accepts any `model.id` as its base.
     """
     if run:
         trained = open_run_config(run, config.explicit_values(), "model.trust_remote_code").model
@@ -214,11 +207,66 @@ def _write_output(session: Session, folder: Path, options: MergeOptions, dtype: 
         "base": locate_model(model) if options.delta else None,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
-        "untied": write_folder(session, folder, options, dtype),
+        "untied": _write_files(session, folder, options, dtype),
         "device": str(session.device),
         "stop_ids": sorted(session.stop_ids),
         "pad_id": session.pad_id,
     }
+
+
+def _write_files(session: Session, folder: Path, options: MergeOptions, dtype: Precision) -> bool:
+    """Write all files but the report; whether tied weights became untied. The session's model is used up.
+
+    With the option auto `dtype` is the most common one of the base's files, and each weight of a whole model keeps its
+    own.
+    """
+    merged = merge_weights(session.model, options.scale, delta=options.delta)
+    _require_space(merged, options.delta, folder, DTYPES[dtype])
+    if options.delta:
+        save_delta(merged, folder, DTYPES[dtype], options.max_shard_size)
+    else:  # with the base's own config, tokenizer and chat template, and the session's stop tokens
+        base = session.config.model
+        own, trusted = require_local_folder(base), base.trust_remote_code
+        save_merged(merged, base, folder, None if options.dtype == "auto" else dtype, options.max_shard_size)
+        save_tokenizer(session.tokenizer, folder, own, trusted)
+        write_generation_config(own, folder, merged.model, session.stop_ids, session.pad_id)
+        copy_beside(own, folder, trusted)
+    scaled = "" if options.scale == 1 else f", its update times {options.scale:g}"
+    what = f"The adapter {session.adapter}{scaled}, merged into {session.config.model.id}; weights in {dtype}."
+    if options.delta:
+        readme = _delta_readme(session, what, bool(merged.untied))
+    else:
+        parted = " Embedding and head, one weight in the base, are two here." if merged.untied else ""
+        readme = f"# Merged model\n\n{what}{parted} Checked against the adapter: see {REPORT}.\n"
+    write_text(folder / "README.md", readme)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors makes its files private to their owner, and a server is often another user
+    return bool(merged.untied)
+
+
+def _require_space(merged: MergedModel, delta: bool, folder: Path, dtype: torch.dtype) -> None:
+    model = merged.model
+    written = [model.get_parameter(name) for name in merged.changed] if delta else list(model.parameters())
+    needed, free = sum(p.numel() for p in written) * dtype.itemsize, shutil.disk_usage(folder).free
+    if needed > free:
+        raise MergeError(
+            f"the result takes {format_size(needed)}, and {folder.parent} has {format_size(free)} left. Free some "
+            "space, or give --output on another disk."
+        )
+
+
+def _delta_readme(session: Session, description: str, untied: bool) -> str:
+    untie = "head = model.get_output_embeddings()\nhead.weight = torch.nn.Parameter(head.weight.clone())\n"
+    base, name = locate_model(session.config.model), public_class(session.model)
+    return (
+        f"# Difference to a base model\n\n{description} Add this to the base's weights; checked, see {REPORT}.\n\n"
+        "```python\nimport glob, torch\nfrom safetensors.torch import load_file\n"
+        f"from transformers import {name}\n\n"
+        f'model = {name}.from_pretrained("{base}", dtype=torch.float32).requires_grad_(False)\n'
+        f'{untie if untied else ""}for file in glob.glob("delta*.safetensors"):\n'
+        "    for name, difference in load_file(file).items():\n"
+        "        model.get_parameter(name).add_(difference.float())\n```\n"
+    )
 
 
 def _explain_refusal(found: Verification, dtype: Precision, kept: Path) -> str:

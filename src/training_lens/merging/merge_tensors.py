@@ -40,11 +40,6 @@ class MergedModel:
     untied: tuple[str, ...]
     was_quantized: bool
 
-    @property
-    def is_untied(self) -> bool:
-        """Whether embedding and output head, one weight in the base, are two here."""
-        return bool(self.untied)
-
 
 def check_mergeable(adapted: Any, scale: float) -> None:
     """Refuse an adapter that has no plain weights.
@@ -171,10 +166,9 @@ def _settle_ties(model: Any) -> tuple[list[str], list[str]]:
 def save_merged(
     merged: MergedModel, base: ModelSection, folder: Path, dtype: Precision | None, max_shard_size: str
 ) -> None:
-    """Write config.json and the weights: the base's own files, except what the adapter changed.
+    """Write config.json and the weights: the files of `base`, except what the adapter changed.
 
     Args:
-        base: what the adapter was merged into.
         dtype: of the written weights; None: each keeps the dtype that it has in the base's files.
         max_shard_size: of a file of weights, such as '5GB'.
 
@@ -188,9 +182,8 @@ def save_merged(
     edits = CheckpointNames(merged.model, stored).find_edits(rewritten)
     tensors = edit_checkpoint(stored, edits, dtype and DTYPES[dtype], DTYPES[dtype or stored_precision(base)])
     write_checkpoint(tensors, folder, max_shard_size)
-    write_config(
-        own, folder, merged.model, dtype=dtype, untied=merged.is_untied, trust_remote_code=base.trust_remote_code
-    )
+    untied, trusted = bool(merged.untied), base.trust_remote_code
+    write_config(own, folder, merged.model, dtype=dtype, untied=untied, trust_remote_code=trusted)
 
 
 def save_delta(merged: MergedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:

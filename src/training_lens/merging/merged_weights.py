@@ -58,9 +58,8 @@ def check_weights(written: MergeOutput) -> tuple[MergeCheck, MergeCheck]:
             "merged cannot be checked. Save the adapter again, from this base under this version of PEFT."
         )
     found = load_delta(written.folder) if written.delta else _load_merged(written)
-    wrong = sorted(
-        found.keys() - updates.keys() if written.delta else _find_changed_others(written, found, weights, updates)
-    )
+    others = found.keys() - updates.keys() if written.delta else _find_changed_others(written, found, weights, updates)
+    wrong = sorted(others)
     places = {weights[name].data_ptr(): tensor for name, tensor in found.items() if name in weights}
     found = {n: places[w.data_ptr()] for n, w in weights.items() if w.data_ptr() in places} | found  # tied ones, too
     errors = {name: _largest_error(written, found.get(name), base, name, update) for name, update in updates.items()}

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,7 @@ def read_config_rows(session: Session) -> tuple[list[Example], str]:
 
 
 def build_probes(session: Session, examples: Sequence[Example], origin: str) -> Probes:
-    """The examples as tokens: whole, and as prompts. The prompt of a plain text is its first half.
-
-    Raises:
-        ConfigurationError: no examples.
-    """
+    """The examples as tokens: whole, and as prompts. The prompt of a plain text is its first half."""
     if not examples:
         raise ConfigurationError(
             f"there are no rows {origin} to check the merge on; give data.validation=FILE with rows of the kind that "
@@ -198,27 +194,19 @@ def verify_folder(
         dtype: of the written weights.
         quantization: of the base that the adapter computed on, as `model.quantization`.
         job: how `reload.load_output` is to load it.
-
-    Raises:
-        MergeError: it cannot be loaded.
     """
     with tempfile.TemporaryDirectory(prefix="training-lens-merge-") as place:
         path = Path(place) / "job.json"
         write_json(path, {**asdict(given), **job, "folder": str(folder)}, verbatim=True)
-        _run_reload(path, folder, job["class"])
+        command = [sys.executable, "-P", reload.__file__, str(path)]  # -P keeps its folder out of the imports there
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
+        if done.returncode:
+            last = done.stderr.strip().rsplit("\n", 1)[-1] or f"exit code {done.returncode}, most likely out of memory"
+            raise MergeError(f"what was written in {folder} cannot be loaded by {job['class']}: {last}")
         answers = read_json(path.with_name("greedy.json"))
         with safe_open(path.with_name("logits.safetensors"), "pt") as file:
             found = [file.get_tensor(str(i)) for i in range(len(given.rows))]
     return compare_outputs(found, answers, wanted, dtype, quantization)
-
-
-def _run_reload(job: Path, folder: Path, name: str) -> None:
-    """Run reload.py; -P keeps its folder out of the other process's imports."""
-    command = [sys.executable, "-P", str(reload.__file__), str(job)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
-    if done.returncode:
-        last = done.stderr.strip().rsplit("\n", 1)[-1] or f"exit code {done.returncode}, most likely out of memory"
-        raise MergeError(f"what was written in {folder} cannot be loaded by {name}: {last}")
 
 
 def compare_outputs(
@@ -278,9 +266,5 @@ def _rms_distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 def _first_difference(found: list[int], wanted: list[int], margins: list[float]) -> float | None:
     """The adapter's margin at the first token where two answers differ; None if they are equal."""
-    length = max(len(found), len(wanted))
-    differs = (i for i in range(length) if found[i : i + 1] != wanted[i : i + 1])
-    place = next(differs, None)
-    if place is None:
-        return None
-    return margins[place] if place < len(margins) else math.inf
+    pairs = zip_longest(found, wanted, margins, fillvalue=math.inf)
+    return next((margin for token, other, margin in pairs if token != other), None)

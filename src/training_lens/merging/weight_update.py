@@ -73,9 +73,8 @@ def load_updates(folder: Path) -> dict[str, LowRankUpdate | WholeUpdate]:
     from safetensors.torch import load_file
 
     settings, tensors = read_config(folder), load_file(folder / WEIGHTS)
-    low_rank = low_rank_keys(tensors)
     updates: dict[str, LowRankUpdate | WholeUpdate] = {}
-    for path, keys in low_rank.items():
+    for path, keys in low_rank_keys(tensors).items():
         parts = {part: tensors.pop(key) for part, key in keys.items()}
         factor = read_scaling(path, len(parts["A"]), settings)
         updates[f"{path}.weight"] = LowRankUpdate(parts["A"], parts["B"], factor, parts.get("magnitude_vector"))
@@ -96,11 +95,7 @@ def low_rank_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def read_scaling(path: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """s of a module: alpha / rank, or alpha / sqrt(rank) of rsLoRA (arXiv 2312.03732).
-
-    Args:
-        settings: the content of adapter_config.json.
-    """
+    """s of a module, by adapter_config.json: alpha / rank, or alpha / sqrt(rank) of rsLoRA (arXiv 2312.03732)."""
     patterns = settings.get("alpha_pattern") or {}
     pattern = pattern_of(path, patterns)
     alpha = patterns[pattern] if pattern else settings["lora_alpha"]
