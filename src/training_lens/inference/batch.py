@@ -56,10 +56,7 @@ def answer_file(
     """Write the answer to every row of `source` to `output`, a JSON line each, in the rows' order; resumes a file.
 
     A call that was killed and repeated writes what an uninterrupted one would have: an incomplete window is answered as
-    a whole, and the missing lines are appended.
-
-    Args:
-        domain: of every row; None takes each row's own.
+    a whole, and the missing lines are appended. Without a `domain` for every row each has its own.
 
     Raises:
         DatasetError: no row can be answered.
@@ -88,18 +85,12 @@ def answer_file(
         logger.warning("and %d more rows passed over", len(passed_over) - NAMED)
     if not answered:
         raise DatasetError(f"{source.name}: none of its {len(rows)} rows can be answered.")
-    ends = lines.finish_reasons
-    return FileReport(
-        str(output), len(rows), answered, tuple(passed_over), resumed, cut=ends["length"], unmarked=ends[None]
-    )
+    cut, unmarked = lines.finish_reasons["length"], lines.finish_reasons[None]
+    return FileReport(str(output), len(rows), answered, tuple(passed_over), resumed, cut, unmarked)
 
 
 def input_file(name: str) -> DataSource:
-    """The one file that `--input` means.
-
-    Raises:
-        DatasetError: it is not there; ConfigurationError: it means several.
-    """
+    """The one file that `--input` means; DatasetError if it is not there, ConfigurationError if it means several."""
     files = expand_sources([name], "--input")
     if len(files) > 1:
         raise ConfigurationError(f"--input {name}: matches {len(files)} files; give one, with an output for each.")
@@ -153,11 +144,7 @@ class _AnswerLines:
         self.finish_reasons: Counter[str | None] = Counter()
 
     def match_prompts(self, prompts: Sequence[PromptRow], source: DataSource) -> int:
-        """How many of the prompts have their line already; lines and prompts have one order.
-
-        Raises:
-            ConfigurationError: a line does not answer its prompt.
-        """
+        """How many of the prompts have their line already; refuses a line that does not answer its prompt."""
         lines, self._left = self._left[: len(prompts)], self._left[len(prompts) :]
         for prompt, line in zip(prompts, lines, strict=False):
             self._matched += 1

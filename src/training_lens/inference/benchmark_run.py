@@ -24,13 +24,7 @@ from training_lens.errors import AdapterError, DatasetError
 from training_lens.inference.heldout_examples import read_training_tokens
 from training_lens.inference.session import Session
 from training_lens.models.copies import copy_base, copy_merged
-from training_lens.utils.devices import (
-    device_name,
-    peak_bytes,
-    reset_peak,
-    reset_process_peak,
-    synchronize,
-)
+from training_lens.utils.devices import device_name, peak_bytes, reset_peak, reset_process_peak, synchronize
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
@@ -136,13 +130,10 @@ class Benchmark:
 
 
 def run_benchmark(session: Session, settings: BenchmarkSection, progress: Progress) -> Benchmark:
-    """Measure every cell that fits; the session's model is not changed.
+    """Measure every cell that fits, for a run's session with its adapter; its model is not changed.
 
     Memory: the adapted layers' weights once more where `merged` is measured. A cell that does not fit the model's
     positions or the memory has a reason in place of numbers; the others are measured all the same.
-
-    Args:
-        session: of a run, with its adapter.
     """
     models, missing = _build_models(session, settings.models)
     text, prompts = _read_prompt_tokens(session, settings.seed)
@@ -155,18 +146,16 @@ def run_benchmark(session: Session, settings: BenchmarkSection, progress: Progre
             starts = torch.randint(len(text), (rows, 1), generator=generator)
             ids = text[(starts + torch.arange(length)) % len(text)]  # (rows, length); a short text is repeated
             if session.positions is not None and length + settings.new_tokens > session.positions:
-                reason = f"{length} + {settings.new_tokens} tokens do not fit the model's {session.positions} positions"
-                outcomes: dict[str, Outcome] = dict.fromkeys(models, reason)
+                misfit = f"{length} + {settings.new_tokens} tokens do not fit the model's {session.positions} positions"
+                outcomes: dict[str, Outcome] = dict.fromkeys(models, misfit)
                 advance(calls)
             else:
                 outcomes = _time_models(models, ids.to(session.device), settings, session.pad_id, advance)
             outcomes |= missing
             for name in settings.models:
-                outcome = outcomes[name]
-                if isinstance(outcome, str):
-                    cells.append(Cell(name, rows, length, None, outcome))
-                else:
-                    cells.append(Cell(name, rows, length, Speed.from_calls(outcome, rows), None))
+                found = outcomes[name]
+                speed, reason = (None, found) if isinstance(found, str) else (Speed.from_calls(found, rows), None)
+                cells.append(Cell(name, rows, length, speed, reason))
     weights = {name: [*model.parameters(), *model.buffers()] for name, model in models.items()}  # tied ones once
     sizes = {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in weights.items()}
     return Benchmark(session.source, _describe_machine(session), settings, prompts, sizes, cells)
@@ -242,11 +231,8 @@ def _time_call(model: Any, ids: torch.Tensor, new_tokens: int, pad_id: int) -> T
         times.append(time.perf_counter() - start)
         return torch.zeros(len(rows), dtype=torch.bool, device=device)
 
-    counted = True  # false where the system cannot restart the count of peak memory
-    if device.type == "cuda":
-        reset_peak(device)
-    else:
-        counted = reset_process_peak()
+    reset_peak(device)
+    counted = device.type == "cuda" or reset_process_peak()  # false where the system cannot restart the count
     synchronize(device)
     start = time.perf_counter()
     with torch.inference_mode():

@@ -43,9 +43,8 @@ class Decoder:
     def compute_logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """Logits after the last token of each row, (rows, vocabulary); the tokens are added to the KV cache.
 
-        Args:
-            ids, positions: (rows, tokens) int64.
-            masks: for each kind of layer, added to the attention scores; None: causal, without padding.
+        `ids` and `positions` are (rows, tokens) int64. The mask of each kind of layer is added to its attention scores;
+        None: causal, without padding.
         """
         if self.stack:
             return self.stack.logits(ids, positions, masks, cache)

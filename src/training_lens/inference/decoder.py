@@ -61,10 +61,8 @@ class DecoderCache:
             base: of the model without its adapter.
             prompt: real tokens to compare logits on.
         """
-        state = (base, *_read_model_state(model))
-        before = self._state
-        same = state[:-1] == before[:-1] and all(map(torch.equal, state[-1], before[-1]))
-        if not same:
+        state, before = (base, *_read_model_state(model)), self._state
+        if state[:-1] != before[:-1] or not all(map(torch.equal, state[-1], before[-1])):
             self._decoder = None  # before the next one is built: both need not be in memory together
             self._decoder = _try_to_build(model, base, prompt)
             self._state = (base, *_read_model_state(model))  # building may have moved weights together
@@ -130,11 +128,7 @@ def build_decoder(model: Any, base: bool, ids: Tensor) -> Decoder:
 
 
 def _attention_windows(model: Any) -> tuple[int | None, ...]:
-    """The attention window of each layer, None for full attention.
-
-    Raises:
-        UnsupportedModelError: a layer is neither full nor sliding attention, or the model is spread over devices.
-    """
+    """The attention window of each layer, None for full attention; refuses all other layers, and several devices."""
     config = model.config.get_text_config()
     name = config.model_type
     if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
@@ -191,11 +185,7 @@ def _has_memory_for_copy(model: Any, device: torch.device) -> bool:
 
 
 def _verify_decoding(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
-    """Prefill and decode the probe in two rows, one of them padded, and compare the logits.
-
-    Raises:
-        UnsupportedModelError: the logits differ, or the model fails.
-    """
+    """Prefill and decode the probe in two rows, one of them padded, and refuse a model whose logits differ."""
     count = min(DECODED_TOKENS, ids.shape[1] - 1)
     try:
         found = _decode_probe(decoder, ids[0].tolist(), count)
@@ -210,11 +200,7 @@ def _verify_decoding(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
 
 
 def _add_stack(decoder: Decoder, tokens: list[int]) -> Decoder:
-    """The decoder with its own forward pass through the layers, which gives the logits of its modules.
-
-    Raises:
-        UnknownLayerError: the model has other parts, or the logits differ.
-    """
+    """The decoder with its own forward pass through the layers; UnknownLayerError if its modules' logits differ."""
     faster = replace(decoder, stack=build_stack(decoder.model, decoder.windows))
     count = min(DECODED_TOKENS, len(tokens) - 1)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -43,27 +44,26 @@ def generate_padded(
     completions: Sequence[Completion],
     options: dict[str, Any],
     base: bool,
-    on_token: Callable[[int], None] | None = None,
+    on_token: Callable[[int], None] | None,
 ) -> None:
-    """Generate the tokens of each completion, up to its stop token.
+    """Generate the tokens of each completion, up to its stop token; `options` are those of `generate`.
 
-    Args:
-        options: keyword arguments of `generate`.
-        on_token: called with each token, where there is one completion.
+    `on_token` is called with each token, where there is one completion.
     """
-    prompts = [completion.prompt for completion in completions]
+    prompts = [list(completion.prompt) for completion in completions]
     width = max(map(len, prompts))
-    input_ids, attention_mask = _pad_left(prompts, session.pad_id)
+    ids = torch.tensor([[session.pad_id] * (width - len(p)) + p for p in prompts])  # (rows, width), padded at the left
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     options = options | {"max_new_tokens": completions[0].max_new_tokens}
     with torch.inference_mode(), base_only(session.model, base):
         out = session.model.generate(
-            input_ids=input_ids.to(session.device),
-            attention_mask=attention_mask.to(session.device),
+            input_ids=ids.to(session.device),
+            attention_mask=mask.to(session.device),
             streamer=_TokenStreamer(on_token, session.stop_ids) if on_token else None,
             **options,
         )
     for completion, row in zip(completions, out[:, width:].tolist(), strict=True):
-        completion.tokens = _cut_at_stop(row, session.stop_ids)
+        completion.tokens = list(takewhile(lambda token: token not in session.stop_ids, row))
         completion.has_stopped = len(completion.tokens) < len(row)
 
 
@@ -81,15 +81,3 @@ class _TokenStreamer:
 
     def end(self) -> None:
         pass
-
-
-def _pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of the prompts, (rows, longest) int64."""
-    width = max(len(p) for p in prompts)
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
-
-
-def _cut_at_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
-    return next((ids[:i] for i, token in enumerate(ids) if token in stop_ids), ids)

@@ -6,6 +6,7 @@ neither attention nor the sampler sees it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,11 +51,9 @@ def answer(
     base: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The answer to one prompt; `on_text` gets its text while the tokens are generated.
+    """The answer to one prompt, from `Session.prompt_ids`; `on_text` gets its text while the tokens are generated.
 
-    Args:
-        prompt_ids: from `Session.prompt_ids`.
-        base: answer as the base model, without the adapter.
+    With `base` the base model answers, without the adapter.
     """
     return generate_answer(session, prompt_ids, settings, base=base, on_text=on_text).text
 
@@ -99,8 +98,7 @@ def answer_texts(
 ) -> str | list[str]:
     """The answer to a text, or a list of answers to a list of texts. Logs how many were cut.
 
-    Raises:
-        ConfigurationError: a prompt is not a text, is empty, or leaves no room for an answer.
+    A prompt that is not a text, is empty, or leaves no room for an answer is a ConfigurationError.
     """
     texts = [prompts] if isinstance(prompts, str) else prompts
     _require_texts(texts)
@@ -216,10 +214,17 @@ def _plan_call(
 ) -> _GenerationCall:
     """The call, with the session's decoder where that supports the model and the settings.
 
-    Args:
-        prompt: real tokens, on which a new decoder is verified.
+    A new decoder is verified on the tokens of `prompt`. Temperature 0 is greedy.
     """
-    options = _generate_options(session, settings)
+    is_sampled = settings.temperature != 0
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or 0}
+    options = {
+        "do_sample": is_sampled,
+        **(sampling if is_sampled else {}),
+        "max_new_tokens": settings.max_new_tokens,
+        "eos_token_id": sorted(session.stop_ids),
+        "pad_token_id": session.pad_id,
+    }
     sampler = Sampler(session.model, options, session.device)
     if unsupported := sampler.unsupported_option:
         log_once(f"answers come from the model's own generate: its generation config asks for {unsupported}")
@@ -232,14 +237,13 @@ def _complete_prompts(
     call: _GenerationCall, prompts: Sequence[Sequence[int]], advance: Callable[[float], None] = lambda _done: None
 ) -> list[Completion]:
     """The completions; arguments and errors are those of `generate_answers`."""
-    completions, most, positions = list[Completion](), call.settings.max_new_tokens, call.session.positions
+    completions, positions = list[Completion](), call.session.positions or sys.maxsize
     for index, prompt in enumerate(prompts):
-        if positions and len(prompt) >= positions:
+        if len(prompt) >= positions:
             raise ConfigurationError(
                 f"a prompt has {len(prompt)} tokens, the model {positions} positions: no room to answer. Shorten it."
             )
-        room = min(most, positions - len(prompt)) if positions else most
-        completions.append(Completion(index, prompt, room))
+        completions.append(Completion(index, prompt, min(call.settings.max_new_tokens, positions - len(prompt))))
     waiting = sorted(completions, key=lambda c: -len(c.prompt))
     budget = call.settings.batch_tokens
     while waiting:
@@ -269,19 +273,6 @@ def _raise_unless_fewer_rows_help(error: Exception, rows: int, width: int) -> No
             f"not enough memory for one prompt with its answer ({width} tokens): {describe_error(error)} Give a "
             "smaller max_new_tokens, a shorter prompt, or load fewer bits (model.dtype=bf16, model.quantization=4bit)."
         ) from error
-
-
-def _generate_options(session: Session, settings: InferenceSection) -> dict[str, Any]:
-    """The settings as keyword arguments of `generate`; temperature 0 is greedy."""
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or 0}
-    is_sampled = settings.temperature != 0
-    return {
-        "do_sample": is_sampled,
-        **(sampling if is_sampled else {}),
-        "max_new_tokens": settings.max_new_tokens,
-        "eos_token_id": sorted(session.stop_ids),
-        "pad_token_id": session.pad_id,
-    }
 
 
 def _make_answer(session: Session, completion: Completion) -> GeneratedAnswer:

@@ -24,10 +24,9 @@ logger = get_logger(__name__)
 def validation_examples(
     run: RunFolder, session: Session, limit: int | None = None, others: Sequence[str] | None = None
 ) -> list[Example]:
-    """The run's validation rows that fit the model, in their files' order. Logs how many do not fit.
+    """The run's validation rows that fit the model of its session, in their files' order. Logs how many do not fit.
 
     Args:
-        session: of that run.
         limit: the most examples; the first that fit.
         others: sources to read in place of the run's own validation rows.
 

@@ -219,14 +219,10 @@ def _placeholder(values: Mapping[str, Any], mapping: FieldMapping) -> dict[str, 
 def find_id_keys(keys: Iterable[str], used: Collection[str]) -> tuple[str, ...]:
     """The keys that hold ids, such as `id`, `question_id`, `customId` and `UUID`, in the rows' order.
 
-    Args:
-        used: keys that mean something else, such as the domain's, and field names of an output line.
+    Those `used` mean something else, such as the domain's, and field names of an output line.
     """
-    return tuple(
-        key
-        for key in keys
-        if key not in used and (re.sub(r"[^a-z0-9]", "", key.lower()) in ID_NAMES or ID_ENDING.search(key))
-    )
+    others = (key for key in keys if key not in used)
+    return tuple(k for k in others if re.sub(r"[^a-z0-9]", "", k.lower()) in ID_NAMES or ID_ENDING.search(k))
 
 
 def read_ids(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:

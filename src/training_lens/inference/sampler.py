@@ -9,15 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWWISE = {  # these read only the scores, so all rows go through them together
-    "TemperatureLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-    "MinPLogitsWarper",
-    "TypicalLogitsWarper",
-    "EpsilonLogitsWarper",
-    "EtaLogitsWarper",
-}
+# These read only the scores, so all rows go through them together.
+ROWWISE = {f"{name}LogitsWarper" for name in ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")}
 UNSUPPORTED_OPTIONS = {  # what `generate` does besides sampling from scores, with the values that switch it off
     "guidance_scale": (None, 1, 1.0),
     "stop_strings": (None,),
@@ -55,11 +48,7 @@ class Completion:
 
 
 class Sampler:
-    """Samples the tokens that the model's own `generate` gives for each prompt alone.
-
-    Args:
-        options: the keyword arguments of `generate`.
-    """
+    """Samples the tokens that the model's own `generate` with these options gives for each prompt alone."""
 
     def __init__(self, model: Any, options: dict[str, Any], device: torch.device) -> None:
         self._model, self._device = model, device
@@ -78,11 +67,7 @@ class Sampler:
         return next((name for name, off in options if getattr(self.config, name, None) not in off), None)
 
     def sample_next_token(self, logits: Tensor, rows: Sequence[Completion | None]) -> Tensor:
-        """The next token of each row, (rows,) int64; an empty row gets an arbitrary one.
-
-        Args:
-            logits: (rows, vocabulary).
-        """
+        """The next token of each row, (rows,) int64, by logits (rows, vocabulary); an arbitrary one of an empty row."""
         scores = logits.float()
         if self._is_rowwise:
             scores = self._shared_processors(None, scores)

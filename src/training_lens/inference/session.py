@@ -92,11 +92,7 @@ class Session:
         return self.adapter is not None
 
     def check_domain(self, domain: str | None) -> None:
-        """Refuse a domain that the run was not trained on.
-
-        Raises:
-            ConfigurationError: names the run's domains, and the nearest.
-        """
+        """Refuse a domain that the run was not trained on, by an error with the run's domains and the nearest."""
         _check_text(domain or "", "the domain")
         if domain is None or self.domains is None or domain in self.domains:
             return
@@ -109,9 +105,7 @@ class Session:
     ) -> list[int]:
         """The tokens of a prompt, exactly as in training.
 
-        Raises:
-            ConfigurationError: an unknown domain, characters that are not text, or a prompt that leaves no room to
-                answer.
+        An unknown domain, characters that are not text, and a prompt that leaves no room to answer are refused.
         """
         self.check_domain(domain)
         contents = [[m.text, m.input, m.calls, m.extra] for m in messages]
@@ -131,11 +125,7 @@ class Session:
 
 
 def _check_text(text: str, what: str) -> None:
-    """Refuse characters that no tokenizer or template can take.
-
-    Raises:
-        ConfigurationError: half of a surrogate pair, or one of U+FDD0 to U+FDD3, in the text called `what`.
-    """
+    """Refuse characters that no tokenizer or template can take: half a surrogate pair, and U+FDD0 to U+FDD3."""
     if found := NO_TEXT.search(text):
         code = ord(found[0])
         kind = "a noncharacter" if code >= 0xFDD0 else "half of a surrogate pair, or a byte that is not UTF-8"
@@ -260,9 +250,6 @@ def build_session(
     Args:
         config: with `data.template` resolved.
         continues_text: the model was trained on plain texts alone, see `are_plain_texts`.
-
-    Raises:
-        ModelLoadingError: the tokenizer or the model's generation config cannot be used.
     """
     encoder = TextEncoder(loaded.tokenizer)  # before the renderer, which assumes that there is an EOS token
     renderer = build_renderer(config.data, loaded.tokenizer)
@@ -303,11 +290,7 @@ def _trained_stop_ids(renderer: Renderer, encoder: TextEncoder, continues_text: 
 
 
 def _configured_stop_ids(model: Any, model_id: str) -> list[int]:
-    """The stop tokens of the model's generation config.
-
-    Raises:
-        ModelLoadingError: they are not token ids.
-    """
+    """The stop tokens of the model's generation config; refuses what are no token ids."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured] if configured is not None else []
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
