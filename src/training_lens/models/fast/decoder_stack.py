@@ -93,13 +93,9 @@ class DecoderStack:
 
 
 def build_stack(model: Any, windows: Sequence[int | None]) -> DecoderStack:
-    """The stack of a model whose layers were replaced.
+    """The stack of a model whose layers were replaced; UnknownLayerError if it has other parts, or hooks.
 
-    Args:
-        windows: of each layer, None for one that sees all.
-
-    Raises:
-        UnknownLayerError: it has other parts, or hooks.
+    The window of each layer is None for one that sees all.
     """
     decoder, head, config = decoder_of(model), model.get_output_embeddings(), model.config.get_text_config()
     children = dict(decoder.named_children())

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from training_lens.errors import ModelLoadingError
-from training_lens.models.fast.install import InstalledKernels, forward_packed, install_kernels
+from training_lens.models.fast.install import PROBE_TOKENS, InstalledKernels, forward_packed, install_kernels
 from training_lens.models.fast.losses import linear_nll, nll
-from training_lens.models.fast.module_kernels import PROBE_TOKENS
 from training_lens.models.fast.native.attention_kernels import PackedSequences
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 from training_lens.models.model_classes import decoder_of, unwrap_adapter
@@ -23,18 +22,14 @@ from training_lens.models.rotary import padded_positions
 from training_lens.models.token_scores import logits_from_states
 from training_lens.utils.devices import Precision, move_to_device
 
-TOKEN_MULTIPLE = (
-    64  # lines are filled up to a multiple of so many tokens: a product of a new shape costs oneDNN time to prepare
-)
+TOKEN_MULTIPLE = 64  # to which packed tokens are filled up: a product of a new shape costs oneDNN time to prepare
 COMPARED_STATES = 4  # random states on which the output layer alone is compared with what the model makes of them
 
 
 class Engine:
-    """A PEFT model in training: with kernels installed, and the loss of supervised positions only.
+    """A PEFT model in training: with kernels installed in place, and the loss of supervised positions only.
 
-    Args:
-        model: the base with its adapter; kernels are installed in place.
-        precision: in which autocast lets the passes compute; fp32: the weights' own.
+    `precision` is that in which autocast lets the passes compute; fp32: the weights' own.
 
     Raises:
         ModelLoadingError: see `require_causal`.
@@ -128,9 +123,7 @@ class Engine:
         if self._head_trains or type(head) is not nn.Linear or not head.weight.is_floating_point():
             return False
         generator = torch.Generator().manual_seed(0)
-        states = torch.randn(COMPARED_STATES, head.in_features, generator=generator).to(
-            head.weight.device, head.weight.dtype
-        )
+        states = torch.randn(COMPARED_STATES, head.in_features, generator=generator).to(head.weight)
         states *= 100  # so that a cap shows
         return torch.equal(head(states).float(), self._head_logits(states))
 
@@ -143,9 +136,6 @@ def require_causal(model: Any) -> None:
     Quantized models, whose rounding may depend on all tokens of a batch, and models that give no finite numbers are not
     compared: the first step reports those.
     Cost: a pass of a few tokens and one of half as many; one more where the decoder is not the whole base model.
-
-    Raises:
-        ModelLoadingError: states or logits differ.
     """
     whole = unwrap_adapter(model)
     decoder = decoder_of(whole)

@@ -53,11 +53,7 @@ class DecodingNorm(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """down(a(gate x) * up x), gate and up as one product.
-
-    Raises:
-        UnknownLayerError: see `FusedLinear`.
-    """
+    """down(a(gate x) * up x), gate and up as one product; errors are those of `FusedLinear`."""
 
     def __init__(self, module: Any, spec: MLPSpec, decodes: bool = False) -> None:
         super().__init__()
@@ -81,9 +77,7 @@ def rotate_projections(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a fused projection (tokens, width), each (tokens, heads, size), normalized, rotated.
 
-    Args:
-        norms: see `split_heads`.
-        cos, sin: see `apply_rotary`.
+    `norms` are those of `split_heads`, `cos` and `sin` those of `apply_rotary`.
     """
     interleaved = spec.rotary == "interleaved"
     if spec.rotary is None or spec.qk_norm is not None:
@@ -106,11 +100,7 @@ def flatten_angles(angles: tuple[Tensor, Tensor], rows: int) -> Angles:
 class DecodingAttention(nn.Module):
     """Causal attention over a KV cache, q, k and v as one product; signature and result as in transformers.
 
-    Args:
-        norms: of queries and keys; empty where the spec has none.
-
-    Raises:
-        UnknownLayerError: see `FusedLinear`.
+    `norms` are those of queries and keys; empty where the spec has none. Errors are those of `FusedLinear`.
     """
 
     def __init__(self, module: Any, spec: AttentionSpec, norms: Sequence[Any]) -> None:

@@ -211,16 +211,13 @@ def _concatenate_biases(bases: Sequence[Any]) -> Tensor | None:
     """The biases side by side, 0 for a layer without one; None where no layer has one."""
     if all(base.bias is None for base in bases):
         return None
-    if len(bases) == 1:
-        return bases[0].bias.detach()  # type: ignore[no-any-return]
-    return torch.cat(
-        [
-            torch.zeros(_weight_shape(base)[0], dtype=weight_dtype(base), device=base.weight.device)
-            if base.bias is None
-            else base.bias.detach()
-            for base in bases
-        ]
-    )
+    biases: list[Tensor] = [
+        torch.zeros(_weight_shape(base)[0], dtype=weight_dtype(base), device=base.weight.device)
+        if base.bias is None
+        else base.bias.detach()
+        for base in bases
+    ]
+    return biases[0] if len(biases) == 1 else torch.cat(biases)
 
 
 def _fusion_refusal(layers: Sequence[Any], decodes: bool) -> str:
@@ -306,10 +303,5 @@ def _active_branch(layer: Any) -> LoRABranch | None:
 
 def _dropout_rate(layers: Sequence[Any]) -> float:
     """The adapters' dropout rate now, 0 in evaluation; one mask serves all projections of an input."""
-    shares = [
-        module.p
-        for layer in layers
-        for module in getattr(layer, "lora_dropout", {}).values()
-        if isinstance(module, nn.Dropout) and module.training
-    ]
-    return max(shares, default=0.0)
+    modules = [module for layer in layers for module in getattr(layer, "lora_dropout", {}).values()]
+    return max((m.p for m in modules if isinstance(m, nn.Dropout) and m.training), default=0.0)

@@ -133,10 +133,8 @@ def scale_outputs(
 ) -> Float[Tensor, "*tokens out"]:
     """y = g z + b with a learned factor of each output, as DoRA has in g = m / |W + s B A| (arXiv 2402.09353, eq. 5).
 
-    Kept: g z alone, which without a bias is y. Gradients: dz = g dy, dg = (sum over tokens of dy g z) / g.
-
-    Args:
-        gains: none of them 0; of a dtype that may be wider than that of `z`: the product is rounded once.
+    Kept: g z alone, which without a bias is y. Gradients: dz = g dy, dg = (sum over tokens of dy g z) / g. No gain may
+    be 0; their dtype may be wider than that of `z`: the product is rounded once.
     """
     y: Tensor = _ScaleOutputs.apply(z, gains, bias)
     return y
@@ -217,10 +215,7 @@ def apply_gate(gate_up: Float[Tensor, "*tokens twice"], activation: str = "silu"
     """a(gate) * up of a joined projection whose first half is the gate (SwiGLU, GeGLU: arXiv 2002.05202).
 
     Kept: the projection alone; a(gate) is computed again for the gradient, but for GELU by torch on a CPU, where that
-    would take a quarter of the time: there it is kept, too.
-
-    Args:
-        activation: a name in `ACTIVATIONS`.
+    would take a quarter of the time: there it is kept, too. The activation is a name in `ACTIVATIONS`.
     """
     if gate_up.requires_grad:
         y: Tensor = _ApplyGate.apply(gate_up, activation)

@@ -125,12 +125,9 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(self.columns, w is not None) for w in windows])
 
     def write_prompt(self, row: int, prompt: Cache, place: int, prefix: int, length: int) -> None:
-        """Take over a prompt that was just read.
+        """Take over a prompt of `length` tokens that was just read, from the row `place` of a cache.
 
-        Args:
-            prompt: its keys and values; `place` is its row there, with `prefix` tokens at the left that all its rows
-                share, and the others at the right.
-            length: tokens of the prompt, the prefix among them.
+        There `prefix` tokens at the left are those that all its rows share; the others are at the right.
         """
         start, rest = self.columns.end - length, length - prefix
         for layer, read in zip(self.layers, prompt.layers, strict=True):

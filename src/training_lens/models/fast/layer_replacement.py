@@ -7,19 +7,15 @@ and stands in only where its result is the same up to rounding; every other laye
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from training_lens.models.fast.fused_layers import DecodingAttention, DecodingNorm, FusedMLP
 from training_lens.models.fast.fused_linear import FusedLinear
-from training_lens.models.fast.layer_spec import (
-    AttentionSpec,
-    LayerSpec,
-    MLPSpec,
-    NormSpec,
-    UnknownLayerError,
-)
+from training_lens.models.fast.layer_spec import AttentionSpec, LayerSpec, MLPSpec, NormSpec, UnknownLayerError
 from training_lens.models.fast.recognition import recognize_layers
 from training_lens.models.fast.tolerance import is_close
 from training_lens.utils.resource_errors import raise_out_of_memory
@@ -30,11 +26,8 @@ Specs = dict[Any, LayerSpec]
 def replace_layers(model: Any, ids: Tensor) -> list[str]:
     """Put decoding's layers into `model`, in place; why others of its layers decode by themselves.
 
-    Cost: a pass over `ids`, one of a few tokens, and each replaced layer once more.
-
-    Args:
-        model: a copy of its own modules, with adapters merged or not; it is called without gradients.
-        ids: (1, tokens) int64, of a real prompt.
+    `model` has modules of its own, with adapters merged or not, and is called without gradients; `ids` are those of a
+    real prompt, (1, tokens) int64. Cost: a pass over them, one of a few tokens, and each replaced layer once more.
     """
     layers = recognize_layers(model)
     head = model.get_output_embeddings()
@@ -49,18 +42,15 @@ def replace_layers(model: Any, ids: Tensor) -> list[str]:
 def _record_calls(model: Any, ids: Tensor, names: Sequence[str]) -> dict[str, tuple[Any, Any, Any]]:
     """Arguments, keyword arguments and result of each of these modules in a pass over `ids`."""
     calls: dict[str, tuple[Any, Any, Any]] = {}
-    handles = []
-    for name in names:
 
-        def note(_module: Any, given: Any, options: Any, result: Any, name: str = name) -> None:
-            calls[name] = given, options, result
+    def note(name: str, _module: Any, given: Any, options: Any, result: Any) -> None:
+        calls[name] = given, options, result
 
-        handles.append(model.get_submodule(name).register_forward_hook(note, with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_hook(partial(note, name), with_kwargs=True)
+            stack.callback(hook.remove)
         model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -90,8 +90,7 @@ def activation_of(module: Any) -> Any:
 def split_heads(fused: Tensor, spec: AttentionSpec, norms: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a fused projection (*tokens, width), each (*tokens, heads, size), and normalized.
 
-    Args:
-        norms: has `q_norm` and `k_norm` where the spec has them.
+    `norms` has `q_norm` and `k_norm` where the spec has them.
     """
     if spec.qk_norm == "width":
         query, key, value = fused.split([count * spec.head_size for count in spec.sizes], -1)

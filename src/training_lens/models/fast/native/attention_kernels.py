@@ -75,12 +75,7 @@ AttendBackCall = define_call("attend_back", *ATTENTION_FIELDS)
 
 
 class PackedAttentionCall:
-    """One call of the kernels in C for causal attention of packed sequences.
-
-    Args:
-        query: (tokens, heads, size).
-        key, value: (tokens, groups, size).
-    """
+    """A call of the kernels in C for causal attention: query (tokens, heads, size), others (tokens, groups, size)."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scores: ScoreSpec) -> None:
         given = (query, key, value)
@@ -98,9 +93,7 @@ class PackedAttentionCall:
         out = torch.empty_like(self.query, memory_format=torch.contiguous_format)
         sums = self.query.new_empty(self.heads, len(self.query), dtype=sum_dtype(self.query))
         nothing = dict.fromkeys(("dout", "dquery", "dkey", "dvalue"))
-        self._run(
-            AttendCall, out=out, sums=sums, scratch=self._scratch((1, 1), (1, 1), 1), gradient_stride=0, **nothing
-        )
+        self._run(AttendCall, out=out, sums=sums, scratch=self._scratch(1, 1, 1), gradient_stride=0, **nothing)
         return out, sums
 
     def attend_backward(self, dout: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +102,7 @@ class PackedAttentionCall:
         fused = self.query.new_empty(tokens, self.heads + 2 * self.groups, size)
         dquery, dkey, dvalue = fused.split([self.heads, self.groups, self.groups], 1)
         self._run(
-            AttendBackCall, out=out, sums=sums, scratch=self._scratch((2, 3), (2, 3), 2), dout=dout.contiguous(),
+            AttendBackCall, out=out, sums=sums, scratch=self._scratch(2, 3, 2), dout=dout.contiguous(),
             dquery=dquery, dkey=dkey, dvalue=dvalue, gradient_stride=fused.stride(0),
         )  # fmt: skip
         return dquery, dkey, dvalue
@@ -125,13 +118,14 @@ class PackedAttentionCall:
         )  # fmt: skip
         run_kernel(call, self.query.dtype, self._workers)
 
-    def _scratch(self, by_key: tuple[int, int], by_query: tuple[int, int], by_pair: int) -> Tensor:
-        """Memory of each worker: so many numbers for each key and query, times a head's size, plain and rounded up."""
+    def _scratch(self, plain: int, rounded: int, by_pair: int) -> Tensor:
+        """Memory of each worker: so many times a head's size, plain and rounded up, for each key and query of a block.
+
+        And `by_pair` numbers for each pair of both.
+        """
         keys, size = _round_up(max(self.packed.lengths)), self.query.shape[2]
-        widths = (size, _round_up(size))
-        one = sum(keys * count * width for count, width in zip(by_key, widths, strict=True))
-        one += sum(BLOCK * count * width for count, width in zip(by_query, widths, strict=True))
-        return self.query.new_empty(self._workers, one + by_pair * BLOCK * keys, dtype=sum_dtype(self.query))
+        count = (keys + BLOCK) * (plain * size + rounded * _round_up(size)) + by_pair * BLOCK * keys
+        return self.query.new_empty(self._workers, count, dtype=sum_dtype(self.query))
 
 
 def _round_up(count: int) -> int:

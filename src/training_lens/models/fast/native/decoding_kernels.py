@@ -13,13 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from training_lens.models.fast.native.attention_kernels import ScoreSpec
-from training_lens.models.fast.native.library import (
-    GRAIN,
-    can_compute,
-    define_call,
-    has_kernel,
-    run_kernel,
-)
+from training_lens.models.fast.native.library import GRAIN, can_compute, define_call, has_kernel, run_kernel
 
 MOST_LAYERS = 8  # of products.h
 
@@ -96,11 +90,7 @@ class FewRowsLinear:
         return kernel and whole and all(t.is_contiguous() for t in tensors)
 
     def __call__(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows outs"]:
-        """Of one row at least.
-
-        Raises:
-            ValueError: x is of another width or dtype than the weights.
-        """
+        """Of one row at least; ValueError if x is of another width or dtype than the weights."""
         width, dtype = self._weights[0].shape[1], self._weights[0].dtype
         if x.shape[-1] != width or x.dtype != dtype:
             raise ValueError(f"rows of {x.shape[-1]} {x.dtype} for weights of {width} {dtype}")
@@ -116,10 +106,8 @@ class FewRowsLinear:
 class LoRABranches:
     """The low-rank branches of layers whose outputs lie side by side: y += (x A^T) B^T, for some rows.
 
-    In the dtype of sums until y is rounded, as PEFT computes beside weights of fewer bits.
-
-    Args:
-        factors: A (rank, width) and B (out, rank) of each layer, B with the adapter's scale.
+    In the dtype of sums until y is rounded, as PEFT computes beside weights of fewer bits. The factors of each layer
+    are A (rank, width) and B (out, rank), B with the adapter's scale.
     """
 
     LANES, WIDTH, TILE = 16, 64, 8  # ranks are filled to multiples of; of decoding.h; of kernels.h

@@ -23,8 +23,7 @@ GRAIN = 2**15  # numbers that are worth a thread
 class KernelCall(ctypes.Structure):
     """The arguments of a kernel, in the order of its struct in C: `kernel` is its name, and the struct's.
 
-    Args:
-        values: tensors in place of pointers, None for null; each field's. They live as long as the call.
+    Each field has a value, a tensor (or None for null) in place of a pointer. They live as long as the call.
     """
 
     kernel: ClassVar[str]
@@ -40,8 +39,7 @@ class KernelCall(ctypes.Structure):
 def define_call(kernel: str, pointers: str, sizes: str = "", numbers: str = "") -> type[KernelCall]:
     """The arguments of a kernel: pointers (`name[count]` for an array of them), then int64, then double.
 
-    Args:
-        kernel: its name; `struct KERNEL_call` of its source has the same fields.
+    `struct KERNEL_call` of its source has the same fields.
     """
     fields: list[tuple[str, Any]] = []
     for names, kind in ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (numbers, ctypes.c_double)):
@@ -92,10 +90,7 @@ def has_kernel(kernel: str, dtype: torch.dtype) -> bool:
 
 
 def run_kernel(call: KernelCall, dtype: torch.dtype, items: int, size: int = GRAIN) -> None:
-    """Let a kernel compute `items` of `size` numbers each.
-
-    The caller checks that the tensors have the layout that the kernel reads.
-    """
+    """Let a kernel compute `items` of `size` numbers each; the caller checks the layout of the tensors."""
     found = load_library()
     assert found is not None, "callers ask can_compute first"
     failed = found.share(0, items, max(1, GRAIN // size), found.address(call.kernel, dtype), ctypes.addressof(call))
