@@ -40,11 +40,9 @@ ON_OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def require_adapter(folder: Path) -> Path:
-    """The folder, after checking that it holds an adapter's two files.
+    """The folder, after checking that it holds an adapter's two files, as its run or checkpoint recorded them.
 
-    Raises:
-        AdapterError: a file is missing; only safetensors weights are read.
-        DamagedFileError: a file differs from what the run or checkpoint around it recorded.
+    Only safetensors weights are read. Raises AdapterError and DamagedFileError.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -55,11 +53,7 @@ def require_adapter(folder: Path) -> Path:
 
 
 def require_finite(folder: Path) -> None:
-    """Refuse an adapter with NaN or infinity in its weights or its scale.
-
-    Raises:
-        AdapterError: names the first tensor or key; or a file is broken.
-    """
+    """Refuse an adapter with NaN or infinity in its weights or its scale, or with a broken file."""
     import torch
 
     config = read_config(folder)
@@ -76,11 +70,7 @@ def require_finite(folder: Path) -> None:
 
 
 def adapter_folder(reference: str) -> Path:
-    """The adapter folder that `peft.from_adapter` names: itself, or artifacts/adapter of a run folder.
-
-    Raises:
-        AdapterError: there is no such folder, or files are missing.
-    """
+    """The adapter folder that `peft.from_adapter` names: itself, or artifacts/adapter of a run folder."""
     path = expand_home(reference)
     if path.is_file():
         raise AdapterError(f"peft.from_adapter: '{reference}' is a file. Give the folder of an adapter, or of a run.")
@@ -127,11 +117,7 @@ def _sort_list(value: Any) -> Any:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of adapter_config.json.
-
-    Raises:
-        AdapterError: it is not a JSON object, or names a module that PEFT would import.
-    """
+    """The content of adapter_config.json; AdapterError if it is wrong, or names a module that PEFT would import."""
     try:
         config = read_json(folder / CONFIG)
     except ValueError as error:
@@ -184,14 +170,11 @@ def _read_section(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def require_plain(config: dict[str, Any], folder: Path, key: str, doing: str, also: Collection[str] = ()) -> None:
-    """Refuse an adapter that is not a plain LoRA or DoRA on the base's own weights.
+    """Refuse another adapter than a plain LoRA or DoRA on the base's own weights, and one that lacks a key.
 
     Args:
         key: the config key that named the adapter; `doing` is what other adapters cannot do; both for the message.
         also: keys that may be set besides those of `PeftSection`.
-
-    Raises:
-        AdapterError: another kind of adapter, PEFT options that change what it computes, or a missing key.
     """
     from peft import LoraConfig
 
@@ -212,11 +195,7 @@ def require_plain(config: dict[str, Any], folder: Path, key: str, doing: str, al
 
 
 def saved_shapes(folder: Path) -> Shapes:
-    """Names and shapes of the saved tensors, from the file's header.
-
-    Raises:
-        AdapterError: it is not a safetensors file.
-    """
+    """Names and shapes of the saved tensors, from the file's header."""
     with _open_weights(folder) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
@@ -233,11 +212,7 @@ def _open_weights(folder: Path) -> Iterator[Any]:
 
 
 def check_fit(folder: Path, wanted: Shapes, base: str) -> None:
-    """Compare a saved adapter with the names and shapes of tensors that it must have on `base`.
-
-    Raises:
-        AdapterError: names or shapes differ, so it was trained on another base.
-    """
+    """Refuse a saved adapter without the names and shapes of tensors that are `wanted` on `base`."""
     require_finite(folder)
     found = saved_shapes(folder)
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

@@ -93,12 +93,7 @@ def describe_adapter(peft: PeftSection) -> str:
 
 
 def _inject_adapter(model: Any, peft: PeftSection) -> tuple[Any, tuple[Omission, ...]]:
-    """`model`, which may be without weights, in PEFT's wrapper; and the modules that are left out.
-
-    Raises:
-        AdapterError: names that match nothing, modules that cannot be adapted, ranks that are too high; or PEFT adapts
-            other modules than it was asked to.
-    """
+    """`model`, which may be without weights, in PEFT's wrapper; and the modules that are left out."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -170,8 +165,7 @@ def _convert_whole_module_dtypes(adapted: Any) -> None:
 def check_adapter(skeleton: Any, peft: PeftSection) -> Adaptation:
     """What `attach` would adapt, tried on a model without weights (`factory.build_skeleton`), which is used up.
 
-    Raises:
-        AdapterError: see `attach`; a saved adapter is compared by the shapes in its header.
+    Errors are those of `attach`; a saved adapter is compared by the shapes in its header.
     """
     from peft import get_peft_model_state_dict
 
@@ -226,9 +220,8 @@ def trainable_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
 def count_parameters(model: Any) -> ParameterCount:
     """Trainable and total parameters; each 4-bit weight counts as one."""
     parameters = list(model.parameters())  # each tensor once, also where weights are tied
-    return ParameterCount(
-        sum(p.numel() for p in parameters if p.requires_grad), sum(element_count(p) for p in parameters)
-    )
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return ParameterCount(trainable, sum(map(element_count, parameters)))
 
 
 def save_adapter(model: Any, folder: Path | str) -> None:
@@ -269,11 +262,7 @@ def load_adapter(model: Any, folder: Path | str, *, training: bool = False) -> A
 
 
 def restore_adapter(model: Any, folder: Path) -> None:
-    """Load a saved adapter's weights into an attached adapter.
-
-    Raises:
-        AdapterError: a tensor is missing or has another shape.
-    """
+    """Load a saved adapter's weights into an attached adapter; AdapterError if a tensor is missing or another."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 

@@ -61,10 +61,9 @@ def write_unless_same(base: Path, folder: Path, name: str, content: Any) -> None
 def write_config(
     base: Path, folder: Path, model: Any, *, dtype: Precision | None, untied: bool, trust_remote_code: bool
 ) -> None:
-    """Write config.json: the base's own, except what differs in the written weights.
+    """Write config.json: the base's own, except what differs in the weights of `model`, which is not quantized.
 
     Args:
-        model: the model that is written, not quantized.
         dtype: of the written weights; None: as in the base's files.
         untied: embedding and output head were one weight, and are two now.
         trust_remote_code: the folder holds the base's code, and the file names it.
@@ -123,22 +122,16 @@ def write_generation_config(base: Path, folder: Path, model: Any, stop_ids: Coll
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, base: Path, trust_remote_code: bool = False) -> None:
-    """Write the base's tokenizer files into `folder`, with the changed template and tokens of `tokenizer`.
+    """Write the base's tokenizer files into `folder`, with what changed in `tokenizer`, which is derived from it.
 
-    Args:
-        tokenizer: the base's own, or one derived from it.
-        base: the folder of the base's files.
-        trust_remote_code: the base's code was trusted to run; otherwise it is neither copied nor named.
+    The base's code is copied and named only if it was trusted to run.
     """
     from transformers import AutoTokenizer
 
     own = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
-    copy_files(
-        base,
-        folder,
-        (*TOKENIZER_FILES, *own.vocab_files_names.values(), *(("tokeniz*.py",) if trust_remote_code else ())),
-    )
-    _copy_changes(tokenizer, own, folder, base)
+    code = ["tokeniz*.py"] if trust_remote_code else []
+    copy_files(base, folder, [*TOKENIZER_FILES, *own.vocab_files_names.values(), *code])
+    _copy_changes(tokenizer, own, folder)
     if tokenizer.chat_template != own.chat_template:
         _write_template(tokenizer.chat_template, folder)
     if not trust_remote_code and (folder / TOKENIZER_CONFIG).is_file():
@@ -147,7 +140,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, base: Path, trust_remote_code: 
             write_json(folder / TOKENIZER_CONFIG, settings, verbatim=True)
 
 
-def _copy_changes(tokenizer: Any, own: Any, folder: Path, base: Path) -> None:
+def _copy_changes(tokenizer: Any, own: Any, folder: Path) -> None:
     """Apply to the copied files what differs between the two tokenizers as transformers writes them."""
     with tempfile.TemporaryDirectory(prefix="training-lens-tokenizer-") as place:
         before, after = Path(place) / "before", Path(place) / "after"
@@ -159,10 +152,9 @@ def _copy_changes(tokenizer: Any, own: Any, folder: Path, base: Path) -> None:
             shutil.copyfile(after / TOKENIZER, folder / TOKENIZER)
         else:
             _apply_changes(folder, TOKENIZER, rules)
+    special = _read_settings(folder / SPECIAL)
     _apply_changes(folder, TOKENIZER_CONFIG, settings)
-    _apply_changes(
-        folder, SPECIAL, {key: value for key, value in settings.items() if key in _read_settings(folder / SPECIAL)}
-    )
+    _apply_changes(folder, SPECIAL, {key: value for key, value in settings.items() if key in special})
     if "added_tokens" in rules:  # the older files and keys have them too, where the base has these
         if "added_tokens_decoder" in _read_settings(folder / TOKENIZER_CONFIG):
             tokens = {str(index): token.__getstate__() for index, token in tokenizer.added_tokens_decoder.items()}

@@ -53,11 +53,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_header(path: Path) -> Iterable[StoredTensor]:
-    """The tensors of one file. Format: 8 bytes of the header's length (little-endian), the header (JSON), the data.
-
-    Raises:
-        ModelLoadingError: it has another format.
-    """
+    """The tensors of one file. Format: 8 bytes of the header's length (little-endian), the header (JSON), the data."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -110,8 +106,7 @@ def edit_checkpoint(
     written = {}
     for name, tensor in stored.items():
         own = FLOATS.get(tensor.kind)
-        source = edits.get(name, tensor)
-        written[name] = WrittenTensor(source, own and (dtype or (own if name in edits else None)))
+        written[name] = WrittenTensor(edits.get(name, tensor), own and (dtype or (own if name in edits else None)))
     added = {name: WrittenTensor(tensor, dtype or default) for name, tensor in edits.items() if name not in stored}
     return written | added
 
@@ -136,11 +131,9 @@ def write_checkpoint(tensors: Mapping[str, WrittenTensor], folder: Path, max_sha
 
 
 class CheckpointNames:
-    """Maps the tensors of the base's files to the parameters of the loaded model.
+    """Maps the `stored` tensors of the base's files to the parameters of the loaded model.
 
-    Args:
-        model: as transformers loaded it, without adapter modules; it records how its weights were converted.
-        stored: the tensors of the base's files.
+    The model has no adapter modules, and records how transformers converted its weights.
     """
 
     def __init__(self, model: Any, stored: Mapping[str, StoredTensor]) -> None:
@@ -152,11 +145,8 @@ class CheckpointNames:
     def find_edits(self, changed: Collection[str]) -> dict[str, Tensor]:
         """The changed parameters in the form and under the names of the base's files; new names are last.
 
-        Args:
-            changed: names of parameters; parameters tied to one of them change with it.
-
-        Raises:
-            MergeError: a converted tensor has another name or shape than in the base's files.
+        Parameters tied to one of them change with it. A MergeError refuses a converted tensor that has another name or
+        shape than in the base's files.
         """
         wanted = self._add_tied_names(changed)
         plain = {name: target for name, (target, converted) in self._targets.items() if not converted}
@@ -205,17 +195,14 @@ class CheckpointNames:
         for name, tensor in revert_weight_conversion(self._model, {n: self._state[n] for n in group}).items():
             candidates = (name, name.removeprefix(prefix), prefix + name)
             found[next((candidate for candidate in candidates if candidate in self._stored), name)] = tensor
-        if any(target in group for target, _ in self._targets.values()):  # else the files have none, as it was tied
-            self._check_shapes(group[0], found)
-        return found
-
-    def _check_shapes(self, parameter: str, found: Mapping[str, Tensor]) -> None:
-        for name, tensor in found.items():
+        are_stored = any(target in group for target, _ in self._targets.values())  # else the parameter was tied
+        for name, tensor in found.items() if are_stored else ():
             here = self._stored.get(name)
             if here is None or here.shape != tuple(tensor.shape):
                 there = f"has shape {here.shape}" if here else "is not there"
                 raise MergeError(
-                    f"'{parameter}' changed, and is stored in other tensors in the base's files; transformers turns it "
+                    f"'{group[0]}' changed, and is stored in other tensors in the base's files; transformers turns it "
                     f"back into '{name}' of shape {tuple(tensor.shape)}, which {there}. Leave this module out of the "
                     "adapter, or serve the adapter itself."
                 )
+        return found

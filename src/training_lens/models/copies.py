@@ -14,11 +14,7 @@ from training_lens.models.quantization import is_quantized
 
 
 def copy_base(model: Any) -> Any:
-    """The base without adapter layers, as it was loaded; shares every tensor with the adapted model.
-
-    Args:
-        model: from `adapters.load_adapter` or `attach`; it is not changed.
-    """
+    """The base without adapter layers, as it was loaded; shares every tensor with the adapted model, as it stays."""
     from peft.utils import ModulesToSaveWrapper
 
     copied = copy_sharing_weights(model)
@@ -31,10 +27,8 @@ def copy_merged(model: Any) -> Any:
     """The model with its adapter merged into its weights, W + scale B A for LoRA, without adapter layers.
 
     Memory: the adapted layers' weights once more; all other tensors are shared with the adapted model, which is not
-    changed. In float32 the two differ by rounding; otherwise the sum is rounded to the weights' dtype.
-
-    Raises:
-        AdapterError: the base is quantized, so merging would round its weights again.
+    changed. In float32 the two differ by rounding; otherwise the sum is rounded to the weights' dtype. A quantized base
+    is refused, as merging would round its weights again.
     """
     if is_quantized(model):
         raise AdapterError("the base is quantized, and merging would round its weights anew. Load it unquantized.")

@@ -110,11 +110,7 @@ def read_facts(model: ModelSection) -> ModelFacts:
 
 
 def resolve_seq_len(model: ModelSection, facts: ModelFacts) -> int:
-    """The longest example in tokens: as configured, otherwise the model's positions, at most 2048.
-
-    Raises:
-        ConfigurationError: more than the model has positions.
-    """
+    """The longest example in tokens: as configured, otherwise the model's positions, at most 2048."""
     if model.seq_len is None:
         return min(facts.positions or SEQ_LEN_DEFAULT, SEQ_LEN_DEFAULT)
     if facts.positions and model.seq_len > facts.positions:
@@ -180,8 +176,7 @@ def _load_with_weights(model: ModelSection, **options: Any) -> Any:
 def build_skeleton(model: ModelSection) -> Any:
     """The base model without weights, on the meta device: every module with its sizes, for checks that need no memory.
 
-    Raises:
-        ModelLoadingError: the configuration is not that of a causal language model.
+    Only causal language models can be built.
     """
 
     def build() -> Any:
@@ -195,11 +190,7 @@ def build_skeleton(model: ModelSection) -> Any:
 
 
 def load_thinned(model: ModelSection, layers: int, device: torch.device, precision: Precision) -> Any:
-    """A model like the base with only `layers` layers and random weights, for measurements.
-
-    Raises:
-        ModelLoadingError: its configuration does not say how many layers it has.
-    """
+    """A model like the base with only `layers` layers and random weights, for measurements."""
 
     def build() -> Any:
         config = _read_config(model)
@@ -220,11 +211,7 @@ def required_rows(tokenizer: Any) -> int:
 
 
 def check_vocabulary(tokenizer: Any, rows: int, model_id: str, resize: bool) -> None:
-    """Refuse a tokenizer with ids beyond the embedding's `rows`, unless `resize` (model.resize_embeddings) is set.
-
-    Raises:
-        ModelLoadingError: names both sizes.
-    """
+    """Refuse a tokenizer with ids beyond the embedding's `rows`, unless `resize` (model.resize_embeddings) is set."""
     required = required_rows(tokenizer)
     if required > rows and not resize:
         raise ModelLoadingError(
@@ -278,9 +265,6 @@ def check_weights(model: ModelSection) -> None:
 
     Names and shapes are checked by loading onto the meta device, which renames and ties tensors as real loading does.
     Files that are already quantized are left to `load_model`.
-
-    Raises:
-        ModelLoadingError: a file is truncated or missing, or tensors are missing or of another shape.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -321,10 +305,7 @@ def weight_files(folder: Path) -> list[str]:
 def checkpoint_gradients(model: Any) -> None:
     """Keep only the input of each layer, and recompute the layer in the backward pass (arXiv 1604.06174).
 
-    Dropout draws the same numbers again, so losses and gradients do not change.
-
-    Raises:
-        ConfigurationError: the model's code does not support it.
+    Dropout draws the same numbers again, so losses and gradients do not change. Refuses models that do not support it.
     """
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})

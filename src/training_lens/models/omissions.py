@@ -53,24 +53,15 @@ def last_part(path: str) -> str:
 
 
 class ModuleSurvey:
-    """The modules of a model, and the reasons why they are not adapted.
-
-    Args:
-        model: a base, with or without weights.
-    """
+    """The modules of a base, with or without weights, and the reasons why they are not adapted."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._paths = dict(model.named_modules())
+        self.modules = dict(model.named_modules())
         self._ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
         decoder = decoder_of(model)
-        self._decoder = next(path for path, m in self._paths.items() if m is decoder)
+        self._decoder = next(path for path, m in self.modules.items() if m is decoder)
         self._refusals: dict[str, str] = {}
-
-    @property
-    def paths(self) -> list[str]:
-        """The paths of all modules."""
-        return list(self._paths)
 
     @cached_property
     def loses_expressions(self) -> bool:
@@ -84,18 +75,18 @@ class ModuleSurvey:
     @cached_property
     def linear_layers(self) -> dict[str, nn.Module]:
         """Paths and modules of every linear layer except the output head."""
-        return {path: m for path, m in self._paths.items() if is_linear(m) and id(m) not in self._ends}
+        return {path: m for path, m in self.modules.items() if is_linear(m) and id(m) not in self._ends}
 
     def why_unfit(self, path: str) -> str:
         """Why no adapter works on the linear layer at `path`, even if configured by name; otherwise ''."""
-        module, parent = self._paths[path], self._paths[path.rpartition(".")[0]]
+        owner, _, name = path.rpartition(".")
+        module, parent = self.modules[path], self.modules[owner]
         if not gives_one_tensor(module):
             return f"a {type(module).__name__} computes more than a linear layer"
-        if path.rpartition(".")[2] in weights_read_by(parent):
+        if name in weights_read_by(parent):
             return f"a {type(parent).__name__} reads the weight itself, past any adapter"
         if is_rescaled(self._model.config, path):
             return "RWKV divides this weight, and no adapter on it, when it goes from training to answering"
-        name = path.rpartition(".")[2]
         if name not in self._refusals:
             self._refusals[name] = refusal_of_peft(self._model.config, name)
         return self._refusals[name]
@@ -105,12 +96,12 @@ class ModuleSurvey:
         if reason := self._why_not_language(path):
             return reason
         parts = path.split(".")
-        parents = [self._paths[".".join(parts[:length])] for length in range(1, len(parts))]
+        parents = [self.modules[".".join(parts[:length])] for length in range(1, len(parts))]
         return OF_CROSS_ATTENTION if any("CrossAttention" in type(m).__name__ for m in parents) else ""
 
     def other_matrices(self) -> Iterator[tuple[str, str]]:
         """Paths of other modules with a matrix (no linear layer, embedding or head), and why they are not adapted."""
-        for path, module in self._paths.items():
+        for path, module in self.modules.items():
             if not has_matrix(module) or is_linear(module) or isinstance(module, nn.Embedding):
                 continue
             is_of_experts = "expert" in f"{path}{type(module).__name__}".lower()
@@ -175,14 +166,12 @@ def refusal_of_peft(config: Any, name: str) -> str:
     """
     from peft import LoraConfig
 
-    lora_config, forbidden = LoraConfig(target_modules=[name], r=1), False
     try:
-        if _adapt_probe(config, name, lora_config).targeted_module_names == [name]:
+        if _adapt_probe(config, name, LoraConfig(target_modules=[name], r=1)).targeted_module_names == [name]:
             return ""
     except ValueError as error:
-        forbidden = "incompatible" in str(error)
-    if forbidden:
-        return f"PEFT forbids this name in models of type {config.model_type}"
+        if "incompatible" in str(error):
+            return f"PEFT forbids this name in models of type {config.model_type}"
     return f"in models of type {config.model_type}, PEFT takes this name to mean the experts"
 
 
@@ -193,8 +182,7 @@ def weights_read_by(parent: nn.Module) -> frozenset[str]:
     there has no effect, or only on some machines. Other layers read weights only for their dtype.
     """
     has_convolution = any(isinstance(child, nn.Conv1d) for child in parent.children())
-    kind: Any = type(parent)
-    return _weights_read(kind) if has_convolution else frozenset()
+    return _weights_read(type(parent)) if has_convolution else frozenset()
 
 
 @cache
@@ -206,14 +194,8 @@ def _weights_read(kind: Any) -> frozenset[str]:
     methods = [m for m in ast.walk(tree) if isinstance(m, ast.FunctionDef) and "init" not in m.name]
     nodes = [node for method in methods for node in ast.walk(method)]
     looked_at = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in SHAPE_ONLY}
-    return frozenset(
-        node.value.attr
-        for node in nodes
-        if isinstance(node, ast.Attribute)
-        and node.attr == "weight"
-        and id(node) not in looked_at
-        and isinstance(node.value, ast.Attribute)
-    )
+    weights = [n for n in nodes if isinstance(n, ast.Attribute) and n.attr == "weight" and id(n) not in looked_at]
+    return frozenset(node.value.attr for node in weights if isinstance(node.value, ast.Attribute))
 
 
 def group_by_reason(found: dict[str, str]) -> tuple[Omission, ...]:

@@ -84,9 +84,8 @@ def start_from_principal_halves(adapted: Any) -> None:
         if isinstance(layer, LoraLayer):
             (name,) = layer.lora_A.keys()
             weight = layer.get_base_layer().weight.detach()
-            a, b = principal_halves(
-                weight.T if layer.fan_in_fan_out else weight, layer.r[name] // 2, layer.scaling[name]
-            )
+            weight = weight.T if layer.fan_in_fan_out else weight
+            a, b = principal_halves(weight, layer.r[name] // 2, layer.scaling[name])
             _freeze_half(layer.lora_A[name], concatenate_halves(a, a, 0), dim=0)
             _freeze_half(layer.lora_B[name], concatenate_halves(b, -b, 1), dim=1)
 

@@ -13,11 +13,7 @@ from training_lens.utils.devices import DTYPES, Precision
 
 
 def require_bitsandbytes(key: str) -> Any:
-    """The bitsandbytes package, which the config's `key` needs.
-
-    Raises:
-        ConfigurationError: it is not installed.
-    """
+    """The bitsandbytes package, which the config's `key` needs; ConfigurationError if it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -28,11 +24,7 @@ def require_bitsandbytes(key: str) -> Any:
 
 
 def check_quantization(config: TrainingConfig, device: torch.device) -> None:
-    """Check what the config needs of bitsandbytes.
-
-    Raises:
-        ConfigurationError: it is not installed, or cannot do this on this device.
-    """
+    """Check that bitsandbytes is installed where the config needs it, and can do that on this device."""
     for section, name in (("model", "quantization"), ("training", "optimizer")):
         if getattr(getattr(config, section), name) in ("4bit", "8bit", "adamw_8bit"):
             require_bitsandbytes(f"{section}.{name}")
@@ -61,26 +53,21 @@ def loading_options(model: ModelSection, precision: Precision) -> dict[str, Any]
     4bit is NF4 with double quantization (QLoRA, arXiv 2305.14314), multiplied in `precision`; 8bit is LLM.int8()
     (arXiv 2208.07339). The rest of PEFT's k-bit preparation is not needed: the weights are frozen, norms compute in
     float32, and checkpointing is not reentrant.
-
-    Raises:
-        ConfigurationError: bitsandbytes is not installed.
     """
     if model.quantization == "none":
         return {}
     from transformers import BitsAndBytesConfig
 
     require_bitsandbytes("model.quantization")
-    config = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if model.quantization == "8bit"
-        else BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[precision],
-        )
-    )
-    return {"quantization_config": config}
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if model.quantization == "4bit":
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": DTYPES[precision],
+        }
+    return {"quantization_config": BitsAndBytesConfig(**options)}
 
 
 def is_quantized(model: Any) -> bool:

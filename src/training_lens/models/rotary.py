@@ -59,8 +59,7 @@ def example_lengths(position_ids: Int[Tensor, "rows width"]) -> Int[Tensor, "row
 def original_length(module: nn.Module, *layer_types: Any) -> int | None:
     """The sequence length above which a rotary module uses its long factors; None: it has one set of factors.
 
-    Args:
-        layer_types: the kind of layer, where the module has parameters for each kind.
+    `layer_types` has the kind of layer, where the module has parameters for each kind.
     """
     rope: Any = getattr(getattr(module, "config", None), "rope_parameters", None)
     for name in layer_types:

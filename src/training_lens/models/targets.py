@@ -32,12 +32,10 @@ def find_paths(modules: Iterable[str], name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Targets:
-    """The modules that an adapter targets.
+    """The modules that an adapter targets, and those left out that one might expect, by the reason why.
 
-    Attributes:
-        names: for PEFT's `target_modules`: names, shortened to their last part where that is unambiguous, or the
-            regular expression as given.
-        left_out: modules that one might expect to be adapted, by the reason why they are not.
+    `names` is PEFT's `target_modules`: names, shortened to their last part where that is unambiguous, or the regular
+    expression as given.
     """
 
     names: str | list[str]
@@ -47,8 +45,7 @@ class Targets:
 def choose_targets(model: Any, peft: PeftSection) -> Targets:
     """The modules that `peft.target_modules` matches in this model.
 
-    Raises:
-        AdapterError: nothing to adapt, or a name or expression without a match; lists the modules and the nearest name.
+    Nothing to adapt, or a name or expression without a match, is refused with the modules and the nearest name.
     """
     survey = ModuleSurvey(model)
     others = dict(survey.other_matrices())
@@ -61,7 +58,7 @@ def choose_targets(model: Any, peft: PeftSection) -> Targets:
     if not layers:
         raise AdapterError("peft.target_modules: the model has no linear layers to adapt.")
     wanted = [path for path in layers if path not in narrow]
-    ambiguous = {_last_name(path) for path in set(survey.paths).difference(wanted)}
+    ambiguous = {_last_name(path) for path in set(survey.modules).difference(wanted)}
     names = sorted({path if _last_name(path) in ambiguous else _last_name(path) for path in wanted})
     return Targets(names, group_by_reason({path: why for path, why in (found | narrow | others).items() if why}))
 
@@ -83,12 +80,12 @@ def _matching_names(survey: ModuleSurvey, wanted: str | list[str]) -> str | list
     last = sorted({_last_name(path) for path in survey.linear_layers})
     if isinstance(wanted, str):
         pattern = _compile_pattern("peft.target_modules", wanted)
-        matches = [path for path in survey.paths if pattern.fullmatch(path)]
+        matches = [path for path in survey.modules if pattern.fullmatch(path)]
         if not matches:
             raise AdapterError(_explain_no_match(wanted, last, next(iter(survey.linear_layers), "")))
         return matches if survey.loses_expressions else wanted
     for name in wanted:
-        if not find_paths(survey.paths, name):
+        if not find_paths(survey.modules, name):
             experts = any(reason == OF_EXPERTS for _, reason in survey.other_matrices())
             raise AdapterError(
                 f"peft.target_modules: no module is called '{name}'.{did_you_mean(name, last)} "
@@ -110,12 +107,7 @@ def _explain_no_match(expression: str, last: list[str], example: str) -> str:
 
 
 def check_targets(model: Any, targets: Modules, peft: PeftSection) -> None:
-    """Check the modules that PEFT would adapt.
-
-    Raises:
-        AdapterError: a module is not a linear layer, or no adapter works on it; a rank is too high; a pattern matches
-            nothing.
-    """
+    """Check that adapters work on the modules that PEFT would adapt, of these ranks, and that each pattern matches."""
     if not targets:
         raise AdapterError("peft.target_modules: all of them are in peft.modules_to_save too; keep each in one.")
     _check_patterns("rank_pattern", peft.rank_pattern, targets)
@@ -180,9 +172,6 @@ def whole_modules(model: Any, names: list[str]) -> tuple[list[str], bool]:
     """`modules_to_save` for PEFT, and whether they hold tied weights; then both of their modules are named.
 
     PEFT compares bare endings, so whole paths are given where an ending would match other modules.
-
-    Raises:
-        AdapterError: no module has this name.
     """
     paths = {path: id(m) for path, m in model.named_modules(remove_duplicate=False) if path}
     wanted: list[str] = []

@@ -141,10 +141,7 @@ def logits_from_states(
     """Logits in float32 from the decoder's states: the model's own forward, its decoder replaced by these states.
 
     So all that the model computes after its decoder is included: output layer, adapter on it, scaling, soft caps.
-
-    Args:
-        whole: the model without PEFT's wrapper.
-        output: the type of the decoder's output.
+    `whole` is the model without PEFT's wrapper, `output` the type of the decoder's output.
     """
     decoder, calls = decoder_of(whole), []
 
