@@ -53,7 +53,7 @@ def test_auto_takes_the_conv1d_layers_of_gpt2() -> None:
 def test_auto_gives_whole_paths_where_a_name_means_more() -> None:
     model = skeleton()
     model.model.layers[0].mlp.gate_proj = torch.nn.Identity()  # the same name, elsewhere no linear layer
-    names = choose_targets(model, PeftSection()).names
+    names, _ = choose_targets(model, PeftSection())
     assert "model.layers.1.mlp.gate_proj" in names
     assert adapted_paths(attach(model, PeftSection())) == linear_paths(skeleton()) - {"model.layers.0.mlp.gate_proj"}
 

@@ -13,6 +13,7 @@ from training_lens.data.batching import collate, shard_positions, split_micro_ba
 from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import EvaluationError
+from training_lens.models.model_classes import evaluation_mode
 from training_lens.models.token_scores import TokenScores, paired_scores, supervised_scores
 from training_lens.utils.devices import Precision, autocast, free_memory
 from training_lens.utils.formatting import describe_error
@@ -99,17 +100,15 @@ def _sum_examples(
     A process that fails still takes part in the all-reduce, so that no other process waits for ever.
     """
     table = torch.zeros(len(dataset) + 1, width, dtype=torch.float64)  # the last row counts failures
-    was_training, failure = model.training, None
-    model.eval()
-    try:
-        for part, values in _score_batches(dataset, options, columns):
-            examples = torch.from_numpy(np.repeat(part, dataset.supervised_counts[part]))
-            table.index_add_(0, examples, values.cpu().double())  # a sync point a batch
-            options.advance(len(part))
-    except Exception as error:
-        failure, table[-1] = error, 1.0
-    finally:
-        model.train(was_training)
+    failure: Exception | None = None
+    with evaluation_mode(model):
+        try:
+            for part, values in _score_batches(dataset, options, columns):
+                examples = torch.from_numpy(np.repeat(part, dataset.supervised_counts[part]))
+                table.index_add_(0, examples, values.cpu().double())  # a sync point a batch
+                options.advance(len(part))
+        except Exception as error:
+            failure, table[-1] = error, 1.0
     whole = options.processes.reduce_sum(table)
     if whole[-1].any():
         raise EvaluationError(

@@ -98,11 +98,7 @@ def input_file(name: str) -> DataSource:
 
 
 def output_file(name: str, source: DataSource) -> Path:
-    """The file that `--output` means, checked before any work.
-
-    Raises:
-        ConfigurationError: it is the input, a folder, or in a folder that is not there or cannot be written.
-    """
+    """The file that `--output` means; refuses the input, a folder, and a folder that is not there or not writable."""
     path = resolve_file_path(name, f"--output {name}")
     if path.exists() and path.samefile(source.files[0]):
         raise ConfigurationError(f"--output {name}: is the input itself; give another file.")

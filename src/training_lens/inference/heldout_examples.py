@@ -38,12 +38,7 @@ def validation_examples(
 
 
 def configured_examples(session: Session, limit: int | None = None) -> list[Example]:
-    """The validation rows of the session's own config that fit the model: those that `train` would validate on.
-
-    Raises:
-        ConfigurationError: the config gives no validation rows.
-        DatasetError: a source is missing or cannot be read.
-    """
+    """The validation rows of the session's own config that fit the model: those that `train` would validate on."""
     data = session.config.data
     if data.validation_sources:
         examples = read_examples(_source_paths(data.validation_sources), "data.validation", data)
@@ -125,11 +120,7 @@ def _find_changed_sources(run: RunFolder, specs: Sequence[str], split: str) -> l
 
 
 def read_training_tokens(session: Session, at_least: int) -> list[int]:
-    """At least so many tokens of the run's rendered training rows, one after the other, or all of them.
-
-    Raises:
-        DatasetError: a source is missing or cannot be read, or none of its rows fits.
-    """
+    """At least so many tokens of the run's rendered training rows, one after the other, or all of them."""
     data, tokens = session.config.data, list[int]()
     for source in expand_sources(_source_paths(data.train), "data.train"):
         examples = read_source_examples(source, data)

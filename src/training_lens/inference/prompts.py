@@ -98,9 +98,8 @@ class SkippedRow:
 class PromptReader:
     """Reads rows by the fields of the session's training where they are there, and by detecting them otherwise.
 
-    Args:
-        domain: of every row; None takes each row's own.
-        answerer: describes the model and the settings; with the prompt's tokens it makes the key of a row.
+    Without a `domain` each row has its own. `answerer` describes the model and the settings; with the prompt's tokens
+    it makes the key of a row.
     """
 
     def __init__(
@@ -149,7 +148,8 @@ class PromptReader:
         last = prompt[-1]
         shown = f"{last.text}\n{last.input}" if last.input else last.text
         key = hashlib.sha256(json.dumps([self._answerer, ids]).encode()).hexdigest()[:KEY_DIGITS]
-        return PromptRow(row.number, shown, domain, expected, ids, key, read_ids(row.values, self._id_keys))
+        own = {k: row.values[k] for k in self._id_keys if isinstance(row.values.get(k, ()), str | int | float | None)}
+        return PromptRow(row.number, shown, domain, expected, ids, key, own)
 
     def _read_example(self, row: Row) -> tuple[Example, str | None]:
         """The row as in training, and its answer; None where it has none, and a placeholder ends the example."""
@@ -223,9 +223,3 @@ def find_id_keys(keys: Iterable[str], used: Collection[str]) -> tuple[str, ...]:
     """
     others = (key for key in keys if key not in used)
     return tuple(k for k in others if re.sub(r"[^a-z0-9]", "", k.lower()) in ID_NAMES or ID_ENDING.search(k))
-
-
-def read_ids(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """A row's ids by key; values that are neither text nor number are left out."""
-    found = {key: values[key] for key in keys if key in values}
-    return {key: value for key, value in found.items() if value is None or isinstance(value, str | int | float)}

@@ -33,7 +33,13 @@ from training_lens.merging.verification import (
 )
 from training_lens.models.adapter_files import read_config, require_adapter, require_plain
 from training_lens.models.adapters import count_parameters
-from training_lens.models.base_files import copy_beside, has_newer_form, save_tokenizer, write_generation_config
+from training_lens.models.base_files import (
+    COPIED,
+    copy_files,
+    has_newer_form,
+    save_tokenizer,
+    write_generation_config,
+)
 from training_lens.models.base_record import check_base, require_local_folder, stored_precision
 from training_lens.models.factory import build_skeleton, read_facts, resolve_seq_len
 from training_lens.models.location import locate_model
@@ -230,7 +236,7 @@ def _write_files(session: Session, folder: Path, options: MergeOptions, dtype: P
         save_merged(merged, base, folder, None if options.dtype == "auto" else dtype, options.max_shard_size)
         save_tokenizer(session.tokenizer, folder, own, trusted)
         write_generation_config(own, folder, merged.model, session.stop_ids, session.pad_id)
-        copy_beside(own, folder, trusted)
+        copy_files(own, folder, [*COPIED, "*.py"] if trusted else COPIED)
     scaled = "" if options.scale == 1 else f", its update times {options.scale:g}"
     what = f"The adapter {session.adapter}{scaled}, merged into {session.config.model.id}; weights in {dtype}."
     if options.delta:

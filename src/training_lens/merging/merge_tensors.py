@@ -168,12 +168,8 @@ def save_merged(
 ) -> None:
     """Write config.json and the weights: the files of `base`, except what the adapter changed.
 
-    Args:
-        dtype: of the written weights; None: each keeps the dtype that it has in the base's files.
-        max_shard_size: of a file of weights, such as '5GB'.
-
-    Raises:
-        MergeError: a changed weight has no counterpart in the base's files.
+    Without a `dtype` each weight keeps the one that it has in the base's files. A changed weight that has no
+    counterpart there is a MergeError.
     """
     own = require_local_folder(base)
     is_packed = "quantization_config" in read_json(own / "config.json")

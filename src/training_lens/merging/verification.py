@@ -113,27 +113,13 @@ def compute_reference(session: Session, given: Probes, scale: float = 1.0) -> Re
     return Reference(adapter, base, [tokens for tokens, _ in answers], [margins for _, margins in answers])
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far a merged model may be from its adapter.
-
-    `logits` is the largest logit difference over the logits' spread (of 1 at least), `kl` the mean KL in nats.
-    """
-
-    logits: float
-    kl: float
-
-
+# How far a merged model may be from its adapter: the largest logit difference over the logits' spread (of 1 at least),
+# and the mean KL in nats.
 # Both sides compute in float32, so for fp32 only the order of summation differs. That bf16 and fp16 weights are rounded
 # correctly is checked one by one (`merged_weights`), so here only differences that rounding cannot make are refused:
 # over ten times what was measured. 4 bits are as none: the dequantized weights are the numbers that the adapter
 # computed with. LLM.int8() also rounds a layer's input, which merged weights cannot.
-TOLERANCES: dict[str, Tolerance] = {
-    "fp32": Tolerance(1e-4, 1e-6),
-    "fp16": Tolerance(0.05, 1e-3),
-    "bf16": Tolerance(0.5, 0.01),
-    "8bit": Tolerance(0.5, 0.01),
-}
+TOLERANCES = {"fp32": (1e-4, 1e-6), "fp16": (0.05, 1e-3), "bf16": (0.5, 0.01), "8bit": (0.5, 0.01)}
 
 
 @dataclass(frozen=True)
@@ -188,12 +174,9 @@ class Verification:
 def verify_folder(
     folder: Path, given: Probes, wanted: Reference, dtype: Precision, quantization: str, job: dict[str, Any]
 ) -> Verification:
-    """Load `folder` in a fresh process, let it compute the probes, and compare.
+    """Load `folder`, whose weights are written in `dtype`, in a fresh process, let it compute the probes, and compare.
 
-    Args:
-        dtype: of the written weights.
-        quantization: of the base that the adapter computed on, as `model.quantization`.
-        job: how `reload.load_output` is to load it.
+    `quantization` is that of the base that the adapter computed on; `job` is how `reload.load_output` is to load it.
     """
     with tempfile.TemporaryDirectory(prefix="training-lens-merge-") as place:
         path = Path(place) / "job.json"
@@ -220,8 +203,8 @@ def compare_outputs(
         )
     spread = _mean_over_parts([z.std(-1) for z in wanted.adapter])
     largest = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
-    limits = TOLERANCES["8bit" if quantization == "8bit" else dtype]
-    allowed = limits.logits * max(1.0, spread)
+    logit_tolerance, kl_tolerance = TOLERANCES["8bit" if quantization == "8bit" else dtype]
+    allowed = logit_tolerance * max(1.0, spread)
     differences = [_first_difference(*three) for three in zip(answers, wanted.answers, wanted.margins, strict=True)]
     margins = [margin for margin in differences if margin is not None]
     ties = sum(margin <= 2 * allowed for margin in margins)
@@ -239,7 +222,7 @@ def compare_outputs(
         ties=ties,
         checks=(
             MergeCheck("largest logit difference to the adapter", largest, allowed),
-            MergeCheck("mean KL divergence from the adapter, nats", mean_kl, limits.kl),
+            MergeCheck("mean KL divergence from the adapter, nats", mean_kl, kl_tolerance),
             MergeCheck("greedy answers that differ from the adapter's", float(len(margins) - ties), 0.0),
             MergeCheck("logit distance to the adapter (that to the base)", to_adapter, to_base),
         ),

@@ -37,10 +37,8 @@ class LowRankUpdate:
         """The update of some rows of a weight, and a bound of its error when computed in float32.
 
         The bound is that of sums of n terms with random rounding, 4 sqrt(n) roundoffs (Higham and Mary 2019, SIAM
-        J. Sci. Comput. 41(5)), plus 8 for the other steps, times the sum of absolute values.
-
-        Args:
-            weight: the base's rows (len, in), float64; `rows` says which they are.
+        J. Sci. Comput. 41(5)), plus 8 for the other steps, times the sum of absolute values. `weight` has those `rows`
+        of the base, (len, in), float64.
         """
         a, b = self.a.double(), self.b[rows].double()
         update, summed = self.factor * (b @ a), abs(self.factor) * (b.abs() @ a.abs())  # (len, in)

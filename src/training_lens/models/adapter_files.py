@@ -23,17 +23,14 @@ logger = get_logger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 
-# Keys of an adapter's configuration that are not in `PeftSection` and do not change what it computes.
-NEUTRAL = {
+NEEDED = ("r", "lora_alpha", "target_modules")
+# Keys of an adapter's configuration that `PeftSection` has, too, or that do not change what it computes.
+PLAIN = {
+    *(*NEEDED, "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "use_rslora"),
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out"),
     *("inference_mode", "init_lora_weights", "lora_dropout", "modules_to_tie", "peft_type", "peft_version"),
     *("revision", "task_type"),
 }
-CARRIED = {
-    *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora"),
-    "use_rslora",
-}
-NEEDED = ("r", "lora_alpha", "target_modules")
 # Always written: the adapter's kind and base, for programs that read the file without PEFT.
 NAMING = {*NEEDED, "peft_type", "task_type", "base_model_name_or_path"}
 ON_OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -187,7 +184,7 @@ def require_plain(config: dict[str, Any], folder: Path, key: str, doing: str, al
             "a plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)."
         )
     usual = LoraConfig().to_dict()
-    others = [k for k, v in config.items() if k not in {*NEUTRAL, *CARRIED, *also} and v and v != usual.get(k)]
+    others = [k for k, v in config.items() if k not in {*PLAIN, *also} and v and v != usual.get(k)]
     missing = [k for k in NEEDED if not config.get(k)]
     if others or missing:
         what = f"uses {', '.join(others)}" if others else f"does not say {', '.join(missing)}"

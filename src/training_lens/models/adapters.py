@@ -99,11 +99,11 @@ def _inject_adapter(model: Any, peft: PeftSection) -> tuple[Any, tuple[Omission,
 
     size = peft.model_dump(include={"r", "lora_alpha", "rank_pattern", "alpha_pattern"})
     whole, tied = whole_modules(model, peft.modules_to_save)
-    chosen = choose_targets(model, peft)
+    names, left_out = choose_targets(model, peft)
     config = LoraConfig(
         task_type="CAUSAL_LM" if is_found_by_type(model) else None,  # None: PEFT then saves the base's class by name
         lora_dropout=peft.lora_dropout,
-        target_modules=chosen.names,
+        target_modules=names,
         use_dora=peft.use_dora,
         use_rslora=peft.variant == "rslora",
         modules_to_save=whole or None,
@@ -125,7 +125,7 @@ def _inject_adapter(model: Any, peft: PeftSection) -> tuple[Any, tuple[Omission,
             f"peft.target_modules: PEFT adapts other modules of this model than it was asked to: {different[0]} and "
             f"{len(different) - 1} more. Name the modules, with their whole paths."
         )
-    return adapted, chosen.left_out
+    return adapted, left_out
 
 
 def attach(model: Any, peft: PeftSection) -> Any:

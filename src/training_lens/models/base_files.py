@@ -19,8 +19,7 @@ from training_lens.utils.files import read_json, write_json, write_text
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")
-# Preprocessing of text, images and audio, and the model's license.
-COPIED = (
+COPIED = (  # besides weights, config and tokenizer: preprocessing of text, images and audio, and the model's license
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
@@ -42,11 +41,6 @@ def copy_files(base: Path, folder: Path, patterns: Collection[str]) -> None:
         target = folder / file.relative_to(base)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
-
-
-def copy_beside(base: Path, folder: Path, trust_remote_code: bool) -> None:
-    """Copy the base's files besides weights, config and tokenizer; its code only if it was trusted to run."""
-    copy_files(base, folder, (*COPIED, *(("*.py",) if trust_remote_code else ())))
 
 
 def write_unless_same(base: Path, folder: Path, name: str, content: Any) -> None:

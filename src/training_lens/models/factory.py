@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +40,12 @@ class ModelFacts:
     vocabulary: int
 
 
-def _load_or_explain(what: str, model: ModelSection, load: Any) -> Any:
-    """Call `load`, foreign code on foreign files; any error it raises is explained with a way to fix it."""
+@contextmanager
+def _explain_failures(what: str, model: ModelSection) -> Iterator[None]:
+    """In the block, foreign code reads foreign files; any error it raises is explained with a way to fix it."""
     try:
         with hide_progress_bars():
-            return load()
+            yield
     except TrainingLensError:
         raise
     except Exception as error:
@@ -90,7 +93,7 @@ def read_facts(model: ModelSection) -> ModelFacts:
     if not Path(path).exists() and not isinstance(try_to_load_from_cache(path, "config.json"), str):
         require_hub(f"model.id: '{path}'", ModelLoadingError)  # at once, not after the library's retries
 
-    def read() -> ModelFacts:
+    with _explain_failures("configuration", model):
         config = _read_config(model)
         load_class(config)  # refuses models that are not decoder-only
         text = config.get_text_config()
@@ -104,9 +107,6 @@ def read_facts(model: ModelSection) -> ModelFacts:
                 "counts. Give a causal language model."
             )
         return ModelFacts(path, text.hidden_size, text.num_hidden_layers, positions, text.vocab_size)
-
-    facts: ModelFacts = _load_or_explain("configuration", model, read)
-    return facts
 
 
 def resolve_seq_len(model: ModelSection, facts: ModelFacts) -> int:
@@ -129,12 +129,10 @@ def load_tokenizer(model: ModelSection, path: str | None = None) -> Any:
     if path:
         require_intact(Path(path))
 
-    def load() -> Any:
+    with _explain_failures(f"tokenizer in {path}" if path else "tokenizer", model):
         tokenizer = AutoTokenizer.from_pretrained(source, **_hub_options(model))
         tokenizer("a word")  # errors in its files may show only in its first use
         return tokenizer
-
-    return _load_or_explain(f"tokenizer in {path}" if path else "tokenizer", model, load)
 
 
 def load_model(model: ModelSection, device: torch.device, precision: Precision) -> Any:
@@ -152,13 +150,10 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
 
 def _load_with_weights(model: ModelSection, **options: Any) -> Any:
     """The model with every tensor from its files, none initialized at random."""
-    always = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-
-    def load() -> Any:
-        found = load_class(_read_config(model))
-        return found.from_pretrained(locate_model(model), **always, **options, **_hub_options(model))
-
-    loaded, info = _load_or_explain("weights", model, load)
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _explain_failures("weights", model):
+        kind = load_class(_read_config(model))
+        loaded, info = kind.from_pretrained(locate_model(model), **options, **_hub_options(model))
     if missing := sorted(info["missing_keys"]):
         raise ModelLoadingError(
             f"model.id: the weights of '{model.id}' lack {len(missing)} of the model's tensors ({missing[0]}, ...), "
@@ -178,21 +173,18 @@ def build_skeleton(model: ModelSection) -> Any:
 
     Only causal language models can be built.
     """
-
-    def build() -> Any:
+    with _explain_failures("architecture", model):
         config = _read_config(model)
         if hasattr(config, "quantization_config"):  # quantized modules would have packed sizes
             del config.quantization_config
         with torch.device("meta"):
-            return _resize_if_configured(build_model(config, model.trust_remote_code), model)
-
-    return _load_or_explain("architecture", model, build).requires_grad_(False).eval()
+            built = _resize_if_configured(build_model(config, model.trust_remote_code), model)
+    return built.requires_grad_(False).eval()
 
 
 def load_thinned(model: ModelSection, layers: int, device: torch.device, precision: Precision) -> Any:
     """A model like the base with only `layers` layers and random weights, for measurements."""
-
-    def build() -> Any:
+    with _explain_failures("architecture", model):
         config = _read_config(model)
         text = config.get_text_config()
         text.num_hidden_layers = layers
@@ -200,9 +192,8 @@ def load_thinned(model: ModelSection, layers: int, device: torch.device, precisi
             text.layer_types = text.layer_types[:layers]
         with torch.device(device):
             built = build_model(config, model.trust_remote_code, **_class_options(model, precision))
-            return _resize_if_configured(built, model)
-
-    return _load_or_explain("architecture", model, build).requires_grad_(False).eval()
+            built = _resize_if_configured(built, model)
+    return built.requires_grad_(False).eval()
 
 
 def required_rows(tokenizer: Any) -> int:

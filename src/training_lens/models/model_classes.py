@@ -6,6 +6,8 @@ text part: other programs load the class that config.json names.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from training_lens.errors import ModelLoadingError
@@ -67,6 +69,17 @@ def build_model(config: Any, trust_remote_code: bool, **options: Any) -> Any:
 def unwrap_adapter(model: Any) -> Any:
     """The transformers model under PEFT's wrapper, adapter layers included; a model without a wrapper is returned."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def evaluation_mode(module: Any) -> Iterator[None]:
+    """In the block the module is in evaluation mode, in which no dropout draws; then in its own again."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def public_class(model: Any) -> str:

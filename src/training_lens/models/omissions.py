@@ -102,7 +102,8 @@ class ModuleSurvey:
     def other_matrices(self) -> Iterator[tuple[str, str]]:
         """Paths of other modules with a matrix (no linear layer, embedding or head), and why they are not adapted."""
         for path, module in self.modules.items():
-            if not has_matrix(module) or is_linear(module) or isinstance(module, nn.Embedding):
+            has_matrix = any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(recurse=False))
+            if not has_matrix or is_linear(module) or isinstance(module, nn.Embedding):
                 continue
             is_of_experts = "expert" in f"{path}{type(module).__name__}".lower()
             yield path, self._why_not_language(path) or (OF_EXPERTS if is_of_experts else OF_PARAMETERS)
@@ -125,11 +126,6 @@ def is_rescaled(config: Any, path: str) -> bool:
     every = getattr(config, "rescale_every", 0)
     found = re.search(r"\.(\d+)\.(?:attention\.output|feed_forward\.value)$", path)
     return bool(every and found and int(found[1]) >= every)
-
-
-def has_matrix(module: nn.Module) -> bool:
-    """Whether the module itself has a parameter with more than one row."""
-    return any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(recurse=False))
 
 
 def gives_one_tensor(layer: Any) -> bool:

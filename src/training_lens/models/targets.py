@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,28 +29,17 @@ def find_paths(modules: Iterable[str], name: str) -> list[str]:
     return [path for path in modules if path == name or path.endswith(f".{name}")]
 
 
-@dataclass(frozen=True)
-class Targets:
-    """The modules that an adapter targets, and those left out that one might expect, by the reason why.
+def choose_targets(model: Any, peft: PeftSection) -> tuple[str | list[str], tuple[Omission, ...]]:
+    """PEFT's `target_modules` for this model, and what is left out that one might expect, by the reason why.
 
-    `names` is PEFT's `target_modules`: names, shortened to their last part where that is unambiguous, or the regular
-    expression as given.
-    """
-
-    names: str | list[str]
-    left_out: tuple[Omission, ...]
-
-
-def choose_targets(model: Any, peft: PeftSection) -> Targets:
-    """The modules that `peft.target_modules` matches in this model.
-
+    The former are names, shortened to their last part where that is unambiguous, or the regular expression as given.
     Nothing to adapt, or a name or expression without a match, is refused with the modules and the nearest name.
     """
     survey = ModuleSurvey(model)
     others = dict(survey.other_matrices())
     if peft.target_modules != "auto":
         experts = {path: reason for path, reason in others.items() if reason == OF_EXPERTS}
-        return Targets(_matching_names(survey, peft.target_modules), group_by_reason(experts))
+        return _matching_names(survey, peft.target_modules), group_by_reason(experts)
     found = {path: survey.why_not_auto(path) or survey.why_unfit(path) for path in survey.linear_layers}
     layers = {path: survey.linear_layers[path] for path, reason in found.items() if not reason}
     narrow = _narrow_layers(model, layers, peft)
@@ -60,7 +48,7 @@ def choose_targets(model: Any, peft: PeftSection) -> Targets:
     wanted = [path for path in layers if path not in narrow]
     ambiguous = {_last_name(path) for path in set(survey.modules).difference(wanted)}
     names = sorted({path if _last_name(path) in ambiguous else _last_name(path) for path in wanted})
-    return Targets(names, group_by_reason({path: why for path, why in (found | narrow | others).items() if why}))
+    return names, group_by_reason({path: why for path, why in (found | narrow | others).items() if why})
 
 
 def _narrow_layers(model: Any, layers: Modules, peft: PeftSection) -> dict[str, str]:

@@ -39,10 +39,7 @@ def supervised_scores(
     """The scores of each supervised token, computed in chunks of logits; for use without gradients.
 
     `nll` is -log softmax(h_t W^T)[x_{t+1}] in nats, for every t with loss_mask[t+1]. Memory holds `LOGITS_AT_ONCE`
-    logits and a copy, however many targets there are.
-
-    Args:
-        lengths: tokens of each row without padding; a long-rope model needs them for padded rows.
+    logits and a copy, however many targets there are. A long-rope model needs the lengths of padded rows.
     """
     rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)  # of the positions whose next token is supervised
     decoded = _DecoderPass(model, input_ids, lengths)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,6 @@ class Leaderboard:
     def count_trials(self, state: str) -> int:
         """The number of trials in this state."""
         return sum(row.state == state for row in self.rows)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, including the rows."""
-        return asdict(self)
 
 
 def build_leaderboard(study: str, metric: str, trials: Sequence[FrozenTrial], space: Space) -> Leaderboard:

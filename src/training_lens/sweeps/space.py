@@ -29,11 +29,7 @@ class Space:
 
     @classmethod
     def from_config(cls, config: TrainingConfig) -> Space:
-        """The space of `config.sweep`.
-
-        Raises:
-            ConfigurationError: there is nothing to search, a key or value cannot be searched, or a grid is infinite.
-        """
+        """The space of `config.sweep`; refuses one without keys, wrong keys and values, and an infinite grid."""
         space = cls(parse_space(config))
         if not space.dimensions:
             raise ConfigurationError(
@@ -104,11 +100,7 @@ class Space:
     def trial_config(
         self, base: TrainingConfig, params: Params, output: Mapping[str, Any] | None = None
     ) -> TrainingConfig:
-        """The base config with the point's values and the given keys of the output section.
-
-        Raises:
-            ConfigurationError: the values do not fit together.
-        """
+        """The base config with the point's values, which must fit together, and these keys of the output section."""
         return base.replace_keys(**nest_keys({"output": output or {}, **self.config_values(params)})[0])
 
 

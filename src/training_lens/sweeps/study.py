@@ -204,10 +204,9 @@ class SharedStudy:
         self._storage.set_trial_user_attr(self._trial_id(trial), BLOCKS, sums)
 
     def end_trial(self, trial: FrozenTrial, state: TrialState, loss: float | None = None, **facts: Any) -> None:
-        """Record how the trial ended; `facts` are stored with it. A failed trial needs `error`, and is not tried again.
+        """Record how the trial ended, with its `facts`: a failed one needs `error`, and is not tried again.
 
-        Args:
-            loss: in nats per supervised token; of a pruned trial, the lowest so far.
+        The loss is in nats per supervised token; that of a pruned trial is the lowest so far.
         """
         if not self._end_trial(trial, state, loss, facts):  # we slept beyond the grace period
             logger.warning(

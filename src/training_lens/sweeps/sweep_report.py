@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,12 @@ def write_results(
     trials: Sequence[FrozenTrial],
     config: TrainingConfig,
 ) -> dict[str, str]:
-    """Write the sweep's files and return their paths by name. best.yaml needs a finished trial.
+    """Write the sweep's files, with plots of the current trials, and return their paths by name.
 
-    Args:
-        trials: the current trials, for the plots.
-        config: the base config of the trials.
+    best.yaml, from the base config of the trials, needs a finished one.
     """
     files = {name: str(folder / name) for name in ("leaderboard.json", "report.html")}
-    write_json(folder / "leaderboard.json", {**found.as_json(), "recommended": chosen and chosen.as_json()})
+    write_json(folder / "leaderboard.json", {**asdict(found), "recommended": chosen and chosen.as_json()})
     if chosen is not None:
         files["best.yaml"] = str(folder / "best.yaml")
         write_text(folder / "best.yaml", best_yaml(found, chosen, config))

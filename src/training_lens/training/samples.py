@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.inference.generator import answers
 from training_lens.inference.session import LoadedModel, Session, are_plain_texts, build_session
+from training_lens.models.model_classes import evaluation_mode
 from training_lens.training.loop.callbacks import JournalCallback, StepReport
 from training_lens.training.plan import RunPlan
 from training_lens.utils.devices import autocast, free_memory
@@ -69,9 +68,9 @@ class SampleWriter(JournalCallback):
         self._write_samples(trainer, step, base)
 
     def _write_samples(self, trainer: Any, step: int, base: bool) -> None:
-        ran_out = False
+        device, precision, ran_out = trainer.processes.device, trainer.precision, False
         try:
-            with _answer_mode(trainer):
+            with evaluation_mode(trainer.model), preserve_rng_state(), autocast(device, precision):
                 session = self._open_session(trainer)
                 texts = answers(session, [prompt.ids for prompt in self._prompts], self._settings, base=base)
             samples = [self._describe_sample(prompt, text) for prompt, text in zip(self._prompts, texts, strict=True)]
@@ -114,15 +113,3 @@ def _cut_prompt(example: TokenizedExample, tokens: int) -> SamplePrompt:
         start = min(OPENING, max(1, len(ids) // 2))
         end = start + tokens
     return SamplePrompt(example.id, ids[:start], ids[start:end])
-
-
-@contextmanager
-def _answer_mode(trainer: Any) -> Iterator[None]:
-    """Within the block, the model is in eval mode and the run's precision; mode and random state are restored."""
-    was_training = trainer.model.training
-    trainer.model.eval()
-    try:
-        with preserve_rng_state(), autocast(trainer.processes.device, trainer.precision):
-            yield
-    finally:
-        trainer.model.train(was_training)

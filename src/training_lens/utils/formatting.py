@@ -72,11 +72,7 @@ def list_names(names: Iterable[object], most: int = 40) -> str:
 
 
 def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name closest to `name`; None where nothing is close.
-
-    Args:
-        cutoff: the least share of letters in common, twice their number over that of both names.
-    """
+    """The known name closest to `name`; None where nothing has the share `cutoff` of the letters of both in common."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 

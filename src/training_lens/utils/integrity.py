@@ -47,13 +47,9 @@ def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """The object that `write_sealed` wrote, without its hash.
+    """The object that `write_sealed` wrote, without its hash; DamagedFileError if it is not what was written.
 
-    Args:
-        required: refuse a file without a hash, because every version wrote one.
-
-    Raises:
-        DamagedFileError: it is not what was written; FileNotFoundError: there is no such file.
+    `required` refuses a file without a hash, because every version wrote one.
     """
     try:
         values = read_json(path)

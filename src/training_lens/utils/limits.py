@@ -85,11 +85,7 @@ def is_too_deep(value: Any) -> bool:
 
 
 class UnpackedFile(io.RawIOBase):
-    """The content of a gzip file, with a limit in proportion to the file's size.
-
-    Args:
-        packed: the open file, closed together with this one.
-    """
+    """The content of an open gzip file, closed together with it, with a limit in proportion to the file's size."""
 
     def __init__(self, packed: IO[bytes]) -> None:
         self._packed, self._unpacked = packed, gzip.GzipFile(fileobj=packed)

@@ -19,12 +19,7 @@ RESERVED = ("latest", "none")  # references to a run, and to no adapter
 
 
 def check_run_id(name: str) -> str:
-    """Return `name` if it is a valid run id.
-
-    Raises:
-        ConfigurationError: it has characters other than ASCII letters, digits, '.', '_' and '-', starts with '.' or
-            '-', has over 100 characters, or is 'latest' or 'none'.
-    """
+    """Return `name` if it is a valid run id; else a ConfigurationError gives the rules."""
     if not RUN_ID.fullmatch(name) or len(name) > LONGEST or name in RESERVED:
         raise ConfigurationError(
             f"{_quote_name(name)} cannot name a folder of a run; use at most {LONGEST} letters (a to z), digits, '.', "
@@ -34,12 +29,7 @@ def check_run_id(name: str) -> str:
 
 
 def check_experiment(name: str) -> str:
-    """Return `name` if it is valid for an experiment or a sweep.
-
-    Raises:
-        ConfigurationError: it is empty or too long, has '/', a backslash or an unprintable character, starts with
-            '.', '-' or a space, ends with a space, or is 'latest' or 'none'.
-    """
+    """Return `name` if it is valid for an experiment or a sweep; else a ConfigurationError gives the rules."""
     is_too_long = len(name) > LONGEST or len(name.encode("utf-8", "surrogatepass")) > LONGEST_BYTES
     if not is_printable(name) or name[0] in ".-" or set(name) & set("/\\") or is_too_long or name in RESERVED:
         raise ConfigurationError(

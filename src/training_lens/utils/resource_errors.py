@@ -9,8 +9,8 @@ OUT_OF_MEMORY = (
     *("STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation"),  # cuBLAS, cuDNN and others of CUDA's libraries
 )
 LOST_ERROR = "error return without exception set"  # CPython, where memory runs out while it imports a module
-OUT_OF_THREADS = ("can't start new thread", "ThreadPoolBuildError", "Failed to launch worker thread")
-OUT_OF_ROOM = ("No space left on device", "Disk quota exceeded")
+OUT_OF_THREADS = ("can't start new thread", "ThreadPoolBuildError", "Failed to launch worker thread")  # or Rust's
+OUT_OF_ROOM = ("No space left on device", "Disk quota exceeded")  # of the system, and of libraries in Rust
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -29,22 +29,12 @@ def raise_out_of_memory(error: BaseException) -> None:
         raise error
 
 
-def is_out_of_threads(error: BaseException) -> bool:
-    """Whether no more threads could be started by Python, Arrow or a Rust library."""
-    return any(text in str(error) for text in OUT_OF_THREADS)
-
-
-def is_out_of_room(error: BaseException) -> bool:
-    """Whether a disk is full: by the system's error, or in the words of a library in Rust."""
-    return any(text in str(error) for text in OUT_OF_ROOM)
-
-
 def describe_shortage(error: BaseException) -> str | None:
     """What ran out and what to do about it; None for other errors."""
     if is_out_of_memory(error):
         return "memory ran out. Close other programs, give this one more, or use a smaller model or batch."
-    if is_out_of_threads(error):
+    if any(text in str(error) for text in OUT_OF_THREADS):
         return "no more threads could be started. Raise the limit (ulimit -u, or the container's), or close programs."
-    if is_out_of_room(error):
+    if any(text in str(error) for text in OUT_OF_ROOM):
         return f"the disk is full ({error}). Make room there, or write elsewhere."
     return None

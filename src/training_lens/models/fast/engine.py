@@ -16,7 +16,7 @@ from training_lens.models.fast.install import PROBE_TOKENS, InstalledKernels, fo
 from training_lens.models.fast.losses import linear_nll, nll
 from training_lens.models.fast.native.attention_kernels import PackedSequences
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
-from training_lens.models.model_classes import decoder_of, unwrap_adapter
+from training_lens.models.model_classes import decoder_of, evaluation_mode, unwrap_adapter
 from training_lens.models.quantization import is_quantized
 from training_lens.models.rotary import padded_positions
 from training_lens.models.token_scores import logits_from_states
@@ -140,11 +140,9 @@ def require_causal(model: Any) -> None:
     whole = unwrap_adapter(model)
     decoder = decoder_of(whole)
     ids = torch.arange(3, 3 + PROBE_TOKENS, device=next(decoder.parameters()).device)[None]
-    was_training = whole.training
     if is_quantized(model):
         return
-    whole.eval()
-    try:
+    with evaluation_mode(whole):
         output, half = (decoder(input_ids=part, use_cache=False) for part in (ids, ids[:, : PROBE_TOKENS // 2]))
         if not output[0].isfinite().all():
             return
@@ -153,8 +151,6 @@ def require_causal(model: Any) -> None:
             found = logits_from_states(whole, output[0][0], type(output))
             wanted = whole(input_ids=ids, use_cache=False).logits[0]
             is_causal = is_close(found.to(wanted.dtype), wanted, WHOLE_MODEL)
-    finally:
-        whole.train(was_training)
     if not is_causal:
         raise ModelLoadingError(
             f"model.id: a {type(whole).__name__} does not read a text token by token (those of a prompt may see each "

@@ -104,8 +104,9 @@ class FusedLinear(nn.Module):
         self, x: Tensor, weight: Tensor | Callable[[], Tensor], bias: Tensor | None, branches: Sequence[LoRABranch]
     ) -> Tensor:
         factors, scales = [(b.down, b.up) for b in branches], [b.scale for b in branches]
-        dropout = _dropout_rate(self.layers)
-        dropped = nn.functional.dropout(x, dropout) if dropout else None
+        modules = [module for layer in self.layers for module in getattr(layer, "lora_dropout", {}).values()]
+        dropout = max((m.p for m in modules if isinstance(m, nn.Dropout) and m.training), default=0.0)
+        dropped = nn.functional.dropout(x, dropout) if dropout else None  # one mask for all that x goes into
         gains = self._dora_gains(branches)
         if gains is None:
             return lora_linear(x, weight, bias, factors, scales, dropped)
@@ -299,9 +300,3 @@ def _active_branch(layer: Any) -> LoRABranch | None:
         return None
     magnitude = layer.lora_magnitude_vector[active].weight if active in layer.lora_magnitude_vector else None
     return LoRABranch(layer.lora_A[active].weight, layer.lora_B[active].weight, float(layer.scaling[active]), magnitude)
-
-
-def _dropout_rate(layers: Sequence[Any]) -> float:
-    """The adapters' dropout rate now, 0 in evaluation; one mask serves all projections of an input."""
-    modules = [module for layer in layers for module in getattr(layer, "lora_dropout", {}).values()]
-    return max((m.p for m in modules if isinstance(m, nn.Dropout) and m.training), default=0.0)

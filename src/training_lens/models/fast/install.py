@@ -20,7 +20,7 @@ from training_lens.models.fast.native.attention_kernels import PackedSequences
 from training_lens.models.fast.packed_attention import packed_attention
 from training_lens.models.fast.recognition import RecognizedLayers, recognize_layers
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
-from training_lens.models.model_classes import decoder_of
+from training_lens.models.model_classes import decoder_of, evaluation_mode
 from training_lens.utils.devices import DTYPES, Precision, autocast
 from training_lens.utils.resource_errors import raise_out_of_memory
 
@@ -48,12 +48,8 @@ class ModuleKernel:
         frozen = [p for p in self.module.parameters() if not p.requires_grad and p.is_floating_point()]
         dtype = weight_dtype(quantized[0]) if quantized else frozen[0].dtype if frozen else torch.float32
         x = torch.randn(PROBE_TOKENS, self.input_width, generator=generator).to(device, dtype)
-        was_training = self.module.training
-        self.module.eval()  # dropout draws
-        try:
+        with evaluation_mode(self.module):
             return is_close(self(x), self.plain(x))
-        finally:
-            self.module.train(was_training)
 
 
 class NormKernel(ModuleKernel):
@@ -242,19 +238,16 @@ def is_packing_exact(model: Any, precision: Precision = "fp32") -> bool:
     device = next(decoder.parameters()).device
     ids = [torch.arange(2, 2 + length, device=device)[None] for length in (PROBE_TOKENS, PROBE_TOKENS - 2)]
     packed = PackedSequences(tuple(part.shape[1] for part in ids))
-    was_training = decoder.training
-    decoder.eval()
     try:
-        with torch.enable_grad(), autocast(device, precision):
-            alone = torch.cat([decoder(input_ids=part, use_cache=False)[0] for part in ids], 1)
-            together = forward_packed(decoder, torch.cat(ids, 1), packed)[0]
-        dtype = alone.dtype if precision == "fp32" else DTYPES[precision]
-        pairs = [(together.detach(), alone.detach()), *_pair_gradients(decoder, together, alone)]
+        with evaluation_mode(decoder):
+            with torch.enable_grad(), autocast(device, precision):
+                alone = torch.cat([decoder(input_ids=part, use_cache=False)[0] for part in ids], 1)
+                together = forward_packed(decoder, torch.cat(ids, 1), packed)[0]
+            dtype = alone.dtype if precision == "fp32" else DTYPES[precision]
+            pairs = [(together.detach(), alone.detach()), *_pair_gradients(decoder, together, alone)]
     except (TypeError, ValueError, RuntimeError, LookupError) as error:  # an architecture without these arguments
         raise_out_of_memory(error)
         return False
-    finally:
-        decoder.train(was_training)
     return all(is_close(found, wanted, WHOLE_MODEL, dtype) for found, wanted in pairs)
 
 

@@ -84,15 +84,6 @@ class SlotLayer(CacheLayerMixin):
         self.keys[row, :, start : start + keys.shape[1]] = keys
         self.values[row, :, start : start + keys.shape[1]] = values
 
-    def shift_left(self, by: int, end: int) -> None:
-        """Move all columns before `end` to the left by `by`."""
-        for held in (self.keys, self.values):
-            held[:, :, : end - by] = held[:, :, by:end].clone()
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all other rows."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what is read."""
         read = self.columns.read[self.windowed]
@@ -147,7 +138,7 @@ class SlotCache(Cache):
         """Keep these rows, in this order, and drop the others."""
         index = torch.tensor(rows, device=self.mask.device)
         for layer in self.layers:
-            layer.keep_rows(index)
+            layer.keys, layer.values = layer.keys[index], layer.values[index]
         self.mask = self.mask[index]
         self.columns.starts = [self.columns.starts[row] for row in rows]
 
@@ -160,8 +151,8 @@ class SlotCache(Cache):
 
     def _shift_left(self, by: int) -> None:
         end = self.columns.end
-        for layer in self.layers:
-            layer.shift_left(by, end)
+        for held in (part for layer in self.layers for part in (layer.keys, layer.values)):
+            held[:, :, : end - by] = held[:, :, by:end].clone()
         self.mask[..., : end - by] = self.mask[..., by:end].clone()
         self.mask[..., end - by :] = self.hidden
         self.columns.starts = [None if s is None else s - by for s in self.columns.starts]

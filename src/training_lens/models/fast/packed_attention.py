@@ -128,8 +128,7 @@ def attend_by_torch(
 ) -> Float[Tensor, "rows heads tokens size"]:
     """softmax(s) v by torch; `ScoreSpec` defines s, but for its window, which the mask has.
 
-    Args:
-        mask: added to the scores, or (bool) true where a key is seen; None: causal.
+    The mask is added to the scores, or (bool) true where a key is seen; None: causal.
     """
     (rows, heads, length, size), groups = query.shape, key.shape[1]
     if length == 1:  # the heads that share a key stand where several tokens would: no key is copied

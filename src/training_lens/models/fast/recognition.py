@@ -31,7 +31,7 @@ from training_lens.models.fast.layer_spec import (
 )
 from training_lens.models.fast.native.attention_kernels import ScoreSpec
 from training_lens.models.fast.tolerance import is_close, relative_error
-from training_lens.models.model_classes import decoder_of
+from training_lens.models.model_classes import decoder_of, evaluation_mode
 from training_lens.models.quantization import has_8bit_layers
 from training_lens.utils.resource_errors import raise_out_of_memory
 
@@ -72,9 +72,7 @@ def recognize_layers(model: Any) -> RecognizedLayers:
     Cost: one pass of a few tokens without attention, and a norm's formulas once each.
     """
     found = RecognizedLayers()
-    was_training = model.training
-    model.eval()  # dropout draws
-    try:
+    with evaluation_mode(model):
         calls = record_attentions(model)
         for module in model.modules():
             try:
@@ -84,8 +82,6 @@ def recognize_layers(model: Any) -> RecognizedLayers:
             else:
                 if spec is not None:
                     found.specs[module] = spec
-    finally:
-        model.train(was_training)
     return found
 
 

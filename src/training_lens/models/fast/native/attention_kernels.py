@@ -86,10 +86,7 @@ class PackedAttentionCall:
         self._workers = min(torch.get_num_threads(), self._items)
 
     def attend(self) -> tuple[Float[Tensor, "tokens heads size"], Float[Tensor, "heads tokens"]]:
-        """softmax(s) v of each token over its sequence so far, and the logarithms of the softmax' sums.
-
-        The latter are in the dtype of sums.
-        """
+        """softmax(s) v of each token over its sequence so far, and the logs of the softmax' sums, in their dtype."""
         out = torch.empty_like(self.query, memory_format=torch.contiguous_format)
         sums = self.query.new_empty(self.heads, len(self.query), dtype=sum_dtype(self.query))
         nothing = dict.fromkeys(("dout", "dquery", "dkey", "dvalue"))
@@ -119,10 +116,7 @@ class PackedAttentionCall:
         run_kernel(call, self.query.dtype, self._workers)
 
     def _scratch(self, plain: int, rounded: int, by_pair: int) -> Tensor:
-        """Memory of each worker: so many times a head's size, plain and rounded up, for each key and query of a block.
-
-        And `by_pair` numbers for each pair of both.
-        """
+        """Memory of each worker: multiples of a head's size, plain and rounded up, by key and query, and by pair."""
         keys, size = _round_up(max(self.packed.lengths)), self.query.shape[2]
         count = (keys + BLOCK) * (plain * size + rounded * _round_up(size)) + by_pair * BLOCK * keys
         return self.query.new_empty(self._workers, count, dtype=sum_dtype(self.query))

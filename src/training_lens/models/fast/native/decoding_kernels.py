@@ -66,10 +66,7 @@ class FewRowsLinear:
     """x W^T + b of layers on one input whose outputs lie side by side, from their plain weights, for few rows.
 
     Bound by the memory that the weights are read from, where oneDNN's kernels are made for many rows. A row's result is
-    the same whatever rows are beside it.
-
-    Args:
-        weights: (out, width) each, and bias (sum of outs,), as `can_compute` wants them.
+    the same whatever rows are beside it. Weights (out, width) and bias (sum of outs,) are as `can_compute` wants them.
     """
 
     MOST = 64  # rows; more are better left to oneDNN
