@@ -43,14 +43,11 @@ METHOD = (
 
 @dataclass(frozen=True)
 class TimedCall:
-    """One timed call of `generate`: seconds from its start to each new token of the batch, and to its end.
-
-    `peak_bytes` is the most memory in use during the call; None where the system does not report it.
-    """
+    """One timed call of `generate`: seconds from its start to each new token of the batch, and to its end."""
 
     token_times: tuple[float, ...]
     latency: float
-    peak_bytes: int | None
+    peak_bytes: int | None  # the most memory in use; None where the system does not report it
 
 
 @dataclass(frozen=True)
@@ -112,16 +109,13 @@ Outcome = list[TimedCall] | str  # a model's calls, or why there are none
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All cells, and what they were measured on.
-
-    `weights_bytes` are those of each model alone; `prompts` says what the prompts were cut from.
-    """
+    """All cells, and what they were measured on."""
 
     run: str
     machine: dict[str, Any]
     settings: BenchmarkSection
-    prompts: str
-    weights_bytes: dict[str, int]
+    prompts: str  # what they were cut from
+    weights_bytes: dict[str, int]  # of each model alone
     cells: list[Cell]
 
     def as_json(self) -> dict[str, Any]:

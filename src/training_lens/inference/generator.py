@@ -27,20 +27,16 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
-FinishReason = Literal["stop", "length"]
 SEED_STRIDE = 0x9E3779B1  # odd, about 2**32 over the golden ratio: near draws and seeds land far apart
 
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """An answer as text and as tokens, without its stop token.
-
-    `finish_reason`: `stop` where the model ended it, `length` where `max_new_tokens` or the model's positions cut it.
-    """
+    """An answer as text and as tokens, without its stop token."""
 
     text: str
     token_ids: Sequence[int]
-    finish_reason: FinishReason
+    finish_reason: Literal["stop", "length"]  # length: cut by `max_new_tokens` or the model's positions
 
 
 def answer(
@@ -169,10 +165,7 @@ def generate_answers(
 
 @dataclass(frozen=True)
 class _GenerationCall:
-    """What answers the prompts of a call: the decode loop, or without a decoder the model's own `generate`.
-
-    `on_token` is called with each token, where there is one prompt.
-    """
+    """What answers the prompts of a call: the decode loop, or without a decoder the model's own `generate`."""
 
     session: Session
     settings: InferenceSection
@@ -180,7 +173,7 @@ class _GenerationCall:
     options: dict[str, Any]
     sampler: Sampler
     decoder: Decoder | None
-    on_token: Callable[[int], None] | None
+    on_token: Callable[[int], None] | None  # called with each token, where there is one prompt
 
     def count_rows(self, waiting: Sequence[Completion], budget: int) -> int:
         """How many prompts go together in `budget` tokens."""
@@ -238,12 +231,12 @@ def _complete_prompts(
 ) -> list[Completion]:
     """The completions; arguments and errors are those of `generate_answers`."""
     completions, positions = list[Completion](), call.session.positions or sys.maxsize
-    for index, prompt in enumerate(prompts):
+    for prompt in prompts:
         if len(prompt) >= positions:
             raise ConfigurationError(
                 f"a prompt has {len(prompt)} tokens, the model {positions} positions: no room to answer. Shorten it."
             )
-        completions.append(Completion(index, prompt, min(call.settings.max_new_tokens, positions - len(prompt))))
+        completions.append(Completion(prompt, min(call.settings.max_new_tokens, positions - len(prompt))))
     waiting = sorted(completions, key=lambda c: -len(c.prompt))
     budget = call.settings.batch_tokens
     while waiting:

@@ -103,12 +103,7 @@ class PromptReader:
     """
 
     def __init__(
-        self,
-        session: Session,
-        rows: Sequence[Row | SkippedRow],
-        source: DataSource,
-        domain: str | None,
-        answerer: str,
+        self, session: Session, rows: Sequence[Row | SkippedRow], source: DataSource, domain: str | None, answerer: str
     ) -> None:
         whole = [row for row in rows if isinstance(row, Row)]
         if not whole:

@@ -24,16 +24,12 @@ UNSUPPORTED_OPTIONS = {  # what `generate` does besides sampling from scores, wi
 
 @dataclass(eq=False)
 class Completion:
-    """The tokens generated so far for one prompt, the `index`-th of a call.
+    """The tokens generated so far for one prompt."""
 
-    `has_stopped`: the model gave a stop token; otherwise the answer was cut at `max_new_tokens`.
-    """
-
-    index: int
     prompt: Sequence[int]
     max_new_tokens: int
     tokens: list[int] = field(default_factory=list)
-    has_stopped: bool = False
+    has_stopped: bool = False  # by a stop token; otherwise the answer was cut at `max_new_tokens`
     processors: Any = None
 
     @property

@@ -56,10 +56,7 @@ class MergePlan:
 
 
 def plan_merge(config: TrainingConfig, options: MergeOptions) -> MergePlan:
-    """What `inference.adapter` names, and where its merge goes, once nothing is in the way.
-
-    Raises CheckpointError without such a run, ConfigurationError if options are wrong or the output is taken.
-    """
+    """What `inference.adapter` names, and where its merge goes, once nothing is in the way."""
     run, adapter, base = _find_adapter(config)
     _check_options(options, base)
     if not options.output and run is None:

@@ -51,15 +51,12 @@ class Probes:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the adapter computes: logits of each row, with it and of the base alone, and greedy answers.
-
-    `margins` are those of `reload.decode_greedily`.
-    """
+    """What the adapter computes: logits of each row, with it and of the base alone, and greedy answers."""
 
     adapter: list[Tensor]
     base: list[Tensor]
     answers: list[list[int]]
-    margins: list[list[float]]
+    margins: list[list[float]]  # those of `reload.decode_greedily`
 
 
 def read_run_rows(run: RunFolder, session: Session, others: Sequence[str] | None) -> tuple[list[Example], str]:

@@ -49,12 +49,9 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Which modules of a base an adapter changes, read from the PEFT model, and which it leaves out, by reason.
+    """Which modules of a base an adapter changes, read from the PEFT model, and which it leaves out, by reason."""
 
-    `adapted` are paths in the base, without modules that are trained whole.
-    """
-
-    adapted: tuple[str, ...]
+    adapted: tuple[str, ...]  # paths in the base, without modules that are trained whole
     left_out: tuple[Omission, ...]
 
     def as_json(self) -> dict[str, Any]:

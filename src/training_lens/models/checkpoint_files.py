@@ -72,13 +72,10 @@ def read_header(path: Path) -> Iterable[StoredTensor]:
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A tensor of the checkpoint to write, from the base's files or from memory.
-
-    It is written in `dtype`; None keeps the dtype of the base's file.
-    """
+    """A tensor of the checkpoint to write, from the base's files or from memory."""
 
     source: StoredTensor | Tensor
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # None keeps that of the base's file
 
     @property
     def byte_size(self) -> int:

@@ -33,7 +33,6 @@ SEQ_LEN_DEFAULT = 2048
 class ModelFacts:
     """Sizes from a model's configuration, read without its weights."""
 
-    path: str
     width: int
     layers: int
     positions: int | None
@@ -106,7 +105,7 @@ def read_facts(model: ModelSection) -> ModelFacts:
                 f"model.id: '{model.id}' is not a language model: its config.json has {', '.join(wrong)}, expected "
                 "counts. Give a causal language model."
             )
-        return ModelFacts(path, text.hidden_size, text.num_hidden_layers, positions, text.vocab_size)
+        return ModelFacts(text.hidden_size, text.num_hidden_layers, positions, text.vocab_size)
 
 
 def resolve_seq_len(model: ModelSection, facts: ModelFacts) -> int:

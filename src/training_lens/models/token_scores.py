@@ -21,13 +21,10 @@ GPU_CHUNKS = 8  # of a CPU's chunks in one of a GPU: the output layer is read ag
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The scores of each supervised token, (targets,), row by row.
+    """The scores of each supervised token, (targets,), row by row."""
 
-    `nll` is float32, in nats; `correct` is whether the token is the most likely one.
-    """
-
-    nll: Float[Tensor, targets]
-    correct: Bool[Tensor, targets]
+    nll: Float[Tensor, targets]  # float32, in nats
+    correct: Bool[Tensor, targets]  # whether the token is the most likely one
 
 
 def supervised_scores(
@@ -51,14 +48,11 @@ def supervised_scores(
 
 @dataclass(frozen=True)
 class PairedScores:
-    """Base and adapter on the same supervised tokens.
-
-    `kl` is KL(p_base || p_adapter) in nats at each of them, exact over the vocabulary, (targets,) float32.
-    """
+    """Base and adapter on the same supervised tokens."""
 
     base: TokenScores
     adapter: TokenScores
-    kl: Float[Tensor, targets]
+    kl: Float[Tensor, targets]  # KL(p_base || p_adapter) in nats at each token, exact over the vocabulary, float32
 
 
 def paired_scores(

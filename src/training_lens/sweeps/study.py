@@ -204,10 +204,7 @@ class SharedStudy:
         self._storage.set_trial_user_attr(self._trial_id(trial), BLOCKS, sums)
 
     def end_trial(self, trial: FrozenTrial, state: TrialState, loss: float | None = None, **facts: Any) -> None:
-        """Record how the trial ended, with its `facts`: a failed one needs `error`, and is not tried again.
-
-        The loss is in nats per supervised token; that of a pruned trial is the lowest so far.
-        """
+        """Record how the trial ended, with its `facts`: a failed one needs `error`, and is not tried again."""
         if not self._end_trial(trial, state, loss, facts):  # we slept beyond the grace period
             logger.warning(
                 "trial %d was taken over by another process; its end here is not recorded", first_number(trial)

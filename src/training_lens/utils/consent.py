@@ -62,10 +62,7 @@ def _read_consents(store: Path) -> dict[str, list[str]]:
 
 
 def find_model_code(folder: Path, own_id: str) -> set[str]:
-    """The sha256 of the Python files in a model's or tokenizer's folder, and the repositories whose code it names.
-
-    Its own repository, `own_id`, is not listed.
-    """
+    """The sha256 of a model's or tokenizer's Python files, and the repositories but `own_id` whose code it names."""
     found = {hash_file(path) for path in sorted(folder.rglob("*.py")) if path.is_file()}
     for path in sorted(folder.glob("*config.json")):
         try:

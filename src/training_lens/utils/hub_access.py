@@ -8,10 +8,7 @@ TIMEOUT_SECONDS = 5
 
 
 def require_hub(asked: str, error: type[TrainingLensError]) -> None:
-    """Check that the hub answers, unless the user works offline (HF_HUB_OFFLINE); else raise `error`.
-
-    `asked`, what the hub is needed for, begins the message: "model.id: 'owner/name'".
-    """
+    """Raise `error` if the hub, needed for what is `asked`, does not answer, unless the user set HF_HUB_OFFLINE."""
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
 

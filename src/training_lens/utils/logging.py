@@ -21,10 +21,7 @@ ROOT = "training_lens"
 
 
 def plain_console(**options: Any) -> Console:
-    """A Rich `Console` without markup in texts, tables and titles; without a terminal it folds no line.
-
-    Pass styles as arguments or `Text`.
-    """
+    """A Rich `Console` without markup (pass styles as arguments or `Text`); without a terminal it folds no line."""
     console = Console(**{"highlight": False, "emoji": False, "markup": False, **options})
     console.soft_wrap = not console.is_terminal
     return console

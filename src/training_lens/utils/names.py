@@ -45,10 +45,7 @@ def is_printable(name: str) -> bool:
 
 
 def find_name_fault(name: str) -> str:
-    """Why `name` is not a safe relative path on every system; empty if it is.
-
-    Parts are separated by '/': "lens/loss/00000001-00000006.parquet".
-    """
+    """Why `name`, with '/' between its parts, is not a safe relative path on every system; empty if it is."""
     parts = name.split("/")
     if not name.strip():
         return "it is empty"
@@ -79,10 +76,9 @@ def expand_home(path: str | Path) -> Path:
 
 
 def require_contained(folder: Path, *, besides: tuple[str, ...] = ()) -> None:
-    """Check that no symbolic link in a folder leads out of it, since writes would follow it.
+    """Refuse a symbolic link in a folder that leads out of it, since writes would follow it.
 
-    Raises:
-        CheckpointError: names the link and its target; subfolders `besides`, by relative name, are not checked.
+    Subfolders `besides`, by relative name, are not checked.
     """
     home = folder.resolve()
     for link in _find_links(folder, {folder / name for name in besides}):

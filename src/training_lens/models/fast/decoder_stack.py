@@ -30,16 +30,13 @@ NORM_PLACES = (  # names of the norms before attention, after it, before the MLP
 
 @dataclass(frozen=True)
 class DecoderBlock:
-    """One layer of a decoder; `norms` stand where `NORM_PLACES` says, `kind` is that of its mask.
+    """One layer of a decoder."""
 
-    The branches' outputs are multiplied by `factor` before they are added.
-    """
-
-    norms: tuple[DecodingNorm | None, ...]
+    norms: tuple[DecodingNorm | None, ...]  # where `NORM_PLACES` says
     attention: DecodingAttention
     mlp: FusedMLP
-    kind: str
-    factor: float
+    kind: str  # of its mask
+    factor: float  # by which the branches' outputs are multiplied before they are added
 
     def add_branches(self, x: Tensor, angles: Angles, mask: Tensor | None, cache: Cache) -> None:
         """Add the outputs of attention and MLP to x, (rows, tokens, hidden), in place."""

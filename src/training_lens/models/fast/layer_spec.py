@@ -27,14 +27,11 @@ class UnknownLayerError(Exception):
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm over the last dimension, without a bias: RMSNorm (arXiv 1910.07467) or LayerNorm.
-
-    `adds_one`: the factor is 1 + weight, as in Gemma.
-    """
+    """A norm over the last dimension, without a bias: RMSNorm (arXiv 1910.07467) or LayerNorm."""
 
     kind: NormKind
     epsilon: float
-    adds_one: bool = False
+    adds_one: bool = False  # the factor is 1 + weight, as in Gemma
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,10 @@ class PackedSequences:
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """How attention weighs keys: softmax of s = scale q k^T, or of softcap tanh(s / softcap) (arXiv 2408.00118).
-
-    `window`: a token sees so many of the last tokens, itself included; None: all.
-    """
+    """How attention weighs keys: softmax of s = scale q k^T, or of softcap tanh(s / softcap) (arXiv 2408.00118)."""
 
     scale: float
-    window: int | None = None
+    window: int | None = None  # a token sees so many of the last tokens, itself included; None: all
     softcap: float | None = None
 
 
