@@ -186,35 +186,35 @@ def _has_memory_for_copy(model: Any, device: torch.device) -> bool:
 
 def _verify_decoding(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
     """Prefill and decode the probe in two rows, one of them padded, and refuse a model whose logits differ."""
-    count = min(DECODED_TOKENS, ids.shape[1] - 1)
     try:
-        found = _decode_probe(decoder, ids[0].tolist(), count)
+        found = _decode_probe(decoder, ids[0].tolist())
     except Exception as error:  # foreign code, called in a way that it may not know
         if is_out_of_memory(error):
             raise
         name = type(decoder.model).__name__
         raise UnsupportedModelError(f"{name} cannot be decoded row by row: {describe_error(error)}") from error
-    if not is_close(found, wanted[-1 - count :], WHOLE_MODEL):
-        apart = relative_error(found, wanted[-1 - count :])
+    wanted = wanted[-len(found) :]
+    if not is_close(found, wanted, WHOLE_MODEL):
+        apart = relative_error(found, wanted)
         raise UnsupportedModelError(f"{type(decoder.model).__name__} gives other scores row by row, {apart:.1%} apart")
 
 
 def _add_stack(decoder: Decoder, tokens: list[int]) -> Decoder:
     """The decoder with its own forward pass through the layers; UnknownLayerError if its modules' logits differ."""
     faster = replace(decoder, stack=build_stack(decoder.model, decoder.windows))
-    count = min(DECODED_TOKENS, len(tokens) - 1)
     try:
-        found = _decode_probe(faster, tokens, count)
+        found = _decode_probe(faster, tokens)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise_out_of_memory(error)
         raise UnknownLayerError(f"its parts are called in another way ({describe_error(error)})") from error
-    if not is_close(found, _decode_probe(decoder, tokens, count), STACK_ROUNDINGS):
+    if not is_close(found, _decode_probe(decoder, tokens), STACK_ROUNDINGS):
         raise UnknownLayerError("it computes more than its parts do")
     return faster
 
 
-def _decode_probe(decoder: Decoder, tokens: list[int], count: int) -> Tensor:
-    """Logits after each of the last `count` + 1 tokens, all but the first of them decoded, (count + 1, vocabulary)."""
+def _decode_probe(decoder: Decoder, tokens: list[int]) -> Tensor:
+    """Logits after each of the last `DECODED_TOKENS` + 1 tokens, all but the first of them decoded."""
+    count = min(DECODED_TOKENS, len(tokens) - 1)
     start = len(tokens) - count
     prompts = [tokens[:start], tokens[:1]]
     first, prompt = prefill(decoder, prompts, SharedPrefix())

@@ -21,25 +21,10 @@ from training_lens.inference.session import Session, open_run, open_session
 from training_lens.merging.merge_plan import REPORT, MergeOptions, output_marks, plan_merge
 from training_lens.merging.merge_tensors import MergedModel, check_mergeable, merge_weights, save_delta, save_merged
 from training_lens.merging.merged_weights import MergeOutput, check_weights
-from training_lens.merging.verification import (
-    Probes,
-    Reference,
-    Verification,
-    build_probes,
-    compute_reference,
-    read_config_rows,
-    read_run_rows,
-    verify_folder,
-)
+from training_lens.merging.verification import Probes, Verification, probe_adapter, verify_folder
 from training_lens.models.adapter_files import read_config, require_adapter, require_plain
 from training_lens.models.adapters import count_parameters
-from training_lens.models.base_files import (
-    COPIED,
-    copy_files,
-    has_newer_form,
-    save_tokenizer,
-    write_generation_config,
-)
+from training_lens.models.base_files import COPIED, copy_files, has_newer_form, save_tokenizer, write_generation_config
 from training_lens.models.base_record import check_base, require_local_folder, stored_precision
 from training_lens.models.factory import build_skeleton, read_facts, resolve_seq_len
 from training_lens.models.location import locate_model
@@ -86,7 +71,7 @@ def merge_adapter(
     session, known = _open_in_float32(config, run, options.same_base)
     check_mergeable(session.model, options.scale)
     dtype = stored_precision(session.config.model) if options.dtype == "auto" else options.dtype
-    given, wanted = _compute_reference(config, run, session, options.scale)
+    given, wanted = probe_adapter(config, run, session, options.scale)
     report = {"output": str(output), "base_known": known, **_report_settings(session, options, dtype, given)}
     kept = run.reports / REPORT if run else output.with_name(f"{output.name}.{REPORT}")
     existing: Literal["replace", "refuse"] = "replace" if options.force else "refuse"
@@ -172,20 +157,6 @@ def _check_base_name(folder: Path, named: str | None, model: ModelSection) -> No
         f"inference.adapter: {folder} was trained on '{named}', and model.id is '{model.id}'. Give model.id={named}; "
         "or --same-base, where they are one model under two names."
     )
-
-
-def _compute_reference(
-    config: TrainingConfig, run: RunFolder | None, session: Session, scale: float
-) -> tuple[Probes, Reference]:
-    """The rows to check on, and what the adapter computes for them."""
-    named = config.data.validation
-    others = [str(source) for source in named] if named and not isinstance(named[0], dict) else None
-    rows, origin = read_run_rows(run, session, others) if run else read_config_rows(session)
-    given = build_probes(session, rows, origin)
-    wanted = compute_reference(session, given, scale)
-    if all(torch.equal(a, b) for a, b in zip(wanted.adapter, wanted.base, strict=True)):
-        raise AdapterError(f"the adapter of {session.source} computes exactly what its base does: nothing to merge.")
-    return given, wanted
 
 
 def _report_settings(session: Session, options: MergeOptions, dtype: Precision, given: Probes) -> dict[str, Any]:

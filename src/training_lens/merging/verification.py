@@ -16,10 +16,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from training_lens.config.schema import TrainingConfig
 from training_lens.data.examples import Example
 from training_lens.data.source_reader import read_examples
 from training_lens.data.token_pipeline import encode_training_prompt, tokenize
-from training_lens.errors import ConfigurationError, MergeError
+from training_lens.errors import AdapterError, ConfigurationError, MergeError
 from training_lens.inference.heldout_examples import validation_examples
 from training_lens.inference.session import Session
 from training_lens.merging import reload
@@ -57,6 +58,20 @@ class Reference:
     base: list[Tensor]
     answers: list[list[int]]
     margins: list[list[float]]  # those of `reload.decode_greedily`
+
+
+def probe_adapter(
+    config: TrainingConfig, run: RunFolder | None, session: Session, scale: float
+) -> tuple[Probes, Reference]:
+    """The rows to check on, and what the adapter computes for them."""
+    named = config.data.validation
+    others = [str(source) for source in named] if named and not isinstance(named[0], dict) else None
+    rows, origin = read_run_rows(run, session, others) if run else read_config_rows(session)
+    given = build_probes(session, rows, origin)
+    wanted = compute_reference(session, given, scale)
+    if all(torch.equal(a, b) for a, b in zip(wanted.adapter, wanted.base, strict=True)):
+        raise AdapterError(f"the adapter of {session.source} computes exactly what its base does: nothing to merge.")
+    return given, wanted
 
 
 def read_run_rows(run: RunFolder, session: Session, others: Sequence[str] | None) -> tuple[list[Example], str]:
