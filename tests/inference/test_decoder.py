@@ -31,9 +31,9 @@ TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The log, in which nothing counts as said before."""
-    monkeypatch.setattr(subject, "_logged", set())
+    subject.log_once.cache_clear()
     caplog.set_level(logging.INFO, "training_lens")
     return caplog
 

@@ -75,9 +75,9 @@ def test_a_model_that_does_more_than_its_parts_goes_through_its_modules(dtype: t
     ],
 )
 def test_why_a_model_goes_through_its_modules_is_logged_once(
-    kind: str, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    kind: str, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(decoder, "_logged", set())
+    decoder.log_once.cache_clear()
     with caplog.at_level(logging.INFO, "training_lens"):
         assert made(kind, {}).stack is made(kind, {}).stack is None
     (line,) = [record.getMessage() for record in caplog.records]

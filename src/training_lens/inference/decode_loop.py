@@ -113,11 +113,6 @@ def _prefill_masks(decoder: Decoder, pads: Tensor, offsets: Tensor, shared: int)
     return masks
 
 
-def count_slots(waiting: Sequence[Completion], budget: int) -> int:
-    """How many rows as long as the first go together in `budget` tokens; at least one."""
-    return min(len(waiting), max(1, budget // waiting[0].max_length))
-
-
 class DecodeLoop:
     """Decodes completions in `rows` slots by continuous batching.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +37,6 @@ STACK_ROUNDINGS = 0.01  # how far the same layers may differ when they are calle
 MAX_MERGING_LOSS = 0.01  # share of the adapter's effect on the logits that merging may change
 CPU_MEMORY_FACTOR = 2.5  # times the weights' bytes must be free on a CPU for merged and reordered copies of them
 GPU_MEMORY_FACTOR = 1.2  # on a GPU for merged ones; all else shares their memory
-_logged: set[str] = set()
 
 
 class UnsupportedModelError(Exception):
@@ -88,17 +88,15 @@ def _try_to_build(model: Any, base: bool, prompt: Sequence[int]) -> Decoder | No
     except Exception as error:  # memory runs out by several kinds of error
         if not is_out_of_memory(error):
             raise
-        log_once(
-            f"answers come from the model's own generate: there is no memory for a decoder ({describe_error(error)})"
-        )
+        what = f"there is no memory for a decoder ({describe_error(error)})"
+        log_once(f"answers come from the model's own generate: {what}")
     return None
 
 
+@cache
 def log_once(message: str) -> None:
     """Log a line, once in this process."""
-    if message not in _logged:
-        _logged.add(message)
-        logger.info("%s", message)
+    logger.info("%s", message)
 
 
 @torch.inference_mode()
@@ -167,10 +165,8 @@ def _merging_loss(model: Any, merged: Any, ids: Tensor, wanted: Tensor) -> float
     Both are measured in the weights' dtype: rounding that hides the adapter counts as loss.
     """
     found: Tensor = merged(input_ids=ids, use_cache=False).logits[0]
-    if found.dtype == torch.float32 and is_close(found, wanted, WHOLE_MODEL):
-        return 0.0
     error = relative_error(found, wanted)
-    if error == 0:
+    if error == 0 or (found.dtype == torch.float32 and is_close(found, wanted, WHOLE_MODEL)):
         return 0.0
     with base_only(model):
         plain: Tensor = model(input_ids=ids, use_cache=False).logits[0]
@@ -218,14 +214,14 @@ def _decode_probe(decoder: Decoder, tokens: list[int]) -> Tensor:
     start = len(tokens) - count
     prompts = [tokens[:start], tokens[:1]]
     first, prompt = prefill(decoder, prompts, SharedPrefix())
-    cache = SlotCache(2, len(tokens) + 1, decoder.windows, decoder.dtype, decoder.device)
-    cache.columns.end = start
+    slots = SlotCache(2, len(tokens) + 1, decoder.windows, decoder.dtype, decoder.device)
+    slots.columns.end = start
     for row, length in enumerate((start, 1)):
-        cache.write_prompt(row, prompt, row, 0, length)
+        slots.write_prompt(row, prompt, row, 0, length)
     logits = [first[0]]
     for i in range(count):
-        cache.open_column()
+        slots.open_column()
         step = torch.tensor([[tokens[start + i]], [tokens[0]]], device=decoder.device)
         positions = torch.tensor([[start + i], [1 + i]], device=decoder.device)
-        logits.append(decoder.compute_logits(step, positions, cache.attention_masks(), cache)[0])
+        logits.append(decoder.compute_logits(step, positions, slots.attention_masks(), slots)[0])
     return torch.stack(logits)

@@ -16,7 +16,7 @@ import torch
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Message
 from training_lens.errors import ConfigurationError, OutOfMemoryError
-from training_lens.inference.decode_loop import DecodeLoop, Decoder, count_slots
+from training_lens.inference.decode_loop import DecodeLoop, Decoder
 from training_lens.inference.decoder import log_once
 from training_lens.inference.fallback_generate import count_batch_rows, generate_padded, needs_long_factors
 from training_lens.inference.sampler import Completion, Sampler
@@ -176,9 +176,9 @@ class _GenerationCall:
     on_token: Callable[[int], None] | None  # called with each token, where there is one prompt
 
     def count_rows(self, waiting: Sequence[Completion], budget: int) -> int:
-        """How many prompts go together in `budget` tokens."""
+        """How many prompts, the longest first, go together in `budget` tokens; at least one."""
         if self._choose_decoder(waiting):
-            return count_slots(waiting, budget)
+            return min(len(waiting), max(1, budget // waiting[0].max_length))
         return count_batch_rows(self.session, waiting, budget)
 
     def _choose_decoder(self, waiting: Sequence[Completion]) -> Decoder | None:

@@ -45,18 +45,11 @@ class MergeOptions:
     same_base: bool = False
 
 
-@dataclass(frozen=True)
-class MergePlan:
-    """The run that is merged (None for a bare adapter folder), its adapter, the base, and the resolved output."""
+def plan_merge(config: TrainingConfig, options: MergeOptions) -> tuple[RunFolder | None, Path, Path]:
+    """The run that `inference.adapter` names (None for a bare adapter folder), its adapter, and the resolved output.
 
-    run: RunFolder | None
-    adapter: Path
-    base: ModelSection
-    output: Path
-
-
-def plan_merge(config: TrainingConfig, options: MergeOptions) -> MergePlan:
-    """What `inference.adapter` names, and where its merge goes, once nothing is in the way."""
+    Wrong options and an output that is taken are refused.
+    """
     run, adapter, base = _find_adapter(config)
     _check_options(options, base)
     if not options.output and run is None:
@@ -66,7 +59,7 @@ def plan_merge(config: TrainingConfig, options: MergeOptions) -> MergePlan:
     check_output(output, run, adapter, base, options.force)
     if not options.output:  # the parent folder is the run's: remove what killed merges left there
         sweep_temporaries(output.parent, older_than_seconds=86_400)
-    return MergePlan(run, adapter, base, output)
+    return run, adapter, output
 
 
 def _find_adapter(config: TrainingConfig) -> tuple[RunFolder | None, Path, ModelSection]:

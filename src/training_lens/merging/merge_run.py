@@ -66,8 +66,7 @@ def merge_adapter(
         OutputError: another process filled the output in the meantime.
     """
     start = time.perf_counter()
-    plan = plan_merge(config, options)
-    run, adapter, output = plan.run, plan.adapter, plan.output
+    run, adapter, output = plan_merge(config, options)
     session, known = _open_in_float32(config, run, options.same_base)
     check_mergeable(session.model, options.scale)
     dtype = stored_precision(session.config.model) if options.dtype == "auto" else options.dtype

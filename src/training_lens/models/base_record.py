@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,12 @@ def check_base(record: Path, model: ModelSection) -> bool:
     trained_on = read_sealed(record) if record.is_file() else {}
     if folder is None or not trained_on.get("weights"):
         return False
-    if changed := changed_files(trained_on, folder, model):
+    recorded: dict[str, str] = trained_on.get("files", {})
+    known = {path.name: path for path in base_files(folder) if path.name in recorded}
+    changed = [name for name, path in known.items() if sample_hash(path) != recorded[name]]
+    if not changed and fingerprint_base(model) != trained_on["weights"]:  # the same tensors in other files do not count
+        changed = weight_files(folder)
+    if changed:
         message = (
             f"the adapter was trained on another base than '{model.id}' is now: {record} says that "
             f"{', '.join(changed)} in {folder} changed since."
@@ -103,16 +107,6 @@ def check_base(record: Path, model: ModelSection) -> bool:
             )
         logger.warning("%s It is accepted: model.accept_changed_base.", message)
     return not changed
-
-
-def changed_files(record: Mapping[str, Any], folder: Path, model: ModelSection) -> list[str]:
-    """The names of a base's files that differ from its record; the same tensors in other files do not count."""
-    known = {path.name: path for path in base_files(folder)}
-    recorded: dict[str, str] = record.get("files", {})
-    changed = [name for name, path in known.items() if name in recorded and sample_hash(path) != recorded[name]]
-    if not changed and fingerprint_base(model) != record["weights"]:
-        changed = weight_files(folder)
-    return changed
 
 
 def require_local_folder(model: ModelSection) -> Path:
