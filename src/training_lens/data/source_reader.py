@@ -75,7 +75,7 @@ def skip_bad_rows(data: DataSection) -> DataSection:
     return data.model_copy(update={"on_bad_row": "skip"})
 
 
-def read_examples(specs: Sequence[str], key: str, data: DataSection) -> Iterator[Example]:
+def read_examples(specs: Sequence[object], key: str, data: DataSection) -> Iterator[Example]:
     """The examples of these sources, for display and generation; skipped rows are logged."""
     sources = expand_sources(specs, key)
     try:

@@ -106,13 +106,13 @@ def _require_prepared_hash(file: Path, found: str) -> None:
         )
 
 
-def expand_sources(specs: Sequence[str], key: str) -> list[DataSource]:
+def expand_sources(specs: Sequence[object], key: str) -> list[DataSource]:
     """The sources for paths, globs, folders, hub ids and embedded names, in order, without duplicates.
 
     The error on a missing path, or a glob without matches, names `key` and a similar file.
     """
     sources: dict[str, DataSource] = {}
-    for entry, spec in enumerate(specs):
+    for entry, spec in enumerate(map(str, specs)):
         if not spec.strip():
             raise DatasetError(f"{key}: an empty path; give a file.")
         for source in _expand_source(spec, entry, key):

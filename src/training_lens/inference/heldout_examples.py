@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 
 
 def validation_examples(
-    run: RunFolder, session: Session, limit: int | None = None, others: Sequence[str] | None = None
+    run: RunFolder, session: Session, limit: int | None = None, others: Sequence[object] | None = None
 ) -> list[Example]:
     """The run's validation rows that fit the model of its session, in their files' order. Logs how many do not fit.
 
@@ -40,14 +40,13 @@ def validation_examples(
 def configured_examples(session: Session, limit: int | None = None) -> list[Example]:
     """The validation rows of the session's own config that fit the model: those that `train` would validate on."""
     data = session.config.data
-    if data.validation_sources:
-        examples = read_examples(_source_paths(data.validation_sources), "data.validation", data)
-        return filter_fitting(examples, session, limit)
+    if sources := data.validation_sources:
+        return filter_fitting(read_examples(sources, "data.validation", data), session, limit)
     if not data.val_ratio:
         raise ConfigurationError(
             "there are no rows to evaluate on; give data.validation, or data.train and data.val_ratio."
         )
-    found = _filter_with_digests(read_examples(_source_paths(data.train), "data.train", data), session)
+    found = _filter_with_digests(read_examples(data.train, "data.train", data), session)
     if len(found) < 2:
         raise ConfigurationError("data.val_ratio: one example cannot be split; give more rows or data.validation.")
     digests = np.array([digest for _, digest in found], dtype=np.uint64)
@@ -84,16 +83,16 @@ def _filter_with_digests(
     return found
 
 
-def _read_validation_rows(run: RunFolder, session: Session, others: Sequence[str] | None) -> Iterator[Example]:
+def _read_validation_rows(run: RunFolder, session: Session, others: Sequence[object] | None) -> Iterator[Example]:
     data = session.config.data
     if others is not None:
         return read_examples(others, "data.validation", data)
     if data.val_ratio:
         return _read_held_out(run, session)
-    if data.validation_sources:
-        for name in _find_changed_sources(run, _source_paths(data.validation_sources), "validation"):
+    if sources := data.validation_sources:
+        for name in _find_changed_sources(run, sources, "validation"):
             logger.warning("%s: has changed since the run validated on it; these are its rows now", name)
-        return read_examples(_source_paths(data.validation_sources), "data.validation", data)
+        return read_examples(sources, "data.validation", data)
     raise ConfigurationError(
         f"the run {run.run_id} had no validation rows to evaluate it on; give data.validation, or train with "
         "data.validation or data.val_ratio."
@@ -103,17 +102,17 @@ def _read_validation_rows(run: RunFolder, session: Session, others: Sequence[str
 def _read_held_out(run: RunFolder, session: Session) -> Iterator[Example]:
     """The rows that the run held out, identified by file and row; so the files must be unchanged."""
     data = session.config.data
-    held_out, sources = set(run.read_metadata("held_out.json")), _source_paths(data.train)
-    if changed := _find_changed_sources(run, sources, "train"):
+    held_out = set(run.read_metadata("held_out.json"))
+    if changed := _find_changed_sources(run, data.train, "train"):
         raise DatasetError(
             f"{', '.join(changed)}: has changed since the run {run.run_id} held rows of it out, so they can no longer "
             "be distinguished from those that it trained on. Restore the old file, or evaluate on other rows with "
             "data.validation=FILE."
         )
-    return (e for e in read_examples(sources, "data.train", data) if e.id in held_out)
+    return (e for e in read_examples(data.train, "data.train", data) if e.id in held_out)
 
 
-def _find_changed_sources(run: RunFolder, specs: Sequence[str], split: str) -> list[str]:
+def _find_changed_sources(run: RunFolder, specs: Sequence[object], split: str) -> list[str]:
     """Sources that differ from what the run read."""
     recorded = run.read_metadata("data.json")[split]["files"]
     return [s.name for s in expand_sources(specs, f"data.{split}") if recorded.get(s.name) != s.sha256]
@@ -122,7 +121,7 @@ def _find_changed_sources(run: RunFolder, specs: Sequence[str], split: str) -> l
 def read_training_tokens(session: Session, at_least: int) -> list[int]:
     """At least so many tokens of the run's rendered training rows, one after the other, or all of them."""
     data, tokens = session.config.data, list[int]()
-    for source in expand_sources(_source_paths(data.train), "data.train"):
+    for source in expand_sources(data.train, "data.train"):
         examples = read_source_examples(source, data)
         while chunk := list(islice(examples, CHUNK)):
             for row in tokenize(chunk, session.preparation):
@@ -132,7 +131,3 @@ def read_training_tokens(session: Session, at_least: int) -> list[int]:
     if not tokens:
         raise DatasetError("data.train: none of its rows fits the model any more.")
     return tokens
-
-
-def _source_paths(sources: Sequence[object]) -> list[str]:
-    return [str(source) for source in sources]

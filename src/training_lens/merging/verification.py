@@ -81,17 +81,16 @@ def read_run_rows(run: RunFolder, session: Session, others: Sequence[str] | None
     try:
         return validation_examples(run, session, ROWS), "of the run's validation data"
     except ConfigurationError:
-        train = [str(source) for source in session.config.data.train]
-        return validation_examples(run, session, ROWS, train), "that the run was trained on"
+        return validation_examples(run, session, ROWS, session.config.data.train), "that the run was trained on"
 
 
 def read_config_rows(session: Session) -> tuple[list[Example], str]:
     """Rows that the session's config names, for an adapter without a run."""
     data = session.config.data
-    sources = [str(source) for source in data.validation_sources or data.train]
+    sources = data.validation_sources or data.train
     examples = read_examples(sources, "data.validation", data)
     usable = (example for example in examples if tokenize([example], session.preparation)[0] is not None)
-    return list(islice(usable, ROWS)), f"of {', '.join(sources)}"
+    return list(islice(usable, ROWS)), f"of {', '.join(map(str, sources))}"
 
 
 def build_probes(session: Session, examples: Sequence[Example], origin: str) -> Probes:

@@ -118,7 +118,7 @@ def prepare_splits(config: TrainingConfig, progress: Progress, force: bool = Fal
     base, folder = Path(config.output.base_output_dir), config.prepared_folder
     require_writable(base, "output.base_output_dir")
     config = write_rows_as_files(config, base / "cache" / "rows")
-    sources = expand_sources([str(spec) for spec in config.data.train], "data.train")
+    sources = expand_sources(config.data.train, "data.train")
     check_csv_settings(config.data.csv, [source.name for source in sources])
     _require_writable_folder(folder, sources, force)
     if config.prepare.output is None:  # the folder around it is our own: what killed runs left there may go
