@@ -57,9 +57,7 @@ class DecoderCache:
     def get_decoder(self, model: Any, base: bool, prompt: Sequence[int]) -> Decoder | None:
         """The decoder; None, with the reason logged once, where only the model's own `generate` can run it.
 
-        Args:
-            base: of the model without its adapter.
-            prompt: real tokens to compare logits on.
+        With `base` it is that of the model without its adapter. Logits are compared on the tokens of `prompt`.
         """
         state, before = (base, *_read_model_state(model)), self._state
         if state[:-1] != before[:-1] or not all(map(torch.equal, state[-1], before[-1])):
@@ -103,10 +101,8 @@ def log_once(message: str) -> None:
 def build_decoder(model: Any, base: bool, ids: Tensor) -> Decoder:
     """A decoder that gives the model's logits for `ids`, (1, tokens) int64; the model is not changed.
 
-    Cost: some forward passes over `ids`, and the memory of the weights once more where that is free.
-
-    Raises:
-        UnsupportedModelError: the model caches something else than keys and values, or the logits differ.
+    Cost: some forward passes over `ids`, and the memory of the weights once more where that is free. A model that
+    caches something else than keys and values, or whose logits differ, is refused.
     """
     windows = _attention_windows(model)
     with base_only(model, base):

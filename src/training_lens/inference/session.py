@@ -136,9 +136,6 @@ def open_session(config: TrainingConfig) -> Session:
     """The session that `inference.adapter` names: a run, a bare adapter folder on `model.id`, or `model.id` alone.
 
     A run answers with its own model, template and domains; the other two with those of `config`.
-
-    Raises:
-        CheckpointError, AdapterError: there is no such run or adapter, or it cannot be used.
     """
     name = config.inference.adapter
     if uses_own_model(name):
@@ -245,11 +242,9 @@ def build_session(
     adapter: Path | None = None,
     domains: tuple[str, ...] | None = None,
 ) -> Session:
-    """A session on a model in memory, such as one that is training.
+    """A session on a model in memory, such as one that is training, with `data.template` resolved.
 
-    Args:
-        config: with `data.template` resolved.
-        continues_text: the model was trained on plain texts alone, see `are_plain_texts`.
+    `continues_text`: the model was trained on plain texts alone, see `are_plain_texts`.
     """
     encoder = TextEncoder(loaded.tokenizer)  # before the renderer, which assumes that there is an EOS token
     renderer = build_renderer(config.data, loaded.tokenizer)

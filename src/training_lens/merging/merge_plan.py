@@ -24,25 +24,15 @@ SHOWN_NAMES = 3  # of files, in a message
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What is written, and where.
+    """What is written, and where."""
 
-    Attributes:
-        output: the folder; None is artifacts/merged of the run (artifacts/delta with `delta`).
-        dtype: of the written weights; auto is that of the base's files.
-        scale: multiplies the adapter's update; 1 is as trained.
-        delta: write only the differences of the changed weights.
-        max_shard_size: of a file, such as '5GB'.
-        force: replace an output that an earlier merge wrote.
-        same_base: accept `model.id` as the base of a bare adapter that names another one.
-    """
-
-    output: Path | None = None
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    scale: float = 1.0
-    delta: bool = False
-    max_shard_size: str = "5GB"
-    force: bool = False
-    same_base: bool = False
+    output: Path | None = None  # the folder; None is artifacts/merged of the run (artifacts/delta with `delta`)
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the written weights; auto is that of the base's files
+    scale: float = 1.0  # multiplies the adapter's update; 1 is as trained
+    delta: bool = False  # write only the differences of the changed weights
+    max_shard_size: str = "5GB"  # of a file
+    force: bool = False  # replace an output that an earlier merge wrote
+    same_base: bool = False  # accept `model.id` as the base of a bare adapter that names another one
 
 
 def plan_merge(config: TrainingConfig, options: MergeOptions) -> tuple[RunFolder | None, Path, Path]:

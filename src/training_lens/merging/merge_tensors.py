@@ -26,19 +26,12 @@ DELTA = "delta{suffix}.safetensors"
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A model without adapter modules.
+    """A model without adapter modules, and names of its parameters in the state dict."""
 
-    Attributes:
-        model: as transformers loaded it, in float32.
-        changed: names in the state dict of the parameters that the adapter changed; one name of tied parameters.
-        untied: names of parameters that were tied to another one in the base, and are no longer.
-        was_quantized: the base's weights were in 4 or 8 bits, by the run's config or by the base's own.
-    """
-
-    model: Any
-    changed: tuple[str, ...]
-    untied: tuple[str, ...]
-    was_quantized: bool
+    model: Any  # as transformers loaded it, in float32
+    changed: tuple[str, ...]  # by the adapter; one name of tied parameters
+    untied: tuple[str, ...]  # tied to another one in the base, and no longer
+    was_quantized: bool  # the base's weights were in 4 or 8 bits, by the run's config or by the base's own
 
 
 def check_mergeable(adapted: Any, scale: float) -> None:

@@ -149,27 +149,17 @@ class MergeCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """A merged model against its adapter, on the logits of `positions` positions and `answers` greedy answers.
-
-    Attributes:
-        max_logit_difference: max |z' - z| over all logits z of the adapter and z' of the merged model.
-        logit_spread: standard deviation of z over the vocabulary, mean over positions; the scale of differences.
-        mean_kl: KL(adapter || merged) of the next token, mean over positions, in nats.
-        distance_share: RMS of z' - z over the RMS of base - z: the share of the update that rounding lost.
-        greedy_agreement: share of answers that are token for token the same.
-        ties: answers that first differ at a token whose margin is at most twice the allowed logit difference.
-        checks: what decides whether the merge passes.
-    """
+    """A merged model against its adapter, on the logits of `positions` positions and `answers` greedy answers."""
 
     positions: int
     answers: int
-    max_logit_difference: float
-    logit_spread: float
-    mean_kl: float
-    distance_share: float
-    greedy_agreement: float
-    ties: int
-    checks: tuple[MergeCheck, ...]
+    max_logit_difference: float  # max |z' - z| over all logits z of the adapter and z' of the merged model
+    logit_spread: float  # standard deviation of z over the vocabulary, mean over positions; the scale of differences
+    mean_kl: float  # KL(adapter || merged) of the next token, mean over positions, in nats
+    distance_share: float  # RMS of z' - z over the RMS of base - z: the share of the update that rounding lost
+    greedy_agreement: float  # share of answers that are token for token the same
+    ties: int  # answers that first differ at a token whose margin is at most twice the allowed logit difference
+    checks: tuple[MergeCheck, ...]  # what decides whether the merge passes
 
     @property
     def is_ok(self) -> bool:

@@ -87,11 +87,7 @@ def adapter_folder(reference: str) -> Path:
 def adopt_saved_settings(peft: PeftSection) -> PeftSection:
     """The section completed from the adapter of `from_adapter`: rank, alpha, targets, variant, patterns.
 
-    What neither sets stays unset.
-
-    Raises:
-        AdapterError: there is no such adapter, or it is not a plain LoRA or DoRA.
-        ConfigurationError: the section sets another value than the adapter has.
+    What neither sets stays unset. A section that sets another value than the adapter has is refused.
     """
     if peft.from_adapter is None:
         return peft

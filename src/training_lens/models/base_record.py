@@ -81,10 +81,8 @@ def sample_hash(path: Path) -> str:
 def check_base(record: Path, model: ModelSection) -> bool:
     """Whether the base `model` is known to be that of `record`, the base.json of the run that trained an adapter.
 
-    Older runs have no record, and hub models may not be local yet.
-
-    Raises:
-        AdapterError: a file of the base has changed, and model.accept_changed_base is not set.
+    Older runs have no record, and hub models may not be local yet. A base that has changed is refused, unless
+    model.accept_changed_base is set.
     """
     folder = local_folder(model)
     trained_on = read_sealed(record) if record.is_file() else {}

@@ -49,8 +49,6 @@ class Columns:
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, each (rows, heads, columns, size)."""
 
-    is_compileable = False
-
     def __init__(self, columns: Columns, windowed: bool) -> None:
         super().__init__()
         self.columns, self.windowed = columns, windowed

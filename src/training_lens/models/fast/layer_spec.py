@@ -44,22 +44,15 @@ class MLPSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Causal attention whose heads share the keys and values of their group (arXiv 2305.13245).
+    """Causal attention whose heads share the keys and values of their group (arXiv 2305.13245)."""
 
-    Args:
-        projections: the names of the query, key and value projections.
-        scores: scale, sliding window and softcap.
-        qk_norm: queries and keys are normalized head by head or over all heads at once; None: not at all.
-        rotary: which numbers of a head are turned together (arXiv 2104.09864); None: positions are not encoded.
-    """
-
-    projections: tuple[str, ...]
+    projections: tuple[str, ...]  # the names of those of queries, keys and values
     heads: int
     groups: int
     head_size: int
     scores: ScoreSpec
-    qk_norm: QKNorm | None
-    rotary: Rotary | None
+    qk_norm: QKNorm | None  # head by head or over all heads at once; None: not normalized
+    rotary: Rotary | None  # which numbers of a head are rotated together (arXiv 2104.09864); None: no positions
 
     @cached_property
     def sizes(self) -> tuple[int, int, int]:
