@@ -28,19 +28,15 @@ NAMED = 20  # skipped rows that the log names; the report has them all
 
 @dataclass(frozen=True)
 class FileReport:
-    """Counts of the input's rows; `resumed` answers were in the output before.
-
-    `cut` answers reached `max_new_tokens` or the model's last position; for `unmarked` ones, which an earlier version
-    wrote, that is unknown.
-    """
+    """Counts of the input's rows."""
 
     output: str
     rows: int
     answered: int
     passed_over: tuple[SkippedRow, ...]
-    resumed: int
-    cut: int = 0
-    unmarked: int = 0
+    resumed: int  # answers that were in the output before
+    cut: int = 0  # answers that reached `max_new_tokens` or the model's last position
+    unmarked: int = 0  # answers of an earlier version, which does not say whether they were cut
 
 
 def answer_file(
@@ -125,10 +121,7 @@ def _describe_answerer(session: Session, settings: InferenceSection, base: bool)
 
 
 class _AnswerLines:
-    """The output file: its complete lines, matched with rows one after the other, and the lines appended to it.
-
-    `finish_reasons` counts how all answers ended; under None those whose line has no finish reason.
-    """
+    """The output file: its complete lines, matched with rows one after the other, and the lines appended to it."""
 
     def __init__(self, path: Path) -> None:
         content = path.read_bytes() if path.exists() else b""
@@ -137,7 +130,7 @@ class _AnswerLines:
         self._cut = content[self._size :]  # our own incomplete line is overwritten by the next
         self._left = content[: self._size].splitlines(keepends=True)
         self._matched = 0
-        self.finish_reasons: Counter[str | None] = Counter()
+        self.finish_reasons: Counter[str | None] = Counter()  # of all answers; None of a line that has none
 
     def match_prompts(self, prompts: Sequence[PromptRow], source: DataSource) -> int:
         """How many of the prompts have their line already; refuses a line that does not answer its prompt."""

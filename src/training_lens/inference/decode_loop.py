@@ -27,18 +27,14 @@ COLUMN_SLACK = 4  # a quarter more cache columns than one row takes, so that the
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model as the decode loop calls it.
-
-    `windows`: the attention window of each layer, None for full attention. `keeps_last`: the model takes
-    `logits_to_keep`. `stack`: the forward pass through our own layers, where it gives the same logits.
-    """
+    """A model as the decode loop calls it."""
 
     model: Any
-    windows: tuple[int | None, ...]
-    keeps_last: bool
+    windows: tuple[int | None, ...]  # the attention window of each layer, None for full attention
+    keeps_last: bool  # whether the model takes `logits_to_keep`
     dtype: torch.dtype
     device: torch.device
-    stack: DecoderStack | None = None
+    stack: DecoderStack | None = None  # the forward pass through our own layers, where it gives the same logits
 
     def compute_logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """Logits after the last token of each row, (rows, vocabulary); the tokens are added to the KV cache.

@@ -44,12 +44,9 @@ def generate_padded(
     completions: Sequence[Completion],
     options: dict[str, Any],
     base: bool,
-    on_token: Callable[[int], None] | None,
+    on_token: Callable[[int], None] | None,  # called with each token, where there is one completion
 ) -> None:
-    """Generate the tokens of each completion, up to its stop token; `options` are those of `generate`.
-
-    `on_token` is called with each token, where there is one completion.
-    """
+    """Generate the tokens of each completion, up to its stop token, with these options of `generate`."""
     prompts = [list(completion.prompt) for completion in completions]
     width = max(map(len, prompts))
     ids = torch.tensor([[session.pad_id] * (width - len(p)) + p for p in prompts])  # (rows, width), padded at the left

@@ -47,9 +47,9 @@ def answer(
     base: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The answer to one prompt, from `Session.prompt_ids`; `on_text` gets its text while the tokens are generated.
+    """The answer to one prompt from `Session.prompt_ids`, with `base` by the base model alone, without the adapter.
 
-    With `base` the base model answers, without the adapter.
+    `on_text` gets its text while the tokens are generated.
     """
     return generate_answer(session, prompt_ids, settings, base=base, on_text=on_text).text
 

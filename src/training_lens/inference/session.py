@@ -50,22 +50,17 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Session:
-    """A model that answers prompts, with what renders them.
+    """A model that answers prompts, with what renders them."""
 
-    `source` is the run's or adapter's folder, or the model's id; `domains` are those that the run was trained on, None
-    where there is no run (any may be given then); `adapter` is the folder of the adapter's files. `continues_text`: the
-    run was trained on plain texts alone, so the model continues a prompt, and no template is used.
-    """
-
-    source: str
-    adapter: Path | None
+    source: str  # the run's or adapter's folder, or the model's id
+    adapter: Path | None  # the folder of its files
     model: Any
     tokenizer: Any
     encoder: TextEncoder
     renderer: Renderer
     config: TrainingConfig
-    domains: tuple[str, ...] | None
-    continues_text: bool
+    domains: tuple[str, ...] | None  # that the run was trained on; None where there is no run, and any may be given
+    continues_text: bool  # the run was trained on plain texts alone: the model continues a prompt without a template
     stop_ids: frozenset[int]
     device: torch.device
     precision: Precision

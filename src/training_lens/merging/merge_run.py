@@ -105,10 +105,7 @@ def _report_refusal(report: dict[str, Any], kept: Path) -> Iterator[None]:
 
 
 def _open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: bool) -> tuple[Session, bool]:
-    """The adapter on its base, in float32; and whether the base's weights are known to be those that it trained on.
-
-    `run` is None where `inference.adapter` is a bare adapter; `same_base` accepts any `model.id` as its base.
-    """
+    """The adapter on its base, in float32; and whether the base's weights are known to be those that it trained on."""
     if run:
         trained = open_run_config(run, config.explicit_values(), "model.trust_remote_code").model
         device = choose_device(trained, config.model.device)

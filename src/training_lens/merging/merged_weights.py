@@ -26,15 +26,12 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class MergeOutput:
-    """A written folder and its sources: `base` + `scale` x the update of `adapter`, or with `delta` the update alone.
-
-    `device` is where the adapter computed. The base's weights are read there, as quantized ones depend on the device.
-    """
+    """A written folder and its sources: `base` + `scale` x the update of `adapter`, or with `delta` that alone."""
 
     folder: Path
     base: ModelSection
     adapter: Path
-    device: torch.device
+    device: torch.device  # where the adapter computed; the base is read there, as quantized weights depend on it
     dtype: Precision
     scale: float
     delta: bool

@@ -39,15 +39,12 @@ LOGIT_BYTES = 256 * 2**20  # kept for each model: with a large vocabulary only a
 
 @dataclass(frozen=True)
 class Probes:
-    """Rows of tokens, and prompts, each with its `max_new_tokens`.
-
-    `origin` says where the rows are from, for messages; the last `keep` positions of each row are compared.
-    """
+    """Rows of tokens, and prompts, each with its `max_new_tokens`."""
 
     rows: list[list[int]]
     prompts: list[tuple[list[int], int]]
-    keep: int
-    origin: str
+    keep: int  # so many of the last positions of each row are compared
+    origin: str  # where the rows are from, for messages
 
 
 @dataclass(frozen=True)

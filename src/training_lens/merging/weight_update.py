@@ -23,15 +23,12 @@ ROUNDOFF = 2.0**-24  # of one float32 operation, relative
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """s B A of LoRA (arXiv 2106.09685); with `magnitude` m, DoRA's m (W + s B A) / |W + s B A| - W (arXiv 2402.09353).
+    """s B A of LoRA (arXiv 2106.09685), or DoRA's m (W + s B A) / |W + s B A| - W (arXiv 2402.09353)."""
 
-    `a` is (rank, in), `b` (out, rank), `magnitude` (out,); `factor` is s.
-    """
-
-    a: Tensor
-    b: Tensor
-    factor: float
-    magnitude: Tensor | None
+    a: Tensor  # (rank, in)
+    b: Tensor  # (out, rank)
+    factor: float  # s
+    magnitude: Tensor | None  # m (out,), of DoRA
 
     def compute_change(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The update of some rows of a weight, and a bound of its error when computed in float32.

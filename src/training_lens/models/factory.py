@@ -168,10 +168,7 @@ def _load_with_weights(model: ModelSection, **options: Any) -> Any:
 
 
 def build_skeleton(model: ModelSection) -> Any:
-    """The base model without weights, on the meta device: every module with its sizes, for checks that need no memory.
-
-    Only causal language models can be built.
-    """
+    """The base model without weights, on the meta device: every module with its sizes, for checks without memory."""
     with _explain_failures("architecture", model):
         config = _read_config(model)
         if hasattr(config, "quantization_config"):  # quantized modules would have packed sizes

@@ -29,22 +29,17 @@ NORMAL_95 = 1.96  # standard errors on each side of a 95 % interval
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One trial. `validation_loss` is in nats per supervised token; for a pruned trial, the lowest so far.
-
-    `state` is finished, pruned, running, stopped (its process ended; the next start resumes it) or failed. `params` are
-    config values by dotted key; `seconds` is the training time; `run_dir` is on the machine that ran the trial.
-    `is_default` marks the trial with the base config's own settings.
-    """
+    """One trial."""
 
     trial: int
-    state: str
-    validation_loss: float | None
-    params: dict[str, Any]
-    seconds: float | None
+    state: str  # of `STATE_ORDER`; stopped: its process ended, and the next start resumes it
+    validation_loss: float | None  # in nats per supervised token; of a pruned trial, the lowest so far
+    params: dict[str, Any]  # config values by dotted key
+    seconds: float | None  # of training
     run_id: str
-    run_dir: str | None
+    run_dir: str | None  # on the machine that ran the trial
     error: str | None
-    is_default: bool = False
+    is_default: bool = False  # with the base config's own settings
 
 
 @dataclass(frozen=True)

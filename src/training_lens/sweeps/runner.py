@@ -242,10 +242,7 @@ class PruningCallback(Callback):
 
 
 def _plan_first_trial(config: TrainingConfig, space: Space, console: Console | None) -> RunPlan:
-    """Plan the first valid point, to find errors of the base config early and to fill the token cache.
-
-    All trials use the tokenized splits of this plan.
-    """
+    """Plan the first valid point, to find errors of the base config early and to fill the token cache of all trials."""
     plan = TrainingWrapper(space.trial_config(config, space.first_valid_point(config)), console=console).plan()
     if plan.processes.count > 1:
         raise ConfigurationError(

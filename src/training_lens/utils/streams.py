@@ -12,12 +12,9 @@ from typing import Any, TextIO
 
 
 class BestEffortFile(io.FileIO):
-    """A file whose writes never fail: what cannot be written is dropped.
+    """A file whose writes never fail: what cannot be written is dropped, and later writes are tried again."""
 
-    Later writes are tried again, since a full disk may get space. `lost` is the first error.
-    """
-
-    lost: OSError | None = None
+    lost: OSError | None = None  # the first error
 
     def write(self, data: Any, /) -> int:
         try:

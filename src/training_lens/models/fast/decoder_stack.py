@@ -56,19 +56,16 @@ class DecoderBlock:
 
 @dataclass(frozen=True)
 class DecoderStack:
-    """The blocks between embedding and output layer. `rotary` gives cosines and sines of positions.
-
-    Embeddings and logits may be multiplied by a factor, and logits capped: softcap tanh(logits / softcap).
-    """
+    """The blocks between embedding and output layer."""
 
     embed: nn.Embedding
-    rotary: Any
+    rotary: Any  # gives cosines and sines of positions
     blocks: tuple[DecoderBlock, ...]
     norm: DecodingNorm
     head: FusedLinear
-    embedding_factor: float
+    embedding_factor: float  # embeddings are multiplied by it, and logits by the next
     logit_factor: float
-    softcap: float | None
+    softcap: float | None  # of logits: softcap tanh(logits / softcap)
     rotates_by_kind: bool  # whether `rotary` takes the kind of layer, as Gemma 3's does
 
     def logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
@@ -90,10 +87,7 @@ class DecoderStack:
 
 
 def build_stack(model: Any, windows: Sequence[int | None]) -> DecoderStack:
-    """The stack of a model whose layers were replaced; UnknownLayerError if it has other parts, or hooks.
-
-    The window of each layer is None for one that sees all.
-    """
+    """The stack of a model whose layers were replaced; UnknownLayerError if it has other parts, or hooks."""
     decoder, head, config = decoder_of(model), model.get_output_embeddings(), model.config.get_text_config()
     children = dict(decoder.named_children())
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules()):

@@ -76,12 +76,10 @@ def recognize_layers(model: Any) -> RecognizedLayers:
         calls = record_attentions(model)
         for module in model.modules():
             try:
-                spec = _recognize(module, calls)
+                if spec := _recognize(module, calls):
+                    found.specs[module] = spec
             except UnknownLayerError as reason:
                 found.refusals[module] = str(reason)
-            else:
-                if spec is not None:
-                    found.specs[module] = spec
     return found
 
 
@@ -169,10 +167,7 @@ class AttentionCall:
 
 
 def recognize_attention(module: Any, call: AttentionCall | None) -> AttentionSpec:
-    """The structure of an attention module, known by the queries and keys of one call from `record_attentions`.
-
-    UnknownLayerError: it has another structure, or more than a spec holds.
-    """
+    """The structure of an attention module, known by the queries and keys of one call from `record_attentions`."""
     names = find_projections(module, QUERY_KEY_VALUE)
     if not names or not _has_child(module, "o_proj"):
         raise UnknownLayerError("attention of another structure")
@@ -194,9 +189,8 @@ def recognize_attention(module: Any, call: AttentionCall | None) -> AttentionSpe
 
 def _candidate_specs(module: Any, names: tuple[str, ...], call: AttentionCall) -> list[AttentionSpec]:
     (_, heads, size), groups, options = call.query.shape, call.key.shape[1], call.options
-    scores = ScoreSpec(
-        float(options.get("scaling") or size**-0.5), options.get("sliding_window"), options.get("softcap")
-    )
+    scale = float(options.get("scaling") or size**-0.5)
+    scores = ScoreSpec(scale, options.get("sliding_window"), options.get("softcap"))
     rotaries: tuple[Rotary | None, ...] = ("halves", "interleaved", None)
     qk_norm: QKNorm | None = None
     if _has_child(module, "q_norm") and _has_child(module, "k_norm"):
