@@ -202,13 +202,13 @@ def _open_configured_model(config: TrainingConfig, adapter: Path | None) -> Sess
     """The config's own model, alone or with a bare adapter (and that folder's tokenizer, where it has one)."""
     place = get_device(config.model.device)
     precision = resolve_precision(config.training.precision, place)
-    config = config.replace_keys(model={"seq_len": resolve_seq_len(config.model, read_facts(config.model))})
+    facts = read_facts(config.model)
+    config = config.replace_keys(model={"seq_len": resolve_seq_len(config.model, facts)})
     saved = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
     tokenizer = load_tokenizer(config.model, str(saved) if saved else None)
     load_template_file(config.data.template, tokenizer)
     config = config.replace_keys(data={"date": resolve_date(config.data, tokenizer)})
-    rows, named = read_facts(config.model).vocabulary, str(saved or config.model.id)
-    check_vocabulary(tokenizer, rows, named, config.model.resize_embeddings)
+    check_vocabulary(tokenizer, facts.vocabulary, str(saved or config.model.id), config.model.resize_embeddings)
     if adapter:
         check_base(RunFolder(adapter.resolve().parents[1]).base_record, config.model)
     model = load_model(config.model, place, precision)

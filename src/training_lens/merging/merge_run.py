@@ -69,16 +69,15 @@ def merge_adapter(
     run, adapter, output = plan_merge(config, options)
     session, known = _open_in_float32(config, run, options.same_base)
     check_mergeable(session.model, options.scale)
-    dtype = stored_precision(session.config.model) if options.dtype == "auto" else options.dtype
+    base = session.config.model
+    dtype = stored_precision(base) if options.dtype == "auto" else options.dtype
     given, wanted = probe_adapter(config, run, session, options.scale)
     report = {"output": str(output), "base_known": known, **_report_settings(session, options, dtype, given)}
     kept = run.reports / REPORT if run else output.with_name(f"{output.name}.{REPORT}")
     existing: Literal["replace", "refuse"] = "replace" if options.force else "refuse"
     with atomic_folder(output, existing=existing) as folder, _report_refusal(report, kept):
         job = _write_output(session, folder, options, dtype)
-        written = MergeOutput(
-            folder, session.config.model, adapter, session.device, dtype, options.scale, options.delta
-        )
+        written = MergeOutput(folder, base, adapter, session.device, dtype, options.scale, options.delta)
         del session  # the checks load the model again, one after the other
         free_memory()
         on_written(folder)

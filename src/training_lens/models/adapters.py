@@ -238,8 +238,7 @@ def load_adapter(model: Any, folder: Path | str, *, training: bool = False) -> A
     """
     from peft import PeftModel
 
-    folder = Path(folder)
-    require_adapter(folder)
+    folder = require_adapter(Path(folder))
     require_finite(folder)
     if not isinstance(read_config(folder).get("peft_type"), str):
         raise AdapterError(f"{folder / CONFIG} names no peft_type, so it is not of an adapter. Save it again.")

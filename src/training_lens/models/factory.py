@@ -260,8 +260,7 @@ def check_weights(model: ModelSection) -> None:
         return
     for name in weight_files(folder):
         try:
-            with safe_open(folder / name, "pt"):
-                pass
+            safe_open(folder / name, "pt")  # reads its header
         except (OSError, SafetensorError) as error:
             raise ModelLoadingError(
                 f"model.id: {folder / name} is broken or missing ({error}). Download the model again, whole."

@@ -37,7 +37,7 @@ from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, de
 from training_lens.training.resume import FREE_KEYS
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
-from training_lens.utils.nested import flatten_sections, nest_keys
+from training_lens.utils.nested import find_differences, flatten_sections, nest_keys
 
 logger = get_logger(__name__)
 OPENING_TRIES = 5
@@ -97,11 +97,8 @@ class SharedStudy:
         if "config" not in self._study.user_attrs:
             self._study.set_user_attr("config", mine)
         theirs, mine = _flatten_config(self._study.user_attrs["config"]), _flatten_config(mine)
-        problems = [
-            f"{key}: the study '{self.settings.name}' has {theirs.get(key)!r}, given {mine.get(key)!r}"
-            for key in sorted({*theirs, *mine})
-            if theirs.get(key) != mine.get(key)
-        ]
+        found = sorted(find_differences([theirs, mine]).items())
+        problems = [f"{key}: the study '{self.settings.name}' has {a!r}, given {b!r}" for key, (a, b) in found]
         if problems:
             advice = "trials of different studies cannot be compared; give another sweep.name, or the same values"
             raise ConfigurationError([*problems, advice])

@@ -238,8 +238,7 @@ def require_writable(folder: Path, key: str) -> None:
     """Create `folder` and check that files can be written in it; else a ConfigurationError about the setting `key`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigurationError(
             f"{key}: cannot write in '{folder}' ({error.strerror}). Give a folder that you may write."
