@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from training_lens.errors import IntegrationError
 from training_lens.utils.files import TEMPORARY, atomic_file, hash_file
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home, find_name_fault
-from training_lens.utils.secrets import has_password, redact_text
+from training_lens.utils.secrets import redact_text
 
 logger = get_logger(__name__)
 SHOWN_CHARACTERS = 100  # of a skipped name in a warning
@@ -128,7 +129,7 @@ class FsspecStorage(StorageBackend):
         protocol = self._protocol
         if not url.partition("://")[2].strip("/"):
             raise IntegrationError(f"{url} names no place; give one, such as {protocol}://bucket/path.", lasting=True)
-        if has_password(url):
+        if urlsplit(url).password is not None:
             raise IntegrationError(
                 f"{redact_text(url)}: a password in a URL ends up in files. Leave it out, and set the environment "
                 "variables that the service reads.",

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import quote, quote_plus
 
 STRUCK = "***"
 ROWS = ("data.train", "data.validation")
@@ -141,8 +141,3 @@ def _secrets_of(name: str, key: str, value: Any) -> Iterator[str]:
         return
     elif _is_named(key) or redact_text(str(value)) != str(value):
         yield name
-
-
-def has_password(url: str) -> bool:
-    """Whether a URL carries a password."""
-    return urlsplit(url).password is not None
