@@ -47,7 +47,7 @@ def answer(
     base: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The answer to one prompt from `Session.prompt_ids`, with `base` by the base model alone, without the adapter.
+    """The answer to one prompt from `Session.prompt_ids`; with `base`, that of the base model without the adapter.
 
     `on_text` gets its text while the tokens are generated.
     """

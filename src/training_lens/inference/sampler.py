@@ -63,7 +63,7 @@ class Sampler:
         return next((name for name, off in options if getattr(self.config, name, None) not in off), None)
 
     def sample_next_token(self, logits: Tensor, rows: Sequence[Completion | None]) -> Tensor:
-        """The next token of each row, (rows,) int64, by logits (rows, vocabulary); an arbitrary one of an empty row."""
+        """The next token of each row, (rows,) int64, from logits (rows, vocabulary); arbitrary for an empty row."""
         scores = logits.float()
         if self._is_rowwise:
             scores = self._shared_processors(None, scores)

@@ -87,7 +87,7 @@ class Session:
         return self.adapter is not None
 
     def check_domain(self, domain: str | None) -> None:
-        """Refuse a domain that the run was not trained on, by an error with the run's domains and the nearest."""
+        """Refuse a domain that the run was not trained on; the error names the run's domains, and the nearest."""
         _check_text(domain or "", "the domain")
         if domain is None or self.domains is None or domain in self.domains:
             return
@@ -280,7 +280,7 @@ def _trained_stop_ids(renderer: Renderer, encoder: TextEncoder, continues_text: 
 
 
 def _configured_stop_ids(model: Any, model_id: str) -> list[int]:
-    """The stop tokens of the model's generation config; refuses what are no token ids."""
+    """The stop tokens of the model's generation config; refuses values that are no token ids."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured] if configured is not None else []
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):

@@ -205,7 +205,7 @@ def _open_weights(folder: Path) -> Iterator[Any]:
 
 
 def check_fit(folder: Path, wanted: Shapes, base: str) -> None:
-    """Refuse a saved adapter without the names and shapes of tensors that are `wanted` on `base`."""
+    """Refuse a saved adapter whose tensors have other names and shapes than those `wanted` on `base`."""
     require_finite(folder)
     found = saved_shapes(folder)
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

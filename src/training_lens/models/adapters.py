@@ -258,7 +258,7 @@ def load_adapter(model: Any, folder: Path | str, *, training: bool = False) -> A
 
 
 def restore_adapter(model: Any, folder: Path) -> None:
-    """Load a saved adapter's weights into an attached adapter; AdapterError if a tensor is missing or another."""
+    """Load a saved adapter's weights into an attached adapter, which must have the same tensors."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 

@@ -14,7 +14,7 @@ from training_lens.models.quantization import is_quantized
 
 
 def copy_base(model: Any) -> Any:
-    """The base without adapter layers, as it was loaded; shares every tensor with the adapted model, as it stays."""
+    """The base without adapter layers, as it was loaded; shares every tensor with `model`, which is not changed."""
     from peft.utils import ModulesToSaveWrapper
 
     copied = copy_sharing_weights(model)

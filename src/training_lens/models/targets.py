@@ -95,7 +95,7 @@ def _explain_no_match(expression: str, last: list[str], example: str) -> str:
 
 
 def check_targets(model: Any, targets: Modules, peft: PeftSection) -> None:
-    """Check that adapters work on the modules that PEFT would adapt, of these ranks, and that each pattern matches."""
+    """Check the modules that PEFT would adapt: their classes and ranks, and that each pattern matches one of them."""
     if not targets:
         raise AdapterError("peft.target_modules: all of them are in peft.modules_to_save too; keep each in one.")
     _check_patterns("rank_pattern", peft.rank_pattern, targets)

@@ -22,7 +22,7 @@ from training_lens.models.rotary import padded_positions
 from training_lens.models.token_scores import logits_from_states
 from training_lens.utils.devices import Precision, move_to_device
 
-TOKEN_MULTIPLE = 64  # to which packed tokens are filled up: a product of a new shape costs oneDNN time to prepare
+TOKEN_MULTIPLE = 64  # packed tokens are filled up to one: a product of a new shape costs oneDNN time to prepare
 COMPARED_STATES = 4  # random states on which the output layer alone is compared with what the model makes of them
 
 
