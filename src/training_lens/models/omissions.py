@@ -178,7 +178,8 @@ def weights_read_by(parent: nn.Module) -> frozenset[str]:
     there has no effect, or only on some machines. Other layers read weights only for their dtype.
     """
     has_convolution = any(isinstance(child, nn.Conv1d) for child in parent.children())
-    return _weights_read(type(parent)) if has_convolution else frozenset()
+    kind: Any = type(parent)
+    return _weights_read(kind) if has_convolution else frozenset()
 
 
 @cache
