@@ -124,7 +124,11 @@ def _report_merged(earlier: Contents, later: FileContent) -> None:
 
 
 def validate_values(values: dict[str, Any], problems: Sequence[str] = ()) -> TrainingConfig:
-    """`values` as a config; the error lists `problems`, then every problem of the values."""
+    """`values` as a config.
+
+    Raises:
+        ConfigurationError: lists `problems`, then every problem of the values.
+    """
     try:
         config = TrainingConfig.model_validate(values)
         if config.sweep.space:

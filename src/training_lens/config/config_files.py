@@ -138,7 +138,12 @@ ConfigLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, with its references resolved; one that leads nowhere is a YAMLError, too."""
+    """The value of a YAML text, with its references resolved.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or a reference leads nowhere.
+        ValueError: it is too deep or too large.
+    """
     check_yaml(text)
     values = yaml.load(text, ConfigLoader)  # noqa: S506 (a safe loader)
     if "${" not in text or not isinstance(values, dict):
@@ -154,7 +159,12 @@ def parse_yaml(text: str) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Check that a YAML text has bounded depth and size once aliases (`*a`) are followed; else a TooMuchError."""
+    """Check that a YAML text has bounded depth and size once aliases (`*a`) are followed.
+
+    Raises:
+        TooMuchError: it is too deep or too large.
+        yaml.YAMLError: it is not YAML.
+    """
     named: dict[str, tuple[int, int]] = {}  # by anchor: number of values, and depth
     open_nodes: list[tuple[str | None, int]] = []  # anchor, and number of values before the node
     depths = [0]  # of the open nodes so far
@@ -182,7 +192,11 @@ def check_yaml(text: str) -> None:
 
 
 def check_references(values: Any) -> None:
-    """Check that texts stay of bounded length once their references (`${section.key}`) are followed."""
+    """Check that texts stay of bounded length once their references (`${section.key}`) are followed.
+
+    Raises:
+        TooMuchError: they do not.
+    """
     leaves = dict(_list_texts(values, ""))
     lengths: dict[str, int] = {}
 

@@ -117,7 +117,11 @@ def _is_path(path: Path) -> bool:
 
 
 def read_value(override: Override) -> Any:
-    """The value of the text behind the '='; a sweep, or several values where one is expected, are an error."""
+    """The value of the text behind the '='.
+
+    Raises:
+        ConfigurationError: a sweep, or several values where one is expected.
+    """
     kind, raw = key_type(override.key), override.raw
     if kind.is_path and _is_path(expand_home(raw)):
         return raw

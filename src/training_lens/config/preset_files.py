@@ -37,9 +37,13 @@ def user_presets(group: str) -> dict[str, Path]:
 
 
 def load_presets(choices: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], list[FileContent]]:
-    """The packaged config.yaml with the chosen presets (group, name) over it; and the user's own preset files.
+    """The packaged config.yaml with the chosen presets over it; and the user's own preset files.
 
-    The user's own preset takes precedence over a packaged one. The error on a missing one lists those there are.
+    Args:
+        choices: pairs of a group and a name; the user's own preset takes precedence over a packaged one.
+
+    Raises:
+        ConfigurationError: no such preset; lists those there are, and the nearest.
     """
     own: list[FileContent] = []
     base = read_config_file(str(_packaged_file("config")), "config.yaml").values

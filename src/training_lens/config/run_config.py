@@ -78,8 +78,11 @@ def _is_old_name(key: str, value: Any) -> bool:
 def open_run_config(run: RunFolder, given: Settings, *keys: str) -> TrainingConfig:
     """The config in metadata/config.json, for loading or resuming the run, with consent to `keys`.
 
-    `given` are the user's settings for this command, by section, such as `{"model": {"trust_remote_code": True}}`.
-    Errors are those of `read_run_config` and `require_consent`.
+    Args:
+        given: the user's settings for this command, by section, such as `{"model": {"trust_remote_code": True}}`.
+
+    Raises:
+        CheckpointError, ConfigurationError: see `read_run_config` and `require_consent`.
     """
     config = read_run_config(run)
     require_consent(run.root, config, given, *keys)
@@ -89,8 +92,11 @@ def open_run_config(run: RunFolder, given: Settings, *keys: str) -> TrainingConf
 def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys: str) -> None:
     """Refuse code and destinations of the config in `folder` that the user set neither now nor in training.
 
-    Of the `keys`, those of `CODE_KEYS` name code that would be run; all others are destinations. The error names both,
-    and how to allow them.
+    Args:
+        keys: those of `CODE_KEYS` name code that would be run; all others are destinations.
+
+    Raises:
+        ConfigurationError: names the code and the destinations, and how to allow them.
     """
     named = [key for key in CODE_KEYS if key in keys and _setting_value(config, key)]
     code = [key for key in named if not _is_allowed(given, config, key)]

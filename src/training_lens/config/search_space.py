@@ -72,7 +72,11 @@ def flatten_keys(space: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_space(config: TrainingConfig) -> dict[str, Dimension]:
-    """The dimensions of `config.sweep.space`, by key; the error lists every unknown key and every invalid value."""
+    """The dimensions of `config.sweep.space`, by key.
+
+    Raises:
+        ConfigurationError: lists every unknown or unsearchable key, and every invalid value.
+    """
     dimensions: dict[str, Dimension] = {}
     problems: list[str] = []
     for key, given in flatten_keys(config.sweep.space).items():

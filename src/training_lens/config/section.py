@@ -35,8 +35,10 @@ def rows_of_table(value: Any) -> list[dict[str, Any]] | None:
     """The rows of a table, of plain JSON values; None where the value is no table that is known.
 
     A missing value (NaN, NaT, NA) is null. An index of a frame that has a name is a field; one without is set aside.
-    No library is imported: who gives a table has it already. Several splits, a stream, or columns of one name are an
-    error.
+    No library is imported: who gives a table has it already.
+
+    Raises:
+        ValueError: several splits, a stream, or columns of one name.
     """
     names = {kind.__name__ for kind in type(value).__mro__}
     if names & {"DatasetDict", "IterableDatasetDict"}:

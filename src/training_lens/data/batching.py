@@ -112,8 +112,14 @@ def epoch_order(examples: int, seed: int, epoch: int, mix: DataMixture | None = 
 def hold_out(digests: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions to train on and positions held out (at least one of each), in file order.
 
-    Duplicates, of equal `digests` (examples,) uint64, go to the same side. Groups of them are drawn in random order; a
-    group larger than what is still wanted is trained on. That all examples are duplicates is an error.
+    Duplicates go to the same side. Groups of duplicates are drawn in random order; a group larger than what is still
+    wanted is trained on.
+
+    Args:
+        digests: (examples,) uint64; equal for duplicates.
+
+    Raises:
+        DatasetError: all examples are duplicates, so nothing can be held out.
     """
     examples = len(digests)
     order = np.random.Generator(np.random.PCG64([seed, 2**31])).permutation(examples)

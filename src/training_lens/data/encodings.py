@@ -36,8 +36,10 @@ def find_encoding(source: SourceFile, file: IO[bytes]) -> str:
     """The encoding of the file, as a name for `open`. Reads the whole file once.
 
     In order: the configured encoding, a byte order mark, UTF-16 by its zero bytes, UTF-8 if the whole file is valid,
-    and cp1252 (Windows, Western Europe) if the text is plausible in it, which is reported with an example. The error
-    names the line that does not fit.
+    and cp1252 (Windows, Western Europe) if the text is plausible in it, which is reported with an example.
+
+    Raises:
+        DatasetError: the file is not in the configured encoding, or no encoding fits; names the line.
     """
     configured = source.csv.encoding
     if configured is not None:

@@ -37,7 +37,14 @@ def detect_format(path: Path) -> str | None:
 
 
 def check_csv_settings(settings: CsvSection, files: Collection[str]) -> None:
-    """Refuse CSV settings if none of these sources is a table."""
+    """Refuse CSV settings if no source is a table.
+
+    Args:
+        files: the names of all sources.
+
+    Raises:
+        DatasetError: names the settings.
+    """
     changed = [f"data.csv.{name}" for name, value in settings if value != getattr(CsvSection(), name)]
     if changed and not any(detect_format(Path(file)) in TABLES for file in files):
         raise DatasetError(

@@ -18,7 +18,15 @@ _MARKS = re.compile(r"\{%-?\s*generation\b")
 
 
 class JinjaTemplate:
-    """A chat template, compiled once; `variables` besides the chat are the tokenizer's special tokens by name."""
+    """A chat template, compiled once.
+
+    Args:
+        variables: variables besides the chat: the tokenizer's special tokens by name.
+        today: the date that `strftime_now` returns.
+
+    Raises:
+        ConfigurationError: invalid Jinja; names the line.
+    """
 
     def __init__(self, source: str, variables: Mapping[str, Any], today: date) -> None:
         self._compiled = _compile_template(source, "the tokenizer's chat template")
@@ -28,7 +36,11 @@ class JinjaTemplate:
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], generation: bool = False
     ) -> tuple[str, list[Span]]:
-        """The text, and its spans inside generation marks (adjacent ones merged). It may fail in any way."""
+        """The text, and its spans inside generation marks (adjacent ones merged).
+
+        Raises:
+            Exception: a template is foreign code and may fail in any way.
+        """
         from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
         chat = {"messages": list(messages), "tools": list(tools) or None, "documents": None}
@@ -46,7 +58,11 @@ def shows_date(source: str) -> bool:
 
 
 def choose_source(templates: str | Mapping[str, str], with_tools: bool) -> str:
-    """The template's text; of several named ones, the one that transformers would take; no default is an error."""
+    """The template's text; of several named ones, the one that transformers would take.
+
+    Raises:
+        ConfigurationError: none of several is the default.
+    """
     if isinstance(templates, str):
         return templates
     if DEFAULT not in templates:
@@ -58,7 +74,11 @@ def choose_source(templates: str | Mapping[str, str], with_tools: bool) -> str:
 
 
 def read_template_file(path: str) -> str:
-    """The text of a .jinja file; the error on invalid Jinja names the line."""
+    """The text of a .jinja file.
+
+    Raises:
+        ConfigurationError: unreadable or invalid Jinja; names the line.
+    """
     try:
         source = read_bytes(expand_home(path), TEMPLATE_BYTES).decode("utf-8")
     except OSError as error:

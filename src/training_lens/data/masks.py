@@ -20,7 +20,15 @@ def read_flag(value: Any) -> bool | None:
 
 
 def read_mask(place: str, values: Mapping[str, Any], masks: Collection[str], path: str = "") -> bool | None:
-    """Whether a message or row is learned, by its masks; None if they are empty. Two that disagree are an error."""
+    """Whether a message or row is learned, by its masks; None if they are empty.
+
+    Args:
+        masks: the mask keys in `values`.
+        path: the path of those keys, as in `KeyCheck.check`.
+
+    Raises:
+        DatasetError: a mask is neither 0 nor 1, or two masks disagree.
+    """
     flags = {key: _require_flag(place, path + key, values[key]) for key in masks if values[key] is not None}
     if len(set(flags.values())) > 1:
         raise DatasetError(
@@ -45,7 +53,12 @@ def _require_flag(place: str, path: str, value: Any) -> bool:
 def mask_row(row: Row, masks: tuple[str, ...], messages: Turns, masked_turns: bool) -> Turns:
     """Apply the row's masks to its messages: one mask for all answers, or a list with one per turn.
 
-    They must agree with the messages' own masks, if there are any (`masked_turns`).
+    Args:
+        masks: the row's mask keys.
+        masked_turns: whether messages have masks of their own.
+
+    Raises:
+        DatasetError: as `read_mask`; a list of the wrong length; masks of messages that disagree.
     """
     masks = tuple(key for key in masks if row.values.get(key) is not None)
     lists = [key for key in masks if isinstance(row.values[key], list)]

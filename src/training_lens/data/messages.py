@@ -36,7 +36,14 @@ SPELLINGS = (("role", "content"), ("from", "value"))
 
 
 def read_chat(row: Row, key: str, value: Any, keys: KeyCheck) -> tuple[tuple[Message, ...], bool]:
-    """The messages of a chat (a list, its JSON text, or a single message), and whether any of them has a loss mask."""
+    """The messages of a chat in any supported form, and whether any of them carries a loss mask.
+
+    Args:
+        value: the list under the row's `key`, its JSON text, or a single message.
+
+    Raises:
+        DatasetError: not a list of messages, an unknown role, or content that is not text; names the message.
+    """
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(f"{row.place}: '{key}'", value, "a list of messages in JSON")
     items = [value] if isinstance(value, Mapping) else value
@@ -160,7 +167,14 @@ def _read_part(place: str, part: Mapping[str, Any], keys: KeyCheck, path: str) -
 
 
 def read_answers(row: Row, key: str, tools: Sequence[Tool], keys: KeyCheck) -> tuple[tuple[Message, ...], bool]:
-    """The messages after a row's prompt, and whether any of them has a loss mask; calls of `tools` become calls."""
+    """The messages after a row's prompt, and whether any of them carries a loss mask.
+
+    Args:
+        tools: the row's tools; an answer that calls them is learned as calls.
+
+    Raises:
+        DatasetError: there is nothing to learn; names row and key.
+    """
     value = look_up_value(row.values, key)
     if is_chat(value):
         return read_chat(row, key, value, keys)

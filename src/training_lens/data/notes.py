@@ -121,7 +121,11 @@ class BadRowRule:
         return cls(data.on_bad_row == "skip", notes)
 
     def try_row(self, source: str, number: int, use: Callable[[], Result]) -> Result | None:
-        """The result of `use` on a row; None if the row is bad and skipped, else it raises."""
+        """The result of `use` on a row; None if the row is bad and skipped.
+
+        Raises:
+            DatasetError: the row is bad and rows are not skipped.
+        """
         try:
             return use()
         except DatasetError as error:
@@ -172,7 +176,11 @@ def _describe_source(source: str, notes: DataNotes, usable: int) -> str:
 
 
 def refuse_unusable_sources(notes: DataNotes, usable: Mapping[str, int]) -> None:
-    """Check that every source with bad rows has usable rows, too; else the error gives the reasons."""
+    """Check that every source with bad rows has usable rows, too.
+
+    Raises:
+        DatasetError: a source has none; gives the reasons.
+    """
     useless = [source for source in notes.bad_rows if not usable.get(source)]
     if useless:
         raise DatasetError("\n".join(_describe_source(source, notes, 0) for source in useless))

@@ -121,7 +121,15 @@ class KeyCheck:
         self._examples: dict[str, str] = {}
 
     def check_keys(self, place: str, level: KeySchema, values: Mapping[str, Any], path: str = "") -> KeyShape:
-        """Refuse keys of `values` whose content would be lost, count unused ones; `path` is theirs: 'messages[].'."""
+        """Check that no key of `values` is lost silently.
+
+        Args:
+            place: location of the object in error messages.
+            path: path of its keys, such as 'messages[].'.
+
+        Raises:
+            DatasetError: a refused or misspelt key.
+        """
         kind = (level, path, tuple(values))
         shape = self._shapes.get(kind)
         if shape is None:

@@ -36,7 +36,11 @@ class SourceFile:
         return Row(str(self.path), number, values)
 
     def refuse_row(self, number: int, problem: str, *, kind: str | None = None, unit: str = "row") -> None:
-        """Report a bad row to `on_bad_row`, or raise its error."""
+        """Report a bad row to `on_bad_row`.
+
+        Raises:
+            DatasetError: there is no `on_bad_row`.
+        """
         error = DatasetError(f"{self.path}, {unit} {number}: {problem}", kind=kind)
         if self.on_bad_row is None:
             raise error

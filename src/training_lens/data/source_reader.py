@@ -19,7 +19,11 @@ logger = get_logger(__name__)
 
 
 def read_keys(source: DataSource, data: DataSection) -> dict[str, int]:
-    """The keys of a source's rows. Reads all of them: the last row may have a new key. No row is an error."""
+    """The keys of a source's rows. Reads all of them: the last row may have a new key.
+
+    Raises:
+        DatasetError: an empty source, or as `Source.rows`.
+    """
     rule = BadRowRule.from_data(data, DataNotes())
     on_bad_row = partial(rule.record_bad_row, source.name) if rule.skips else None
     keys = collect_keys(source.read_rows(data, on_bad_row))
@@ -32,7 +36,11 @@ def read_keys(source: DataSource, data: DataSection) -> dict[str, int]:
 def read_usable_rows(
     source: DataSource, mapping: FieldMapping, data: DataSection, notes: DataNotes
 ) -> Iterator[tuple[Row, Example]]:
-    """Each row and its example, unchanged; with data.on_bad_row=skip, bad rows are left out."""
+    """Each row and its example, unchanged; with data.on_bad_row=skip, bad rows are left out.
+
+    Raises:
+        DatasetError: as `Source.rows` and `RowReader.read`.
+    """
     rule = BadRowRule.from_data(data, notes)
     on_bad_row = partial(rule.record_bad_row, source.name) if rule.skips else None
     reader = RowReader(mapping, data, source.name, notes)
@@ -43,7 +51,11 @@ def read_usable_rows(
 
 
 def read_usable_examples(source: DataSource, data: DataSection, notes: DataNotes) -> Iterator[Example]:
-    """One source's examples as they are trained on; remarks on it go to `notes`. The first bad row is an error."""
+    """The examples of one source as they are trained on; remarks on how it was read go to `notes`.
+
+    Raises:
+        DatasetError: as `read_keys`, `find_mapping` and `read_usable_rows`: of bad rows, the first.
+    """
     mapping = find_mapping(read_keys(source, data), data, source.name)
     notes.mappings[source.name] = mapping.describe()
     for _, example in read_usable_rows(source, mapping, data, notes):
@@ -56,7 +68,11 @@ def read_usable_examples(source: DataSource, data: DataSection, notes: DataNotes
 
 
 def read_source_examples(source: DataSource, data: DataSection, notes: DataNotes | None = None) -> Iterator[Example]:
-    """Like `read_usable_examples`, but the error names all bad rows, and a source of only bad rows is an error."""
+    """Like `read_usable_examples`, but the error names all bad rows, and a source of only bad rows is an error.
+
+    Raises:
+        DatasetError: an empty source, bad rows, or ambiguous fields.
+    """
     notes, usable = notes or DataNotes(), 0
     try:
         for example in read_usable_examples(source, data, notes):

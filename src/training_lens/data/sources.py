@@ -61,6 +61,9 @@ class DataSource:
         Args:
             data: how tables are read, and the fields that the user named: a row that has one holds no rows.
             on_bad_row, add_remark: as in `SourceFile`.
+
+        Raises:
+            DatasetError: as `file_readers.read_file_rows`.
         """
         data = data or DataSection()
         if self.table is None:
@@ -78,7 +81,11 @@ class DataSource:
 
     @property
     def sha256(self) -> str:
-        """The file's sha256, or that of several files' hashes; one that is not what `prepare` wrote is an error."""
+        """The file's sha256; for several files, the sha256 of their hashes.
+
+        Raises:
+            DatasetError: the file differs from what `prepare` wrote.
+        """
         each = [hash_file(file) for file in self.files]
         for file, found in zip(self.files, each, strict=True):
             _require_prepared_hash(file, found)
@@ -109,7 +116,8 @@ def _require_prepared_hash(file: Path, found: str) -> None:
 def expand_sources(specs: Sequence[object], key: str) -> list[DataSource]:
     """The sources for paths, globs, folders, hub ids and embedded names, in order, without duplicates.
 
-    The error on a missing path, or a glob without matches, names `key` and a similar file.
+    Raises:
+        DatasetError: a missing path or a glob without matches; names `key` and a similar file.
     """
     sources: dict[str, DataSource] = {}
     for entry, spec in enumerate(map(str, specs)):
@@ -182,7 +190,11 @@ def _load_from_disk(folder: Path, split: str, entry: int, key: str) -> DataSourc
 
 
 def parse_hub_spec(spec: str, key: str) -> re.Match[str]:
-    """The id, config, revision and split of hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]; else an error."""
+    """The id, config, revision and split of hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT].
+
+    Raises:
+        DatasetError: it is written otherwise.
+    """
     parts = _HUB_SPEC.fullmatch(spec.removeprefix(HUB))
     if not parts:
         raise DatasetError(f"{key}: '{spec}' is not understood; write {HUB}OWNER/NAME[/CONFIG][@REVISION][:SPLIT].")

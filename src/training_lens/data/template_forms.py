@@ -102,7 +102,14 @@ class TemplateForm:
 
 
 def find_form(render: Render) -> TemplateForm:
-    """Probe which form a template takes; one that renders no content in any form is an error."""
+    """Probe which form a template takes.
+
+    Args:
+        render: renders messages and tools to text; raises DatasetError if the template fails.
+
+    Raises:
+        ConfigurationError: the template renders no content in any form.
+    """
     form = _try_content(render)
     for tried in (replace(form, shows_tools=True), replace(form, shows_tools=True, bare_tools=True)):
         chat = tried.format_messages([Message("user", ASKED), Message("assistant", ANSWER)])

@@ -136,7 +136,11 @@ class Renderer:
         self._reported: set[str] = set()
 
     def render_prompt(self, messages: Sequence[Message], domain: str | None, tools: Tools = ()) -> list[TextSegment]:
-        """The prompt that the model answers; `messages` end with the user's or a tool's."""
+        """The prompt that the model answers; `messages` end with the user's or a tool's.
+
+        Raises:
+            DatasetError: the template fails or drops content.
+        """
         chat = self._fit_chat(messages, domain, tools)
         learned = self._find_learned_answers(chat.messages) if self._supervise == "all" else ()
         segments = chat.template.render_prompt(chat.messages, chat.tools, learned)
@@ -245,7 +249,11 @@ def choose_template(asked: str, tokenizer: Any) -> str:
 
 
 def load_template_file(asked: str, tokenizer: Any) -> None:
-    """If `asked` is a .jinja file, set it as the tokenizer's chat template, so that it is saved with the run."""
+    """If `asked` is a .jinja file, set it as the tokenizer's chat template, so that it is saved with the run.
+
+    Raises:
+        ConfigurationError: unreadable or invalid Jinja; names the line.
+    """
     if asked.endswith(JINJA):
         tokenizer.chat_template = read_template_file(asked)
 

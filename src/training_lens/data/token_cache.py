@@ -138,7 +138,11 @@ def _refuse_useless_split(report: SplitReport, counter: SplitCounter, key: str, 
 
 
 def open_cached_split(fingerprint: str, cache: Path) -> TokenDataset | None:
-    """The cached split with this fingerprint, all checksums verified; None if it is not cached."""
+    """The cached split with this fingerprint, all checksums verified; None if it is not cached.
+
+    Raises:
+        DamagedFileError: a checksum differs.
+    """
     folder = cache_folder(fingerprint, cache)
     if not folder.is_dir():
         return None

@@ -151,7 +151,11 @@ class TokenTable:
 class TokenFile(TokenTable):
     """The columns of a memory-mapped examples file. Everything is verified before it is read.
 
-    A missing or damaged file is a DamagedFileError; where only tokens are damaged, `rebuild` writes it again.
+    Args:
+        rebuild: writes the file again if tokens are damaged.
+
+    Raises:
+        DamagedFileError: the file or its checksums are missing or damaged; for tokens see `require_tokens`.
     """
 
     def __init__(self, path: Path, rebuild: Callable[[], object] | None = None) -> None:
@@ -178,7 +182,11 @@ class TokenFile(TokenTable):
         return hashlib.sha256(json.dumps([checksum for *_, checksum in self._checksums.tokens]).encode()).hexdigest()
 
     def require_tokens(self, row: int) -> None:
-        """Verify the record batch of a row, once; damaged tokens are rebuilt, or without `rebuild` an error."""
+        """Verify the record batch of a row, once; damaged tokens are rebuilt.
+
+        Raises:
+            DamagedFileError: damaged, and there is no `rebuild`.
+        """
         batch = int(np.searchsorted(self._ends, row, side="right"))
         if not self._is_checked[batch]:
             with self._lock:

@@ -50,7 +50,14 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def tokenize(
     examples: Sequence[Example], preparation: Preparation, notes: DataNotes | None = None
 ) -> list[TokenizedExample | None]:
-    """Tokenize examples; None for one that is dropped, or bad and skipped. `notes` collect skipped rows and remarks."""
+    """Tokenize examples; None for one that is dropped, or bad and skipped.
+
+    Args:
+        notes: collects the rows that are skipped, and remarks.
+
+    Raises:
+        DatasetError: the template or the tokenizer refuses a row; names it.
+    """
     notes = notes or DataNotes()
     chunk, whole = _encode_chunk(_render_examples(examples, preparation, notes), preparation, notes)
     rows, kept = _select_rows(chunk, whole, preparation)
@@ -169,7 +176,11 @@ def _hash_text(segments: Sequence[TextSegment]) -> int:
 
 
 def find_bad_rows(sources: Sequence[DataSource], preparation: Preparation) -> SplitCounter:
-    """Counts and bad rows of all sources. Costs one full pass, whose tokens are discarded."""
+    """Counts and bad rows of all sources. Costs one full pass, whose tokens are discarded.
+
+    Raises:
+        DatasetError: a source itself is at fault, or has no readable row.
+    """
     counter = SplitCounter(CharacterCoverage(preparation.encoder))
     skipping = replace(preparation, data=skip_bad_rows(preparation.data))
     deque(tokenize_chunks(sources, skipping, counter, lambda _: None), maxlen=0)

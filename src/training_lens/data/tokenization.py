@@ -48,7 +48,11 @@ class TextEncoder:
         self._anchors = list(zip(ANCHORS, alone, strict=True)) if adds_space else []
 
     def encode(self, examples: Sequence[Sequence[TextSegment]]) -> EncodedRows:
-        """Encode rendered examples (or prompts) in one call of the tokenizer; one that begins with BOS twice is bad."""
+        """Encode rendered examples (or prompts) in one call of the tokenizer.
+
+        Raises:
+            DatasetError: the rendered text begins with BOS twice.
+        """
         counts = np.fromiter(map(len, examples), np.int64, len(examples))
         ends = compute_offsets(counts)
         segments = list(chain.from_iterable(examples))

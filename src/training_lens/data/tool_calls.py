@@ -22,7 +22,11 @@ Tool = Mapping[str, Any]
 
 
 def read_calls(place: str, item: Mapping[str, Any], keys: KeyCheck, path: str) -> tuple[ToolCall, ...]:
-    """The calls of an assistant's message: OpenAI's `tool_calls`, or its older `function_call`."""
+    """The calls of an assistant's message: OpenAI's `tool_calls`, or its older `function_call`.
+
+    Raises:
+        DatasetError: both are there, or a call that is none.
+    """
     listed, single = item.get("tool_calls"), item.get("function_call")
     if not listed and not single:
         return ()
@@ -134,7 +138,8 @@ def fit_tools(
 ) -> tuple[Sequence[Message], Sequence[Tool], list[str]]:
     """The chat as this template can render it, with remarks on what became text.
 
-    A template that renders tools but not their calls is an error: part of the row would be lost.
+    Raises:
+        DatasetError: the template renders tools but not their calls, so part of the row would be lost.
     """
     has_calls, has_results = any(m.calls for m in messages), any(m.role == "tool" for m in messages)
     if not (tools or has_calls or has_results):

@@ -94,6 +94,9 @@ class PatternTemplate(TurnTemplate):
     """A user-defined pattern: text with {instruction}, optionally {system} and {input}, and {output} at the end.
 
     A line whose slots are all empty is left out, except the last.
+
+    Raises:
+        ConfigurationError: an unknown slot, or no valid prompt and answer.
     """
 
     way_out = "Give the pattern a place for it ({system} or {input})"

@@ -47,7 +47,11 @@ def look_up_value(values: Mapping[str, Any], key: str) -> Any:
 
 
 def read_text(row: Row, key: str) -> str:
-    """The text (or number, as text) under a key; anything else is an error."""
+    """The text (or number, as text) under a key.
+
+    Raises:
+        DatasetError: missing, null, NaN, empty or not text; names row and key.
+    """
     value = look_up_value(row.values, key)
     number = (isinstance(value, int) and not isinstance(value, bool)) or _is_finite(value)
     if not (number or (isinstance(value, str) and value.strip())):

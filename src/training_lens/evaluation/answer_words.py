@@ -25,7 +25,11 @@ FEW_WORDS = {1: "no words", 2: "a single word", 4: "fewer than four words"}
 
 
 def require_word_tokenizer(name: str) -> None:
-    """Refuse a tokenizer whose package is not installed; the error names the command that installs it."""
+    """Refuse a tokenizer whose package is not installed.
+
+    Raises:
+        ConfigurationError: names the command that installs it.
+    """
     module, install = PACKAGES.get(name, ("", ""))
     if module and find_spec(module) is None:
         raise ConfigurationError(

@@ -173,7 +173,11 @@ class LengthBuckets:
 
     @classmethod
     def from_limits(cls, limits: Sequence[int]) -> LengthBuckets:
-        """Buckets up to the given lengths in tokens, inclusive, and one for what is longer."""
+        """Buckets up to the given lengths in tokens, inclusive, and one for what is longer.
+
+        Raises:
+            ConfigurationError: the limits are empty, not all positive, or not ascending.
+        """
         if not limits or limits[0] < 1 or any(after <= before for before, after in pairwise(limits)):
             raise ConfigurationError(
                 f"evaluation.length_buckets: {list(limits)} are no bucket limits; give lengths in tokens from 1 "

@@ -39,7 +39,11 @@ class EvaluationRows:
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example], session: Session) -> EvaluationRows:
-        """The rows of `examples` that fit the model; that none does is an error."""
+        """The rows of `examples` that fit the model.
+
+        Raises:
+            DatasetError: none fits.
+        """
         tokenized = tokenize(examples, session.preparation)
         kept = np.array([i for i, tokens in enumerate(tokenized) if tokens is not None], dtype=np.int64)
         if not len(kept):

@@ -62,7 +62,11 @@ class EvaluationOptions:
 
 
 def token_sums(model: Any, dataset: TokenDataset, options: EvaluationOptions) -> TokenSums:
-    """The sums of every example. The model is in eval mode meanwhile. An error in any process is one in all."""
+    """The sums of every example. The model is in eval mode meanwhile.
+
+    Raises:
+        EvaluationError: evaluation failed in this process or another.
+    """
 
     def columns(batch: Batch) -> torch.Tensor:
         return _stack_columns(supervised_scores(model, batch.input_ids, batch.loss_mask, batch.lengths))
@@ -72,7 +76,11 @@ def token_sums(model: Any, dataset: TokenDataset, options: EvaluationOptions) ->
 
 
 def paired_sums(model: Any, dataset: TokenDataset, options: EvaluationOptions) -> PairedSums:
-    """The sums of a PEFT model with its adapter off and on, and the KL divergence between the two."""
+    """The sums of a PEFT model with its adapter off and on, and the KL divergence between the two.
+
+    Raises:
+        EvaluationError: evaluation failed in this process or another.
+    """
 
     def columns(batch: Batch) -> torch.Tensor:
         pair = paired_scores(model, batch.input_ids, batch.loss_mask, batch.lengths)
@@ -160,6 +168,9 @@ def evaluate_loss(model: Any, dataset: TokenDataset, options: EvaluationOptions)
     """The loss on every example of `dataset`: sum of the supervised tokens' losses over their number.
 
     Sums are float64, so the batching changes only the float32 rounding of single losses.
+
+    Raises:
+        EvaluationError: evaluation failed in this process or another.
     """
     sums = token_sums(model, dataset, options)
     by_file = _mean_losses(sums, dataset.files)

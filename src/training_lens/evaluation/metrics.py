@@ -254,7 +254,14 @@ class AnswerScoring:
 def row_scores(
     predictions: Sequence[str], references: Sequence[str], scoring: AnswerScoring | None = None
 ) -> dict[str, np.ndarray]:
-    """Every row metric on every row: (rows,) float64, nan where it does not apply; those of no row are left out.
+    """Every row metric on every row.
+
+    Returns:
+        For each metric (rows,) float64, nan where it does not apply; metrics that apply to no row are left out.
+
+    Raises:
+        ValueError: predictions and references differ in number.
+        EvaluationError: a metric of the user's fails.
 
     Example:
         >>> row_scores(["Tom"], ["Tom"])["exact_match"]
@@ -294,7 +301,11 @@ class CorpusMetric:
         return np.array([why_unscored(self.name, r, self.tokenizer) is None for r in references], dtype=bool)
 
     def row_statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        """The counts of each row: (rows, width) float64; an empty prediction still counts its reference."""
+        """The counts of each row: (rows, width) float64; an empty prediction still counts its reference.
+
+        Raises:
+            ValueError: predictions and references differ in number.
+        """
         # sacrebleu has no public access to the counts of a row; its own significance tests use these two methods.
         # One row at a time, it also does not warn of spaces before periods, as it does for a hundred rows.
         extract = _sacrebleu_metric(self.name, self.tokenizer)._extract_corpus_statistics

@@ -41,7 +41,11 @@ class AnswerMetric:
     lower_is_better: bool = False
 
     def __call__(self, prediction: str, reference: str) -> float | None:
-        """The row's score. A function that fails, or gives what is not finite, is an EvaluationError."""
+        """The row's score.
+
+        Raises:
+            EvaluationError: the function fails, or its result is not finite.
+        """
         try:
             score = self.function(prediction, reference)
             value = None if score is None else float(score)

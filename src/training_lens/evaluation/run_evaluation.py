@@ -111,7 +111,11 @@ class ModelEvaluator:
         return self._add_verdict(replace(result, comparison=comparison), scoring)
 
     def compare_with(self, other: ModelEvaluator, examples: Sequence[Example]) -> EvaluationResult:
-        """Compare this adapter with another session's (as `base`), each with its own template, on rows fitting both."""
+        """Compare this adapter with another session's (as `base`), each with its own template, on rows that fit both.
+
+        Raises:
+            DatasetError: no row fits both; EvaluationError: a model failed on them.
+        """
         fit_other = EvaluationRows.from_examples(examples, other.session)
         rows = EvaluationRows.from_examples(fit_other.examples, self.session)
         theirs = fit_other.take(rows.kept)
@@ -133,7 +137,11 @@ class ModelEvaluator:
         return self._add_verdict(replace(result, comparison=replace(result.comparison, labels=labels)), scoring)
 
     def evaluate(self, examples: Sequence[Example], *, base: bool = False) -> EvaluationResult:
-        """Evaluate the session's model alone: the adapter, or the base if there is none or `base` is set."""
+        """Evaluate the session's model alone: the adapter, or the base if there is none or `base` is set.
+
+        Raises:
+            DatasetError: no row fits the model; EvaluationError: the model failed on them.
+        """
         rows, session = EvaluationRows.from_examples(examples, self.session), self.session
         name = BASE if base or not session.has_adapter else ADAPTER
         tasks = {name: self._run_tasks(base=name == BASE)}

@@ -154,7 +154,11 @@ class Verdict:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Verdict:
-        """The verdict that `as_json` gave; a KeyError or TypeError where the values are not those of a verdict."""
+        """The verdict that `as_json` gave.
+
+        Raises:
+            KeyError, TypeError: the values are not those of a verdict.
+        """
         fields = {name: value for name, value in values.items() if name != "severity"}
         fields["remarks"] = tuple(Remark(**remark) for remark in values["remarks"])
         interval = values["interval"]

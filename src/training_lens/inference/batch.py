@@ -86,7 +86,11 @@ def answer_file(
 
 
 def input_file(name: str) -> DataSource:
-    """The one file that `--input` means; DatasetError if it is not there, ConfigurationError if it means several."""
+    """The one file that `--input` means.
+
+    Raises:
+        DatasetError: it is not there; ConfigurationError: it means several.
+    """
     files = expand_sources([name], "--input")
     if len(files) > 1:
         raise ConfigurationError(f"--input {name}: matches {len(files)} files; give one, with an output for each.")
@@ -94,7 +98,11 @@ def input_file(name: str) -> DataSource:
 
 
 def output_file(name: str, source: DataSource) -> Path:
-    """The file that `--output` means; refuses the input, a folder, and a folder that is not there or not writable."""
+    """The file that `--output` means, checked before any work.
+
+    Raises:
+        ConfigurationError: it is the input, a folder, or in a folder that is not there or cannot be written.
+    """
     path = resolve_file_path(name, f"--output {name}")
     if path.exists() and path.samefile(source.files[0]):
         raise ConfigurationError(f"--output {name}: is the input itself; give another file.")

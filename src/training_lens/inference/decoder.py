@@ -101,8 +101,10 @@ def log_once(message: str) -> None:
 def build_decoder(model: Any, base: bool, ids: Tensor) -> Decoder:
     """A decoder that gives the model's logits for `ids`, (1, tokens) int64; the model is not changed.
 
-    Cost: some forward passes over `ids`, and the memory of the weights once more where that is free. A model that
-    caches something else than keys and values, or whose logits differ, is refused.
+    Cost: some forward passes over `ids`, and the memory of the weights once more where that is free.
+
+    Raises:
+        UnsupportedModelError: the model caches something else than keys and values, or the logits differ.
     """
     windows = _attention_windows(model)
     with base_only(model, base):

@@ -94,7 +94,8 @@ def answer_texts(
 ) -> str | list[str]:
     """The answer to a text, or a list of answers to a list of texts. Logs how many were cut.
 
-    A prompt that is not a text, is empty, or leaves no room for an answer is a ConfigurationError.
+    Raises:
+        ConfigurationError: a prompt is not a text, is empty, or leaves no room for an answer.
     """
     texts = [prompts] if isinstance(prompts, str) else prompts
     _require_texts(texts)

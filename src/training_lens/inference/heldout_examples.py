@@ -38,7 +38,12 @@ def validation_examples(
 
 
 def configured_examples(session: Session, limit: int | None = None) -> list[Example]:
-    """The validation rows of the session's own config that fit the model: those that `train` would validate on."""
+    """The validation rows of the session's own config that fit the model: those that `train` would validate on.
+
+    Raises:
+        ConfigurationError: the config gives no validation rows.
+        DatasetError: a source is missing or cannot be read.
+    """
     data = session.config.data
     if sources := data.validation_sources:
         return filter_fitting(read_examples(sources, "data.validation", data), session, limit)
@@ -119,7 +124,11 @@ def _find_changed_sources(run: RunFolder, specs: Sequence[object], split: str) -
 
 
 def read_training_tokens(session: Session, at_least: int) -> list[int]:
-    """At least so many tokens of the run's rendered training rows, one after the other, or all of them."""
+    """At least so many tokens of the run's rendered training rows, one after the other, or all of them.
+
+    Raises:
+        DatasetError: a source is missing or cannot be read, or none of its rows fits.
+    """
     data, tokens = session.config.data, list[int]()
     for source in expand_sources(data.train, "data.train"):
         examples = read_source_examples(source, data)

@@ -87,7 +87,11 @@ class Session:
         return self.adapter is not None
 
     def check_domain(self, domain: str | None) -> None:
-        """Refuse a domain that the run was not trained on; the error names the run's domains, and the nearest."""
+        """Refuse a domain that the run was not trained on.
+
+        Raises:
+            ConfigurationError: names the run's domains, and the nearest.
+        """
         _check_text(domain or "", "the domain")
         if domain is None or self.domains is None or domain in self.domains:
             return
@@ -100,7 +104,9 @@ class Session:
     ) -> list[int]:
         """The tokens of a prompt, exactly as in training.
 
-        An unknown domain, characters that are not text, and a prompt that leaves no room to answer are refused.
+        Raises:
+            ConfigurationError: an unknown domain, characters that are not text, or a prompt that leaves no room to
+                answer.
         """
         self.check_domain(domain)
         contents = [[m.text, m.input, m.calls, m.extra] for m in messages]
@@ -131,6 +137,9 @@ def open_session(config: TrainingConfig) -> Session:
     """The session that `inference.adapter` names: a run, a bare adapter folder on `model.id`, or `model.id` alone.
 
     A run answers with its own model, template and domains; the other two with those of `config`.
+
+    Raises:
+        CheckpointError, AdapterError: there is no such run or adapter, or it cannot be used.
     """
     name = config.inference.adapter
     if uses_own_model(name):
@@ -237,9 +246,14 @@ def build_session(
     adapter: Path | None = None,
     domains: tuple[str, ...] | None = None,
 ) -> Session:
-    """A session on a model in memory, such as one that is training, with `data.template` resolved.
+    """A session on a model in memory, such as one that is training.
 
-    `continues_text`: the model was trained on plain texts alone, see `are_plain_texts`.
+    Args:
+        config: with `data.template` resolved.
+        continues_text: the model was trained on plain texts alone, see `are_plain_texts`.
+
+    Raises:
+        ModelLoadingError: the tokenizer or the model's generation config cannot be used.
     """
     encoder = TextEncoder(loaded.tokenizer)  # before the renderer, which assumes that there is an EOS token
     renderer = build_renderer(config.data, loaded.tokenizer)

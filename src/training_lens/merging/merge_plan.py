@@ -36,9 +36,10 @@ class MergeOptions:
 
 
 def plan_merge(config: TrainingConfig, options: MergeOptions) -> tuple[RunFolder | None, Path, Path]:
-    """The run that `inference.adapter` names (None for a bare adapter folder), its adapter, and the resolved output.
+    """What `inference.adapter` names, and where its merge goes, once nothing is in the way.
 
-    Wrong options and an output that is taken are refused.
+    Raises:
+        CheckpointError: there is no such run; ConfigurationError: the options are wrong, or the output is taken.
     """
     run, adapter, base = _find_adapter(config)
     _check_options(options, base)
@@ -89,9 +90,14 @@ def output_marks(folder: Path) -> dict[str, Any]:
 
 
 def check_output(output: Path, run: RunFolder | None, adapter: Path, base: ModelSection, force: bool) -> None:
-    """Refuse an output (a resolved path) that overlaps the run's, the adapter's or the base's files, or holds others.
+    """Refuse an output (a resolved path) that would cost files that no merge wrote.
 
-    With `force` an earlier merge may be replaced, if it wrote every file that is there.
+    Args:
+        run: the run that is merged; `adapter` is its folder, and `base` the base that it is merged into.
+        force: an earlier merge may be replaced, if it wrote every file that is there.
+
+    Raises:
+        ConfigurationError: it overlaps the run's, the adapter's or the base's files, or holds other files already.
     """
     kept = {"the adapter": adapter}
     if run:

@@ -159,10 +159,15 @@ def _settle_ties(model: Any) -> tuple[list[str], list[str]]:
 def save_merged(
     merged: MergedModel, base: ModelSection, folder: Path, dtype: Precision | None, max_shard_size: str
 ) -> None:
-    """Write config.json and the weights: the files of `base`, except what the adapter changed.
+    """Write config.json and the weights: the base's own files, except what the adapter changed.
 
-    Without a `dtype` each weight keeps the one that it has in the base's files. A changed weight that has no
-    counterpart there is a MergeError.
+    Args:
+        base: what the adapter was merged into.
+        dtype: of the written weights; None: each keeps the dtype that it has in the base's files.
+        max_shard_size: of a file of weights, such as '5GB'.
+
+    Raises:
+        MergeError: a changed weight has no counterpart in the base's files.
     """
     own = require_local_folder(base)
     is_packed = "quantization_config" in read_json(own / "config.json")

@@ -43,6 +43,9 @@ def check_weights(written: MergeOutput) -> tuple[MergeCheck, MergeCheck]:
     The first check is the largest |w - v| / (h + e), where h is half the spacing of w's dtype around v, and e the error
     bound of computing v in float32. The second counts weights without update that are not W, rounded. Memory: the base
     in float32, and blocks; the written weights are mapped from their files. Cost: one pass.
+
+    Raises:
+        MergeError: the written weights cannot be loaded, or the adapter's file names weights that the base lacks.
     """
     base = dequantize_model(load_model(written.base, written.device, "fp32"))
     weights, updates = base.state_dict(), load_updates(written.adapter)

@@ -91,7 +91,11 @@ def read_config_rows(session: Session) -> tuple[list[Example], str]:
 
 
 def build_probes(session: Session, examples: Sequence[Example], origin: str) -> Probes:
-    """The examples as tokens: whole, and as prompts. The prompt of a plain text is its first half."""
+    """The examples as tokens: whole, and as prompts. The prompt of a plain text is its first half.
+
+    Raises:
+        ConfigurationError: no examples.
+    """
     if not examples:
         raise ConfigurationError(
             f"there are no rows {origin} to check the merge on; give data.validation=FILE with rows of the kind that "
@@ -172,9 +176,15 @@ class Verification:
 def verify_folder(
     folder: Path, given: Probes, wanted: Reference, dtype: Precision, quantization: str, job: dict[str, Any]
 ) -> Verification:
-    """Load `folder`, whose weights are written in `dtype`, in a fresh process, let it compute the probes, and compare.
+    """Load `folder` in a fresh process, let it compute the probes, and compare.
 
-    `quantization` is that of the base that the adapter computed on; `job` is how `reload.load_output` is to load it.
+    Args:
+        dtype: of the written weights.
+        quantization: of the base that the adapter computed on, as `model.quantization`.
+        job: how `reload.load_output` is to load it.
+
+    Raises:
+        MergeError: it cannot be loaded.
     """
     with tempfile.TemporaryDirectory(prefix="training-lens-merge-") as place:
         path = Path(place) / "job.json"

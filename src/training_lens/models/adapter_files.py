@@ -37,9 +37,11 @@ ON_OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def require_adapter(folder: Path) -> Path:
-    """The folder, after checking that it holds an adapter's two files, as its run or checkpoint recorded them.
+    """The folder, after checking that it holds an adapter's two files.
 
-    Only safetensors weights are read. Raises AdapterError and DamagedFileError.
+    Raises:
+        AdapterError: a file is missing; only safetensors weights are read.
+        DamagedFileError: a file differs from what the run or checkpoint around it recorded.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -50,7 +52,11 @@ def require_adapter(folder: Path) -> Path:
 
 
 def require_finite(folder: Path) -> None:
-    """Refuse an adapter with NaN or infinity in its weights or its scale, or with a broken file."""
+    """Refuse an adapter with NaN or infinity in its weights or its scale.
+
+    Raises:
+        AdapterError: names the first tensor or key; or a file is broken.
+    """
     import torch
 
     config = read_config(folder)
@@ -67,7 +73,11 @@ def require_finite(folder: Path) -> None:
 
 
 def adapter_folder(reference: str) -> Path:
-    """The adapter folder that `peft.from_adapter` names: itself, or artifacts/adapter of a run folder."""
+    """The adapter folder that `peft.from_adapter` names: itself, or artifacts/adapter of a run folder.
+
+    Raises:
+        AdapterError: there is no such folder, or files are missing.
+    """
     path = expand_home(reference)
     if path.is_file():
         raise AdapterError(f"peft.from_adapter: '{reference}' is a file. Give the folder of an adapter, or of a run.")
@@ -87,7 +97,11 @@ def adapter_folder(reference: str) -> Path:
 def adopt_saved_settings(peft: PeftSection) -> PeftSection:
     """The section completed from the adapter of `from_adapter`: rank, alpha, targets, variant, patterns.
 
-    What neither sets stays unset. A section that sets another value than the adapter has is refused.
+    What neither sets stays unset.
+
+    Raises:
+        AdapterError: there is no such adapter, or it is not a plain LoRA or DoRA.
+        ConfigurationError: the section sets another value than the adapter has.
     """
     if peft.from_adapter is None:
         return peft
@@ -110,7 +124,11 @@ def _sort_list(value: Any) -> Any:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of adapter_config.json; AdapterError if it is wrong, or names a module that PEFT would import."""
+    """The content of adapter_config.json.
+
+    Raises:
+        AdapterError: it is not a JSON object, or names a module that PEFT would import.
+    """
     try:
         config = read_json(folder / CONFIG)
     except ValueError as error:
@@ -163,11 +181,14 @@ def _read_section(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def require_plain(config: dict[str, Any], folder: Path, key: str, doing: str, also: Collection[str] = ()) -> None:
-    """Refuse another adapter than a plain LoRA or DoRA on the base's own weights, and one that lacks a key.
+    """Refuse an adapter that is not a plain LoRA or DoRA on the base's own weights.
 
     Args:
         key: the config key that named the adapter; `doing` is what other adapters cannot do; both for the message.
         also: keys that may be set besides those of `PeftSection`.
+
+    Raises:
+        AdapterError: another kind of adapter, PEFT options that change what it computes, or a missing key.
     """
     from peft import LoraConfig
 
@@ -188,7 +209,11 @@ def require_plain(config: dict[str, Any], folder: Path, key: str, doing: str, al
 
 
 def saved_shapes(folder: Path) -> Shapes:
-    """Names and shapes of the saved tensors, from the file's header."""
+    """Names and shapes of the saved tensors, from the file's header.
+
+    Raises:
+        AdapterError: it is not a safetensors file.
+    """
     with _open_weights(folder) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
@@ -205,7 +230,11 @@ def _open_weights(folder: Path) -> Iterator[Any]:
 
 
 def check_fit(folder: Path, wanted: Shapes, base: str) -> None:
-    """Refuse a saved adapter whose tensors have other names and shapes than those `wanted` on `base`."""
+    """Compare a saved adapter with the names and shapes of tensors that it must have on `base`.
+
+    Raises:
+        AdapterError: names or shapes differ, so it was trained on another base.
+    """
     require_finite(folder)
     found = saved_shapes(folder)
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

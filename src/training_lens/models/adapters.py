@@ -162,7 +162,8 @@ def _convert_whole_module_dtypes(adapted: Any) -> None:
 def check_adapter(skeleton: Any, peft: PeftSection) -> Adaptation:
     """What `attach` would adapt, tried on a model without weights (`factory.build_skeleton`), which is used up.
 
-    Errors are those of `attach`; a saved adapter is compared by the shapes in its header.
+    Raises:
+        AdapterError: see `attach`; a saved adapter is compared by the shapes in its header.
     """
     from peft import get_peft_model_state_dict
 
@@ -258,7 +259,11 @@ def load_adapter(model: Any, folder: Path | str, *, training: bool = False) -> A
 
 
 def restore_adapter(model: Any, folder: Path) -> None:
-    """Load a saved adapter's weights into an attached adapter, which must have the same tensors."""
+    """Load a saved adapter's weights into an attached adapter.
+
+    Raises:
+        AdapterError: a tensor is missing or has another shape.
+    """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 

@@ -79,10 +79,16 @@ def sample_hash(path: Path) -> str:
 
 
 def check_base(record: Path, model: ModelSection) -> bool:
-    """Whether the base `model` is known to be that of `record`, the base.json of the run that trained an adapter.
+    """Compare the base `model` with the one that an adapter was trained on.
 
-    Older runs have no record, and hub models may not be local yet. A base that has changed is refused, unless
-    model.accept_changed_base is set.
+    Args:
+        record: the base.json of the run that trained it.
+
+    Returns:
+        Whether the base is known to be the same: older runs have no record, hub models may not be local yet.
+
+    Raises:
+        AdapterError: a file of the base has changed, and model.accept_changed_base is not set.
     """
     folder = local_folder(model)
     trained_on = read_sealed(record) if record.is_file() else {}
@@ -108,7 +114,11 @@ def check_base(record: Path, model: ModelSection) -> bool:
 
 
 def require_local_folder(model: ModelSection) -> Path:
-    """The folder of the model's files; ModelLoadingError if those of a hub's model are not in the local cache."""
+    """The folder of the model's files.
+
+    Raises:
+        ModelLoadingError: the files of a hub's model are not in the local cache.
+    """
     folder = local_folder(model)
     if folder is None:
         raise ModelLoadingError(f"model.id: the files of '{model.id}' are not in the local cache. Download it again.")
@@ -126,7 +136,11 @@ def _digest_tensor(tensor: StoredTensor) -> bytes:
 
 
 def stored_precision(model: ModelSection) -> Precision:
-    """The dtype of most weights in the model's files; fp32 if it is none of fp32, bf16 and fp16."""
+    """The dtype of most weights in the model's files; fp32 if it is none of fp32, bf16 and fp16.
+
+    Raises:
+        ModelLoadingError: the files of a hub's model are not in the local cache.
+    """
     sizes: Counter[torch.dtype] = Counter()
     for tensor in stored_tensors(require_local_folder(model)).values():
         if tensor.kind in FLOATS:

@@ -53,7 +53,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_header(path: Path) -> Iterable[StoredTensor]:
-    """The tensors of one file. Format: 8 bytes of the header's length (little-endian), the header (JSON), the data."""
+    """The tensors of one file. Format: 8 bytes of the header's length (little-endian), the header (JSON), the data.
+
+    Raises:
+        ModelLoadingError: it has another format.
+    """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -142,8 +146,11 @@ class CheckpointNames:
     def find_edits(self, changed: Collection[str]) -> dict[str, Tensor]:
         """The changed parameters in the form and under the names of the base's files; new names are last.
 
-        Parameters tied to one of them change with it. A MergeError refuses a converted tensor that has another name or
-        shape than in the base's files.
+        Args:
+            changed: names of parameters; parameters tied to one of them change with it.
+
+        Raises:
+            MergeError: a converted tensor has another name or shape than in the base's files.
         """
         wanted = self._add_tied_names(changed)
         plain = {name: target for name, (target, converted) in self._targets.items() if not converted}

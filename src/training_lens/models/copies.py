@@ -27,8 +27,10 @@ def copy_merged(model: Any) -> Any:
     """The model with its adapter merged into its weights, W + scale B A for LoRA, without adapter layers.
 
     Memory: the adapted layers' weights once more; all other tensors are shared with the adapted model, which is not
-    changed. In float32 the two differ by rounding; otherwise the sum is rounded to the weights' dtype. A quantized base
-    is refused, as merging would round its weights again.
+    changed. In float32 the two differ by rounding; otherwise the sum is rounded to the weights' dtype.
+
+    Raises:
+        AdapterError: the base is quantized, so merging would round its weights again.
     """
     if is_quantized(model):
         raise AdapterError("the base is quantized, and merging would round its weights anew. Load it unquantized.")

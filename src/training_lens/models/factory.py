@@ -109,7 +109,11 @@ def read_facts(model: ModelSection) -> ModelFacts:
 
 
 def resolve_seq_len(model: ModelSection, facts: ModelFacts) -> int:
-    """The longest example in tokens: as configured, otherwise the model's positions, at most 2048."""
+    """The longest example in tokens: as configured, otherwise the model's positions, at most 2048.
+
+    Raises:
+        ConfigurationError: more than the model has positions.
+    """
     if model.seq_len is None:
         return min(facts.positions or SEQ_LEN_DEFAULT, SEQ_LEN_DEFAULT)
     if facts.positions and model.seq_len > facts.positions:
@@ -168,7 +172,11 @@ def _load_with_weights(model: ModelSection, **options: Any) -> Any:
 
 
 def build_skeleton(model: ModelSection) -> Any:
-    """The base model without weights, on the meta device: every module with its sizes, for checks without memory."""
+    """The base model without weights, on the meta device: every module with its sizes, for checks that need no memory.
+
+    Raises:
+        ModelLoadingError: the configuration is not that of a causal language model.
+    """
     with _explain_failures("architecture", model):
         config = _read_config(model)
         if hasattr(config, "quantization_config"):  # quantized modules would have packed sizes
@@ -179,7 +187,11 @@ def build_skeleton(model: ModelSection) -> Any:
 
 
 def load_thinned(model: ModelSection, layers: int, device: torch.device, precision: Precision) -> Any:
-    """A model like the base with only `layers` layers and random weights, for measurements."""
+    """A model like the base with only `layers` layers and random weights, for measurements.
+
+    Raises:
+        ModelLoadingError: its configuration does not say how many layers it has.
+    """
     with _explain_failures("architecture", model):
         config = _read_config(model)
         text = config.get_text_config()
@@ -198,7 +210,11 @@ def required_rows(tokenizer: Any) -> int:
 
 
 def check_vocabulary(tokenizer: Any, rows: int, model_id: str, resize: bool) -> None:
-    """Refuse a tokenizer with ids beyond the embedding's `rows`, unless `resize` (model.resize_embeddings) is set."""
+    """Refuse a tokenizer with ids beyond the embedding's `rows`, unless `resize` (model.resize_embeddings) is set.
+
+    Raises:
+        ModelLoadingError: names both sizes.
+    """
     required = required_rows(tokenizer)
     if required > rows and not resize:
         raise ModelLoadingError(
@@ -252,6 +268,9 @@ def check_weights(model: ModelSection) -> None:
 
     Names and shapes are checked by loading onto the meta device, which renames and ties tensors as real loading does.
     Files that are already quantized are left to `load_model`.
+
+    Raises:
+        ModelLoadingError: a file is truncated or missing, or tensors are missing or of another shape.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -291,7 +310,10 @@ def weight_files(folder: Path) -> list[str]:
 def checkpoint_gradients(model: Any) -> None:
     """Keep only the input of each layer, and recompute the layer in the backward pass (arXiv 1604.06174).
 
-    Dropout draws the same numbers again, so losses and gradients do not change. Refuses models that do not support it.
+    Dropout draws the same numbers again, so losses and gradients do not change.
+
+    Raises:
+        ConfigurationError: the model's code does not support it.
     """
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -16,7 +16,11 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def locate_model(model: ModelSection) -> str:
-    """The local folder of the model, with its configuration and safetensors weights, or its hub id unchanged."""
+    """The local folder of the model, or its hub id unchanged.
+
+    Raises:
+        ModelLoadingError: the path does not exist, or the folder lacks a configuration or safetensors weights.
+    """
     name = embedded.resolve_name(model.id)
     path = expand_home(name)
     if not path.exists():

@@ -17,8 +17,10 @@ def load_class(config: Any) -> Any:
     """The class whose `from_pretrained` loads the model that `config` describes.
 
     The generating class that `config.architectures` names, if transformers has it; otherwise AutoModelForCausalLM's for
-    the model type, which also finds classes in the model's own repository. Encoder-decoders, and model types that
-    generate no text, are refused.
+    the model type, which also finds classes in the model's own repository.
+
+    Raises:
+        ModelLoadingError: an encoder-decoder, or a model type that does not generate text.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
@@ -97,8 +99,10 @@ def public_class(model: Any) -> str:
 def decoder_of(model: Any) -> Any:
     """The part of a model, with or without PEFT's wrapper, that computes the last hidden states.
 
-    `get_decoder` returns the whole model for some classes, and for others a part with an output head of its own. A
-    model without a decoder is refused.
+    `get_decoder` returns the whole model for some classes, and for others a part with an output head of its own.
+
+    Raises:
+        ModelLoadingError: there is none.
     """
     from transformers import PreTrainedModel
 

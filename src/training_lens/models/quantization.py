@@ -13,7 +13,11 @@ from training_lens.utils.devices import DTYPES, Precision
 
 
 def require_bitsandbytes(key: str) -> Any:
-    """The bitsandbytes package, which the config's `key` needs; ConfigurationError if it is not installed."""
+    """The bitsandbytes package, which the config's `key` needs.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
     try:
         import bitsandbytes
     except ImportError as error:
@@ -24,7 +28,11 @@ def require_bitsandbytes(key: str) -> Any:
 
 
 def check_quantization(config: TrainingConfig, device: torch.device) -> None:
-    """Check that bitsandbytes is installed where the config needs it, and can do that on this device."""
+    """Check what the config needs of bitsandbytes.
+
+    Raises:
+        ConfigurationError: it is not installed, or cannot do this on this device.
+    """
     for section, name in (("model", "quantization"), ("training", "optimizer")):
         if getattr(getattr(config, section), name) in ("4bit", "8bit", "adamw_8bit"):
             require_bitsandbytes(f"{section}.{name}")
@@ -53,6 +61,9 @@ def loading_options(model: ModelSection, precision: Precision) -> dict[str, Any]
     4bit is NF4 with double quantization (QLoRA, arXiv 2305.14314), multiplied in `precision`; 8bit is LLM.int8()
     (arXiv 2208.07339). The rest of PEFT's k-bit preparation is not needed: the weights are frozen, norms compute in
     float32, and checkpointing is not reentrant.
+
+    Raises:
+        ConfigurationError: bitsandbytes is not installed.
     """
     if model.quantization == "none":
         return {}

@@ -30,10 +30,10 @@ def find_paths(modules: Iterable[str], name: str) -> list[str]:
 
 
 def choose_targets(model: Any, peft: PeftSection) -> tuple[str | list[str], tuple[Omission, ...]]:
-    """PEFT's `target_modules` for this model, and what is left out that one might expect, by the reason why.
+    """The modules that `peft.target_modules` matches in this model.
 
-    The former are names, shortened to their last part where that is unambiguous, or the regular expression as given.
-    Nothing to adapt, or a name or expression without a match, is refused with the modules and the nearest name.
+    Raises:
+        AdapterError: nothing to adapt, or a name or expression without a match; lists the modules and the nearest name.
     """
     survey = ModuleSurvey(model)
     others = dict(survey.other_matrices())
@@ -95,7 +95,12 @@ def _explain_no_match(expression: str, last: list[str], example: str) -> str:
 
 
 def check_targets(model: Any, targets: Modules, peft: PeftSection) -> None:
-    """Check the modules that PEFT would adapt: their classes and ranks, and that each pattern matches one of them."""
+    """Check the modules that PEFT would adapt.
+
+    Raises:
+        AdapterError: a module is not a linear layer, or no adapter works on it; a rank is too high; a pattern matches
+            nothing.
+    """
     if not targets:
         raise AdapterError("peft.target_modules: all of them are in peft.modules_to_save too; keep each in one.")
     _check_patterns("rank_pattern", peft.rank_pattern, targets)
@@ -160,6 +165,9 @@ def whole_modules(model: Any, names: list[str]) -> tuple[list[str], bool]:
     """`modules_to_save` for PEFT, and whether they hold tied weights; then both of their modules are named.
 
     PEFT compares bare endings, so whole paths are given where an ending would match other modules.
+
+    Raises:
+        AdapterError: no module has this name.
     """
     paths = {path: id(m) for path, m in model.named_modules(remove_duplicate=False) if path}
     wanted: list[str] = []

@@ -57,7 +57,14 @@ class Corpus:
     def from_sources(
         cls, sources: Sequence[DataSource], data: DataSection, progress: Progress, left_out: RowNumbers | None = None
     ) -> Corpus:
-        """Find the field mapping of each source; `left_out` are the row numbers to skip of each."""
+        """Find the field mapping of each source.
+
+        Args:
+            left_out: source -> row numbers to skip.
+
+        Raises:
+            DatasetError: as `source_reader.read_keys` and `fields.find_mapping`.
+        """
         readings = []
         for source in sources:
             stamp, sha256 = _stamp_files(source), source.sha256
@@ -66,9 +73,13 @@ class Corpus:
         return cls(tuple(readings), data, progress, left_out or {})
 
     def read_rows(self, title: str, notes: DataNotes | None = None) -> Iterator[tuple[Row, Example]]:
-        """Each row and its example, unchanged and streamed; that a source changed between passes is an error.
+        """Each row and its example, unchanged and streamed; `title` is the progress bar's.
 
-        `title` is the progress bar's, `notes` collect remarks.
+        Args:
+            notes: collects remarks on the sources.
+
+        Raises:
+            DatasetError: as `source_reader.read_usable_rows`; or a source changed between passes.
         """
         notes = notes or DataNotes()
         with self.progress.task(title, sum(r.size_bytes for r in self.readings), "bytes") as advance:
@@ -87,7 +98,11 @@ class Corpus:
                 _refuse_changed(reading)
 
     def require_unchanged(self) -> None:
-        """Check that no source changed while it was read. Hashes all files again."""
+        """Check that no source changed while it was read. Hashes all files again.
+
+        Raises:
+            DatasetError: a source changed; names it.
+        """
         for reading in self.readings:
             _refuse_changed(reading)
             if reading.source.sha256 != reading.sha256:
@@ -138,7 +153,11 @@ class RowCatalogue:
         return len(self.whole)
 
     def enumerate_rows(self, items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
-        """Enumerate the items of a later pass over the rows. More of them than before are an error: a source grew."""
+        """Enumerate the items of a later pass over the rows.
+
+        Raises:
+            DatasetError: there are more rows than before: a source grew.
+        """
         for position, item in enumerate(items):
             if position == len(self):
                 raise _changed_error(self.files[-1])
@@ -155,7 +174,11 @@ class RowCatalogue:
 
 
 def build_catalogue(corpus: Corpus, group_field: str | None, notes: DataNotes | None = None) -> RowCatalogue:
-    """Build the catalogue in one pass over the rows; a source or a row without the group field is an error."""
+    """Build the catalogue in one pass over the rows; `notes` collects remarks on the sources.
+
+    Raises:
+        DatasetError: as `Corpus.read_rows`; a source without the group field, or a row; names it.
+    """
     for reading in corpus.readings if group_field else ():
         if group_field not in reading.keys:
             raise unknown_field_error("prepare.group_field", str(group_field), reading.keys, reading.source.name)

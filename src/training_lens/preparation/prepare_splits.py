@@ -166,7 +166,8 @@ def _choose_rows(
 def settle_splits(config: TrainingConfig) -> TrainingConfig:
     """The config with prepare.splits resolved from data.val_ratio and data.validation.
 
-    Settings that do not apply are an error: sampling and weights belong to training.
+    Raises:
+        ConfigurationError: settings that do not apply: sampling and weights belong to training.
     """
     data = config.data
     advice = "prepare takes every row of data.train once; leave it out here"

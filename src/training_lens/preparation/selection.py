@@ -48,7 +48,11 @@ class Selection:
 
 
 def select_rows(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection) -> Selection:
-    """Deduplicate, split and find leaks, by the settings; that too few rows, groups or domains are left is an error."""
+    """Deduplicate, split and find leaks, by the settings.
+
+    Raises:
+        DatasetError: too few rows or groups for the splits, no domains, or no training rows left.
+    """
     duplicates = _find_duplicates(corpus, catalogue, settings)
     kept = np.ones(len(catalogue), dtype=bool)
     kept[[duplicate.row for duplicate in duplicates]] = False

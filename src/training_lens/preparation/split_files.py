@@ -30,7 +30,10 @@ def choose_form(corpus: Corpus, file_format: FileFormat) -> Form:
     """The form in which one file can hold all rows without changing how they are read.
 
     Rows stay unchanged if one mapping reads them all. For Parquet, whose columns are typed, and for differing sources,
-    rows are rewritten: only what is learned, without other keys. The error names two sources that no form fits.
+    rows are rewritten: only what is learned, without other keys.
+
+    Raises:
+        DatasetError: no single form fits all sources; names two of them.
     """
     if file_format == "jsonl" and _share_a_mapping(corpus):
         return "as_read"
@@ -105,7 +108,11 @@ def build_reading_settings(form: Form, data: DataSection) -> DataSection:
 
 
 def convert_row(row: Row, example: Example, form: Form, per_file_domain: bool) -> dict[str, Any]:
-    """The values to write for a row; `example` is as read, end marks included."""
+    """The values to write for a row; `example` is as read, end marks included.
+
+    Raises:
+        DatasetError: it cannot be written in this form; names the row.
+    """
     domain = {} if example.domain is None else {DOMAIN_FIELD: example.domain}
     if form == "as_read":
         return {**row.values, **(domain if per_file_domain else {})}
@@ -159,7 +166,11 @@ def _convert_message(message: Message) -> dict[str, Any]:
 def open_writer(path: Path, form: Form, has_domain: bool, learned: Collection[str] = ()) -> _RowWriter:
     """A writer by the path's ending: .jsonl, or .parquet with the columns of `form`; complete after `close`.
 
-    NaN or infinity under a `learned` key is refused; under other keys it becomes null, and `emptied` counts it.
+    Args:
+        learned: keys whose NaN or infinity is refused; under other keys it becomes null, and `emptied` counts it.
+
+    Raises:
+        DatasetError: in `write`: the format cannot hold a value; names the row.
     """
     return _ParquetWriter(path, form, has_domain) if path.suffix == ".parquet" else _JsonlWriter(path, learned)
 

@@ -71,6 +71,10 @@ class Sweep:
         config: the base config of every trial, with the sweep section.
         console: for the progress bars of the trials; None: no bars.
         on_trial: called with every trial that ends in this process.
+
+    Raises:
+        ConfigurationError: the space, the base config or the storage is invalid.
+        CheckpointError: a symbolic link leads out of the sweep's folder.
     """
 
     def __init__(

@@ -29,7 +29,11 @@ class Space:
 
     @classmethod
     def from_config(cls, config: TrainingConfig) -> Space:
-        """The space of `config.sweep`; refuses one without keys, wrong keys and values, and an infinite grid."""
+        """The space of `config.sweep`.
+
+        Raises:
+            ConfigurationError: there is nothing to search, a key or value cannot be searched, or a grid is infinite.
+        """
         space = cls(parse_space(config))
         if not space.dimensions:
             raise ConfigurationError(
@@ -63,7 +67,8 @@ class Space:
     def first_valid_point(self, base: TrainingConfig) -> Params:
         """The first point with a valid config, from the first choices and lowest numbers of each key.
 
-        If none is valid, a ConfigurationError lists the problems of the first one.
+        Raises:
+            ConfigurationError: none is valid; lists the problems of the first one.
         """
         some = [list(islice(_list_values(found), FIRST_VALUES)) for found in self.dimensions.values()]
         problems: tuple[str, ...] = ()
@@ -100,7 +105,11 @@ class Space:
     def trial_config(
         self, base: TrainingConfig, params: Params, output: Mapping[str, Any] | None = None
     ) -> TrainingConfig:
-        """The base config with the point's values, which must fit together, and these keys of the output section."""
+        """The base config with the point's values and the given keys of the output section.
+
+        Raises:
+            ConfigurationError: the values do not fit together.
+        """
         return base.replace_keys(**nest_keys({"output": output or {}, **self.config_values(params)})[0])
 
 

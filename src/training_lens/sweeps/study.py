@@ -264,7 +264,11 @@ def _shared_values(config: TrainingConfig) -> dict[str, Any]:
 
 
 def open_storage(url: str) -> RDBStorage:
-    """Open the storage, with a few tries because processes that start together create its tables at once."""
+    """Open the storage, with a few tries because processes that start together create its tables at once.
+
+    Raises:
+        ConfigurationError: it cannot be opened, or is a database in memory.
+    """
     if url.startswith("sqlite") and (url.endswith("://") or ":memory:" in url or "mode=memory" in url):
         raise ConfigurationError(
             f"sweep.storage: {url} is a database in memory, which other processes cannot see and later starts cannot "

@@ -19,7 +19,11 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def check_attributes(trial: FrozenTrial) -> None:
-    """Refuse a trial with attributes that no sweep writes: the database is untrusted data."""
+    """Refuse attributes that no sweep writes: the database is untrusted data.
+
+    Raises:
+        ConfigurationError: names the trial and the attribute.
+    """
     numbers = [*(trial.values or ()), *trial.intermediate_values.values(), trial.number]
     misfit = find_type_error("study.db", trial.user_attrs)
     if not misfit and "token" not in trial.user_attrs:
@@ -42,7 +46,11 @@ def first_number(trial: FrozenTrial) -> int:
 
 
 def run_id(trial: FrozenTrial) -> str:
-    """The id of the trial's run: 'trial-0003-5f3a'. The tail separates studies with the same name."""
+    """The id of the trial's run: 'trial-0003-5f3a'. The tail separates studies with the same name.
+
+    Raises:
+        ConfigurationError: the value in the database is not a valid id.
+    """
     return check_run_id(f"trial-{first_number(trial):04d}-{trial.user_attrs['token']}")
 
 

@@ -26,7 +26,10 @@ def compile_library(sources: Sequence[Path], name: str) -> ctypes.CDLL:
     """The library compiled from the first of `sources`, which may include the others.
 
     It is cached in XDG_CACHE_HOME, else ~/.cache, under a hash of the sources, the compiler, its options and the
-    processor. If that folder cannot be written, it is compiled each time. Raises `CompilationError`.
+    processor. If that folder cannot be written, it is compiled each time.
+
+    Raises:
+        CompilationError: there is no compiler, or it rejects the source.
     """
     is_x86 = platform.machine() in {"x86_64", "AMD64"}
     native = ["-march=native", "-mprefer-vector-width=512"] if is_x86 else ["-mcpu=native"]
@@ -45,7 +48,11 @@ def compile_library(sources: Sequence[Path], name: str) -> ctypes.CDLL:
 
 
 def find_compiler() -> list[str]:
-    """The command of the C compiler: CC if set, else the first one found; raises CompilationError without one."""
+    """The command of the C compiler: CC if set, else the first one found.
+
+    Raises:
+        CompilationError: none is found.
+    """
     named = shlex.split(os.environ.get("CC", ""))
     found = next((path for path in map(shutil.which, named[:1] or COMPILERS) if path), None)
     if os.name != "posix" or found is None:

@@ -49,7 +49,11 @@ def _count_devices(kind: str) -> int:
 
 
 def resolve_precision(asked: str, device: torch.device) -> Precision:
-    """The number type of forward and backward; `auto` is fp32 on CPU and MPS, bf16 (else fp16) on CUDA."""
+    """The number type of forward and backward; `auto` is fp32 on CPU and MPS, bf16 (else fp16) on CUDA.
+
+    Raises:
+        ConfigurationError: fp16 without CUDA, where there is no loss scaling.
+    """
     if asked == "auto":
         if device.type != "cuda":
             return "fp32"

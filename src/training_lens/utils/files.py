@@ -133,7 +133,10 @@ def atomic_folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] 
     Args:
         path: a new or empty folder; a link is followed.
         existing: what to do if `path` has files at the end of the block: `keep` them and drop the new ones (for content
-            that is the same whoever writes it), `refuse` with an OutputError, or `replace` them.
+            that is the same whoever writes it), `refuse` with an error, or `replace` them.
+
+    Raises:
+        OutputError: with `refuse`, if another process filled `path` meanwhile.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +229,14 @@ def hash_file(path: Path) -> str:
 
 
 def resolve_file_path(name: str, setting: str) -> Path:
-    """The path `name`, if it is one of a file in an existing folder; else a ConfigurationError about `setting`."""
+    """The path `name`, checked to be one where a file can be written.
+
+    Args:
+        setting: the option and its value, for the message.
+
+    Raises:
+        ConfigurationError: it is a folder, or its folder does not exist.
+    """
     path = expand_home(name)
     if path.is_dir() or not path.parent.is_dir():
         found = "is a folder" if path.is_dir() else f"there is no folder '{path.parent}'"
@@ -235,7 +245,11 @@ def resolve_file_path(name: str, setting: str) -> Path:
 
 
 def require_writable(folder: Path, key: str) -> None:
-    """Create `folder` and check that files can be written in it; else a ConfigurationError about the setting `key`."""
+    """Create `folder` and check that files can be written in it.
+
+    Raises:
+        ConfigurationError: it cannot be created or written; names the setting `key`.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -47,9 +47,14 @@ def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """The object that `write_sealed` wrote, without its hash; DamagedFileError if it is not what was written.
+    """The object that `write_sealed` wrote, without its hash.
 
-    `required` refuses a file without a hash, because every version wrote one.
+    Args:
+        required: refuse a file without a hash, because every version wrote one.
+
+    Raises:
+        DamagedFileError: it is not what was written.
+        FileNotFoundError: there is no such file.
     """
     try:
         values = read_json(path)
@@ -124,7 +129,11 @@ def seal_file(path: Path) -> None:
 def verify_seal(path: Path) -> None:
     """Compare a file with the sha256 in it. A file of an earlier version, without one, passes.
 
-    Cost: the file is read once, and again only after it changed. Raises DamagedFileError, or OSError in reading.
+    Cost: the file is read once, and again only after it changed.
+
+    Raises:
+        DamagedFileError: it is not what was written.
+        OSError: it cannot be read.
     """
     if not _holds_seal(path, *_file_identity(path)):
         raise DamagedFileError("its content does not match the sha256 in it")
@@ -166,7 +175,11 @@ def record_hashes(root: Path, files: Iterable[Path]) -> None:
 
 
 def read_recorded_hashes(root: Path) -> dict[str, str]:
-    """The recorded sha256 of each file of a run or checkpoint, by relative name; empty for an older run."""
+    """The recorded sha256 of each file of a run or checkpoint, by relative name; empty for an older run.
+
+    Raises:
+        DamagedFileError: the record itself is damaged.
+    """
     for record in RECORDS:
         if (root / record).is_file():
             files: dict[str, str] = read_sealed(root / record).get("files", {})
@@ -179,8 +192,10 @@ def read_recorded_hashes(root: Path) -> dict[str, str]:
 def require_intact(path: Path) -> None:
     """Compare a file, or all recorded files of a folder, with the hashes recorded in its run or checkpoint.
 
-    Cost: each file is read once, and again only after it changed. Raises DamagedFileError for the first that is missing
-    or differs.
+    Cost: each file is read once, and again only after it changed.
+
+    Raises:
+        DamagedFileError: names the first file that is missing or differs.
     """
     for root in list(path.absolute().parents)[:3]:
         name = path.absolute().relative_to(root).as_posix()

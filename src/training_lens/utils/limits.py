@@ -35,7 +35,11 @@ class TooMuchError(ValueError):
 
 
 def open_file(path: Path) -> io.BufferedReader:
-    """Open a regular file to read it; devices and pipes, which may be endless, are an OSError."""
+    """Open a regular file to read it.
+
+    Raises:
+        OSError: also for devices and pipes, which may be endless or readable only once.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -50,7 +54,11 @@ def read_text(path: Path) -> str:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a file of at most `most` bytes; a longer one is an OSError, as in `open_file`."""
+    """The content of a file of at most `most` bytes.
+
+    Raises:
+        OSError: it is longer; or as for `open_file`.
+    """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(min(most, size) + 1)  # `read` allocates a buffer of the size asked for
@@ -60,7 +68,11 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def load_bounded_json(text: str | bytes, **options: Any) -> Any:
-    """As `json.loads`; ValueError also for values nested too deep, and for numbers of thousands of digits."""
+    """As `json.loads`.
+
+    Raises:
+        ValueError: also for values nested too deep, and for numbers of thousands of digits.
+    """
     try:
         value = json.loads(text, **options)
     except RecursionError:

@@ -19,7 +19,12 @@ RESERVED = ("latest", "none")  # references to a run, and to no adapter
 
 
 def check_run_id(name: str) -> str:
-    """Return `name` if it is a valid run id; else a ConfigurationError gives the rules."""
+    """Return `name` if it is a valid run id.
+
+    Raises:
+        ConfigurationError: it has characters other than ASCII letters, digits, '.', '_' and '-', starts with '.' or
+            '-', has over 100 characters, or is 'latest' or 'none'.
+    """
     if not RUN_ID.fullmatch(name) or len(name) > LONGEST or name in RESERVED:
         raise ConfigurationError(
             f"{_quote_name(name)} cannot name a folder of a run; use at most {LONGEST} letters (a to z), digits, '.', "
@@ -29,7 +34,12 @@ def check_run_id(name: str) -> str:
 
 
 def check_experiment(name: str) -> str:
-    """Return `name` if it is valid for an experiment or a sweep; else a ConfigurationError gives the rules."""
+    """Return `name` if it is valid for an experiment or a sweep.
+
+    Raises:
+        ConfigurationError: it is empty or too long, has '/', a backslash or an unprintable character, starts with
+            '.', '-' or a space, ends with a space, or is 'latest' or 'none'.
+    """
     is_too_long = len(name) > LONGEST or len(name.encode("utf-8", "surrogatepass")) > LONGEST_BYTES
     if not is_printable(name) or name[0] in ".-" or set(name) & set("/\\") or is_too_long or name in RESERVED:
         raise ConfigurationError(
@@ -61,7 +71,11 @@ def find_name_fault(name: str) -> str:
 
 
 def check_file_name(name: str) -> str:
-    """Return `name` if it is a safe relative path; else a ConfigurationError with its `find_name_fault`."""
+    """Return `name` if it is a safe relative path.
+
+    Raises:
+        ConfigurationError: see `find_name_fault`.
+    """
     if fault := find_name_fault(name):
         raise ConfigurationError(f"{_quote_name(name)} names no file in the folder: {fault}")
     return name
@@ -76,9 +90,13 @@ def expand_home(path: str | Path) -> Path:
 
 
 def require_contained(folder: Path, *, besides: tuple[str, ...] = ()) -> None:
-    """Refuse a symbolic link in a folder that leads out of it, since writes would follow it.
+    """Check that no symbolic link in a folder leads out of it, since writes would follow it.
 
-    Subfolders `besides`, by relative name, are not checked.
+    Args:
+        besides: subfolders that are not checked, by relative name.
+
+    Raises:
+        CheckpointError: names the link and its target.
     """
     home = folder.resolve()
     for link in _find_links(folder, {folder / name for name in besides}):

@@ -87,7 +87,14 @@ class DecoderStack:
 
 
 def build_stack(model: Any, windows: Sequence[int | None]) -> DecoderStack:
-    """The stack of a model whose layers were replaced; UnknownLayerError if it has other parts, or hooks."""
+    """The stack of a model whose layers were replaced.
+
+    Args:
+        windows: of each layer, None for one that sees all.
+
+    Raises:
+        UnknownLayerError: it has other parts, or hooks.
+    """
     decoder, head, config = decoder_of(model), model.get_output_embeddings(), model.config.get_text_config()
     children = dict(decoder.named_children())
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules()):

@@ -136,6 +136,9 @@ def require_causal(model: Any) -> None:
     Quantized models, whose rounding may depend on all tokens of a batch, and models that give no finite numbers are not
     compared: the first step reports those.
     Cost: a pass of a few tokens and one of half as many; one more where the decoder is not the whole base model.
+
+    Raises:
+        ModelLoadingError: states or logits differ.
     """
     whole = unwrap_adapter(model)
     decoder = decoder_of(whole)

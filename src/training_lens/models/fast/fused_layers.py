@@ -53,7 +53,11 @@ class DecodingNorm(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """down(a(gate x) * up x), gate and up as one product; errors are those of `FusedLinear`."""
+    """down(a(gate x) * up x), gate and up as one product.
+
+    Raises:
+        UnknownLayerError: see `FusedLinear`.
+    """
 
     def __init__(self, module: Any, spec: MLPSpec, decodes: bool = False) -> None:
         super().__init__()
@@ -100,7 +104,11 @@ def flatten_angles(angles: tuple[Tensor, Tensor], rows: int) -> Angles:
 class DecodingAttention(nn.Module):
     """Causal attention over a KV cache, q, k and v as one product; signature and result as in transformers.
 
-    `norms` are those of queries and keys; empty where the spec has none. Errors are those of `FusedLinear`.
+    Args:
+        norms: of queries and keys; empty where the spec has none.
+
+    Raises:
+        UnknownLayerError: see `FusedLinear`.
     """
 
     def __init__(self, module: Any, spec: AttentionSpec, norms: Sequence[Any]) -> None:

@@ -30,7 +30,11 @@ PROBE_TOKENS = 6  # of the random input on which a module and its kernel are com
 class ModuleKernel:
     """What computes a module's calls in its place; `plain` is the module's own forward.
 
-    It takes tokens of `input_width` numbers. UnknownLayerError: it cannot compute this module.
+    Args:
+        input_width: numbers of a token that goes in.
+
+    Raises:
+        UnknownLayerError: it cannot compute this module.
     """
 
     def __init__(self, module: Any, input_width: int) -> None:

@@ -120,7 +120,11 @@ def _is_norm(module: Any) -> bool:
 
 
 def recognize_norm(module: Any) -> NormSpec:
-    """The formula of a norm, known by its results on one random row; UnknownLayerError if it follows none."""
+    """The formula of a norm, known by its results on one random row.
+
+    Raises:
+        UnknownLayerError: it follows no formula that is known.
+    """
     name, weight = type(module).__name__, getattr(module, "weight", None)
     epsilon = next((getattr(module, e) for e in EPSILONS if isinstance(getattr(module, e, None), float)), None)
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not weight.is_floating_point() or epsilon is None:
@@ -146,7 +150,11 @@ def _is_gated_mlp(module: Any) -> bool:
 
 
 def recognize_mlp(module: Any) -> MLPSpec:
-    """The structure of a gated MLP; UnknownLayerError if it has more than that."""
+    """The structure of a gated MLP.
+
+    Raises:
+        UnknownLayerError: it has more than that.
+    """
     names = find_projections(module, GATE_UP)
     if not _has_only(module, (*names, "down_proj", *ACTIVATIONS)):
         raise UnknownLayerError(f"{type(module).__name__} with more than a gated MLP")
@@ -167,7 +175,14 @@ class AttentionCall:
 
 
 def recognize_attention(module: Any, call: AttentionCall | None) -> AttentionSpec:
-    """The structure of an attention module, known by the queries and keys of one call from `record_attentions`."""
+    """The structure of an attention module, known by the queries and keys of one call.
+
+    Args:
+        call: from `record_attentions`.
+
+    Raises:
+        UnknownLayerError: it has another structure, or more than a spec holds.
+    """
     names = find_projections(module, QUERY_KEY_VALUE)
     if not names or not _has_child(module, "o_proj"):
         raise UnknownLayerError("attention of another structure")

@@ -34,7 +34,7 @@ class PackedSequences:
         return list(pairwise(self.bounds.tolist()))
 
     @cached_property
-    def _moved(self) -> dict[torch.device, Tensor]:
+    def _bounds_by_device(self) -> dict[torch.device, Tensor]:
         return {}
 
     def position_ids(self, device: torch.device) -> Tensor:
@@ -43,9 +43,9 @@ class PackedSequences:
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """The `bounds` on a device, int32; copied there once, for all layers."""
-        if device not in self._moved:
-            self._moved[device] = move_to_device(self.bounds.int(), device)
-        return self._moved[device]
+        if device not in self._bounds_by_device:
+            self._bounds_by_device[device] = move_to_device(self.bounds.int(), device)
+        return self._bounds_by_device[device]
 
     def work_order(self, groups: int) -> Tensor:
         """(sequences * groups,) int64: pairs of both in the order in which workers take them, the longest first."""

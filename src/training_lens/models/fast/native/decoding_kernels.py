@@ -87,7 +87,11 @@ class FewRowsLinear:
         return kernel and whole and all(t.is_contiguous() for t in tensors)
 
     def __call__(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows outs"]:
-        """Of one row at least; ValueError if x is of another width or dtype than the weights."""
+        """Of one row at least.
+
+        Raises:
+            ValueError: x is of another width or dtype than the weights.
+        """
         width, dtype = self._weights[0].shape[1], self._weights[0].dtype
         if x.shape[-1] != width or x.dtype != dtype:
             raise ValueError(f"rows of {x.shape[-1]} {x.dtype} for weights of {width} {dtype}")
