@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training_lens.models.fast.native import library as calls
-from training_lens.utils.compiling import CompilationError, compile_library
+from training_lens.utils.compiling import CompilationError, compile_library, find_compiler
 
 pytestmark = pytest.mark.skipif(calls.load_library() is None, reason="no C compiler here")
 
@@ -82,3 +82,18 @@ def test_a_source_that_is_refused_leaves_nothing(tmp_path: Path, cache: Path) ->
     with pytest.raises(CompilationError, match=r"refuses the source: .*error"):
         compile_library([broken], "broken")
     assert not list(cache.iterdir())
+
+
+def test_a_compiler_that_does_not_know_this_processor_compiles_for_any(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As clang before version 15 does on a Mac."""
+    compiler = tmp_path / "older"
+    real = find_compiler()[0]
+    refuse = 'case "$*" in *native*) echo "unsupported argument native" >&2; exit 1;; esac'
+    compiler.write_text(f'#!/bin/sh\n{refuse}\nexec {real} "$@"\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CC", str(compiler))
+    with caplog.at_level("INFO", "training_lens"):
+        assert answer(compile_library([source(tmp_path)], "answers")) == 7
+    assert "compiled for any processor of this kind" in caplog.text

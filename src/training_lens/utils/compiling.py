@@ -13,6 +13,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
 COMPILERS = ("cc", "gcc", "clang")  # tried in this order if CC is not set
 OPTIONS = ("-O3", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 LONGEST = 180  # seconds for one compilation
@@ -33,7 +36,17 @@ def compile_library(sources: Sequence[Path], name: str) -> ctypes.CDLL:
     """
     is_x86 = platform.machine() in {"x86_64", "AMD64"}
     native = ["-march=native", "-mprefer-vector-width=512"] if is_x86 else ["-mcpu=native"]
-    command = [*find_compiler(), *OPTIONS, *native]
+    plain = [*find_compiler(), *OPTIONS]
+    try:
+        return _load_or_build([*plain, *native], sources, name)
+    except CompilationError as error:
+        if "native" not in str(error):
+            raise
+        logger.info("%s; compiled for any processor of this kind, which is slower", error)
+        return _load_or_build(plain, sources, name)
+
+
+def _load_or_build(command: Sequence[str], sources: Sequence[Path], name: str) -> ctypes.CDLL:
     inputs = [*(s.read_bytes() for s in sources), shlex.join(command).encode(), _describe_processor().encode()]
     digest = hashlib.sha256(b"\0".join(inputs)).hexdigest()[:24]
     cached = cache_folder() / f"{name}-{digest}.so"
