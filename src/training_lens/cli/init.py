@@ -106,7 +106,7 @@ class Interview:
         return values | self._fields
 
     def _ask_value(self, question: str, given: str | None, default: str, check: Callable[[str], Values]) -> Values:
-        """The settings that `check` returns for the option or the answer; an invalid answer is asked again."""
+        """The settings that `check` makes of the option or the typed answer; asks again after an invalid one."""
         if not self._asking:
             return check(given) if given is not None else {}
         while True:

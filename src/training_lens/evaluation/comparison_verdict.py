@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from training_lens.display.html import Severity
 from training_lens.errors import ConfigurationError
 from training_lens.evaluation.answer_endings import Endings
 from training_lens.evaluation.comparison import (
@@ -25,7 +26,6 @@ from training_lens.evaluation.verdict import (
     MeasuredChange,
     Outcome,
     Remark,
-    Severity,
     Verdict,
     assess_changes,
     name_measure,

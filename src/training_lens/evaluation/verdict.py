@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from training_lens.display.html import Severity
 from training_lens.utils.formatting import pluralize
 
 Outcome = Literal["better", "worse", "no difference", "inconclusive"]
-Severity = Literal["problem", "warning", "note", "fine"]
 Interval = tuple[float, float]
 
 SEVERITIES: Mapping[Outcome, Severity] = {

@@ -125,9 +125,9 @@ def _open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: b
 
 
 def choose_device(model: ModelSection, asked: str) -> str:
-    """Where the merge computes: on the device that is asked for; for `auto` on the run's where the base fits there.
+    """The device to merge on: the one asked for; with `auto` the run's, or the CPU if the base does not fit there.
 
-    Else on the CPU, whose memory is larger as a rule. Says how much memory the merge takes.
+    Logs how much memory the merge takes, and warns if that is not free.
     """
     device = get_device(model.device if asked == "auto" else asked)
     needed = MEMORY_FACTOR * torch.float32.itemsize * count_parameters(build_skeleton(model)).total

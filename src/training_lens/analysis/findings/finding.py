@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, Unpack
 
-from training_lens.evaluation.verdict import Severity
+from training_lens.display.html import Severity
 
 Confidence = Literal["sure", "likely", "inconclusive"]
 

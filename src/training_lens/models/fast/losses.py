@@ -24,9 +24,8 @@ Logits = Callable[[Tensor], Tensor]
 
 def chunk_rows(device: torch.device, vocabulary: int, itemsize: int) -> int:
     """The rows of one chunk of logits; at least 1."""
-    if device.type != "cpu":
-        return max(1, GPU_CHUNK_BYTES // (vocabulary * itemsize))
-    return max(1, CPU_CHUNK_BYTES // (vocabulary * itemsize))
+    most = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+    return max(1, most // (vocabulary * itemsize))
 
 
 def linear_nll(
