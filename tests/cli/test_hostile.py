@@ -69,7 +69,7 @@ ASKED = [  # commands that would run the model's code, or a tracker's: they say 
     ("evaluate", "--run"),
     ("merge", "--run"),
     ("benchmark", "--run"),
-    ("analyze", "--check-rank"),
+    ("rank",),
     ("sync",),
     ("sync", "--status"),
 ]
@@ -152,7 +152,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(call: Call, own_run: Ru
 def test_a_mirror_from_elsewhere_runs_no_code(call: Call, hostile: RunFolder, mark: Path, tmp_path: Path) -> None:
     place = str(tmp_path / "mirror")
     MirrorIntegration(RunRecord(unfinished(hostile), {"output": {"mirror": place}})).deliver(ended=True)
-    for command in (("train", "--resume"), ("report",), ("infer", "hi", "--run"), ("analyze", "--check-rank")):
+    for command in (("train", "--resume"), ("report",), ("infer", "hi", "--run"), ("rank",)):
         call(*command, f"file://{place}", f"output.base_output_dir={tmp_path / command[0]}")
         call(*command, f"file://{place}/experiments/default/runs/{hostile.run_id}", "output.base_output_dir=x")
     assert not mark.exists()

@@ -88,10 +88,15 @@ def test_a_second_run_that_is_not_there_is_told_before_anything_else(call: Call,
     assert "no run './nowhere'" in refused(result) and not result.stdout
 
 
-def test_check_rank_needs_a_run_of_ours_that_is_finished(call: Call, run: Path, adapter: Path) -> None:
-    assert "is none. Leave --check-rank out" in refused(call("analyze", str(adapter), "--check-rank"))
+def test_rank_needs_a_run_of_ours_that_is_finished(call: Call, run: Path, adapter: Path) -> None:
+    assert "no run" in refused(call("rank", str(adapter)))
+    assert "--write and --keep go together" in refused(call("rank", str(run), "--write", "small"), 2)
+    (run / "taken").mkdir()
+    (run / "taken/file").write_text("")
+    taken = call("rank", str(run), "--write", str(run / "taken"), "--keep", "90%")
+    assert "something is there already" in refused(taken, 2)
     shutil.rmtree(run / "artifacts")
-    assert "has no finished adapter" in refused(call("analyze", str(run), "--check-rank"))
+    assert "has no finished adapter" in refused(call("rank", str(run)))
 
 
 @pytest.mark.parametrize(("format", "suffix"), [("html", "html"), ("md", "md"), ("json", "json")])

@@ -18,12 +18,12 @@ COMMANDS = {
     "Data": ("prepare",),
     "Train": ("init", "validate", "train", "sweep"),
     "Evaluate": ("evaluate", "baseline", "compare", "infer"),
-    "Look inside": ("analyze", "report", "export"),
+    "Look inside": ("analyze", "rank", "report", "export"),
     "Ship": ("merge", "benchmark", "push"),
     "Runs": ("sync", "doctor", "experiment"),
 }
 PANELS = {name: panel for panel, names in COMMANDS.items() for name in names}
-MODULES = {"baseline": "evaluate"}  # of commands that share a file
+MODULES = {"baseline": "evaluate", "rank": "truncate_rank"}  # of commands whose file has another name
 
 
 class CommandGroup(TyperGroup):

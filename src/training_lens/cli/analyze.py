@@ -10,23 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from training_lens.cli.common import CONSENT, Screen, command, load_config, show_table
+from training_lens.cli.common import Screen, command, show_table
 from training_lens.cli.lens import BaseFolder, RunPlace, open_analyzers
 from training_lens.cli.options import CommandOptions
-from training_lens.errors import LensError
 
 if TYPE_CHECKING:
-    from training_lens.analysis.checkpoint_analyzer import AdapterComparison, Analysis, CheckpointAnalyzer
+    from training_lens.analysis.checkpoint_analyzer import AdapterComparison, Analysis
     from training_lens.analysis.findings import Finding
 
 Against = Annotated[
     str | None, typer.Option(metavar="RUN", help="Compare with a second run: angles between what the two learned.")
-]
-CheckRank = Annotated[
-    bool,
-    typer.Option(
-        "--check-rank", help="Measure the validation loss at lower ranks (loads the model), and advise a rank_pattern."
-    ),
 ]
 MOST_ROWS = 12  # of a table on the screen
 MARKS = {"problem": "red", "warning": "yellow", "note": "cyan", "fine": "green"}
@@ -45,22 +38,17 @@ def analyze(
     run: RunPlace = "latest",
     *,
     against: Against = None,
-    check_rank: CheckRank = False,
     base: BaseFolder = None,
     options: CommandOptions,
 ) -> None:
     """Say what an adapter did while it trained, and what is wrong, with evidence: finished, running or broken off.
 
-    Examples: training-lens analyze; training-lens analyze RUN --check-rank; training-lens analyze RUN --against RUN2;
+    Examples: training-lens analyze; training-lens analyze RUN --against RUN2;
     training-lens analyze path/to/trainer_output
     """
     with command(options) as screen:
-        consent = [word for word in options.words if check_rank and word.startswith(CONSENT)]
-        others = options.with_words([word for word in options.words if word not in consent])
-        analyzer, other = open_analyzers(run, against, others, base)
+        analyzer, other = open_analyzers(run, against, options, base)
         comparison = analyzer.compare(other) if other else None
-        if check_rank:
-            _measure_rank(screen, analyzer, load_config(options.with_words(consent)).explicit_values())
         analysis = analyzer.analyze()
         _show_analysis(screen, analysis)
         values = analysis.values()
@@ -68,26 +56,6 @@ def analyze(
             _show_likeness(screen, comparison)
             values["against"] = comparison.values()
         screen.print_result(values)
-
-
-def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer, given: dict[str, Any]) -> None:
-    from training_lens.analysis.findings import measure_rank
-    from training_lens.display.progress import Progress
-    from training_lens.runs.run_folder import RunFolder
-
-    run = RunFolder(analyzer.recording.folder)
-    if not run.metadata.is_dir():
-        raise LensError(
-            f"--check-rank measures the loss of a run of training-lens train on its validation rows; {run.root} is "
-            "none. Leave --check-rank out."
-        )
-    check = measure_rank(run, progress=Progress(screen.console), given=given)
-    at = check.at_energy_ranks
-    effect = f"validation loss {check.loss:.4f} at full rank, {at.delta:+.4f} with each module cut to its 90 % rank"
-    screen.console.print(f"{effect} ({check.rows} rows)", markup=False)
-    if check.rank_pattern:
-        pattern = ", ".join(f"{name}: {rank}" for name, rank in check.rank_pattern.items())
-        screen.print_line(f"peft.rank_pattern={{{pattern}}}")
 
 
 def _show_analysis(screen: Screen, analysis: Analysis) -> None:

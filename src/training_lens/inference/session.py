@@ -155,6 +155,7 @@ def open_run(
     device: str | None = None,
     precision: Precision | None = None,
     given: Mapping[str, Any] | None = None,
+    adapter: Path | None = None,
 ) -> Session:
     """The run's model with its adapter, its tokenizer as saved, its template and domains.
 
@@ -164,6 +165,7 @@ def open_run(
         given: what the user sets now, by section: `{"model": {"trust_remote_code": True}}` lets the model's own code
             run, which the run's config alone never does; `accept_changed_base` there accepts a base that differs from
             the one that the run trained on.
+        adapter: the folder of an adapter of the run's base; None takes the run's.
 
     Raises:
         CheckpointError: the run has no finished adapter, or a damaged one; ModelLoadingError, AdapterError: it cannot
@@ -189,11 +191,12 @@ def open_run(
     base = load_model(config.model, place, precision)
     if not is_local:  # it has just been downloaded from a hub
         check_base(run.base_record, config.model)
-    loaded = LoadedModel(load_adapter(base, run.adapter), tokenizer, place, precision)
+    folder = adapter or run.adapter
+    loaded = LoadedModel(load_adapter(base, folder), tokenizer, place, precision)
     data = run.read_metadata("data.json")
     texts = are_plain_texts(data["train"]["mappings"].values(), config.data.fields)
     domains = tuple(data["domains"])
-    return build_session(loaded, config, texts, source=str(run.root), adapter=run.adapter, domains=domains)
+    return build_session(loaded, config, texts, source=str(run.root), adapter=folder, domains=domains)
 
 
 def are_plain_texts(mappings: Collection[str], fields: FieldsSection) -> bool:

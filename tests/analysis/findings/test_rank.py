@@ -14,6 +14,7 @@ import torch
 
 from training_lens.analysis.findings import Finding, RankCheck, RankLoss, diagnose, measure_rank, read_rank_check
 from training_lens.core.recording import Recording
+from training_lens.utils.integrity import read_sealed, write_sealed
 
 Find = Callable[..., Finding]
 CHECK = RankCheck(
@@ -39,7 +40,7 @@ def few_directions(healthy: Any, record: Callable[..., Recording]) -> Callable[[
 
 def test_the_spectrum_alone_decides_nothing(few_directions: Any) -> None:
     found = few_directions(None)
-    assert found.confidence == "inconclusive" and "--check-rank" in found.decide
+    assert found.confidence == "inconclusive" and "training-lens rank" in found.decide
 
 
 def test_few_directions_and_an_unchanged_loss_are_a_rank_too_large(few_directions: Any) -> None:
@@ -84,6 +85,16 @@ def run(finished_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def check(run: Any) -> RankCheck:
     return measure_rank(run, max_examples=24)
+
+
+def test_a_check_of_an_earlier_version_still_opens(tmp_path: Path) -> None:
+    """Before `training-lens rank` there were neither larger shares nor counts of parameters."""
+    path = CHECK.write(tmp_path)
+    values = {k: v for k, v in read_sealed(path).items() if k not in ("at_larger_shares", "parameters")}
+    for at in (values["at_energy_ranks"], *values["at_fixed_ranks"]):
+        del at["share"], at["parameters"]
+    write_sealed(path, values)
+    assert read_rank_check(tmp_path) == CHECK and [at.label for at in CHECK.truncations] == ["90%", "1", "4"]
 
 
 def test_the_check_is_kept_in_the_run(run: Any, check: RankCheck) -> None:
@@ -134,3 +145,38 @@ def test_truncation_is_the_best_of_its_rank_and_is_undone_bit_for_bit(peft: dict
             singular = torch.linalg.svdvals(dense[m.name])
             np.testing.assert_allclose(left[:5], singular[3:8], rtol=1e-4)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("keep", ["90%", "4"])
+def test_a_smaller_adapter_is_what_was_measured_and_any_loader_scales_it_right(
+    run: Any, check: RankCheck, tmp_path: Path, keep: str
+) -> None:
+    from training_lens.analysis.run_rows import RowOptions
+    from training_lens.analysis.smaller_adapter import find_truncation, write_smaller_adapter
+    from training_lens.merging.weight_update import LowRankUpdate, load_updates
+    from training_lens.models.adapter_files import read_config
+
+    at, folder = find_truncation(check, keep), tmp_path / "small"
+    written = write_smaller_adapter(run, folder, at, check.gain, RowOptions(max_examples=24))
+    assert written.loss == pytest.approx(at.loss, abs=1e-4) and written.largest_error < 1e-6
+    settings, whole, count = read_config(folder), load_updates(run.adapter), 0
+    for name, cut in load_updates(folder).items():
+        source = whole[name]
+        assert isinstance(cut, LowRankUpdate) and isinstance(source, LowRankUpdate)
+        assert cut.factor == 1
+        rank = len(cut.a)
+        assert settings["rank_pattern"].get(name.removesuffix(".weight"), settings["r"]) == rank
+        count += cut.a.numel() + cut.b.numel()
+        dense = source.factor * (source.b.double() @ source.a.double())
+        u, s, v = torch.linalg.svd(dense)
+        best = (u[:, :rank] * s[:rank]) @ v[:rank]
+        assert (cut.b.double() @ cut.a.double() - best).norm() < 1e-5 * dense.norm()
+    assert count == written.parameters == at.parameters
+
+
+def test_a_truncation_that_was_not_measured_is_refused() -> None:
+    from training_lens.analysis.smaller_adapter import find_truncation
+    from training_lens.errors import ConfigurationError
+
+    with pytest.raises(ConfigurationError, match="give one of 90%, 1, 4"):
+        find_truncation(CHECK, "2")

@@ -19,6 +19,7 @@ from training_lens.utils.logging import get_logger
 logger = get_logger(__name__)
 FILE = "rank_check.json"
 TOLERANCE = 0.01  # of the adapter's gain over the base
+ENERGY = 0.9  # the share of |dW|_F^2 in an energy rank
 FAR_UNDER = 0.25  # energy rank over rank
 MOST = 0.5  # of the modules
 RULE = Rule(
@@ -36,8 +37,9 @@ RULE = Rule(
 class RankLoss:
     """The validation loss with the best approximation of each dW of a smaller rank.
 
-    `rank` applies to every module; None means each module's own energy rank. `delta` is the increase over the loss of
-    the whole adapter, `low` to `high` its 95 % interval (paired bootstrap over rows), None with a single row.
+    `rank` applies to every module; None means each module's own rank that holds `share` of |dW|_F^2 (None in files of
+    earlier versions: 0.9). `delta` is the increase over the loss of the whole adapter, `low` to `high` its 95 %
+    interval (paired bootstrap over rows), None with a single row. `parameters` counts what the smaller adapter holds.
     """
 
     rank: int | None
@@ -45,6 +47,13 @@ class RankLoss:
     delta: float
     low: float | None
     high: float | None
+    share: float | None = None
+    parameters: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What is kept: `90%` of the energy, or rank `4`; as `training-lens rank --keep` takes it."""
+        return str(self.rank) if self.rank else f"{self.share or ENERGY:.0%}"
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,9 @@ class RankCheck:
 
     `ranks` has the rank of each module, and `energy_ranks` how many directions hold 90 % of |dW|_F^2. `loss_error` is
     the bootstrap standard error of `loss` over rows. `at_energy_ranks` truncates each module to its own energy rank,
-    `at_fixed_ranks` all modules to one rank. `rank_pattern` has the largest energy rank over layers by module name, to
-    use as `peft.rank_pattern`. `step` is the last step of the run.
+    `at_larger_shares` to those of larger shares, `at_fixed_ranks` all modules to one rank. `parameters` counts those of
+    the whole adapter (None in files of earlier versions). `rank_pattern` has the largest energy rank over layers by
+    module name, to use as `peft.rank_pattern`. `step` is the last step of the run.
     """
 
     step: int
@@ -68,6 +78,13 @@ class RankCheck:
     at_energy_ranks: RankLoss
     at_fixed_ranks: tuple[RankLoss, ...]
     rank_pattern: Mapping[str, int]
+    at_larger_shares: tuple[RankLoss, ...] = ()
+    parameters: int | None = None
+
+    @property
+    def truncations(self) -> tuple[RankLoss, ...]:
+        """All that was measured: by shares of the energy, then by fixed ranks."""
+        return (self.at_energy_ranks, *self.at_larger_shares, *self.at_fixed_ranks)
 
     @property
     def gain(self) -> float:
@@ -98,10 +115,11 @@ def read_rank_check(folder: Path) -> RankCheck | None:
     try:
         values = read_sealed(path)
         values["at_energy_ranks"] = RankLoss(**values["at_energy_ranks"])
-        values["at_fixed_ranks"] = tuple(RankLoss(**at) for at in values["at_fixed_ranks"])
+        for name in ("at_fixed_ranks", "at_larger_shares"):
+            values[name] = tuple(RankLoss(**at) for at in values.get(name, ()))
         return RankCheck(**values)
     except (OSError, DamagedFileError, ValueError, TypeError, KeyError) as error:
-        logger.warning("%s cannot be read (%s) and is ignored; measure it again with --check-rank", path, error)
+        logger.warning("%s cannot be read (%s) and is ignored; measure it again with training-lens rank", path, error)
         return None
 
 
@@ -133,7 +151,7 @@ def check_rank(recording: Recording) -> Finding:
     check = read_rank_check(recording.folder)
     if check is None or check.step < used.step:
         old = "" if check is None else f"; the rank check was made at step {check.step}"
-        decide = "training-lens analyze RUN --check-rank, which measures the loss at smaller ranks"
+        decide = "training-lens rank RUN, which measures the loss at smaller ranks"
         return RULE.report_inconclusive("The rank may be larger than needed", measured + old, decide, evidence)
     return _report_check(check, measured, evidence)
 

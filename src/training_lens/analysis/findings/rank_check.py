@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from training_lens.analysis.findings.rank import RankCheck, RankLoss
+from training_lens.analysis.findings.rank import ENERGY, RankCheck, RankLoss
+from training_lens.analysis.run_rows import RowOptions, open_rows
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.display.progress import Progress
 from training_lens.evaluation.evaluation_rows import EvaluationRows
 from training_lens.evaluation.evaluator import EvaluationOptions, token_sums
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
-from training_lens.inference.heldout_examples import validation_examples
-from training_lens.inference.session import Session, open_run
+from training_lens.inference.session import Session
 from training_lens.measures.singular_values import energy_rank, singular_values, truncate_rank
+from training_lens.models.adapter_files import saved_shapes
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
+from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 
+logger = get_logger(__name__)
 BATCH_TOKENS = 4096
+LARGER_SHARES = (0.95, 0.99)  # of |dW|^2, measured besides `ENERGY`
 NORMAL_95 = 1.96  # standard errors on each side of a 95 % interval
 
 
@@ -35,9 +41,10 @@ def measure_rank(
 ) -> RankCheck:
     """How truncating the run's adapter changes its validation loss; saved as `RUN/lens/rank_check.json`.
 
-    Every dW is replaced by its best approximation (Eckart and Young 1936) of the rank that holds 90 % of its squared
-    norm, then of ranks 1, 2, 4, ... below its own. DoRA keeps its magnitudes. A rank that does not change the loss
-    after training is no proof that training at that rank works as well; it is a reason to try.
+    Every dW is replaced by its best approximation (Eckart and Young 1936) of the rank that holds 90, 95 and 99 % of its
+    squared norm, then of ranks 1, 2, 4, ... below its own. DoRA keeps its magnitudes, and modules trained whole stay
+    whole. A rank that does not change the loss after training is no proof that training at that rank works as well; it
+    is a reason to try.
 
     Args:
         max_examples: number of rows, the first ones that fit; None: all.
@@ -56,16 +63,21 @@ def measure_rank(
         check = measure_rank(find_run("latest", "outputs", "default", finished=True))
         print(check.at_energy_ranks.delta, check.rank_pattern)
     """
-    session = open_run(run, device, given=given)
-    rows = EvaluationRows.from_examples(validation_examples(run, session, max_examples, data), session)
+    session, rows = open_rows(run, RowOptions(max_examples, data, device, given))
     modules = adapter_modules(session.model)
-    energy = {m.name: int(energy_rank(singular_values(m.a.detach(), m.b.detach(), m.record.scaling))) for m in modules}
+    shares = {share: _energy_ranks(modules, share) for share in (ENERGY, *LARGER_SHARES)}
+    energy = shares[ENERGY]
     largest = max(m.record.rank for m in modules)
     fixed = [2**i for i in range((largest - 1).bit_length())]  # 1, 2, 4, ... below it
-    with (progress or Progress()).task("losses by rank", (len(fixed) + 3) * len(rows.examples)) as advance:
+    passes = len(fixed) + len(shares) + 2
+    tokens = int(rows.dataset.lengths.sum())
+    logger.info("%d passes over %d rows of %d tokens in all", passes, len(rows.examples), tokens)
+    with (progress or Progress()).task("losses by rank", passes * len(rows.examples)) as advance:
         measure = _TruncationLosses(session, rows, modules, advance)
         base, whole = measure.measure_loss(base_only(session.model)), measure.measure_loss(nullcontext())
-        at_energy = measure.measure_truncated(None, energy, whole)
+        at_energy, *at_larger = (
+            replace(measure.measure_truncated(None, ranks, whole), share=share) for share, ranks in shares.items()
+        )
         at_fixed = tuple(measure.measure_truncated(rank, dict.fromkeys(energy, rank), whole) for rank in fixed)
     check = RankCheck(
         step=int(run.read_metadata("summary.json")["steps"]),
@@ -79,9 +91,17 @@ def measure_rank(
         at_energy_ranks=at_energy,
         at_fixed_ranks=at_fixed,
         rank_pattern=_build_rank_pattern(energy),
+        at_larger_shares=tuple(at_larger),
+        parameters=measure.count_parameters({}),
     )
     check.write(run.root / "lens")
     return check
+
+
+def _energy_ranks(modules: Sequence[AdapterModule], share: float) -> dict[str, int]:
+    """How many directions of each module's dW hold this share of its squared norm."""
+    spectra = {m.name: singular_values(m.a.detach(), m.b.detach(), m.record.scaling) for m in modules}
+    return {name: int(energy_rank(spectrum, share)) for name, spectrum in spectra.items()}
 
 
 class _TruncationLosses:
@@ -106,7 +126,19 @@ class _TruncationLosses:
         scored = self.measure_loss(truncate_modules(self._modules, ranks))
         change, intervals = Bootstrap().measure_change(scored, whole)
         low, high = intervals.get("loss", (None, None))
-        return RankLoss(rank, scored.measure_all()["loss"], change["loss"], low, high)
+        size = self.count_parameters(ranks)
+        return RankLoss(rank, scored.measure_all()["loss"], change["loss"], low, high, parameters=size)
+
+    def count_parameters(self, ranks: Mapping[str, int]) -> int:
+        """The numbers in the adapter's file with each module cut to its rank in `ranks`, of 1 at least."""
+        assert self._session.adapter is not None
+        whole = sum(map(math.prod, saved_shapes(self._session.adapter).values()))
+        records = [m.record for m in self._modules]
+        cut = (
+            (r.rank - max(1, min(r.rank, ranks.get(r.name, r.rank)))) * (r.in_features + r.out_features)
+            for r in records
+        )
+        return whole - sum(cut)
 
 
 @contextmanager

@@ -1,0 +1,150 @@
+"""A trained adapter cut to smaller ranks, as a folder of its own in PEFT's format, checked by reading it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training_lens.analysis.findings.rank import RankCheck, RankLoss
+from training_lens.analysis.run_rows import RowOptions, open_rows
+from training_lens.display.progress import Progress
+from training_lens.errors import AdapterError, ConfigurationError
+from training_lens.evaluation.evaluator import EvaluationOptions, token_sums
+from training_lens.measures.singular_values import energy_rank, singular_values, truncate_rank, update_norm
+from training_lens.merging.weight_update import LowRankUpdate, load_updates, low_rank_keys, read_scaling
+from training_lens.models.adapter_files import CONFIG, WEIGHTS, read_config, require_plain
+from training_lens.runs.run_folder import RunFolder
+from training_lens.utils.files import atomic_folder, write_json
+from training_lens.utils.processes import Processes
+
+RECORD = "rank.json"  # in the written folder: what was kept, and the measured losses
+ROUNDOFF = 1e-5  # of |dW|: how far a written dW may be from the best approximation
+LOSS_TOLERANCE = 0.01  # nats, or of the gain: how far the loss read back may be from the one measured in memory
+
+
+@dataclass(frozen=True)
+class SmallerAdapter:
+    """A written folder: what was kept, its parameters, and its loss as any program that loads it has it."""
+
+    folder: str
+    keep: str
+    parameters: int
+    loss: float
+    largest_error: float  # over modules, of |dW| against the best approximation of its rank, relative to |dW|
+
+
+def require_new_folder(folder: Path) -> None:
+    """Refuse a place that holds files."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(f"--write {folder}: something is there already. Give a new folder.")
+
+
+def find_truncation(check: RankCheck, keep: str) -> RankLoss:
+    """The truncation that `keep` names: `90%` of the energy, or a rank such as `4`.
+
+    Raises:
+        ConfigurationError: it was not measured; lists what was.
+    """
+    known = {at.label: at for at in check.truncations}
+    if keep not in known:
+        raise ConfigurationError(f"--keep {keep}: was not measured; give one of {', '.join(known)}.")
+    return known[keep]
+
+
+def write_smaller_adapter(
+    run: RunFolder, folder: Path, at: RankLoss, gain: float, options: RowOptions, progress: Progress | None = None
+) -> SmallerAdapter:
+    """Write the run's adapter cut as in `at`, load it as any adapter is loaded, and measure its loss on the same rows.
+
+    Every module gets scaling 1: alpha = rank, in `alpha_pattern` and `rank_pattern` where it differs from the largest.
+    The folder exists under its name only after both checks: dW is the best approximation of its rank, from the files
+    alone, and the loss is the one that was measured in memory.
+
+    Args:
+        gain: of the whole adapter over its base, in nats.
+
+    Raises:
+        ConfigurationError: the folder has files; AdapterError: not a plain LoRA or DoRA, or a check failed.
+    """
+    require_new_folder(folder)
+    require_plain(read_config(run.adapter), run.adapter, "training-lens rank", "be cut to smaller ranks")
+    with atomic_folder(folder, existing="refuse") as building:
+        _write_files(run.adapter, building, at)
+        error = _measure_distance(run.adapter, building)
+        if not error <= ROUNDOFF:
+            raise AdapterError(f"the smaller adapter is not the best of its rank (relative error {error:.3g}).")
+        loss = _measure_loss(run, building, options, progress or Progress())
+        if not abs(loss - at.loss) <= max(LOSS_TOLERANCE, LOSS_TOLERANCE * abs(gain)):
+            raise AdapterError(
+                f"the smaller adapter, read back, has the loss {loss:.4f}, and {at.loss:.4f} was measured in memory: "
+                "nothing was written. Report this."
+            )
+        written = SmallerAdapter(str(folder), at.label, at.parameters or 0, loss, error)
+        record = {"run": str(run.root), "keep": at.label, "loss": loss, "change": [at.delta, at.low, at.high]}
+        write_json(building / RECORD, record)
+    return written
+
+
+def _write_files(source: Path, folder: Path, at: RankLoss) -> None:
+    from safetensors.torch import load_file, save_file
+
+    settings, tensors = read_config(source), load_file(source / WEIGHTS)
+    ranks: dict[str, int] = {}
+    for path, keys in low_rank_keys(tensors).items():
+        a, b = tensors[keys["A"]], tensors[keys["B"]]
+        update = read_scaling(path, len(a), settings) * b.double()
+        ranks[path] = min(_choose_rank(a, update, at), len(a))
+        for part, tensor in zip("AB", _cut_factors(a, update, ranks[path]), strict=True):
+            tensors[keys[part]] = tensor.to(a.dtype).contiguous()
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    write_json(folder / CONFIG, _with_ranks(settings, ranks), verbatim=True)
+
+
+def _choose_rank(a: Tensor, update: Tensor, at: RankLoss) -> int:
+    """At least 1: PEFT has no module of rank 0."""
+    return max(1, at.rank or int(energy_rank(singular_values(a, update, 1.0), at.share or 1.0)))
+
+
+def _cut_factors(a: Tensor, update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) of the best approximation of `update` @ `a`."""
+    small_a, small_b = truncate_rank(a, update, 1.0, rank)
+    return small_a[:rank], small_b[:, :rank]
+
+
+def _with_ranks(settings: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The configuration for these ranks, with scaling alpha / rank = 1 in each module."""
+    largest = max(ranks.values())
+    # Longer paths first: PEFT takes the first key that a path ends with.
+    others = {path: rank for path, rank in sorted(ranks.items(), key=lambda item: -len(item[0])) if rank != largest}
+    kept = {key: value for key, value in settings.items() if key != "use_rslora"}
+    return {**kept, "r": largest, "lora_alpha": largest, "rank_pattern": others, "alpha_pattern": dict(others)}
+
+
+@torch.no_grad()
+def _measure_distance(source: Path, folder: Path) -> float:
+    """The largest |dW' - best| / |dW| over modules, from both folders' files, in float64.
+
+    `best` is the best approximation of dW of the rank of dW' (Eckart and Young 1936).
+    """
+    found, errors = load_updates(folder), [0.0]
+    for name, whole in load_updates(source).items():
+        cut = found[name]
+        if isinstance(whole, LowRankUpdate) and isinstance(cut, LowRankUpdate):
+            b, small = whole.factor * whole.b.double(), cut.factor * cut.b.double()
+            best_a, best_b = _cut_factors(whole.a, b, len(cut.a))
+            apart = update_norm(torch.cat([best_a, cut.a.double()]), torch.cat([best_b, -small], 1), 1.0)
+            errors.append(float(apart / update_norm(whole.a, b, 1.0).clamp(min=1e-30)))
+    return max(errors)
+
+
+def _measure_loss(run: RunFolder, folder: Path, options: RowOptions, progress: Progress) -> float:
+    session, rows = open_rows(run, options, adapter=folder)
+    with progress.task("loss of the written adapter", len(rows.examples)) as advance:
+        way = EvaluationOptions(Processes(session.device), session.precision, 4096, session.pad_id, advance)
+        sums = token_sums(session.model, rows.dataset, way)
+    return float(sums.nll.sum() / sums.tokens.sum())
