@@ -36,6 +36,12 @@ def test_no_flipped_bit_of_a_sealed_object_is_read(tmp_path: Path) -> None:
         assert is_refused(read_sealed, tmp_path / "changed.json"), f"bit {number}: {changed!r}"
 
 
+def test_a_number_that_is_not_finite_is_read_back_as_null(tmp_path: Path) -> None:
+    """The summary of a run whose loss is NaN is not a damaged file."""
+    write_sealed(tmp_path / "sealed.json", {"loss": float("nan"), "steps": [1, float("inf")]})
+    assert read_sealed(tmp_path / "sealed.json") == {"loss": None, "steps": [1, None]}
+
+
 def test_no_flipped_bit_of_a_line_is_read() -> None:
     line = seal_line(VALUES).encode()
     assert read_line(line) == VALUES

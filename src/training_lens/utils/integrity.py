@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from training_lens.errors import DamagedFileError
 from training_lens.utils.file_schemas import find_type_error
-from training_lens.utils.files import atomic_file, hash_file, read_json, redact_values_for_file, write_json
+from training_lens.utils.files import (
+    atomic_file,
+    hash_file,
+    read_json,
+    redact_values_for_file,
+    replace_non_finite,
+    write_json,
+)
 from training_lens.utils.limits import open_file
 from training_lens.utils.names import find_name_fault
 
@@ -83,7 +90,8 @@ def _has_damaged_key(values: Mapping[str, Any], checksum: Callable[[Mapping[str,
 
 
 def _hash_values(values: Mapping[str, Any]) -> str:
-    plain = json.loads(json.dumps(values))  # as read back: tuples become lists, keys become strings
+    # as read back: tuples become lists, keys become strings, numbers that are not finite become null
+    plain = json.loads(json.dumps(replace_non_finite(values)))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
