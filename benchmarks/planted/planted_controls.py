@@ -1,0 +1,176 @@
+"""Healthy runs: other data, adapters, batches, precisions, architectures and lengths. None may raise an alarm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from other_loops import OwnLoop, TrainerLoop
+from planted_case import Case, Control
+from planted_rows import TINYSTORIES, draw_rows, healthy_case
+from safetensors.torch import load_file, save_file
+
+from training_lens import embedded
+
+GPT2 = {
+    "vocab_size": 2048,
+    "n_embd": 96,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PRETRAINING_STEPS = 240
+
+
+def _build(data_set: str, sections: Mapping[str, Any], seed: int, scratch: Path) -> Case:
+    return healthy_case(data_set, seed, scratch).change(**sections)
+
+
+def _sized(data_set: str, rows: int, sections: Mapping[str, Any], seed: int, scratch: Path) -> Case:
+    train, validation = draw_rows(data_set, seed, train=rows)
+    return replace(_build(data_set, sections, seed, scratch), train=train, validation=validation)
+
+
+def control(name: str, data_set: str, rows: int | None = None, **sections: Mapping[str, Any]) -> Control:
+    """A control on one of the data sets, with keys of the config replaced."""
+    build = partial(_build, data_set, sections) if rows is None else partial(_sized, data_set, rows, sections)
+    return Control(f"{data_set}, {name}", build)
+
+
+def qwen2_base(scratch: Path) -> Path:
+    """Tinystories as a Qwen2: the same weights, with biases of 0 on queries, keys and values."""
+    folder = scratch / "qwen2"
+    shutil.copytree(TINYSTORIES, folder)
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    projections = [name for name in weights if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]
+    for name in projections:
+        weights[name.replace("weight", "bias")] = torch.zeros(len(weights[name]), dtype=weights[name].dtype)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def gpt2_base(scratch: Path) -> Path:
+    """A small GPT-2 after some hundred steps on stories that tinystories tells, and on texts of the data sets.
+
+    Kept beside the scratch folders, because it takes half a minute.
+    """
+    kept = scratch.parent / "planted-gpt2"
+    if not (kept / "config.json").is_file():
+        _pretrain_gpt2(kept)
+    return kept
+
+
+def _pretrain_gpt2(folder: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINYSTORIES)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**GPT2))
+    rows = [row for name in ("alpaca", "roleplay", "gsm8k", "t0") for row in draw_rows(name, 10_007, 300, 0)[0]]
+    text = "\n".join(f"{row['instruction']}\n{row['output']}" for row in rows)
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=PRETRAINING_STEPS)
+    for _ in range(PRETRAINING_STEPS):
+        starts = torch.randint(len(ids) - 129, (16,))
+        batch = torch.stack([ids[s : s + 128] for s in starts.tolist()])
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _with_base(
+    base: Callable[[Path], Path], data_set: str, sections: Mapping[str, Any], seed: int, scratch: Path
+) -> Case:
+    return replace(_build(data_set, sections, seed, scratch), base=base(scratch))
+
+
+def on_base(name: str, base: Callable[[Path], Path], data_set: str, **sections: Mapping[str, Any]) -> Control:
+    """A control on another base."""
+    return Control(f"{data_set}, {name}", partial(_with_base, base, data_set, sections))
+
+
+def _embedded(sections: Mapping[str, Any], seed: int, scratch: Path) -> Case:
+    case = healthy_case("gsm8k", seed, scratch)
+    data = {"train": ["embedded:train"], "validation": ["embedded:heldout"], "max_examples": 288}
+    own = replace(case, base=embedded.PATHS[embedded.MODEL], train=[], validation=[])
+    own = replace(own, sections={**own.sections, "data": data})
+    return own.change(training={"lr": 3e-3}).change(**sections)
+
+
+def on_embedded(name: str, **sections: Mapping[str, Any]) -> Control:
+    """A control on the packaged model and rows."""
+    return Control(f"embedded, {name}", partial(_embedded, sections))
+
+
+def _in_loop(loop: type[OwnLoop], data_set: str, seed: int, scratch: Path) -> Case:
+    return replace(healthy_case(data_set, seed, scratch), loop=lambda plan: loop(plan, None))
+
+
+def _chat(seed: int, scratch: Path) -> Case:
+    """Rows as chats of one turn, in a chat template."""
+    template = scratch / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' }}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    return healthy_case("roleplay", seed, scratch).change(data={"template": str(template)})
+
+
+CONTROLS = (
+    *(control("defaults", name) for name in ("gsm8k", "roleplay", "alpaca")),
+    *(control(f"rank {r}", "gsm8k", peft={"r": r}) for r in (2, 4, 16, 64)),
+    *(control(f"rank {r}", "roleplay", peft={"r": r}) for r in (4, 32)),
+    *(control("DoRA", name, peft={"use_dora": True}) for name in ("gsm8k", "roleplay")),
+    *(control("rsLoRA", name, peft={"variant": "rslora"}) for name in ("gsm8k", "roleplay")),
+    *(control("PiSSA", name, peft={"init": "pissa"}, training={"lr": 1e-3}) for name in ("gsm8k", "roleplay")),
+    control("LoRA+", "gsm8k", peft={"lora_plus_ratio": 4.0}, training={"lr": 5e-3}),
+    control("dropout", "alpaca", peft={"lora_dropout": 0.1}),
+    control("attention only", "gsm8k", peft={"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    control("batch 2", "gsm8k", rows=240, training={"batch_size": 2, "epochs": 1.0}),
+    control("batch 8", "roleplay", rows=288, training={"batch_size": 8}),
+    control("batch 16", "gsm8k", rows=576, training={"batch_size": 16}),
+    control("batch 32", "roleplay", rows=960, training={"batch_size": 32}),
+    control("accumulated", "roleplay", training={"batch_size": 2, "gradient_accumulation_steps": 2}),
+    *(control("bf16", name, training={"precision": "bf16"}) for name in ("gsm8k", "roleplay")),
+    control("50 steps", "gsm8k", training={"max_steps": 50}),
+    control("one epoch", "roleplay", rows=300, training={"epochs": 1.0}),
+    control("300 steps", "gsm8k", rows=900, training={"max_steps": 300}),
+    control("1000 steps", "roleplay", rows=1000, training={"max_steps": 1000, "batch_size": 2, "lr": 4e-3}),
+    control("linear schedule", "alpaca", training={"scheduler": "linear"}),
+    control("constant rate", "roleplay", training={"scheduler": "constant", "lr": 5e-3}),
+    control("long warm-up", "gsm8k", training={"warmup_ratio": 0.2}),
+    control("weight decay", "alpaca", training={"weight_decay": 0.1}),
+    control("no clipping", "gsm8k", training={"max_grad_norm": None}),
+    control("adafactor", "roleplay", training={"optimizer": "adafactor"}),
+    control("120 rows drawn", "gsm8k", data={"max_examples": 120}),
+    on_base("Qwen2", qwen2_base, "gsm8k"),
+    on_base("Qwen2", qwen2_base, "roleplay"),
+    on_base("Qwen2, DoRA", qwen2_base, "alpaca", peft={"use_dora": True}),
+    on_base("GPT-2", gpt2_base, "gsm8k", peft={"r": 16}),
+    on_base("GPT-2", gpt2_base, "roleplay"),
+    on_base("GPT-2, rsLoRA", gpt2_base, "roleplay", peft={"variant": "rslora"}),
+    on_embedded("defaults"),
+    on_embedded("rank 4", peft={"r": 4}),
+    on_embedded("DoRA, bf16", peft={"use_dora": True}, training={"precision": "bf16"}),
+    Control("roleplay, a chat template", _chat),
+    Control("gsm8k, a loop by hand", partial(_in_loop, OwnLoop, "gsm8k")),
+    Control("gsm8k, HF Trainer", partial(_in_loop, TrainerLoop, "gsm8k")),
+    Control("roleplay, HF Trainer", partial(_in_loop, TrainerLoop, "roleplay")),
+)
