@@ -1,16 +1,18 @@
 """Training and decoding speed by architecture, against plain transformers and PEFT, and against earlier commits.
 
-    python benchmarks/architecture_speed.py [--source DIR ...] [--only llama phi3] [--examples 40]
+    python benchmarks/architecture_speed.py [--source DIR] [--only llama phi3] [--repeats 3]
 
 Models of some 20 M random weights, in bf16 where oneDNN computes that and else in float32, with LoRA of rank 16 on all
-linear layers, and a Llama in 4 bits. Ours are the commands `train` and `benchmark` of this checkout and of each DIR, in
+linear layers, and a Llama in 4 bits. Ours are the commands `train` and `benchmark` of this checkout and of DIR, in
 processes of their own. HF is a loop over padded batches of the same rows with PEFT and AdamW, and `generate`, on the
 model and adapter of ours.
 
 Printed and stored in `results/architecture_speed.json`: useful tokens per second of training (padding does not count),
 the median over steps without the first two; new tokens per second of the adapter's greedy answers to 1 and 8 prompts of
-64 tokens, reading the prompts included. What fails (bitsandbytes is not installed, say) has its reason in place of
-numbers. Needs GSM8K rows and Phi-3's tokenizer in ../shared; some two minutes for each checkout on two cores.
+64 tokens, reading the prompts included. This checkout and DIR run at the same time, on a core each, as in
+compare_versions.py, then HF alone on one core; speeds are medians over the repeats, ratios to DIR are geometric means.
+What fails has its reason in place of numbers. Needs Linux, two cores, GSM8K rows and Phi-3's tokenizer in ../shared;
+a minute for each architecture and repeat.
 """
 
 from __future__ import annotations
@@ -22,17 +24,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare_versions import PHI3, QUIET, ROWS, describe_commit, run_command
+from compare_versions import PHI3, QUIET, ROWS, describe_commit, run_command, run_side_by_side
 from machine import described
 from training_jobs import ROOT
 
 RESULTS = Path(__file__).parent / "results" / "architecture_speed.json"
 SIZES = {
-    "hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 8, "num_attention_heads": 5,
+    "hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 8, "num_attention_heads": 5,
     "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
 WINDOW = {"sliding_window": 256}
@@ -136,45 +139,62 @@ def _time_generate(model: Any) -> Speeds:
     return found
 
 
-def measure(name: str, sources: dict[str, Path], examples: int) -> dict[str, Any]:
-    """Speeds of one architecture by each source and by HF, which has a process of its own, too."""
-    found: dict[str, Any] = {}
+def try_measure(checkout: Path, folder: Path, name: str, model: Path, examples: int) -> dict[str, Any]:
+    """Speeds of ours, or why there are none."""
+    folder.mkdir()
+    try:
+        return measure_ours(checkout, folder, name, model, examples)
+    except subprocess.CalledProcessError as error:
+        return {"failed": error.stderr.decode().strip()[-300:]}
+
+
+def call_hf(name: str, model: Path, adapter: Path, examples: int) -> dict[str, Any]:
+    """Speeds of HF in a process of its own, or why there are none."""
+    call = [sys.executable, __file__, "--hf", name, str(model), str(adapter), "--examples", str(examples)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr.strip()[-300:]}
+
+
+def measure(name: str, sources: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
+    """Speeds of one architecture by each source and by HF, and the ratios of ours to theirs."""
+    repeats: list[dict[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as place:
         model = Path(place) / "model"
         parameters = write_model(name, model)
-        for source, checkout in sources.items():
-            folder = Path(place) / source
-            folder.mkdir()
-            try:
-                found[source] = measure_ours(checkout, folder, name, model, examples)
-            except subprocess.CalledProcessError as error:
-                found[source] = {"failed": error.stderr.decode().strip()[-300:]}
-        adapter = folder / "outputs/experiments/default/runs/run/artifacts/adapter"
-        call = [sys.executable, __file__, "--hf", name, str(model), str(adapter), "--examples", str(examples)]
-        done = subprocess.run(call, capture_output=True, text=True, check=False)
-        hf: dict[str, Any] = {"failed": done.stderr.strip()[-300:]}
-        found["hf"] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else hf
-    return {"parameters": parameters, **found}
+        for repeat in range(options.repeats):
+            folders = {source: Path(place) / f"{source}-{repeat}" for source in sources}
+            tasks = {
+                source: partial(try_measure, checkout, folders[source], name, model, options.examples)
+                for source, checkout in sources.items()
+            }
+            found = run_side_by_side(tasks, repeat)
+            adapter = folders["ours"] / "outputs/experiments/default/runs/run/artifacts/adapter"
+            hf = partial(call_hf, name, model, adapter, options.examples)
+            repeats.append(found | run_side_by_side({"hf": hf}, repeat))
+    return {"parameters": parameters, **combine_repeats(repeats)}
 
 
-def print_table(rows: dict[str, dict[str, Any]], sources: list[str]) -> None:
-    """Tokens per second of each, and the ratios of the first source to the others."""
-    for name, row in rows.items():
-        for what in ("train", *(f"decode {count}" for count in ROWS_DECODED)):
-            speeds = {source: row[source].get(what) for source in (*sources, "hf")}
-            first = speeds[sources[0]]
-            others = {s: f"{first / v:.2f}" for s, v in speeds.items() if first and v and s != sources[0]}
-            shown = "  ".join(
-                f"{source} {speed:8.1f}" if speed else f"{source} failed" for source, speed in speeds.items()
-            )
-            print(f"{name:14} {what:9} {shown}  {' '.join(f'{ratio} of {s}' for s, ratio in others.items())}")
+def combine_repeats(repeats: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The median of each speed by source, and ours in multiples of each other source's; the reason of what failed."""
+    combined: dict[str, Any] = {}
+    for source in repeats[0]:
+        speeds = [repeat[source] for repeat in repeats]
+        failed = next((speed for speed in speeds if "failed" in speed), None)
+        combined[source] = failed or {what: statistics.median(speed[what] for speed in speeds) for what in speeds[0]}
+        if source != "ours" and not failed:
+            combined[f"ours to {source}"] = {
+                what: statistics.geometric_mean(repeat["ours"][what] / repeat[source][what] for repeat in repeats)
+                for what in speeds[0]
+            }
+    return combined
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", action="append", default=[], type=Path, metavar="DIR", help="a further checkout")
+    parser.add_argument("--source", type=Path, metavar="DIR", help="another checkout")
     parser.add_argument("--only", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--examples", type=int, default=40)
+    parser.add_argument("--examples", type=int, default=80)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--hf", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -182,11 +202,14 @@ def main() -> None:
         name, model, adapter = options.hf
         print(json.dumps(measure_hf(name, Path(model), Path(adapter), options.examples)))
         return
-    sources = {"ours": ROOT, **{describe_commit(checkout): checkout.resolve() for checkout in options.source}}
+    sources = {"ours": ROOT}
+    if options.source:
+        sources[describe_commit(options.source)] = options.source.resolve()
     rows = {}
     for name in options.only:
-        rows[name] = measure(name, sources, options.examples)
-        print_table({name: rows[name]}, list(sources))
+        rows[name] = measure(name, sources, options)
+        for source, speeds in rows[name].items():
+            print(f"{name:14} {source:16} {json.dumps(speeds)}", flush=True)
     result = {"machine": described(), "precision": PRECISION, "ours": describe_commit(ROOT), "rows": rows}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 

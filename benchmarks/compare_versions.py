@@ -2,9 +2,11 @@
 
     python benchmarks/compare_versions.py OLD NEW [--repeats 2]
 
-OLD and NEW are checkouts. Each measurement is a command of the product in a process of its own, in turn for both
-versions. Ratios are those of speeds, new to old: above 1 is faster. Of a measurement that is repeated, the fastest
-counts. Needs GSM8K rows in ../shared; a Llama of 125 M random weights is made here.
+OLD and NEW are checkouts. Both run at the same time, on a core each and with one thread, so that what else the machine
+does slows both; after each repeat they change cores. Each measurement is a command of the product in a process of its
+own. Ratios are those of speeds, new to old: above 1 is faster; the geometric mean over an even number of repeats, with
+the lowest and the highest. Seconds are the medians. Needs Linux, two cores and GSM8K rows in ../shared; a Llama of
+125 M random weights is made here.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,9 +32,8 @@ RESULTS = Path(__file__).parent / "results" / "versions.json"
 ROWS = ROOT.parent / "shared/data/gsm8k/train.jsonl"
 PHI3 = ROOT.parent / "shared/tokenizers/phi3"
 QUIET = ("tracking.tensorboard=false", "tracking.samples=0", "tracking.histograms_every=null", "lens.report=false")
-Cost = TypeVar("Cost", bound=Any)  # what the least is taken of
-Measure = Callable[[Path, Path], dict[str, Cost]]
-Row = Callable[[Cost, Cost], Mapping[str, Any]]
+Value = TypeVar("Value")
+Measurements = dict[str, float]
 FIRST_STEPS = 2  # touch memory for the first time, and are not counted
 GENERATION = ("benchmark.batch_sizes=[1,16]", "benchmark.prompt_lengths=[64]", "benchmark.new_tokens=32",
               "benchmark.repetitions=2")  # fmt: skip
@@ -46,7 +49,7 @@ def run_command(checkout: Path, folder: Path, *arguments: str) -> float:
     return time.perf_counter() - start
 
 
-def train(checkout: Path, folder: Path, name: str, *settings: str) -> dict[str, float]:
+def train(checkout: Path, folder: Path, name: str, *settings: str) -> Measurements:
     """Train a run of this name; the seconds of its median step, and of the whole command."""
     whole = run_command(checkout, folder, "train", f"data.train={ROWS}", f"output.run_id={name}", *QUIET, *settings)
     lines = (folder / f"outputs/experiments/default/runs/{name}/logs/metrics.jsonl").read_text().splitlines()
@@ -54,7 +57,7 @@ def train(checkout: Path, folder: Path, name: str, *settings: str) -> dict[str, 
     return {f"{name}: median step": statistics.median(steps[FIRST_STEPS:]), f"{name}: whole command": whole}
 
 
-def generate(checkout: Path, folder: Path, run: str) -> dict[str, float]:
+def generate(checkout: Path, folder: Path, run: str) -> Measurements:
     """Seconds per generated token of a run's adapter and of its merged model, by batch size."""
     run_command(checkout, folder, "benchmark", "--run", run, "benchmark.models=[adapter,merged]", *GENERATION)
     report = json.loads((folder / f"outputs/experiments/default/runs/{run}/reports/benchmark.json").read_text())
@@ -65,7 +68,7 @@ def generate(checkout: Path, folder: Path, run: str) -> dict[str, float]:
     }
 
 
-def measure(checkout: Path, folder: Path, model: Path) -> dict[str, float]:
+def measure(checkout: Path, folder: Path, model: Path) -> Measurements:
     """Seconds of each measurement with one version; `folder` is empty."""
     large = (f"model.id={model}", "model.seq_len=512", "training.precision=bf16")
     few = ("data.max_examples=56", "training.batch_size=8", "training.epochs=1")
@@ -86,16 +89,22 @@ def measure(checkout: Path, folder: Path, model: Path) -> dict[str, float]:
     }
 
 
-def measure_in_turn(measure: Measure[Cost], checkouts: Mapping[str, Path], repeats: int) -> dict[str, dict[str, Cost]]:
-    """The least of each measurement, by version; `measure` gets a checkout and an empty folder."""
-    found: dict[str, dict[str, Cost]] = {name: {} for name in checkouts}
-    for _ in range(repeats):
-        for name, checkout in checkouts.items():
-            with tempfile.TemporaryDirectory() as folder:
-                for what, cost in measure(checkout, Path(folder)).items():
-                    found[name][what] = min(cost, found[name].get(what, cost))
-                    print(f"{name}: {what}: {cost}", flush=True)
-    return found
+def run_side_by_side(tasks: Mapping[str, Callable[[], Value]], repeat: int) -> dict[str, Value]:
+    """What the tasks return that run at once, each on a core of its own, another one at every repeat.
+
+    Threads and the processes that they start stay on their core, on which torch takes one thread.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    assert len(cores) >= len(tasks), "each has a core of its own"
+
+    def run_pinned(core: int, task: Callable[[], Value]) -> Value:
+        os.sched_setaffinity(0, {core})  # of this thread
+        return task()
+
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        turned = {name: cores[(i + repeat) % len(tasks)] for i, name in enumerate(tasks)}
+        running = {name: pool.submit(run_pinned, turned[name], task) for name, task in tasks.items()}
+        return {name: future.result() for name, future in running.items()}
 
 
 def describe_commit(checkout: Path) -> str:
@@ -103,14 +112,11 @@ def describe_commit(checkout: Path) -> str:
     return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def compare(
-    description: str | None, measure: Callable[[Path, Path, Path], dict[str, Cost]], results: Path, row: Row[Cost]
-) -> None:
-    """Measure the two checkouts of the command line, and write a row for each measurement.
+def compare(description: str | None, measure: Callable[[Path, Path, Path], Measurements], results: Path) -> None:
+    """Measure the two checkouts of the command line side by side, and write a row for each measurement.
 
     Args:
-        measure: gets a checkout, an empty folder, and a Llama of 125 M random weights.
-        row: what is written of an old and a new measurement.
+        measure: gets a checkout, an empty folder, and a Llama of 125 M random weights; gives what less is better of.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
@@ -118,21 +124,32 @@ def compare(
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     checkouts = {"old": options.old.resolve(), "new": options.new.resolve()}
-    with tempfile.TemporaryDirectory() as place:
-        model = Path(place) / "model"
-        write_model(model, "125m", PHI3)
-        found = measure_in_turn(lambda checkout, folder: measure(checkout, folder, model), checkouts, options.repeats)
-    rows = [{"measurement": what, **row(old, found["new"][what])} for what, old in found["old"].items()]
+    found = []
+    for repeat in range(options.repeats):
+        with tempfile.TemporaryDirectory() as place:
+            model = Path(place) / "model"
+            write_model(model, "125m", PHI3)
+            for name in checkouts:
+                (Path(place) / name).mkdir()
+            tasks = {name: partial(measure, path, Path(place) / name, model) for name, path in checkouts.items()}
+            found.append(run_side_by_side(tasks, repeat))
+            print(json.dumps(found[-1]), flush=True)
+    rows = [{"measurement": what, **compare_repeats(what, found)} for what in found[0]["old"]]
     commits = {name: describe_commit(checkout) for name, checkout in checkouts.items()}
     results.write_text(json.dumps({"machine": described(), "commits": commits, "rows": rows}, indent=1) + "\n")
     for values in rows:
         print(*values.values(), sep="  ")
 
 
-def compare_speed(old: float, new: float) -> dict[str, float]:
-    """Seconds of both, and the new one's speed in multiples of the old one's."""
-    return {"old_seconds": old, "new_seconds": new, "speed": old / new}
+def compare_repeats(what: str, repeats: list[dict[str, Measurements]]) -> dict[str, Any]:
+    """The medians of both versions, and the new one's speed in multiples of the old one's: mean, lowest and highest."""
+    ratios = [repeat["old"][what] / repeat["new"][what] for repeat in repeats]
+    return {
+        **{version: statistics.median(repeat[version][what] for repeat in repeats) for version in ("old", "new")},
+        "speed": statistics.geometric_mean(ratios),
+        "speeds": [min(ratios), max(ratios)],
+    }
 
 
 if __name__ == "__main__":
-    compare(__doc__, measure, RESULTS, compare_speed)
+    compare(__doc__, measure, RESULTS)

@@ -2,9 +2,9 @@
 
     python benchmarks/startup.py OLD NEW [--repeats 2]
 
-OLD and NEW are checkouts; each command runs in a process of its own, in turn for both. Seconds on the clock and of CPU
-time (user and system, with the process's children), the fewest of all repeats, for the embedded model and a Llama of
-125 M random weights. Importing torch and transformers alone is measured beside them: no command can cost less.
+OLD and NEW are checkouts; both run at the same time, on a core each, as in compare_versions.py. Seconds on the clock
+and of CPU time (user and system, with the process's children) for the embedded model and a Llama of 125 M random
+weights. Importing torch and transformers alone is measured beside them: no command can cost less.
 """
 
 from __future__ import annotations
@@ -15,26 +15,13 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from compare_versions import QUIET, ROWS, compare
+from compare_versions import QUIET, ROWS, Measurements, compare
 
 RESULTS = Path(__file__).parent / "results" / "startup.json"
 TICKS = os.sysconf("SC_CLK_TCK")
 IMPORTS = "import torch, transformers; from transformers import AutoModelForCausalLM, AutoTokenizer"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds on the clock and of CPU time."""
-
-    wall: float
-    cpu: float
-
-    def __lt__(self, other: Cost) -> bool:
-        return self.cpu < other.cpu
 
 
 def start(checkout: Path, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -46,18 +33,17 @@ def start(checkout: Path, folder: Path, *arguments: str) -> subprocess.Popen[byt
     )  # fmt: skip
 
 
-def time_process(checkout: Path, folder: Path, *arguments: str) -> Cost:
+def time_process(checkout: Path, folder: Path, what: str, *arguments: str) -> Measurements:
     """What the process costs from its start to its end."""
-    before, began = os.times(), time.perf_counter()
+    began = time.perf_counter()
     process = start(checkout, folder, *arguments)
-    output, _ = process.communicate()
+    assert process.stdout
+    output = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(output.decode())
-    after = os.times()
-    return Cost(
-        time.perf_counter() - began,
-        after.children_user - before.children_user + after.children_system - before.children_system,
-    )
+    return {f"{what}, seconds": time.perf_counter() - began, f"{what}, CPU seconds": used.ru_utime + used.ru_stime}
 
 
 def read_cpu_seconds(pid: int) -> float:
@@ -66,7 +52,7 @@ def read_cpu_seconds(pid: int) -> float:
     return sum(map(int, fields[11:15])) / TICKS  # utime, stime, cutime, cstime
 
 
-def time_first_steps(checkout: Path, folder: Path, name: str, *settings: str) -> dict[str, Cost | float]:
+def time_first_steps(checkout: Path, folder: Path, name: str, *settings: str) -> Measurements:
     """What a run costs up to the end of its first step, and how many times the second step the first one takes."""
     began = time.perf_counter()
     process = start(
@@ -78,28 +64,27 @@ def time_first_steps(checkout: Path, folder: Path, name: str, *settings: str) ->
         if process.poll() is not None:
             raise SystemExit(process.communicate()[0].decode())
         time.sleep(0.005)
-    first = Cost(time.perf_counter() - began, read_cpu_seconds(process.pid))
+    seconds, cpu_seconds = time.perf_counter() - began, read_cpu_seconds(process.pid)
     if process.wait():
         raise SystemExit(process.communicate()[0].decode())
     steps = [row["seconds"] for row in map(json.loads, journal.read_text().splitlines()) if row["kind"] == "step"]
-    return {"first step": first, "first step over second": steps[0] / steps[1]}
+    return {
+        f"{name}: first step, seconds": seconds,
+        f"{name}: first step, CPU seconds": cpu_seconds,
+        f"{name}: first step over second": steps[0] / steps[1],
+    }
 
 
-def measure(checkout: Path, folder: Path, model: Path) -> dict[str, Cost | float]:
+def measure(checkout: Path, folder: Path, model: Path) -> Measurements:
     """Every measurement with one version; `folder` is empty."""
-    found: dict[str, Cost | float] = {"import torch and transformers": time_process(checkout, folder, "-c", IMPORTS)}
+    found = time_process(checkout, folder, "import torch and transformers", "-c", IMPORTS)
     large = (f"model.id={model}", "model.seq_len=256", "training.precision=fp32", "data.max_examples=64")
     for name, settings in (("embedded", ("data.max_examples=160", "model.seq_len=256")), ("125m", large)):
-        found |= {f"{name}: {what}": x for what, x in time_first_steps(checkout, folder, name, *settings).items()}
+        found |= time_first_steps(checkout, folder, name, *settings)
         answer = ("-m", "training_lens", "infer", "--run", name, "What is 3 plus 4?", "inference.max_new_tokens=1")
-        found[f"{name}: first token of infer"] = time_process(checkout, folder, *answer)
+        found |= time_process(checkout, folder, f"{name}: first token of infer", *answer)
     return found
 
 
-def pair_costs(old: Cost | float, new: Cost | float) -> dict[str, Any]:
-    """Both measurements as plain values."""
-    return {name: vars(cost) if isinstance(cost, Cost) else cost for name, cost in (("old", old), ("new", new))}
-
-
 if __name__ == "__main__":
-    compare(__doc__, measure, RESULTS, pair_costs)
+    compare(__doc__, measure, RESULTS)
