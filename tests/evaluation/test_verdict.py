@@ -212,6 +212,12 @@ def test_what_happened_after_the_best_validation_is_said() -> None:
     assert assess_training(build_training_record([1, 2], [3.0], 3.0, [(2, 2.0)])).severity == "problem"
 
 
+@pytest.mark.parametrize(("late", "codes"), [(0.1, ["train_gap"]), (1.5, [])])
+def test_a_training_loss_far_below_is_said_while_other_rows_gain_too(late: float, codes: list[str]) -> None:
+    record = build_training_record(range(1, 41), [3.0] * 20 + [late] * 20, 3.0, [(10, 2.5), (40, 2.0)])
+    assert [remark.code for remark in assess_training(record).remarks] == codes
+
+
 def test_the_verdict_in_the_readme_is_that_of_the_committed_results() -> None:
     root = Path(__file__).parents[2]
     results = json.loads((root / "benchmarks/results/real_files.json").read_text(encoding="utf-8"))

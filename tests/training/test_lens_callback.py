@@ -13,6 +13,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.core.lens_store import LensStore
 from training_lens.errors import ConfigurationError
 from training_lens.runs.run_folder import RunFolder
+from training_lens.training.lens_callback import count_visits
 from training_lens.training.run import TrainingWrapper
 
 Config = Callable[..., TrainingConfig]
@@ -56,6 +57,15 @@ def test_the_probe_set_is_as_large_as_asked_for(small_config: Config, tokens: in
     if tokens:
         assert store.series("divergence", "kl").column("run")[0] == 0  # a fresh adapter is the base
         assert store.series("activations", "drift").values[0].max() == 0
+
+
+@pytest.mark.parametrize(("weights", "visits"), [(None, 3.0), ([2.0], 6.0)])
+def test_a_recording_knows_how_often_an_epoch_visits_a_row(
+    small_config: Config, weights: list[float] | None, visits: float
+) -> None:
+    rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(4)] * 3
+    plan = TrainingWrapper(small_config(data={"train": rows, "weights": weights})).plan()
+    assert count_visits(plan) == {"distinct_examples": 4, "visits_per_epoch": visits}
 
 
 def test_an_unknown_collector_is_refused_before_there_is_a_run(small_config: Config) -> None:

@@ -169,7 +169,7 @@ class Capture:
             origin=self._facts.origin,
             tables={c.name: c.data_type for c in self._active}
             | {tables.LOSS: DataType.LOSS, tables.EVALUATION: DataType.LOSS},
-            settings=dict(self._facts.settings or {}),
+            settings={**(self._facts.settings or {}), **_list_frozen(self.context)},
             probe=self.context.probe.token_counts() if self.context.probe else None,
         )
 
@@ -260,3 +260,10 @@ class Capture:
                     "the lens stops capturing after step %d: %s Training continues.", self._step, describe_error(error)
                 )
                 logger.debug("in what all collectors need", exc_info=error)
+
+
+def _list_frozen(context: CaptureContext) -> dict[str, list[str]]:
+    """Under `frozen`, the factors that do not require gradients, as `module.A` and `module.B`; empty without any."""
+    factors = ((f"{m.name}.{of}", factor) for m in context.modules for of, factor in (("A", m.a), ("B", m.b)))
+    frozen = [name for name, factor in factors if not factor.requires_grad]
+    return {"frozen": frozen} if frozen else {}

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training_lens.core.probe import IGNORE_INDEX
+
 
 class GradientHooks:
     """Copies each parameter's gradient after every backward pass: accumulated, not yet clipped.
@@ -69,12 +71,15 @@ class LossHook:
 
     def __init__(self, model: Any) -> None:
         self._handle = model.register_forward_hook(self._read_output, with_kwargs=True)
+        self.supervised_tokens: Tensor | None = None  # of the step whose loss was taken last, where labels were seen
         self._has_equal_weights: bool | None = None
         self._reset()
 
     def take_loss(self) -> Tensor | None:
         """The loss since the last call; None where no backward pass went through one."""
+        self.supervised_tokens = self._targets
         if self._passes == 0:
+            self._reset()
             return None
         loss = self._sum / (self._tokens if self._tokens is not None else 1 if self._is_summed else self._passes)
         self._reset()
@@ -87,10 +92,14 @@ class LossHook:
     def _reset(self) -> None:
         self._sum, self._passes, self._is_summed = torch.zeros(()), 0, False
         self._tokens: Tensor | None = None
+        self._targets: Tensor | None = None  # labels that are not masked, of the passes so far
 
     def _read_output(self, module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
+        if isinstance(labels := kwargs.get("labels"), Tensor):
+            count = (labels[..., 1:] != IGNORE_INDEX).sum()
+            self._targets = count if self._targets is None else self._targets + count
         loss, log_probs = getattr(output, "loss", None), getattr(output, "log_probs", None)
         if log_probs is not None and log_probs.requires_grad:
             scores, labels = log_probs.detach(), output.label_mask.detach()

@@ -106,7 +106,9 @@ class _TrainerSession:
             self._gradients.clear()
         loss = self._losses.take_loss() if self._is_single else None  # other processes have other examples
         self._steps, self._known_losses = self._steps + 1, self._known_losses + (loss is not None)
-        self._lens.record_step(state.global_step, {"loss": loss, "epoch": state.epoch, **self._values})
+        targets = self._losses.supervised_tokens if self._is_single else None
+        values = {"loss": loss, "epoch": state.epoch, "supervised_tokens": targets, **self._values}
+        self._lens.record_step(state.global_step, values)
 
     def end_training(self, *, failed: bool = False) -> None:
         if self._has_ended:

@@ -245,3 +245,5 @@ def memory_remarks(training: TrainingRecord, whole: RowGroup) -> Iterator[Remark
             f"that of these rows {loss:.4f}. Fewer epochs, a lower rate, or more rows."
         )
         yield Remark("memorized", "warning", sentence, "it memorized its training rows")
+    elif training.is_far_below(loss):
+        yield Remark("train_gap", "note", training.describe_gap(loss))

@@ -17,6 +17,7 @@ from training_lens.utils.formatting import pluralize
 
 MORE_ROWS = "validation rows: data.validation=FILE or data.val_ratio=0.1 in the next run, or rows given to compare."
 FAR_BELOW = 0.5  # training loss over the loss of other rows
+LEAST_GAP = 0.05  # of the base's loss: the gap between both is then too small to matter
 LEAST_RISE = 0.02  # share of the best validation loss; a smaller rise is ignored
 
 
@@ -48,7 +49,17 @@ class TrainingRecord:
 
     def is_far_below(self, loss: float) -> bool:
         """Whether the training loss ends far below this loss of other rows."""
-        return self.late_train_loss is not None and self.late_train_loss < FAR_BELOW * loss
+        if self.late_train_loss is None or loss - self.late_train_loss < LEAST_GAP * (self.base_loss or 0.0):
+            return False
+        return self.late_train_loss < FAR_BELOW * loss
+
+    def describe_gap(self, loss: float) -> str:
+        """A training loss that ends far below this loss of other rows, which gained nevertheless."""
+        return (
+            f"The training loss ends at {self.late_train_loss:.4f}, far below {loss:.4f} on other rows: rows "
+            "seen again are memorized, or these other rows are of another kind. Exact answers on training rows decide "
+            "it (compare with the training file as data.validation)."
+        )
 
 
 def read_training_record(run: RunFolder) -> TrainingRecord:
@@ -161,6 +172,8 @@ def _training_remarks(record: TrainingRecord) -> Iterator[Remark]:
             "rows were memorized, and other rows gained nothing."
         )
         yield Remark("memorized", "warning", sentence)
+    elif record.is_far_below(best):
+        yield Remark("train_gap", "note", record.describe_gap(best))
 
 
 def is_run_folder(source: str) -> bool:

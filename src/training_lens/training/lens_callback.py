@@ -7,12 +7,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from training_lens.core.capture import RunFacts
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.probe import Probe
 from training_lens.core.table_names import LOSS, MEASURES
+from training_lens.data.batching import epoch_order
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback, StepReport
@@ -77,9 +79,21 @@ def build_capture_callback(plan: RunPlan, run: RunFolder) -> CaptureCallback | N
         "max_grad_norm": config.training.max_grad_norm,
         "lr": config.training.lr,
         "train_examples": len(plan.train),
+        **count_visits(plan),
     }
     probe = Probe.from_dataset(rows, config.lens.probe_tokens, fill_id=plan.tokenizer.eos_token_id)
     return CaptureCallback(TrainingLensFramework(run.lens, config.lens, probe=probe), settings)
+
+
+def count_visits(plan: RunPlan) -> dict[str, int | float]:
+    """How many different examples an epoch has, and how often it visits each, on average: duplicates and weights count.
+
+    Examples of one rendered text are the same one. Counted in the first epoch's order, as later ones draw alike.
+    """
+    schedule = plan.schedule
+    order = epoch_order(schedule.examples, schedule.seed, 0, schedule.mix)
+    distinct = len(np.unique(plan.train.digests[order]))
+    return {"distinct_examples": distinct, "visits_per_epoch": len(order) / distinct}
 
 
 def write_lens_report(run: RunFolder) -> Path | None:

@@ -62,6 +62,36 @@ def test_one_epoch_memorizes_nothing(finding: Find, healthy: Any) -> None:
     assert finding("memorization", healthy, steps_per_epoch=200).severity == "fine"
 
 
+@pytest.mark.parametrize(
+    ("visits", "confidence"), [(None, "likely"), (1, "sure"), (1.02, "likely"), (8, "inconclusive")]
+)
+def test_one_epoch_of_repeated_rows_is_not_called_one_visit(
+    finding: Find, healthy: Any, visits: float | None, confidence: str
+) -> None:
+    known = {} if visits is None else {"visits_per_epoch": visits, "distinct_examples": 100}
+    if visits == 8:
+        del healthy.tables["evaluation"], healthy.tables["divergence"]
+    found = finding("memorization", healthy, steps_per_epoch=200, **known)
+    assert (found.confidence, found.severity == "fine") == (confidence, visits != 8)
+
+
+@pytest.mark.parametrize(
+    ("end", "severity", "confidence"),
+    [(0.1, "note", "likely"), (0.7, "note", "inconclusive"), (1.1, "fine", "likely")],
+)
+def test_a_wide_gap_counts_while_the_held_out_loss_falls(
+    finding: Find, healthy: Any, end: float, severity: str, confidence: str
+) -> None:
+    healthy.values("loss", "loss")[:] = np.linspace(3, end, 200)  # the held-out loss ends at 1.25
+    found = finding("memorization", healthy, steps_per_epoch=50)
+    assert (found.severity, found.confidence) == (severity, confidence) and "of the held-out loss" in found.measured
+
+
+def test_rows_that_were_easier_before_training_are_no_memorization(finding: Find, healthy: Any) -> None:
+    healthy.values("loss", "loss")[:] = np.linspace(1.6, 0.6, 200)
+    assert finding("memorization", healthy, steps_per_epoch=50).severity == "fine"
+
+
 def test_stairs_without_held_out_rows_decide_nothing(finding: Find, healthy: Any) -> None:
     stairs(healthy)
     del healthy.tables["evaluation"], healthy.tables["divergence"]

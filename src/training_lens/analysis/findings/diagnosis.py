@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from training_lens.analysis.advice import translate_finding
 from training_lens.analysis.findings.convergence import check_convergence
 from training_lens.analysis.findings.finding import Finding
 from training_lens.analysis.findings.layer_findings import check_layers
@@ -12,6 +13,7 @@ from training_lens.analysis.findings.nonfinite import check_nonfinite
 from training_lens.analysis.findings.rank import check_rank
 from training_lens.analysis.findings.rate_high import check_rate_high
 from training_lens.analysis.findings.rate_low import check_rate_low
+from training_lens.analysis.findings.self_check import check_gradients
 from training_lens.analysis.findings.untrained import check_untrained
 from training_lens.core.recording import Recording
 from training_lens.evaluation.verdict import ORDER
@@ -19,6 +21,7 @@ from training_lens.evaluation.verdict import ORDER
 CHECKS: tuple[Callable[[Recording], Finding], ...] = (
     check_untrained,
     check_nonfinite,
+    check_gradients,
     check_rate_high,  # before its consequences: at equal severity, the first one is reported first
     check_layers,
     check_rate_low,
@@ -29,7 +32,7 @@ CHECKS: tuple[Callable[[Recording], Finding], ...] = (
 
 
 def diagnose(recording: Recording) -> tuple[Finding, ...]:
-    """The finding of every check, most severe first.
+    """The finding of every check, most severe first, with advice in the words of the loop that trained.
 
     A check without enough data is inconclusive and says what would decide it.
 
@@ -37,4 +40,5 @@ def diagnose(recording: Recording) -> tuple[Finding, ...]:
         for finding in diagnose(CheckpointAnalyzer("outputs/.../latest").recording):
             print(finding.severity, finding.title, finding.measured, finding.action)
     """
-    return tuple(sorted((check(recording) for check in CHECKS), key=lambda found: ORDER.index(found.severity)))
+    found = (translate_finding(check(recording), recording.manifest.origin) for check in CHECKS)
+    return tuple(sorted(found, key=lambda finding: ORDER.index(finding.severity)))

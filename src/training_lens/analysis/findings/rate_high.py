@@ -91,7 +91,9 @@ def _detect_loss_rise(recording: Recording) -> str | None:
         return f"the loss rises to {means.max():.3g} (mean of {width} steps), from {start:.3g} at its start"
     held_out = read_held_out(recording)
     if len(held_out.losses) and held_out.losses[-1] > held_out.start + CERTAIN * point_noise(held_out.losses):
-        return f"the {held_out.what}'s loss ends at {held_out.losses[-1]:.3g}, above the base's {held_out.start:.3g}"
+        return (
+            f"the loss on the {held_out.what} ends at {held_out.losses[-1]:.3g}, above the base's {held_out.start:.3g}"
+        )
     return None
 
 
@@ -113,7 +115,7 @@ def _detect_update_rms(recording: Recording) -> str | None:
     if not a.names or a.values.shape != b.values.shape:
         return None
     steps, rms = median_over_modules(Series(a.steps, a.names, np.fmax(a.values, b.values)))
-    rms = rms[steps > _find_warmup_end(recording)]
+    rms = rms[(steps > _find_warmup_end(recording)) & (rms > 0)]  # 0 is no gradient at all, and not a small one
     if not len(rms):
         return None
     spikes = rms > RMS_SPIKE * max(median_or_nan(rms), RMS_STEADY)

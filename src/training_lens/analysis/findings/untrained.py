@@ -79,6 +79,8 @@ def _choose_action(recording: Recording, still: list[str]) -> str:
     rates = read_curve(recording, tables.LOSS, "lr")[1]
     if len(rates) and not rates.any():
         return "the learning rate is 0 at every step: set training.lr, or fix the schedule"
+    if not reached and (cause := _find_missing_gradient(recording, still)):
+        return cause
     if reached:
         return (
             "their gradients are not 0, so the optimizer does not step them: check that it has their parameters, and "
@@ -90,3 +92,21 @@ def _choose_action(recording: Recording, still: list[str]) -> str:
             "that the model uses these modules. If that is intended, leave them out of peft.target_modules"
         )
     return RULE.action
+
+
+def _find_missing_gradient(recording: Recording, still: list[str]) -> str:
+    """Why no module at all gets a gradient; empty where that is not known."""
+    if len(still) != len(recording.modules) or np.isnan(gradient_norms(recording).values).any():
+        return ""
+    losses = recording.series(tables.LOSS, "loss").values
+    targets = recording.series(tables.LOSS, "supervised_tokens").values
+    is_masked = targets.size and not targets.any()
+    if is_masked or (losses.size and not np.nan_to_num(losses).any()):
+        return (
+            "no token is supervised: let the answers be supervised, as every label is masked (-100), and the loss is 0 "
+            "or undefined"
+        )
+    frozen = recording.settings.get("frozen") or ()
+    if all(f"{name}.B" in frozen for name in still):
+        return "let their B require gradients: it is frozen at 0, so A gets no gradient either, and dW = s B A stays 0"
+    return ""

@@ -35,7 +35,7 @@ def build_executive(analysis: Analysis) -> Report:
     faults += [summarize_finding(finding) for finding in wrong]
     parts: list[Part] = [
         build_verdict(analysis.findings, verdict),
-        *("# Did it learn?", read_losses(recording).as_sentence()),
+        *("# Did it learn?", read_losses(recording).as_sentence(recording.manifest.origin)),
         *("# Next steps", BulletList(next_steps(analysis))),
         "# Problems",
         BulletList(faults) if faults else "No problems were found.",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from training_lens.analyzers.lora_analyzer import certify_capture
+from training_lens.analysis.advice import OURS, translate_advice
+from training_lens.analyzers.lora_analyzer import SOUND, certify_capture, read_residuals
 from training_lens.analyzers.module_groups import energy_shares, finite_points, latest_values, read_evolution
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
@@ -22,9 +23,6 @@ from training_lens.utils.integrity import read_sealed
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-
-# relative rounding is at most 1e-7 in float32 and 0.2 % in bfloat16: a few roundings stay below this
-SOUND = 0.01
 LEAST_GAIN = 0.01  # of the base's loss: a smaller gain is hardly learning
 MATTERS: Mapping[str, tuple[str, str]] = {  # table -> its content, and what is unknown without it
     tables.GRADIENTS: ("gradients", "no self-check of the capture and no gradients by layer"),
@@ -75,8 +73,8 @@ class Certificate:
 
 
 def read_certificate(recording: Recording) -> Certificate:
-    """The largest `self_check` with its module and step."""
-    return Certificate(**certify_capture(recording.series(tables.GRADIENTS, "self_check")))
+    """The largest `self_check` with its module and step, of modules of which both factors train."""
+    return Certificate(**certify_capture(read_residuals(recording)))
 
 
 def list_captured(recording: Recording) -> list[tuple[str, str, int, int, int]]:
@@ -127,10 +125,14 @@ class LossSummary:
     final: float | None
     broken_step: int | None
 
-    def as_sentence(self) -> str:
-        """Whether it learned, by the validation loss if there is one, else by the training loss."""
+    def as_sentence(self, origin: str = OURS) -> str:
+        """Whether it learned, by the validation loss if there is one, else by the training loss.
+
+        Args:
+            origin: that of `LensManifest`, for advice in the words of the loop that trained.
+        """
         broken = f" From step {self.broken_step} on, the training loss is not finite." if self.broken_step else ""
-        return (self._describe_validation() or self._describe_training()) + broken
+        return translate_advice(self._describe_validation() or self._describe_training(), origin) + broken
 
     def _describe_validation(self) -> str:
         """Empty without validation."""
@@ -242,7 +244,8 @@ def find_verdict(recording: Recording) -> Verdict | None:
     record = _training_record(recording)
     if record is None:
         return None
-    return assess_training(record, str(run.root) if run.metadata.is_dir() else "")
+    verdict = assess_training(record, str(run.root) if run.metadata.is_dir() else "")
+    return replace(verdict, decide=translate_advice(verdict.decide, recording.manifest.origin))
 
 
 def _read_comparison_verdict(run: RunFolder) -> Verdict | None:

@@ -44,7 +44,7 @@ def build_technical(analysis: Analysis) -> Report:
         f"Run {recording.name}, {recording.status}; captured in {recording.manifest.origin}.",
         build_verdict(analysis.findings, find_verdict(analysis.recording)),
         "# Did it learn?",
-        read_losses(recording).as_sentence(),
+        read_losses(recording).as_sentence(recording.manifest.origin),
         *(["# Findings", _findings_table(analysis)] if analysis.findings else []),
         "# Loss and events",
         Picture("Loss", plot_loss(recording, marked_steps(recording)), LOSS_CAPTION),

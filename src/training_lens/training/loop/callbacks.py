@@ -50,19 +50,37 @@ class StepReport:
     finite: bool
 
 
-def build_not_finite_error(report: StepReport, good: tuple[Path, Any] | None) -> TrainingError:
+def build_not_finite_error(
+    report: StepReport, good: tuple[Path, Any] | None, base_loss: float | None = None
+) -> TrainingError:
     """The error for a step whose loss or gradient is not finite.
 
     Args:
         good: the newest intact checkpoint, if there is one.
+        base_loss: of the base's own validation, if there was one.
     """
     what = "gradient" if math.isfinite(report.loss) else "loss"
     before = f"The last good checkpoint is {good[0]}" if good else "There is no checkpoint before it"
     return TrainingError(
         f"step {report.step}: the {what} is not finite (loss {report.loss}, gradient norm {report.grad_norm}); "
         f"the update was not applied. Examples: {', '.join(report.example_ids)}. {before}. "
-        "Look at these rows, lower training.lr, or use training.precision=fp32."
+        f"{_advise_not_finite(report.step, base_loss)}"
     )
+
+
+def _advise_not_finite(step: int, base_loss: float | None) -> str:
+    """What can be the cause: not the rate before the first update, and not the rows where the base itself fails."""
+    if base_loss is not None and not math.isfinite(base_loss):
+        return (
+            "The base model's own validation loss is not finite either, so neither rows nor rate are the cause: check "
+            "the base's files (training-lens doctor --verify), or use training.precision=fp32."
+        )
+    if step == 1:
+        return (
+            "No update was made before, so the rate is not the cause: look at these rows and at the base, or use "
+            "training.precision=fp32."
+        )
+    return "Look at these rows, lower training.lr, or use training.precision=fp32."
 
 
 class Callback:

@@ -198,7 +198,7 @@ class Trainer:
             finite=math.isfinite(nll) and (self.scaler.is_enabled() or math.isfinite(norm_value)),
         )
         if not report.finite:
-            raise build_not_finite_error(report, self.checkpoints.find_newest_intact())
+            raise build_not_finite_error(report, self.checkpoints.find_newest_intact(), self.state.base_validation_loss)
         clip_gradients(self.parameters, norm, self.settings.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = report.lr * group["lr_factor"]

@@ -1,0 +1,40 @@
+"""Advice in the words of the loop that trained: no key of our config for another trainer."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import training_lens
+from training_lens.analysis.advice import translate_advice
+from training_lens.config.keys import known_keys
+from training_lens.config.schema import TrainingConfig
+
+SOURCE = Path(training_lens.__file__).parent
+FILES = [*(SOURCE / "analysis" / "findings").glob("*.py"), SOURCE / "evaluation" / "training_verdict.py"]
+OURS = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, known_keys(TrainingConfig))) + r")(?![\w.])")
+
+
+def texts() -> list[str]:
+    """Every text in the source of the findings that names a key of our config."""
+    trees = [ast.parse(file.read_text()) for file in FILES]
+    nodes = (node for tree in trees for node in ast.walk(tree))
+    found = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return sorted(text for text in found if OURS.search(text))
+
+
+@pytest.mark.parametrize("origin", ["transformers", "hand"])
+def test_no_key_of_ours_is_left_for_another_trainer(origin: str) -> None:
+    assert len(texts()) > 10
+    for text in texts():
+        assert not OURS.search(translate_advice(text, origin)), text
+
+
+def test_ours_stays_as_it_is_and_others_have_their_own_words() -> None:
+    advice = "halve training.lr, or set data.validation or data.val_ratio"
+    assert translate_advice(advice, "training-lens") == advice
+    assert translate_advice(advice, "transformers") == "halve learning_rate, or set eval_dataset"
+    assert translate_advice(advice, "hand") == "halve the learning rate, or set held-out rows"
