@@ -55,13 +55,34 @@ def dataset(*lengths: int) -> TokenDataset:
     return TokenDataset.from_examples(examples)
 
 
-@pytest.mark.parametrize(("tokens", "wanted"), [(10, [4, 5]), (9, [4, 5]), (8, [4]), (3, [3]), (100, [4, 5, 9])])
-def test_the_first_examples_that_fit_are_taken_and_one_always(tokens: int, wanted: list[int]) -> None:
-    probe = Probe.from_dataset(dataset(4, 5, 9), tokens, fill_id=0)
-    assert probe is not None and probe.lengths.tolist() == wanted
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "wanted"),
+    [
+        ((4, 5, 9), 100, [4, 5, 9]),  # all of a small set
+        ((400, *range(5, 14), 300), 80, [5, 6, 7, 8, 9, 10, 11, 12]),  # eight that fit, whatever comes first
+        ((90, 80, 70, 60, 50, 40, 30, 20, 10), 80, [10] * 8),  # cut, as eight whole ones do not fit
+        ((9,), 4, [4]),
+    ],
+)
+def test_a_probe_set_has_eight_examples_that_fit(lengths: tuple[int, ...], tokens: int, wanted: list[int]) -> None:
+    probe = Probe.from_dataset(dataset(*lengths), tokens, fill_id=0)
+    assert probe is not None and sorted(probe.lengths.tolist()) == wanted
     assert probe.input_ids.shape == probe.loss_mask.shape == (len(wanted), max(wanted))
     assert probe.token_counts()["supervised_tokens"] == sum(wanted) - len(wanted)
-    assert probe.input_ids[0].tolist()[: wanted[0]] == list(range(1, wanted[0] + 1))
+
+
+def test_of_many_short_examples_those_taken_are_spread_and_always_the_same() -> None:
+    many = dataset(*[8] * 500, *[4] * 500)
+    first, again = (Probe.from_dataset(many, 256, fill_id=0) for _ in range(2))
+    assert first is not None and again is not None and torch.equal(first.lengths, again.lengths)
+    assert 200 < int(first.lengths.sum()) <= 256 and {4, 8} == set(first.lengths.tolist())
+
+
+def test_a_cut_keeps_what_is_supervised() -> None:
+    long = TokenizedExample("rows.jsonl", 0, np.arange(200, dtype=np.int32), np.arange(200) >= 190, None)
+    probe = Probe.from_dataset(TokenDataset.from_examples([long]), 32, fill_id=0)
+    assert probe is not None and probe.token_counts()["supervised_tokens"] == 10
+    assert probe.input_ids[0, 0] == 174 and probe.lengths.tolist() == [26]
 
 
 def test_zero_tokens_give_no_probe() -> None:

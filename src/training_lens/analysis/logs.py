@@ -52,7 +52,11 @@ def read_our_log(metrics: Path, settings: Mapping[str, Any] | None = None) -> Lo
                 estimated["steps_per_epoch"] = max(1, round(line["step"] / line["epoch"]))
         elif line.get("kind") in ("validation", "base"):
             measure = "base_loss" if line["kind"] == "base" else "loss"
-            rows.append((tables.EVALUATION, line["step"], {measure: line.get("loss")}))
+            values = {measure: line.get("loss"), "sample_loss": line.get("sample_loss")}
+            rows.append((tables.EVALUATION, line["step"], values))
+        elif line.get("kind") == "validation_sample":
+            values = {"sample_loss": line.get("loss"), "sample_error": line.get("error")}
+            rows.append((tables.EVALUATION, line["step"], values))
     return Log(_build_tables(rows), {**estimated, **(settings or {})})
 
 

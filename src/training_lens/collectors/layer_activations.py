@@ -16,7 +16,7 @@ from training_lens.core.probe import Probe, evaluation_mode
 from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import Cadence, Captured, DataType, Moment
 from training_lens.errors import LensError
-from training_lens.measures.activation_measures import drift, linear_cka, random_projection, rms
+from training_lens.measures.activation_measures import drift, linear_cka, random_projection, ratio_error, rms
 from training_lens.models.adapters import base_only
 from training_lens.models.model_classes import decoder_of, unwrap_adapter
 from training_lens.utils.devices import move_to_one_device
@@ -252,10 +252,18 @@ class DivergenceCollector(DataCollector):
     name, data_type = tables.DIVERGENCE, DataType.LOSS
     moment, cadence = Moment.PROBE, Cadence.PROBE
 
+    def start(self, context: CaptureContext) -> None:
+        """Find the example of each supervised token. A sync point, once."""
+        assert context.probe is not None
+        self._examples = len(context.probe.lengths)
+        self._rows = context.probe.loss_mask[:, 1:].nonzero(as_tuple=True)[0]
+
     def collect(self, context: CaptureContext, step: int) -> Captured:
         """Average the scores of the probe's passes over the supervised tokens."""
         scores = context.scores
         assert scores is not None
         means = {"kl": scores.kl, "loss": scores.adapter.nll, "base_loss": scores.base.nll}
         tokens = torch.full((1,), float(len(scores.kl)), device=scores.kl.device)
-        return Captured({name: values.mean()[None] for name, values in means.items()} | {"tokens": tokens})
+        error = ratio_error(scores.adapter.nll, self._rows, self._examples)
+        averages = {name: values.mean()[None] for name, values in means.items()}
+        return Captured(averages | {"tokens": tokens, "loss_error": error[None]})

@@ -75,7 +75,7 @@ class TrackingSection(Section):
     custom: dict[str, dict[str, Any]] = setting(
         {}, "your own trackers and their options, such as {my_module.MyTracker: {channel: x}}"
     )
-    samples: int = setting(3, "prompts answered greedily at every validation, for the trackers; 0: none", ge=0)
+    samples: int = setting(4, "prompts answered greedily at every validation, in logs/samples.jsonl; 0: none", ge=0)
     sample_tokens: int = setting(48, "most new tokens of such an answer", ge=1)
     histograms_every: int | None = setting(
         200, "histograms of the adapter's weights and gradients every so many steps; null: none", ge=1

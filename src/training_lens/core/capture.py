@@ -128,9 +128,9 @@ class Capture:
         context.before = context.gradients = context.after = ()  # frees memory for the next step's activations
         budget.start_step()
 
-    def record_evaluation(self, step: int, loss: float, is_base: bool) -> None:
+    def record_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
         """See `TrainingLensFramework.record_evaluation`."""
-        self._store_row(tables.EVALUATION, step, {"base_loss" if is_base else "loss": loss})
+        self._store_row(tables.EVALUATION, step, values)
         self._budget.start_step()
 
     def flush(self) -> None:

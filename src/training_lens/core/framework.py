@@ -129,10 +129,18 @@ class TrainingLensFramework:
         if self._capture:
             self._capture.record_step(step, values)
 
-    def record_evaluation(self, step: int, loss: float, *, base: bool = False) -> None:
-        """Store a validation loss in nats per supervised token; `base`: it is the base model's."""
+    def record_evaluation(
+        self, step: int, loss: float | None, *, base: bool = False, sample: Mapping[str, float | None] | None = None
+    ) -> None:
+        """Store a validation loss in nats per supervised token.
+
+        Args:
+            base: it is the base model's.
+            sample: `sample_loss` of a fixed sample of the rows, and its `sample_error`, where they are validated more
+                often than all rows; `loss` is then None in between.
+        """
         if self._capture:
-            self._capture.record_evaluation(step, loss, base)
+            self._capture.record_evaluation(step, {"base_loss" if base else "loss": loss, **(sample or {})})
 
     def flush(self) -> None:
         """Write all captures to disk. Call it before a checkpoint, so that a run resumed from it has no gap."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from training_lens.data.batching import collate
+from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import LensError
 from training_lens.models.token_scores import PairedScores, paired_scores, supervised_scores
 
+LEAST_ROWS = 8  # of a probe set: with fewer, one odd example decides
 IGNORE_INDEX = -100  # the label of a token that is not supervised, in transformers
 
 
@@ -47,21 +50,20 @@ class Probe:
 
     @classmethod
     def from_dataset(cls, dataset: TokenDataset, tokens: int, fill_id: int) -> Probe | None:
-        """The first examples with at most `tokens` tokens in all; always the very first, truncated if it is longer.
+        """Examples with at most `tokens` tokens in all: at least 8, where the dataset has as many.
 
-        None if `tokens` is 0.
+        As many as fit of those that are short enough for 8 to fit, drawn with a fixed seed. If fewer than 8 are, the
+        shortest 8, each cut around the beginning of its answer where they do not fit whole. Always the same ones.
+        None if `tokens` is 0, or nothing is supervised.
         """
-        chosen: list[int] = []
-        for i, length in enumerate(dataset.lengths):
-            if chosen and int(dataset.lengths[chosen].sum()) + int(length) > tokens:
-                break
-            chosen.append(i)
-        if not tokens or not chosen:
+        chosen = _choose_rows(dataset, tokens) if tokens else np.zeros(0, int)
+        if not len(chosen):
             return None
-        batch = collate([dataset[i] for i in chosen], fill_id)
-        lengths = torch.as_tensor(dataset.lengths[chosen])
-        width = max(2, min(tokens, batch.input_ids.shape[1]))
-        return cls(batch.input_ids[:, :width], batch.loss_mask[:, :width], lengths.clamp(max=width))
+        is_whole = int(dataset.lengths[chosen].sum()) <= tokens
+        width = int(dataset.lengths.max()) if is_whole else max(2, tokens // len(chosen))
+        examples = [_cut_example(dataset[int(i)], width) for i in chosen]
+        batch = collate(examples, fill_id)
+        return cls(batch.input_ids, batch.loss_mask, torch.tensor(batch.lengths))
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Probe:
@@ -80,6 +82,26 @@ class Probe:
         for i, (tokens, supervised) in enumerate(rows):
             ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, supervised
         return cls(ids, mask, torch.tensor([len(tokens) for tokens, _ in rows]))
+
+
+def _choose_rows(dataset: TokenDataset, tokens: int) -> np.ndarray:
+    """The positions of the probe's examples, ascending."""
+    lengths, usable = dataset.lengths, np.flatnonzero(dataset.supervised_counts > 0)
+    short = usable[lengths[usable] <= tokens // LEAST_ROWS]
+    if len(short) >= LEAST_ROWS:
+        drawn, least = np.random.Generator(np.random.PCG64(0)).permutation(short), LEAST_ROWS
+    else:
+        drawn, least = usable[np.argsort(lengths[usable], kind="stable")], min(LEAST_ROWS, max(1, tokens // 2))
+    fitting = int(np.searchsorted(np.cumsum(lengths[drawn]), tokens, side="right"))
+    return np.sort(drawn[: max(least, fitting)])
+
+
+def _cut_example(example: TokenizedExample, width: int) -> TokenizedExample:
+    """At most `width` tokens: the first ones, or those around the first target where it comes later."""
+    target = int(example.loss_mask[1:].argmax()) + 1
+    start = 0 if target < width else target - width // 2
+    ids, mask = (values[start : start + width] for values in (example.input_ids, example.loss_mask))
+    return replace(example, input_ids=ids, loss_mask=mask)
 
 
 def _unpad_rows(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:

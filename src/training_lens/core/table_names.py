@@ -64,6 +64,7 @@ MEASURES: dict[str, dict[str, str]] = {
     DIVERGENCE: {
         "kl": "mean over the probe's supervised tokens of KL(p_base || p_adapter), nats",
         "loss": "loss on the probe set, nats per supervised token",
+        "loss_error": "its standard error over examples, NaN with a single one",
         "base_loss": "the base model's loss",
         "tokens": "supervised tokens in these means",
     },
@@ -80,5 +81,7 @@ MEASURES: dict[str, dict[str, str]] = {
     EVALUATION: {
         "loss": "validation loss, nats per supervised token",
         "base_loss": "the base model's, at step 0",
+        "sample_loss": "of a fixed sample of the rows, validated more often; at step 0 the base model's",
+        "sample_error": "the standard error of sample_loss over rows",
     },
 }

@@ -154,7 +154,8 @@ def _score_batches(
 class LossReport:
     """Mean loss in nats per supervised token, over all rows and for each domain and file.
 
-    `by_file` is empty where there is only one file; `row_nll` is the summed loss of each row.
+    `by_file` is empty where there is only one file; `row_nll` is the summed loss of each row. `error` is the standard
+    error of `loss` over rows, None for a single row; `sample_loss` the loss of the run's validation sample among them.
     """
 
     loss: float
@@ -162,6 +163,8 @@ class LossReport:
     by_domain: dict[str, float] = field(default_factory=dict)
     by_file: dict[str, float] = field(default_factory=dict)
     row_nll: np.ndarray | None = field(default=None, repr=False, compare=False)
+    error: float | None = None
+    sample_loss: float | None = None
 
 
 def evaluate_loss(model: Any, dataset: TokenDataset, options: EvaluationOptions) -> LossReport:
@@ -180,7 +183,17 @@ def evaluate_loss(model: Any, dataset: TokenDataset, options: EvaluationOptions)
         _mean_losses(sums, dataset.domains),
         by_file if len(by_file) > 1 else {},
         sums.nll,
+        estimate_error(sums),
     )
+
+
+def estimate_error(sums: TokenSums) -> float | None:
+    """The standard error of the mean loss per token, whose rows are the independent draws; None for a single row.
+
+    Formula: that of `measures.activation_measures.ratio_error`.
+    """
+    rows, away = len(sums.nll), sums.nll - sums.tokens * (sums.nll.sum() / sums.tokens.sum())
+    return float(np.sqrt(rows / (rows - 1) * (away**2).sum()) / sums.tokens.sum()) if rows > 1 else None
 
 
 def _mean_losses(sums: TokenSums, names: np.ndarray) -> dict[str, float]:

@@ -34,14 +34,15 @@ from training_lens.runs.journal import JournalEntry, JournalPosition, JournalRea
 
 BATCH = {"metrics": 512, "samples": 64, "histograms": 8, "evaluations": 64}  # most lines of a journal per `log`
 ANSWER_COLUMNS = ("step", "base", "id", "prompt", "expected", "generated")  # `base`: whether the base answered
-RecordKind = Literal["step", "base", "validation", "samples", "histograms", "evaluation"]
+RecordKind = Literal["step", "base", "validation", "validation_sample", "samples", "histograms", "evaluation"]
 
 
 @dataclass(frozen=True)
 class Record:
     """An event of the run after `step` steps; `values` is the line of the journal.
 
-    `step`, `base` (the base model's validation, at step 0) and `validation` are lines of logs/metrics.jsonl;
+    `step`, `base` (the base model's validation, at step 0), `validation` and `validation_sample` (of a fixed sample of
+    the rows, in between) are lines of logs/metrics.jsonl;
     `samples` of logs/samples.jsonl; `histograms` of logs/histograms.jsonl; `evaluation` of logs/evaluations.jsonl,
     which evaluate, compare and benchmark write after the training.
     """
@@ -69,10 +70,14 @@ class Record:
             return found | {"train/tokens_per_second": values["tokens"] / values["seconds"]}
         if self.kind in ("base", "validation"):
             found = {"validation/loss": float(values["loss"])}
+            if values.get("sample_loss") is not None:
+                found["validation/sample_loss"] = float(values["sample_loss"])
             found |= {f"validation/loss_{domain}": loss for domain, loss in values["by_domain"].items()}
             return found | {
                 f"validation_files/loss_{Path(file).name}": loss for file, loss in values["by_file"].items()
             }
+        if self.kind == "validation_sample":
+            return {"validation/sample_loss": float(values["loss"])}
         if self.kind == "evaluation":
             return {f"{values['name']}/{name}": value for name, value in values["scalars"].items()}
         return {}

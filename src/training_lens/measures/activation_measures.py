@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from training_lens.measures.directions import cosine
@@ -60,6 +60,20 @@ def _u_centred(x: Tensor) -> Tensor:
     gram = gram * off
     rows, columns = gram.sum(-1, keepdim=True) / (n - 2), gram.sum(-2, keepdim=True) / (n - 2)
     return (gram - rows - columns + gram.sum((-2, -1), keepdim=True) / ((n - 1) * (n - 2))) * off
+
+
+def ratio_error(values: Float[Tensor, " tokens"], rows: Int[Tensor, " tokens"], count: int) -> Float[Tensor, ""]:
+    """The standard error of the mean of `values` over tokens, whose examples `rows` are the independent draws.
+
+    Formula: sqrt(n / (n - 1) sum_i (s_i - m t_i)^2) / sum_i t_i over n examples with the sums s_i and the numbers of
+    tokens t_i, m the mean over all tokens (the ratio estimator, Cochran 1977, section 2.11). NaN for one example.
+
+    Args:
+        rows: the example of each token, from 0 to `count` - 1.
+    """
+    away = torch.zeros(count, device=values.device).index_add_(0, rows, values.float() - values.float().mean())
+    scale = count / (count - 1) if count > 1 else math.nan
+    return (scale * away.square().sum()).sqrt() / len(values)
 
 
 def random_projection(width: int, dims: int, seed: int) -> Float[Tensor, "width dims"]:

@@ -55,7 +55,10 @@ class CaptureCallback(Callback):
         self.lens.record_step(report.step, {"clip": clip, **{name: getattr(report, name) for name in LOSS_MEASURES}})
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
-        self.lens.record_evaluation(step, report.loss, base=base)
+        self.lens.record_evaluation(step, report.loss, base=base, sample={"sample_loss": report.sample_loss})
+
+    def on_evaluate_sample(self, trainer: Any, step: int, report: LossReport) -> None:
+        self.lens.record_evaluation(step, None, sample={"sample_loss": report.loss, "sample_error": report.error})
 
     def on_save(self, trainer: Any) -> None:
         self.lens.flush()
@@ -80,6 +83,7 @@ def build_capture_callback(plan: RunPlan, run: RunFolder) -> CaptureCallback | N
         "lr": config.training.lr,
         "train_examples": len(plan.train),
         **count_visits(plan),
+        "sample_rows": 0 if plan.validation_sample is None else len(plan.validation_sample.positions),
     }
     probe = Probe.from_dataset(rows, config.lens.probe_tokens, fill_id=plan.tokenizer.eos_token_id)
     return CaptureCallback(TrainingLensFramework(run.lens, config.lens, probe=probe), settings)

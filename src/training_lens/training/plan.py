@@ -42,6 +42,7 @@ from training_lens.models.quantization import check_quantization
 from training_lens.training.loop.lr_schedule import count_warmup_steps, default_lr, describe_run_length
 from training_lens.training.loop.memory_budget import Footprint, estimate_footprint, plan_token_budget
 from training_lens.training.loop.trainer import LoopPlan
+from training_lens.training.loop.validation_sample import ValidationSample, draw_validation_sample
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import require_writable, write_text
 from training_lens.utils.logging import get_logger
@@ -86,7 +87,15 @@ class RunPlan:
             micro_batch_tokens=self.micro_batch_tokens,
             pad_id=self.tokenizer.eos_token_id,
             lora_plus_ratio=self.config.peft.lora_plus_ratio,
+            validation_sample=self.validation_sample,
         )
+
+    @property
+    def validation_sample(self) -> ValidationSample | None:
+        """The validation rows that are validated more often than once an epoch; None with training.eval_steps."""
+        if self.validation is None or self.config.training.eval_steps:
+            return None
+        return draw_validation_sample(self.validation.lengths, self.schedule, float(self.train.lengths.mean()))
 
     @property
     def fingerprint(self) -> str:

@@ -236,7 +236,7 @@ class TrainingWrapper:
         is_shown = tracking.has_display or bool(self._integrations)
         if is_shown and tracking.histograms_every:
             callbacks.append(HistogramWriter(run.histograms_file, tracking.histograms_every))
-        if is_shown and tracking.samples:
+        if tracking.samples:
             callbacks.append(SampleWriter(run.samples_file, plan))
         return (*callbacks, *self._callbacks)
 

@@ -1,4 +1,4 @@
-"""Sample answers during training: a few prompts at every validation, for the trackers."""
+"""Sample answers during training: a few prompts at every validation."""
 
 from __future__ import annotations
 
@@ -66,6 +66,9 @@ class SampleWriter(JournalCallback):
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         self._write_samples(trainer, step, base)
+
+    def on_evaluate_sample(self, trainer: Any, step: int, report: LossReport) -> None:
+        self._write_samples(trainer, step, base=False)
 
     def _write_samples(self, trainer: Any, step: int, base: bool) -> None:
         device, precision, ran_out = trainer.processes.device, trainer.precision, False

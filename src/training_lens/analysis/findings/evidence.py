@@ -13,10 +13,12 @@ from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
 from training_lens.measures.curves import log_slope
+from training_lens.utils.formatting import pluralize
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps (points,) int64 and values (points,) float64
 Direction = Literal["falls", "flat", "rises", "unknown"]
 LISTED = 3  # names listed in a text before the rest is counted
+ENOUGH = 8  # validations of all rows: with fewer, a sample that is validated more often shows more
 LEAST = 4  # points that a curve needs to have a direction
 CERTAIN = 3.0  # a change must be this many times its noise
 ABOVE_BEST = 4.0  # times the scatter: the best of many points is low by chance
@@ -57,7 +59,7 @@ def thin_points(*, x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
 class HeldOut:
     """`losses` (points,) in nats per supervised token after `steps`; `start` is the base model's, NaN if unknown.
 
-    `what` names the rows: `validation set`, or `probe set`, which is smaller and measured more often.
+    `what` names the rows: `validation set`, or `validation sample` or `probe set` with their size and standard error.
     """
 
     what: str
@@ -100,13 +102,37 @@ def measure_scatter(steps: np.ndarray, losses: np.ndarray) -> float:
 
 
 def read_held_out(recording: Recording) -> HeldOut:
-    """The validation loss, or the probe set's loss if there are fewer than four validations."""
+    """The validation loss; with fewer than eight validations that of the validation sample, if it has more points; and
+    with fewer than four of either the probe set's, if it has more.
+    """
     validation = _read_losses(recording, "validation set", tables.EVALUATION)
-    probe = _read_losses(recording, "probe set", tables.DIVERGENCE)
+    if len(validation.steps) < ENOUGH:
+        sample = _read_losses(recording, _describe_sample(recording), tables.EVALUATION, "sample_loss")
+        validation = sample if len(sample.steps) > len(validation.steps) else validation
+    probe = _read_losses(recording, _describe_probe(recording), tables.DIVERGENCE)
     return validation if len(validation.steps) >= LEAST or len(probe.steps) <= len(validation.steps) else probe
 
 
-def _read_losses(recording: Recording, what: str, table: str) -> HeldOut:
-    steps, losses = finite_points(recording, table, "loss")
-    base = [*finite_points(recording, table, "base_loss")[1], *losses[steps == 0]]
+def _describe_probe(recording: Recording) -> str:
+    """The probe set with its size and the standard error of its last loss, as far as they are known."""
+    rows = (recording.manifest.probe or {}).get("examples")
+    errors = finite_points(recording, tables.DIVERGENCE, "loss_error")[1]
+    return _describe_rows("probe set", rows, errors)
+
+
+def _describe_sample(recording: Recording) -> str:
+    """The validation sample with its size and the standard error of its last loss."""
+    rows, errors = recording.settings.get("sample_rows"), finite_points(recording, tables.EVALUATION, "sample_error")[1]
+    return _describe_rows("validation sample", rows, errors)
+
+
+def _describe_rows(what: str, rows: int | None, errors: np.ndarray) -> str:
+    known = [pluralize(rows, "row")] if rows else []
+    known += [f"standard error {errors[-1]:.2g}"] if len(errors) else []
+    return f"{what} ({', '.join(known)})" if known else what
+
+
+def _read_losses(recording: Recording, what: str, table: str, measure: str = "loss") -> HeldOut:
+    steps, losses = finite_points(recording, table, measure)
+    base = [*losses[steps == 0], *finite_points(recording, table, "base_loss")[1]]
     return HeldOut(what, steps[steps > 0], losses[steps > 0], float(base[0]) if base else np.nan)

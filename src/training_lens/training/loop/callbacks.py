@@ -101,6 +101,9 @@ class Callback:
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         """After a validation; `base` is true for that of the base model, at step 0."""
 
+    def on_evaluate_sample(self, trainer: Any, step: int, report: LossReport) -> None:
+        """After a validation of the validation sample alone, between those of all rows."""
+
     def on_save(self, trainer: Any) -> None:
         """Before a checkpoint is written: write to disk what a run that resumes from it needs."""
 
@@ -148,6 +151,11 @@ class MetricsCollector(JournalCallback):
         values = {name: value for name, value in vars(report).items() if name != "row_nll"}  # one for each row
         self._journal.write({"kind": "base" if base else "validation", "step": step, **values})
 
+    def on_evaluate_sample(self, trainer: Any, step: int, report: LossReport) -> None:
+        rows = len(trainer.validation_sample.positions)
+        values = {"loss": report.loss, "error": report.error, "supervised_tokens": report.supervised_tokens}
+        self._journal.write({"kind": "validation_sample", "step": step, "rows": rows, **values})
+
     @staticmethod
     def read(path: Path | str) -> list[dict[str, Any]]:
         """The lines of a metrics.jsonl, without a last line that a kill cut short."""
@@ -183,6 +191,10 @@ class LogLines(Callback):
         level = logging.INFO if len(report.by_file) <= FILES_SHOWN else logging.DEBUG
         for file, loss in report.by_file.items():
             logger.log(level, "%s:   %.4f on %s", who, loss, file)
+
+    def on_evaluate_sample(self, trainer: Any, step: int, report: LossReport) -> None:
+        rows = len(trainer.validation_sample.positions)
+        logger.info("step %d: validation loss %.4f on the sample of %d rows", step, report.loss, rows)
 
     def on_checkpoint(self, trainer: Any, folder: Path) -> None:
         logger.debug("checkpoint %s", folder)
@@ -237,6 +249,12 @@ class ProgressBar(Callback):
         self._bars.update(self._validation, completed=done)
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        self._end_validation()
+
+    def on_evaluate_sample(self, trainer: Any, step: int, report: LossReport) -> None:
+        self._end_validation()
+
+    def _end_validation(self) -> None:
         if self._validation is not None:
             self._bars.remove_task(self._validation)
             self._validation = None

@@ -30,6 +30,7 @@ from training_lens.training.loop.lr_schedule import lr_at
 from training_lens.training.loop.memory_budget import REHEARSED_TOKENS, measure_token_budget
 from training_lens.training.loop.optimizer import build_optimizer, clip_gradients, grad_norm, sum_gradients
 from training_lens.training.loop.signals import SignalListener
+from training_lens.training.loop.validation_sample import ValidationSample
 from training_lens.utils.devices import Precision, autocast, counts_memory, free_memory
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.heap import keep_freed_memory, trim_heap
@@ -53,6 +54,7 @@ class LoopPlan:
         micro_batch_tokens: most tokens in one forward pass, unless a pass on CUDA measures another number.
         pad_id: a token id to pad with; the model never sees it.
         lora_plus_ratio: learning rate of LoRA's B over that of all else; None: the same.
+        validation_sample: validation rows that are validated more often than all of them; None: no such ones.
     """
 
     dataset: TokenDataset
@@ -64,6 +66,7 @@ class LoopPlan:
     micro_batch_tokens: int
     pad_id: int
     lora_plus_ratio: float | None = None
+    validation_sample: ValidationSample | None = None
 
 
 class Trainer:
@@ -78,6 +81,7 @@ class Trainer:
         self, model: Any, plan: LoopPlan, checkpoints: CheckpointManager, callbacks: Sequence[Callback] = ()
     ) -> None:
         self.model, self.dataset, self.validation = model, plan.dataset, plan.validation
+        self.validation_sample = plan.validation_sample
         self.engine = Engine(model, plan.precision)
         logger.debug("%s", self.engine.kernels)
         self.schedule, self.settings, self.precision = plan.schedule, plan.settings, plan.precision
@@ -170,6 +174,9 @@ class Trainer:
             if self.is_validation_due(plan.number):
                 self._validate()
                 trim_heap()  # validation's blocks would fragment the heap for later steps; costs milliseconds
+            elif self.is_sample_due(plan.number):
+                self._validate_sample()
+                trim_heap()
             best = self.state.best_step == plan.number
             save_steps = self.settings.save_steps or self.settings.eval_steps
             if last or best or self._should_stop_early() or self._is_due(plan.number, save_steps):
@@ -264,6 +271,11 @@ class Trainer:
         """Whether the run validates after this step, if it has validation rows."""
         return step == self.schedule.total_steps or self._is_due(step, self.settings.eval_steps)
 
+    def is_sample_due(self, step: int) -> bool:
+        """Whether the run validates its validation sample alone after this step."""
+        sample = self.validation_sample
+        return sample is not None and step % sample.every == 0 and not self.is_validation_due(step)
+
     def _is_due(self, step: int, every: int | None) -> bool:
         return step % (every or self.schedule.steps_per_epoch) == 0
 
@@ -273,9 +285,24 @@ class Trainer:
 
     def _validate(self, base: bool = False) -> None:
         if self.validation is not None and (report := self._evaluate_dataset(self.validation)):
-            s = self.state
+            s, report = self.state, self._add_sample_loss(report)
             self.state = replace(s, base_validation_loss=report.loss) if base else s.count_evaluation(report.loss)
             self._notify_callbacks("on_evaluate", s.step, report, base=base)
+
+    def _add_sample_loss(self, report: LossReport) -> LossReport:
+        """The report of all rows, with the loss of those of the sample: its curve then has these points, too."""
+        if self.validation is None or self.validation_sample is None or report.row_nll is None:
+            return report
+        rows = self.validation_sample.positions
+        return replace(
+            report, sample_loss=float(report.row_nll[rows].sum() / self.validation.supervised_counts[rows].sum())
+        )
+
+    def _validate_sample(self) -> None:
+        """Validate the sample: it is shown, and neither chooses the adapter nor stops the run, as all rows do."""
+        assert self.validation is not None and self.validation_sample is not None
+        if report := self._evaluate_dataset(self.validation.select(self.validation_sample.positions)):
+            self._notify_callbacks("on_evaluate_sample", self.state.step, report)
 
     def _evaluate_dataset(self, dataset: TokenDataset) -> LossReport | None:
         """The loss on `dataset`; None if the evaluation failed, which is logged and does not end the run."""
