@@ -21,8 +21,10 @@ OURS = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, known_keys(TrainingCo
 def texts() -> list[str]:
     """Every text in the source of the findings that names a key of our config."""
     trees = [ast.parse(file.read_text()) for file in FILES]
-    nodes = (node for tree in trees for node in ast.walk(tree))
-    found = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    constants = (node for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings)
+    found = {node.value for node in constants if isinstance(node.value, str)}
     return sorted(text for text in found if OURS.search(text))
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from training_lens.runs.run_folder import RunFolder
     from training_lens.training.summary import TrainingSummary
 
+STOPPED_BY_FINDING = 3  # the exit code of a run that lens.stop_on stopped; it is saved
 Resume = Annotated[
     str | None,
     typer.Option(
@@ -64,6 +65,8 @@ def train(options: CommandOptions, resume: Resume = None, verify_resume: VerifyR
         verdict = assess_training(read_training_record(RunFolder(Path(summary.run_dir))), summary.run_dir)
         _show_summary(screen, summary, verdict)
         screen.print_result({**asdict(summary), "verdict": verdict.as_json()})
+        if summary.stopped_by:
+            raise typer.Exit(STOPPED_BY_FINDING)
 
 
 def _verify_resume(screen: Screen, settings: TrainingConfig, resume: str | None) -> None:
@@ -102,7 +105,8 @@ def _show_summary(screen: Screen, summary: TrainingSummary, verdict: Verdict) ->
 
     show = screen.console.print
     rest = f" after {summary.steps} steps ({summary.epochs:.3g} epochs, {format_seconds(summary.seconds)})"
-    show(Text.assemble(("\nfinished", "bold"), rest))
+    end = f"stopped by {summary.stopped_by} (lens.stop_on)" if summary.stopped_by else "finished"
+    show(Text.assemble((f"\n{end}", "bold"), rest))
     show(f"  training loss    {summary.train_loss:.4f} nats per supervised token")
     if summary.validation_loss is not None:
         show(f"  validation loss  {summary.validation_loss:.4f} at step {summary.adapter_step}")

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from training_lens.config.section import Section, setting
+
+FindingCode = Literal[
+    "untrained", "nonfinite", "self_check", "layers", "rate_high", "rate_low", "batch_large", "memorization",
+    "forgetting", "converged", "loss_spike", "poisoned_batch", "repetition", "endless_answers", "prompt_ignored",
+]  # fmt: skip
 
 
 class LensSection(Section):
@@ -36,4 +43,8 @@ class LensSection(Section):
         64, "most room of scalars and spectra; beyond it, of old steps every second is dropped", ge=1
     )
     snapshots_megabytes: int = setting(256, "most room of snapshots; beyond it, every second is dropped", ge=0)
+    live: bool = setting(True, "show findings while the run trains, and write them to logs/findings.jsonl")
+    stop_on: list[FindingCode] = setting(
+        [], "codes of findings that stop the run when they arise; what is saved is the best validated step"
+    )
     report: bool = setting(True, "write reports/lens.html when training ends")

@@ -32,9 +32,17 @@ from training_lens.integrations.delivery import Cursor, Integration
 from training_lens.integrations.record import RunRecord, hash_values
 from training_lens.runs.journal import JournalEntry, JournalPosition, JournalReader
 
-BATCH = {"metrics": 512, "samples": 64, "histograms": 8, "evaluations": 64}  # most lines of a journal per `log`
+BATCH = {
+    "metrics": 512,
+    "samples": 64,
+    "histograms": 8,
+    "evaluations": 64,
+    "findings": 64,
+}  # most lines of a journal per `log`
 ANSWER_COLUMNS = ("step", "base", "id", "prompt", "expected", "generated")  # `base`: whether the base answered
-RecordKind = Literal["step", "base", "validation", "validation_sample", "samples", "histograms", "evaluation"]
+RecordKind = Literal[
+    "step", "base", "validation", "validation_sample", "samples", "histograms", "evaluation", "findings"
+]
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ class Record:
     `step`, `base` (the base model's validation, at step 0), `validation` and `validation_sample` (of a fixed sample of
     the rows, in between) are lines of logs/metrics.jsonl;
     `samples` of logs/samples.jsonl; `histograms` of logs/histograms.jsonl; `evaluation` of logs/evaluations.jsonl,
-    which evaluate, compare and benchmark write after the training.
+    which evaluate, compare and benchmark write after the training; `findings` of logs/findings.jsonl, of live findings:
+    1 when one arises and 0 when it clears.
     """
 
     kind: RecordKind
@@ -78,6 +87,8 @@ class Record:
             }
         if self.kind == "validation_sample":
             return {"validation/sample_loss": float(values["loss"])}
+        if self.kind == "findings":
+            return {f"findings/{values['code']}": float(values["event"] == "raised")}
         if self.kind == "evaluation":
             return {f"{values['name']}/{name}": value for name, value in values["scalars"].items()}
         return {}

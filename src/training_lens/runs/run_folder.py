@@ -71,6 +71,7 @@ class RunFolder:
     metrics_file = _Place("logs/metrics.jsonl")
     samples_file = _Place("logs/samples.jsonl")
     histograms_file = _Place("logs/histograms.jsonl")
+    findings_file = _Place("logs/findings.jsonl")
     evaluations_file = _Place("logs/evaluations.jsonl")
     metadata = _Place("metadata")
     base_record = _Place("metadata/base.json")

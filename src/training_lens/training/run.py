@@ -30,6 +30,7 @@ from training_lens.models.fast.install import uninstall_kernels
 from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
 from training_lens.training.histograms import HistogramWriter
 from training_lens.training.lens_callback import build_capture_callback, write_lens_report
+from training_lens.training.live_findings import LiveFindings
 from training_lens.training.loop.callbacks import (
     WIDE,
     Callback,
@@ -232,6 +233,8 @@ class TrainingWrapper:
             callbacks.append(ProgressBar(progress_bars))
         if lens := build_capture_callback(plan, run):
             callbacks.append(lens)
+            if plan.config.lens.live or plan.config.lens.stop_on:
+                callbacks.append(LiveFindings(run, lens.lens, plan.config.lens.stop_on))
         tracking = plan.config.tracking
         is_shown = tracking.has_display or bool(self._integrations)
         if is_shown and tracking.histograms_every:

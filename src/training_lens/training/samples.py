@@ -11,8 +11,9 @@ import numpy as np
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
+from training_lens.evaluation.answer_endings import SPARE_TOKENS, has_loop
 from training_lens.evaluation.evaluator import LossReport
-from training_lens.inference.generator import answers
+from training_lens.inference.generator import GeneratedAnswer, generate_answers
 from training_lens.inference.session import LoadedModel, Session, are_plain_texts, build_session
 from training_lens.models.model_classes import evaluation_mode
 from training_lens.training.loop.callbacks import JournalCallback, StepReport
@@ -39,9 +40,10 @@ class SamplePrompt:
 class SampleWriter(JournalCallback):
     """Writes the model's greedy answers to a few prompts to samples.jsonl, at every validation; at step 0 the base's.
 
-    A line is `{"step", "base", "samples": [{"id", "prompt", "expected", "generated"}]}`. The prompts are rows spread
-    evenly over the validation set, or over the training rows if there is none, at the steps where a validation would
-    be. A failure is logged and does not end the run. Training is not affected: modes and random state are restored.
+    A line is `{"step", "base", "samples": [{"id", "prompt", "expected", "generated", "ended", "loops"}]}`. The prompts
+    are rows spread evenly over the validation set, or over the training rows if there is none, at the steps where a
+    validation would be. A failure is logged and does not end the run. Training is not affected: modes and random state
+    are restored.
 
     Args:
         path: the journal.
@@ -75,9 +77,10 @@ class SampleWriter(JournalCallback):
         try:
             with evaluation_mode(trainer.model), preserve_rng_state(), autocast(device, precision):
                 session = self._open_session(trainer)
-                texts = answers(session, [prompt.ids for prompt in self._prompts], self._settings, base=base)
-            samples = [self._describe_sample(prompt, text) for prompt, text in zip(self._prompts, texts, strict=True)]
+                given = generate_answers(session, [prompt.ids for prompt in self._prompts], self._settings, base=base)
+            samples = [self._describe_sample(*pair, session) for pair in zip(self._prompts, given, strict=True)]
             self._journal.write({"step": step, "base": base, "samples": samples})
+            trainer.notify_callbacks("on_samples", step, samples, base)
         except Exception as error:
             logger.warning("step %d: no samples: %s Training continues.", step, describe_error(error))
             logger.debug("in the samples", exc_info=True)
@@ -91,10 +94,22 @@ class SampleWriter(JournalCallback):
         device = trainer.processes.device
         return build_session(LoadedModel(trainer.model, plan.tokenizer, device, trainer.precision), plan.config, texts)
 
-    def _describe_sample(self, prompt: SamplePrompt, generated: str) -> dict[str, str]:
+    def _describe_sample(self, prompt: SamplePrompt, given: GeneratedAnswer, session: Session) -> dict[str, Any]:
         decode = self._plan.tokenizer.decode
         expected = decode(prompt.expected, skip_special_tokens=True)
-        return {"id": prompt.id, "prompt": decode(prompt.ids), "expected": expected, "generated": generated}
+        texts = {"id": prompt.id, "prompt": decode(prompt.ids), "expected": expected, "generated": given.text}
+        is_loop = has_loop(given.token_ids) and not has_loop(prompt.expected)
+        return {**texts, "ended": self._find_end(prompt, given, session), "loops": is_loop}
+
+    def _find_end(self, prompt: SamplePrompt, given: GeneratedAnswer, session: Session) -> bool | None:
+        """Whether the answer ended; None where the right one does not, or takes as many tokens as were allowed."""
+        if not prompt.expected or prompt.expected[-1] not in session.stop_ids:
+            return None
+        if given.finish_reason == "stop":
+            return True
+        length = len(prompt.expected)
+        has_room = self._settings.max_new_tokens >= min(2 * length, length + SPARE_TOKENS)
+        return False if has_room else None
 
 
 def select_prompts(dataset: TokenDataset, count: int, tokens: int) -> list[SamplePrompt]:

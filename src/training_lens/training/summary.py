@@ -19,6 +19,7 @@ class TrainingSummary:
 
     `micro_batch_tokens`: most tokens in one pass at the end, as configured or as memory held.
     `validation_loss`: of the saved adapter, the best validated one, of step `adapter_step`.
+    `stopped_by`: the code of the finding that stopped the run (lens.stop_on), or null.
     `lens_seconds`: spent on capturing; `estimate`: the prediction made before the run, or null.
     """
 
@@ -40,6 +41,7 @@ class TrainingSummary:
     micro_batch_tokens: int | None = None
     lens_seconds: float = 0.0
     estimate: dict[str, float] | None = None
+    stopped_by: str | None = None
 
     def _repr_html_(self) -> str | None:
         """The run's card, in a notebook; None, which shows the plain values, if the folder is gone."""
@@ -79,6 +81,7 @@ def summarize_run(run: RunFolder, status: str, trainer: Trainer, parameters: Par
         total_parameters=parameters.total,
         adapter_step=state.best_step if validated else state.step,
         micro_batch_tokens=state.micro_batch_tokens,
+        stopped_by=trainer.stopped_by,
         lens_seconds=sum(c.capture_seconds for c in trainer.callbacks if isinstance(c, CaptureCallback)),
     )
 

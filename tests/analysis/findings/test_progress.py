@@ -88,7 +88,8 @@ def test_a_wide_gap_counts_while_the_held_out_loss_falls(
 
 
 def test_rows_that_were_easier_before_training_are_no_memorization(finding: Find, healthy: Any) -> None:
-    healthy.values("loss", "loss")[:] = np.linspace(1.6, 0.6, 200)
+    healthy.tables["evaluation"][1]["base_loss"] = np.full(20, 3.2)
+    healthy.values("loss", "loss")[:] = np.linspace(1.6, 0.6, 200)  # and the held-out loss from 3.2 to 1.25
     assert finding("memorization", healthy, steps_per_epoch=50).severity == "fine"
 
 

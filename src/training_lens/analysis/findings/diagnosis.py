@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from training_lens.analysis.advice import translate_finding
+from training_lens.analysis.findings.batch_size import check_batch_size
 from training_lens.analysis.findings.convergence import check_convergence
 from training_lens.analysis.findings.finding import Finding
+from training_lens.analysis.findings.forgetting import check_forgetting
 from training_lens.analysis.findings.layer_findings import check_layers
 from training_lens.analysis.findings.memorization import check_memorization
 from training_lens.analysis.findings.nonfinite import check_nonfinite
@@ -26,7 +28,9 @@ CHECKS: tuple[Callable[[Recording], Finding], ...] = (
     check_layers,
     check_rate_low,
     check_rank,
+    check_batch_size,
     check_memorization,
+    check_forgetting,
     check_convergence,
 )
 

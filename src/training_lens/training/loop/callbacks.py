@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,12 @@ class Callback:
 
     def on_evaluate_sample(self, trainer: Any, step: int, report: LossReport) -> None:
         """After a validation of the validation sample alone, between those of all rows."""
+
+    def on_samples(self, trainer: Any, step: int, answers: Sequence[Mapping[str, Any]], base: bool) -> None:
+        """After the fixed prompts were answered: the `samples` of a line of logs/samples.jsonl."""
+
+    def on_finding(self, trainer: Any, finding: Any) -> None:
+        """When a live finding arises: a `training_lens.analysis.findings.Finding`. It is told once until it clears."""
 
     def on_save(self, trainer: Any) -> None:
         """Before a checkpoint is written: write to disk what a run that resumes from it needs."""

@@ -92,6 +92,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(plan.processes.device.type, enabled=plan.precision == "fp16")
         self.state, self._planned_tokens = TrainingState(), plan.micro_batch_tokens
         self.callbacks, self._signals = tuple(callbacks), SignalListener()
+        self.stopped_by: str | None = None  # the code of the finding that stopped the run
 
     @property
     def signal_number(self) -> int:
@@ -118,14 +119,14 @@ class Trainer:
                 self.checkpoints.delete_outdated(self.state)
             logger.info("resuming after step %d of %d", self.state.step, self.schedule.total_steps)
         self.set_token_budget()
-        self._notify_callbacks("on_train_start")
+        self.notify_callbacks("on_train_start")
         try:
             with self._signals, keep_freed_memory():
                 self._run_steps()
         except BaseException as error:
-            self._notify_callbacks("on_exception", error)
+            self.notify_callbacks("on_exception", error)
             raise
-        self._notify_callbacks("on_train_end")
+        self.notify_callbacks("on_train_end")
         return self.state
 
     def set_token_budget(self) -> None:
@@ -169,19 +170,20 @@ class Trainer:
                 return
             report = self.train_step(plan)
             self._count_step(report)
-            self._notify_callbacks("on_step_end", report)
-            last = plan.number == self.schedule.total_steps
+            self.notify_callbacks("on_step_end", report)
             if self.is_validation_due(plan.number):
                 self._validate()
                 trim_heap()  # validation's blocks would fragment the heap for later steps; costs milliseconds
             elif self.is_sample_due(plan.number):
                 self._validate_sample()
                 trim_heap()
-            best = self.state.best_step == plan.number
-            save_steps = self.settings.save_steps or self.settings.eval_steps
-            if last or best or self._should_stop_early() or self._is_due(plan.number, save_steps):
+            is_stopped = self._is_stop_requested()
+            if is_stopped or self._is_checkpoint_due(plan.number):
                 self._save_checkpoint()
             self._stop_if_interrupted()
+            if is_stopped:
+                logger.warning("stopped after step %d by lens.stop_on: %s", self.state.step, self.stopped_by)
+                return
 
     def train_step(self, plan: StepPlan) -> StepReport:
         """One optimizer update: forward and backward over the micro-batches of `plan`, clip, update."""
@@ -189,7 +191,7 @@ class Trainer:
         targets = int(self.dataset.supervised_counts[plan.examples].sum())
         loss_sum = self._accumulate_gradients(plan, targets)
         self.scaler.unscale_(self.optimizer)
-        self._notify_callbacks("on_gradients", plan.number)
+        self.notify_callbacks("on_gradients", plan.number)
         norm = grad_norm(self.parameters)
         nll, norm_value = torch.stack([loss_sum, norm]).tolist()  # the step's one sync point
         report = StepReport(
@@ -276,6 +278,11 @@ class Trainer:
         sample = self.validation_sample
         return sample is not None and step % sample.every == 0 and not self.is_validation_due(step)
 
+    def _is_checkpoint_due(self, step: int) -> bool:
+        is_best, is_last = self.state.best_step == step, step == self.schedule.total_steps
+        save_steps = self.settings.save_steps or self.settings.eval_steps
+        return is_last or is_best or self._should_stop_early() or self._is_due(step, save_steps)
+
     def _is_due(self, step: int, every: int | None) -> bool:
         return step % (every or self.schedule.steps_per_epoch) == 0
 
@@ -287,7 +294,7 @@ class Trainer:
         if self.validation is not None and (report := self._evaluate_dataset(self.validation)):
             s, report = self.state, self._add_sample_loss(report)
             self.state = replace(s, base_validation_loss=report.loss) if base else s.count_evaluation(report.loss)
-            self._notify_callbacks("on_evaluate", s.step, report, base=base)
+            self.notify_callbacks("on_evaluate", s.step, report, base=base)
 
     def _add_sample_loss(self, report: LossReport) -> LossReport:
         """The report of all rows, with the loss of those of the sample: its curve then has these points, too."""
@@ -302,7 +309,7 @@ class Trainer:
         """Validate the sample: it is shown, and neither chooses the adapter nor stops the run, as all rows do."""
         assert self.validation is not None and self.validation_sample is not None
         if report := self._evaluate_dataset(self.validation.select(self.validation_sample.positions)):
-            self._notify_callbacks("on_evaluate_sample", self.state.step, report)
+            self.notify_callbacks("on_evaluate_sample", self.state.step, report)
 
     def _evaluate_dataset(self, dataset: TokenDataset) -> LossReport | None:
         """The loss on `dataset`; None if the evaluation failed, which is logged and does not end the run."""
@@ -311,7 +318,7 @@ class Trainer:
         def report_progress(examples: float) -> None:
             nonlocal done
             done += int(examples) * self.processes.count
-            self._notify_callbacks("on_evaluate_progress", min(done, len(dataset)), len(dataset))
+            self.notify_callbacks("on_evaluate_progress", min(done, len(dataset)), len(dataset))
 
         options = EvaluationOptions(
             self.processes, self.precision, self.micro_batch_tokens, self.pad_id, report_progress
@@ -324,9 +331,9 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         if self.processes.is_main:
-            self._notify_callbacks("on_save")
+            self.notify_callbacks("on_save")
             folder = self.checkpoints.save(self.model, self.optimizer, self.scaler, self.state)
-            self._notify_callbacks("on_checkpoint", folder)
+            self.notify_callbacks("on_checkpoint", folder)
         trim_heap()
         self.processes.wait_for_all()
 
@@ -339,6 +346,16 @@ class Trainer:
                 self.signal_number or number,
             )
 
-    def _notify_callbacks(self, event: str, *args: Any, **kwargs: Any) -> None:
+    def request_stop(self, reason: str) -> None:
+        """Stop after this step as an early stop does: saved, with the best validated step as its adapter."""
+        self.stopped_by = self.stopped_by or reason
+
+    def _is_stop_requested(self) -> bool:
+        """Whether any process requested a stop; synchronizes them if there are several."""
+        if self.processes.count == 1:
+            return self.stopped_by is not None
+        return bool(self.processes.reduce_sum(torch.tensor(float(self.stopped_by is not None))).item())
+
+    def notify_callbacks(self, event: str, *args: Any, **kwargs: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *args, **kwargs)

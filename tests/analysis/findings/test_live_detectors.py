@@ -1,0 +1,104 @@
+"""What is watched step by step, and in the sampled answers: planted symptoms are found, usual noise is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training_lens.analysis.findings import Finding
+from training_lens.analysis.findings.answer_findings import check_answers
+from training_lens.analysis.findings.loss_spike import LossSpike, SpikeDetector, report_spike
+
+Find = Callable[..., Finding]
+NO_RMS = (np.zeros(0), np.zeros(0))
+
+
+def watch(losses: np.ndarray) -> list[LossSpike]:
+    detector = SpikeDetector()
+    return [spike for step, loss in enumerate(losses, 1) if (spike := detector.observe(step, float(loss)))]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("spread", [0.05, 0.3, 0.8])
+def test_usual_noise_is_no_spike(seed: int, spread: float) -> None:
+    """Skewed and of heavy tails, as of small batches; falling fast at first; with a rare domain that is harder."""
+    noise = np.random.default_rng(seed)
+    losses = (4 / (1 + np.arange(500) / 20) + 0.3) * noise.lognormal(0, spread, 500)
+    hard = np.where(noise.random(500) < 0.1, 3.0, 1.0)
+    assert not watch(losses) and (spread < 0.3 or not watch(losses * hard))
+
+
+def test_a_jump_is_a_spike_and_does_not_become_the_level() -> None:
+    losses = 1 + np.random.default_rng(0).normal(0, 0.05, 100)
+    losses[60:64] = 6.0
+    assert [spike.step for spike in watch(losses)] == [61, 62, 63, 64]
+
+
+SPIKE = LossSpike(step=61, loss=6.0, level=1.0, z=100.0, most=1.2)
+
+
+def test_rows_far_above_are_named_with_their_losses() -> None:
+    rows = [("a:1", 1.0), ("a:2", 9.5), ("a:3", 0.9), ("a:4", 11.0)]
+    found = report_spike(SPIKE, rows, NO_RMS, True)
+    assert (
+        found.code == "poisoned_batch"
+        and "2 of its 4 rows" in found.measured
+        and "a:4 (11), a:2 (9.5)" in found.measured
+    )
+
+
+def test_an_update_spike_before_means_the_optimizer() -> None:
+    steps, rms = np.arange(1, 61), np.ones(60)
+    rms[56] = 7.0
+    found = report_spike(SPIKE, [("a:1", 1.4), ("a:2", 1.5)], (steps, rms), True)
+    assert found.code == "loss_spike" and "update RMS of Adam was 7 at step 57" in found.measured
+    rms[56], rms[40] = 1.0, 7.0  # too early
+    assert "no row of it stands out" in report_spike(SPIKE, [("a:1", 1.4)], (steps, rms), True).measured
+
+
+def answer(number: int, generated: str, ended: bool | None = True, loops: bool = False) -> dict[str, Any]:
+    texts = {"id": f"rows:{number}", "prompt": f"Say {number}", "expected": f"{number}", "generated": generated}
+    return {**texts, "ended": ended, "loops": loops}
+
+
+def codes(answers: list[dict[str, Any]], base: list[dict[str, Any]] | None = None, late: bool = True) -> set[str]:
+    return {found.code for found in check_answers(answers, base or [], late)}
+
+
+def test_answers_that_differ_and_end_show_nothing() -> None:
+    assert not codes([answer(i, f"It is {i}.") for i in range(4)])
+    assert not codes([answer(i, f"{i}", ended=None) for i in range(4)])  # the right ones have no end either
+
+
+def test_repetition_counts_where_the_base_does_not_repeat_as_much() -> None:
+    looping = [answer(i, f"{i} a a a a", loops=i < 2) for i in range(4)]
+    assert codes(looping, late=False) == {"repetition"}
+    assert not codes(looping, base=looping) and not codes(looping[1:])
+
+
+def test_missing_ends_and_equal_answers_count_in_the_later_half_only() -> None:
+    equal = [answer(i, "I do not know", ended=False) for i in range(4)]
+    assert codes(equal) == {"endless_answers", "prompt_ignored"} and not codes(equal, late=False)
+    assert "prompt_ignored" not in codes([{**a, "expected": "I do not know"} for a in equal])
+
+
+def test_kl_that_climbs_beside_a_flat_held_out_loss_is_forgetting(finding: Find, healthy: Any) -> None:
+    assert finding("forgetting", healthy).severity == "fine"
+    steps = np.arange(10, 201, 10)
+    healthy.values("evaluation", "loss")[:] = 2 - 0.5 * (steps < 60) * (60 - steps) / -50
+    healthy.values("divergence", "kl")[:] = 0.01 * steps
+    found = finding("forgetting", healthy)
+    assert found.severity in ("note", "warning") and found.confidence == "likely"
+    assert found.evidence["kl_end"] > found.evidence["kl_at_best"]
+
+
+@pytest.mark.parametrize(("cosine", "severity"), [(0.05, "fine"), (0.5, "fine"), (0.97, "note")])
+def test_gradients_that_agree_mean_a_large_batch(finding: Find, healthy: Any, cosine: float, severity: str) -> None:
+    columns = healthy.tables["adapter_gradients"][1]
+    columns["cosine_previous"] = np.full_like(columns["norm_a"], cosine)
+    found = finding("batch_large", healthy)
+    assert found.severity == severity
+    assert found.evidence["ratio"] > 10 if severity == "note" else found.title.startswith("The batch is not")
