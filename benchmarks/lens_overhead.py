@@ -98,7 +98,7 @@ def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[st
     plain, _ = assembled(config, folder / "plain", lens=False)
     watched, lens = assembled(config, folder / "lens", lens=True)
     assert lens is not None
-    watched._notify_callbacks("on_train_start")
+    watched.notify_callbacks("on_train_start")
     started = lens.capture_seconds
     taken: dict[str, list[float]] = {"plain": [], "lens": []}
     for plan in islice(plain.schedule.iterate_steps(), steps):
@@ -107,10 +107,10 @@ def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[st
             begun = time.perf_counter()
             report = trainer.train_step(plan)
             trainer._count_step(report)
-            trainer._notify_callbacks("on_step_end", report)
+            trainer.notify_callbacks("on_step_end", report)
             taken[name].append(time.perf_counter() - begun)
     during = lens.capture_seconds - started
-    watched._notify_callbacks("on_train_end")
+    watched.notify_callbacks("on_train_end")
     files = [p for p in (folder / "lens" / "lens").rglob("*") if p.is_file()]
     ratios = [b / a for a, b in zip(taken["plain"], taken["lens"], strict=True)]
     return {
@@ -160,12 +160,12 @@ def peaks(model: Path, shared: Path, folder: Path) -> dict[str, Any]:
 def train_some(model: Path, shared: Path, folder: Path, lens: bool) -> None:
     """Four steps, whole: what `peak_of` measures."""
     trainer, _ = assembled(configured(model, shared, folder), folder / f"memory-{int(lens)}", lens)
-    trainer._notify_callbacks("on_train_start")
+    trainer.notify_callbacks("on_train_start")
     for plan in islice(trainer.schedule.iterate_steps(), 4):
         report = trainer.train_step(plan)
         trainer._count_step(report)
-        trainer._notify_callbacks("on_step_end", report)
-    trainer._notify_callbacks("on_train_end")
+        trainer.notify_callbacks("on_step_end", report)
+    trainer.notify_callbacks("on_train_end")
 
 
 def main() -> None:

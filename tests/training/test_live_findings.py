@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -60,21 +59,6 @@ def test_the_codes_that_may_stop_a_run_are_those_of_the_live_findings() -> None:
 def test_a_sound_run_raises_nothing(small_config: Config, seed: int) -> None:
     run = train(small_config(training={**LONG, "seed": seed}, lens={}))
     assert [line["code"] for line in journal(run)] == []
-
-
-def test_a_poisoned_row_is_named_once_and_cleared(
-    small_config: Config, poisoned_rows: dict[str, list[str]], caplog: pytest.LogCaptureFixture
-) -> None:
-    listener = Listener()
-    training = {"epochs": 12, "batch_size": 4, "eval_steps": 36}
-    with caplog.at_level(logging.INFO):
-        run = train(small_config(data=poisoned_rows, training=training, lens={}), listener)
-    lines = [line for line in journal(run) if line["code"] == "poisoned_batch"]
-    assert [line["event"] for line in lines[:2]] == ["raised", "cleared"]
-    assert lines[0]["rows"][0][0] == f"{poisoned_rows['train'][0]}:48" and "poisoned_batch" in {
-        f.code for f in listener.heard
-    }
-    assert f"step {lines[0]['step']}: A batch is poisoned [poisoned_batch]" in caplog.text
 
 
 def test_live_findings_change_no_bit_of_the_adapter(small_config: Config, poisoned_rows: dict[str, list[str]]) -> None:

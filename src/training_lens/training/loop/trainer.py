@@ -308,8 +308,11 @@ class Trainer:
     def _validate_sample(self) -> None:
         """Validate the sample: it is shown, and neither chooses the adapter nor stops the run, as all rows do."""
         assert self.validation is not None and self.validation_sample is not None
-        if report := self._evaluate_dataset(self.validation.select(self.validation_sample.positions)):
+        if report := self._evaluate_sample(self.validation, self.validation_sample):
             self.notify_callbacks("on_evaluate_sample", self.state.step, report)
+
+    def _evaluate_sample(self, validation: TokenDataset, sample: ValidationSample) -> LossReport | None:
+        return self._evaluate_dataset(validation.select(sample.positions))
 
     def _evaluate_dataset(self, dataset: TokenDataset) -> LossReport | None:
         """The loss on `dataset`; None if the evaluation failed, which is logged and does not end the run."""
