@@ -249,3 +249,37 @@ def test_ids_and_null_content_of_calls_are_kept(given: Any, kept: str) -> None:
     assert asked.calls == ({"id": kept, "name": "search", "arguments": {}},) and asked.null_content
     assert told.extra == {"tool_call_id": kept} and not again.null_content
     assert asked.calls_without_ids == [{"name": "search", "arguments": {}}]
+
+
+@pytest.mark.parametrize(
+    ("keys", "fields", "message"),
+    [
+        (
+            {"question", "answer", "context"},
+            {"instruction": "answer", "output": "context"},
+            r"'context' is read as input and as output \(data\.fields\.output names it\).*data\.fields\.input=none",
+        ),
+        ({"question", "answer"}, {"input": "answer"}, r"'answer' is read as input and as output .*data\.fields\.input"),
+        ({"ask"}, {"instruction": "ask", "output": "ask"}, r"as instruction and as output.*data\.fields\.output=FIELD"),
+        ({"ask", "system"}, {"instruction": "system", "output": "ask"}, r"is read as system and as instruction"),
+        ({"messages", "tools"}, {"system": "tools"}, r"'tools' is read as system and as tools"),
+        ({"question", "answer", "domain"}, {"input": "domain"}, r"as input and as domain .*data\.domain\.field=null"),
+    ],
+)  # fmt: skip
+def test_a_key_has_one_meaning(keys: set[str], fields: dict[str, str], message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        mapping_of(keys, **fields)
+
+
+def test_a_meaning_can_be_left_out() -> None:
+    found = mapping_of({"question", "answer", "context"}, instruction="answer", output="context", input="none")
+    assert found.describe() == "answer -> context"
+    assert mapping_of({"question", "answer", "none"}, input="none").input == "none"  # where a key is called so
+    with pytest.raises(DatasetError, match=r"data\.fields\.output: rows\.jsonl has no field 'none'"):
+        mapping_of({"question", "answer"}, output="none")
+
+
+def test_what_is_not_wanted_may_be_learned_alone() -> None:
+    found = mapping_of({"prompt", "chosen", "rejected"}, output="rejected")
+    assert (found.output, found.rejected) == ("rejected", None)
+    assert mapping_of({"chosen", "rejected"}, messages="chosen").output is None

@@ -166,6 +166,11 @@ class DataSection(Section):
         "plain", "text of a special token inside a row, such as '<|im_end|>': plain text, or the token"
     )
     strip_end_marks: bool = setting(True, "take a literal end mark such as '<|endoftext|>' off the end of answers")
+    answer_in_prompt: Literal["refuse", "allow"] = setting(
+        "refuse",
+        "rows whose prompt already says the answer, where most rows of a source are such: refuse the source, or allow "
+        "it (copying is the task)",
+    )
     max_examples: int | None = setting(
         None, "at most this many training examples, drawn at random with the seed; null: all", ge=1
     )

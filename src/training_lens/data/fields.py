@@ -14,6 +14,7 @@ from training_lens.utils.formatting import did_you_mean, list_names
 from training_lens.utils.limits import KEYS
 
 DOMAIN_FIELD = "domain"
+NO_FIELD = "none"  # data.fields.input=none: no key has this meaning, whatever the keys are called
 DESCRIBED = {"messages": "chats", "pair": "pairs of prompt and answer", "text": "plain texts"}
 
 
@@ -85,10 +86,10 @@ def find_mapping(keys: Keys, data: DataSection, place: str) -> FieldMapping:
 
     Raises:
         DatasetError: no prompt or answer found, several candidates, rows of several forms, or a field that this form
-            cannot use. Names the rows and the setting.
+            cannot use, or a key with two meanings. Names the rows and the setting.
     """
     for meaning, configured in data.fields:
-        if configured and not has_field(keys, configured):
+        if configured and not has_field(keys, configured) and not _is_left_out(meaning, configured):
             raise unknown_field_error(f"data.fields.{meaning}", configured, keys, place)
     keys = {key: number for key, number in keys.items() if key not in data.ignore_keys}
     search = _FieldSearch(keys, data.fields, place)
@@ -97,12 +98,38 @@ def find_mapping(keys: Keys, data: DataSection, place: str) -> FieldMapping:
     missing = next((m for m in ("instruction", "output") if form == "pair" and not found[m]), None)
     if missing:
         raise _missing_field_error(missing, keys, place)
+    domain = _find_domain_key(data.domain, keys, place)
+    _require_one_meaning_each(found | {"domain": domain}, data.fields, place)
     return FieldMapping(
         **found,
-        rejected=REJECTED if form != "text" and REJECTED in keys else None,
-        domain=_find_domain_key(data.domain, keys, place),
+        rejected=REJECTED if form != "text" and REJECTED in keys and REJECTED not in found.values() else None,
+        domain=domain,
         masks=tuple(key for key in keys if plain_name(key) in MASKS and key not in found.values()),
     )
+
+
+def _is_left_out(meaning: str, configured: str) -> bool:
+    """Whether the user says that no key has this meaning; a prompt and an answer must have one."""
+    return configured == NO_FIELD and meaning in ALIASES and meaning not in ("output", *LEADING.values())
+
+
+def _require_one_meaning_each(found: Mapping[str, str | None], fields: FieldsSection, place: str) -> None:
+    """Refuse a key that is read twice, as one that stands in the prompt and is its answer, too."""
+    for key in found.values():
+        meanings = [meaning for meaning, other in found.items() if key and other == key]
+        if len(meanings) < 2:
+            continue
+        named = [meaning for meaning in meanings if getattr(fields, meaning, None)]
+        settings = [f"data.fields.{meaning}" for meaning in named]
+        given = f" ({' and '.join(settings)} {'name' if named[1:] else 'names'} it)" if named else ""
+        free = next(meaning for meaning in reversed(meanings) if meaning not in named[:1])
+        way = "data.domain.field=null" if free == "domain" else f"data.fields.{free}=FIELD"
+        if free not in ("domain", "output", *LEADING.values()):
+            way += f", or data.fields.{free}={NO_FIELD} where no field is meant"
+        raise DatasetError(
+            f"{place}: '{key}' is read as {' and as '.join(meanings)}{given}. A field has one meaning. Name "
+            f"another for one of them: {way}."
+        )
 
 
 def has_field(keys: Collection[str], name: str) -> bool:
@@ -165,7 +192,7 @@ class _FieldSearch:
             named = " and ".join(f"data.fields.{LEADING[form]}" for form in asked)
             raise DatasetError(f"{self.place}: {named} choose two forms of rows. Keep one.")
         form = asked[0] if asked else self._find_only_form()
-        unused = next((m for m, key in self.fields if key and m not in MEANINGS[form]), None)
+        unused = next((m for m, key in self.fields if key not in (None, NO_FIELD) and m not in MEANINGS[form]), None)
         if unused:
             raise DatasetError(
                 f"{self.place}: data.fields.{unused} cannot be used. The rows are read as {DESCRIBED[form]}, which may "
@@ -211,7 +238,8 @@ class _FieldSearch:
     def _find_present_keys(self, meaning: str) -> list[str]:
         """Candidate keys for a meaning: the configured one, or those with one of its names in any case."""
         if configured := getattr(self.fields, meaning):
-            return [configured]
+            left_out = _is_left_out(meaning, configured) and not has_field(self.keys, configured)
+            return [] if left_out else [configured]
         names = ALIASES[meaning]
         found = [key for key in self.keys if plain_name(key) in names]
         return sorted(found, key=lambda key: names.index(plain_name(key)))
@@ -220,8 +248,9 @@ class _FieldSearch:
         """The key for a meaning; None if there is none. Several are an error."""
         there = self._find_present_keys(meaning)
         if form == "messages" and meaning == "output" and not self.fields.output:
-            there = self._find_rated_chats() if self._find_present_keys("messages") else []
-        elif not there:
+            chats = self._find_present_keys("messages")
+            there = [key for key in self._find_rated_chats() if chats and key not in chats]
+        elif not there and not getattr(self.fields, meaning):
             fallbacks = [key for key in self.keys if plain_name(key) in FALLBACKS.get(meaning, ())]
             there = self._find_rated_chats() if meaning == "messages" else fallbacks
         if len(there) > 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from training_lens.data.columns import EncodedRows, TokenizedRows, count_by_example
+from training_lens.data.copied_answers import CopiedAnswers
 from training_lens.data.examples import Example, TextSegment
 from training_lens.data.notes import DataNotes, describe_bad_rows
 from training_lens.data.tokenization import CharacterCoverage
@@ -72,12 +73,14 @@ class SplitCounter:
     lengths: Counter[int] = field(default_factory=Counter)
     special_text: Counter[str] = field(default_factory=Counter)
     texts: int = 0
+    copied: CopiedAnswers = field(default_factory=CopiedAnswers)
 
     def count_input(
         self, examples: Sequence[Example], rendered: Sequence[Sequence[TextSegment]], whole: EncodedRows
     ) -> None:
         """Count examples before truncation."""
         self.usable.update(example.file for example in examples)
+        self.copied.count_examples(examples)
         self.coverage.count_texts([message.text for example in examples for message in example.messages])
         self.lengths.update(dict(zip(*(each.tolist() for each in np.unique_counts(whole.lengths)), strict=True)))
         self.special_text.update(segment.text for segments in rendered for segment in segments if segment.plain)

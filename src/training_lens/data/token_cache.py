@@ -118,12 +118,14 @@ def _compute_fingerprint(hashes: dict[str, str], preparation: Preparation) -> st
 # The keys of the data section that decide tokens; the others decide which examples are used, and when.
 TOKEN_KEYS = {
     *("fields", "ignore_keys", "csv", "on_bad_row", "domain", "template", "date", "mask_prompt", "supervise"),
-    *("thinking", "truncation", "special_tokens", "strip_end_marks"),
+    *("thinking", "truncation", "special_tokens", "strip_end_marks", "answer_in_prompt"),
 }
 
 
 def _refuse_useless_split(report: SplitReport, counter: SplitCounter, key: str, preparation: Preparation) -> None:
     seq_len = preparation.seq_len
+    if preparation.data.answer_in_prompt == "refuse":
+        counter.copied.refuse_copies(report.mappings)
     if not report.examples:
         raise DatasetError(
             f"{key}: of {report.rows} rows none has an answer within model.seq_len={seq_len} tokens that this "
