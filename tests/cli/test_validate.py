@@ -31,8 +31,8 @@ def test_everything_is_shown_and_no_run_is_made(folder: Path) -> None:
     assert "«In the hall 0.<|end|>»" in said and "3 of the training examples" in said
     for part in ("domain a", "domain b", "question -> answer, domain from domain", "total steps", "peak memory"):
         assert part in said, said
-    assert "1 validation examples are training examples too" in said
-    assert "1 training examples are duplicates of another one" in said
+    assert "1 of 2 validation rows (50.0%): 1 equal but for white space. Such as held.jsonl:1 and train.jsonl:2" in said
+    assert "32 rows are 31 different ones" in said and "train.jsonl:31 repeats train.jsonl:1" in said
     assert "names of special tokens in the rows" in said and "'<|end|>' (1)" in said
     assert "literal end marks taken off" in said and "'<|endoftext|>' (1)" in said
     assert not (folder / "outputs/experiments").exists()
@@ -44,11 +44,15 @@ def test_json_has_the_same_and_train_agrees(folder: Path) -> None:
     report = json.loads(result.stdout)
     assert report["train_examples"] == 32 and report["domains"] == ["a", "b"]
     assert (report["repeated_train_examples"], report["validation_examples_in_train"]) == (1, 1)
+    found = {finding["code"]: finding for finding in report["findings"]}
+    assert found["leaks"]["severity"] == "warning" and found["leaks"]["evidence"]["exact"] == 1
     assert report["splits"]["train"]["examples_by_file"] == {"train.jsonl": 32}
     parts = {"seconds", "validation_seconds", "peak_bytes", "micro_batch_tokens", "measured_steps", "layers"}
     assert set(report["estimate"]) == parts and report["estimate"]["micro_batch_tokens"] == 4096
     summary = json.loads(CliRunner().invoke(cli, ["train", *settings, "tracking.tensorboard=false", "--json"]).stdout)
     assert summary["steps"] == report["total_steps"]
+    kept = json.loads((Path(summary["run_dir"]) / "reports/preflight.json").read_text())["findings"]
+    assert [f for f in kept if f["code"] != "base_model"] == report["findings"]
 
 
 def test_several_validation_files_are_reported_each(folder: Path) -> None:

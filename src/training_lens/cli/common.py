@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from training_lens.cli.find_runs import locate_adapter
+from training_lens.cli.missing_files import check_own_model
 from training_lens.cli.options import CommandOptions, ConfigOptions, OutputOptions
-from training_lens.cli.preflight import check_own_model
 from training_lens.errors import ConfigurationError, OutputError, TrainingLensError
 from training_lens.utils.files import replace_non_finite
 from training_lens.utils.resource_errors import describe_shortage

@@ -8,8 +8,8 @@ import typer
 
 from training_lens.cli.common import AdapterRun, command, load_adapter_config, load_config, refuse_unused
 from training_lens.cli.evaluation_output import EVALUATION_KEYS, open_evaluator, refuse_base_only, report_result
+from training_lens.cli.missing_files import check_own_model
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.preflight import check_own_model
 
 BaseOf = Annotated[
     str | None, typer.Option("--run", metavar="RUN", help="The base of this run, on its validation rows.")

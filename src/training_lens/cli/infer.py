@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import AdapterRun, Screen, command, load_adapter_config
+from training_lens.cli.missing_files import check_files
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.preflight import check_files
 from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import typer
 from rich.text import Text
 
 from training_lens.cli.common import Screen, command, load_config, show_table
+from training_lens.cli.missing_files import check_base, check_rows
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.preflight import check_base, check_rows
 from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ FINDING_TEXTS = {
     "duplicates_near": "say nearly what an earlier row says; left out",
     "conflicting_answers": "answer otherwise than an earlier row of the same prompt; kept",
     "leaks_exact": "say what a row of another split says",
+    "leaks_normalized": "say what a row of another split says, but for case, punctuation or leading words",
     "leaks_prompt": "ask what a row of another split asks, and answer otherwise",
     "leaks_near": "say nearly what a row of another split says",
 }
@@ -38,7 +39,10 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an earlier result 
 def prepare(options: CommandOptions, force: Force = False) -> None:
     """Clean and split data.train into a folder: duplicates left out, leaks between splits found, tokens cached.
 
+    Rows of data.validation are kept as they are, and training rows that they repeat are left out.
+
     Examples: training-lens prepare data.train=rows.jsonl prepare.deduplicate=near;
+    training-lens prepare data.train=rows.jsonl data.validation=held_out.jsonl;
     training-lens prepare data.train=rows.jsonl prepare.split_by=group prepare.group_field=user_id
     """
     with command(options) as screen:

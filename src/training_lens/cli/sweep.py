@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from training_lens.cli.common import Screen, command, load_config, show_table
+from training_lens.cli.missing_files import check_training
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.preflight import check_training
 from training_lens.errors import TrainingError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from training_lens.cli.common import Screen, command, load_config
 from training_lens.cli.find_runs import is_url, locate_run
+from training_lens.cli.missing_files import check_training
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.preflight import check_training
 from training_lens.errors import ConfigurationError, TrainingError
 
 if TYPE_CHECKING:

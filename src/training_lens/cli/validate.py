@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from training_lens.cli.common import Screen, command, load_config, show_table
+from training_lens.cli.missing_files import check_training
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
     from training_lens.data.split_report import SplitReport
@@ -43,6 +43,7 @@ def validate(options: CommandOptions) -> None:
         screen.console.print("\nwhat it would train on", style="bold")
         for name, value in (plan.count_rows_and_steps() | plan.duplicates).items():
             screen.console.print(f"  {name.replace('_', ' '):30} {value:>12,}")
+        _show_findings(screen, plan)
         estimate = estimate_run(plan)
         _show_estimate(screen, estimate)
         screen.print_result(_as_json(plan, estimate))
@@ -55,6 +56,7 @@ def _as_json(plan: RunPlan, estimate: RunEstimate | None) -> dict[str, Any]:
         "domains": plan.domains,
         **plan.duplicates,
         "splits": {name: asdict(split.report) for name, split in plan.splits.items()},
+        "findings": [asdict(finding) for finding in plan.findings],
         "estimate": asdict(estimate) if estimate else None,
     }
 
@@ -96,6 +98,18 @@ def _show_sources(screen: Screen, name: str, report: SplitReport) -> None:
     screen.console.print()
     title = f"data.{name}: {report.rows:,} rows, {report.examples:,} examples"
     show_table(screen.console, title, ("source", "examples", "read as"), rows, right=("examples",))
+
+
+def _show_findings(screen: Screen, plan: RunPlan) -> None:
+    """Print what the checks before the first step found, with what to do; of what is fine, its number."""
+    shown = [f for f in plan.findings if f.severity != "fine" and f.confidence != "inconclusive"]
+    clean = f" ({len(plan.findings) - len(shown)} of {len(plan.findings)} checks found nothing)"
+    screen.console.print(Text.assemble(("\npreflight", "bold"), clean))
+    for found in shown:
+        style = "yellow" if found.severity in ("problem", "warning") else "dim"
+        screen.console.print(Text.assemble((f"  {found.severity}: ", style), found.title), soft_wrap=True)
+        for line in filter(None, (found.measured, found.action)):
+            screen.print_line(f"    {line}")
 
 
 def _show_estimate(screen: Screen, estimate: RunEstimate | None) -> None:

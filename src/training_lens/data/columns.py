@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from training_lens.data.examples import TokenizedExample
+from training_lens.data.row_identity import IDENTITY_COLUMNS, NO_IDENTITY
 
 Truncation = Literal["keep_end", "keep_start", "drop"]
 
@@ -51,6 +52,13 @@ class EncodedRows:
         """Only the tokens where `kept` (tokens,) is true; the number of examples stays."""
         offsets = compute_offsets(count_by_example(kept, self.offsets))
         return EncodedRows(self.input_ids[kept], self.response[kept], offsets)
+
+    def select_examples(self, chosen: np.ndarray) -> EncodedRows:
+        """Only the examples where `chosen` (examples,) is true."""
+        if chosen.all():
+            return self
+        kept = self.select_tokens(np.repeat(chosen, self.lengths))
+        return EncodedRows(kept.input_ids, kept.response, compute_offsets(kept.lengths[chosen]))
 
 
 def compute_offsets(lengths: np.ndarray) -> np.ndarray:
@@ -121,6 +129,7 @@ class TokenizedRows:
     numbers: np.ndarray
     domains: Sequence[str | None]
     digests: np.ndarray
+    identities: np.ndarray  # (examples, IDENTITY_COLUMNS) uint64
 
     @classmethod
     def from_examples(cls, examples: Sequence[TokenizedExample]) -> TokenizedRows:
@@ -132,6 +141,7 @@ class TokenizedRows:
             np.array([e.row for e in examples], dtype=np.int64),
             [e.domain for e in examples],
             np.array([e.digest for e in examples], dtype=np.uint64),
+            np.array([e.identity or NO_IDENTITY for e in examples], dtype=np.uint64).reshape(-1, IDENTITY_COLUMNS),
         )
 
     def __len__(self) -> int:
@@ -146,6 +156,7 @@ class TokenizedRows:
                 self.loss_mask[start:end],
                 self.domains[i],
                 int(self.digests[i]),
+                tuple(self.identities[i].tolist()),
             )
 
     @property

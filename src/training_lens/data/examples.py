@@ -90,7 +90,8 @@ class TextSegment:
 class TokenizedExample:
     """`input_ids` (length,) int32 and `loss_mask` (length,) bool, which is true for supervised tokens.
 
-    `digest` is a hash of the rendered text: equal for duplicates, also where white space differs.
+    `digest` is a hash of the rendered text: equal for duplicates, also where white space differs. `identity` is that of
+    `row_identity.RowIdentity.columns`; empty if unknown.
     """
 
     file: str
@@ -99,6 +100,7 @@ class TokenizedExample:
     loss_mask: np.ndarray
     domain: str | None
     digest: int = 0
+    identity: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:

@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from training_lens.data.columns import TokenizedRows, compute_offsets
+from training_lens.data.columns import EncodedRows, TokenizedRows, compute_offsets
 from training_lens.data.examples import TokenizedExample
-from training_lens.errors import DamagedFileError
+from training_lens.data.row_identity import IDENTITY_COLUMNS
+from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.integrity import read_sealed, write_sealed
 from training_lens.utils.logging import get_logger
 
@@ -35,6 +36,7 @@ SCHEMA = pa.schema(
         ("supervised", pa.int32()),
         ("domain", pa.string()),
         ("digest", pa.uint64()),
+        ("identity", pa.list_(pa.uint64(), IDENTITY_COLUMNS)),
         ("input_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.bool_())),
     ]
@@ -64,6 +66,9 @@ def _record_batch(rows: TokenizedRows) -> pa.RecordBatch:
             _build_number_array(rows.supervised_counts.astype(np.int32), pa.int32()),
             _build_string_array(rows.domains),
             _build_number_array(rows.digests, pa.uint64()),
+            pa.FixedSizeListArray.from_arrays(
+                _build_number_array(rows.identities.ravel(), pa.uint64()), type=SCHEMA.field("identity").type
+            ),
             pa.Array.from_buffers(pa.list_(pa.int32()), len(rows), [None, offsets], children=[ids]),
             pa.Array.from_buffers(pa.list_(pa.bool_()), len(rows), [None, offsets], children=[mask]),
         ],
@@ -272,6 +277,40 @@ class TokenDataset:
     def digests(self) -> np.ndarray:
         """A hash of each example's rendered text, uint64: equal for duplicates."""
         return self._pick_rows(self.table.column("digest").to_numpy())
+
+    @cached_property
+    def identities(self) -> np.ndarray:
+        """The hashes of each example, (examples, IDENTITY_COLUMNS) uint64, as in `row_identity.RowIdentity.columns`.
+
+        Raises:
+            DatasetError: an earlier version wrote the file, without them.
+        """
+        if "identity" not in self.table.column_names:
+            raise DatasetError("the tokens are those of an earlier version, which kept no hashes of questions.")
+        values = self.table.column("identity").combine_chunks()
+        flat = (values.chunk(0) if isinstance(values, pa.ChunkedArray) else values).flatten().to_numpy()
+        return self._pick_rows(flat.reshape(-1, IDENTITY_COLUMNS))
+
+    def iterate_columns(self) -> Iterator[tuple[np.ndarray, EncodedRows]]:
+        """The examples in chunks, in the order of the source: their positions here, and their tokens with loss masks.
+
+        For what is counted over all tokens: nothing is copied but the chunk at hand.
+        """
+        places = np.full(self.table.num_rows, -1, dtype=np.int64)
+        places[slice(None) if self.rows is None else self.rows] = np.arange(len(self))
+        start = 0
+        for number in range(self.table.column("input_ids").num_chunks):
+            self.source.require_tokens(start)
+            ids, mask = (self.table.column(name).chunk(number) for name in ("input_ids", "loss_mask"))
+            chosen = places[start : start + len(ids)]
+            offsets = ids.offsets.to_numpy().astype(np.int64)
+            rows = EncodedRows(
+                ids.values.to_numpy()[offsets[0] : offsets[-1]],
+                mask.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]],
+                offsets - offsets[0],
+            )
+            yield chosen[chosen >= 0], rows.select_examples(chosen >= 0)
+            start += len(ids)
 
     @cached_property
     def files(self) -> np.ndarray:

@@ -17,6 +17,7 @@ from training_lens.config.data_sections import DataSection
 from training_lens.data.columns import EncodedRows, TokenizedRows, compute_offsets, find_learnable_rows, truncate_rows
 from training_lens.data.examples import Example, TextSegment, TokenizedExample
 from training_lens.data.notes import BadRowRule, DataNotes, bad_rows_error
+from training_lens.data.row_identity import IDENTITY_COLUMNS, identify_example
 from training_lens.data.source_reader import read_usable_examples, skip_bad_rows
 from training_lens.data.sources import DataSource
 from training_lens.data.split_report import SplitCounter
@@ -162,6 +163,9 @@ def _select_rows(
         np.array([chunk.examples[i].row for i in places], dtype=np.int64),
         [chunk.examples[i].domain for i in places],
         np.array([_hash_text(chunk.rendered[i]) for i in places], dtype=np.uint64),
+        np.array([identify_example(chunk.examples[i]).columns for i in places], np.uint64).reshape(
+            -1, IDENTITY_COLUMNS
+        ),
     )
     if counter:
         counter.count_outcomes(chunk.examples, whole, fitted, kept)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from training_lens import embedded
+from training_lens.analysis.findings.finding import Finding
 from training_lens.config.schema import TrainingConfig
 from training_lens.core.registry import CollectorRegistry
 from training_lens.data.batching import DataMixture, Schedule, hold_out
@@ -23,7 +24,7 @@ from training_lens.data.token_dataset import TokenDataset
 from training_lens.data.token_pipeline import Preparation, tokenizer_hash
 from training_lens.data.tokenization import TextEncoder
 from training_lens.display.progress import Progress
-from training_lens.errors import ConfigurationError, DatasetError
+from training_lens.errors import ConfigurationError
 from training_lens.models.adapter_files import adopt_saved_settings
 from training_lens.models.adapters import Adaptation, check_adapter, count_parameters, log_adaptation
 from training_lens.models.factory import (
@@ -56,7 +57,7 @@ class RunPlan:
     """What will be trained: the resolved config, the tokenizer, the data and the steps.
 
     `micro_batch_tokens`: as configured, or what free memory should hold by `needs`; `adaptation`: which modules of the
-    base are adapted and which are not.
+    base are adapted and which are not; `findings`: of `preflight.check_plan`, where the rows were checked.
     """
 
     config: TrainingConfig
@@ -73,6 +74,7 @@ class RunPlan:
     processes: Processes
     micro_batch_tokens: int
     needs: Footprint
+    findings: tuple[Finding, ...] = ()
 
     @property
     def loop_plan(self) -> LoopPlan:
@@ -297,23 +299,10 @@ def _select_datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[
 
 
 def count_duplicates(train: TokenDataset, validation: TokenDataset | None) -> dict[str, int]:
-    """Count duplicate examples within training, and between training and validation.
-
-    Raises:
-        DatasetError: every validation example is also a training example: the loss would only measure memorization.
-    """
+    """Count equal examples (but for white space) within training, and between training and validation."""
     known = np.unique(train.digests)
     repeated = len(train) - len(known)
     shared = int(np.isin(validation.digests, known).sum()) if validation is not None else 0
-    if validation is not None and shared == len(validation):
-        raise DatasetError(
-            f"data.validation: all {shared} validation examples are training examples too, so it would say nothing of "
-            "new ones. Give other rows, or data.val_ratio to hold some out."
-        )
-    if shared:
-        logger.warning("%d validation examples are training examples too; their loss says nothing of new ones", shared)
-    if repeated:
-        logger.warning("%d training examples are duplicates of another one", repeated)
     return {"repeated_train_examples": repeated, "validation_examples_in_train": shared}
 
 

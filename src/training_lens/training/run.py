@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from importlib import metadata
 from logging import DEBUG, INFO
 from pathlib import Path
@@ -43,6 +44,8 @@ from training_lens.training.loop.checkpoint_manager import ADAPTER, CheckpointMa
 from training_lens.training.loop.memory_budget import explain_out_of_memory
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan, plan_run, write_rows_as_files
+from training_lens.training.preflight.check_plan import check_plan, log_findings, write_findings
+from training_lens.training.preflight.first_steps import FirstStepsCheck
 from training_lens.training.resume import (
     check_schedule,
     read_global_batch,
@@ -98,7 +101,8 @@ class TrainingWrapper:
         output = self._config.output
         if output.run_id:
             RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / output.run_id).require_new()
-        return self._plan_run()
+        plan = self._plan_run()
+        return replace(plan, findings=check_plan(plan))
 
     def _plan_run(self, global_batch: int | None = None) -> RunPlan:
         """The plan of a new run, or of one to resume with its own global batch."""
@@ -174,6 +178,9 @@ class TrainingWrapper:
             explain_out_of_memory(plan.config),
         ):
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
+            if plan.processes.is_main and not resume:
+                log_findings(plan.findings)
+                write_findings(plan.findings, run.reports)
             recorded = run.read_metadata("data.json")["fingerprint"] if resume else None
             trainer, parameters = self._build_trainer(run, plan, recorded)
             if plan.processes.is_main and not run.base_record.is_file():  # weights of a hub are downloaded only now
@@ -211,7 +218,9 @@ class TrainingWrapper:
             plan,
             load_model(config.model, device, plan.precision),
             CheckpointManager(run.checkpoints, fingerprint or plan.fingerprint),
-            self._build_callbacks(run, plan) if plan.processes.is_main else self._callbacks,
+            self._build_callbacks(run, plan)
+            if plan.processes.is_main
+            else (*self._callbacks, FirstStepsCheck(plan, None)),
         )
         parameters = count_parameters(trainer.model)
         logger.info(
@@ -241,7 +250,7 @@ class TrainingWrapper:
             callbacks.append(HistogramWriter(run.histograms_file, tracking.histograms_every))
         if tracking.samples:
             callbacks.append(SampleWriter(run.samples_file, plan))
-        return (*callbacks, *self._callbacks)
+        return (*callbacks, *self._callbacks, FirstStepsCheck(plan, run))
 
     def _write_metadata(self, run: RunFolder, home: Path, config: TrainingConfig, plan: RunPlan) -> None:
         """Write the first files of a run into a temporary folder that will become `home`."""

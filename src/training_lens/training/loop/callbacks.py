@@ -22,6 +22,7 @@ from rich.progress import (
 
 from training_lens.errors import TrainingError
 from training_lens.evaluation.evaluator import LossReport
+from training_lens.models.broken_weights import describe_broken_weights
 from training_lens.runs.journal import Journal
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.utils.formatting import format_seconds
@@ -52,12 +53,13 @@ class StepReport:
 
 
 def build_not_finite_error(
-    report: StepReport, good: tuple[Path, Any] | None, base_loss: float | None = None
+    report: StepReport, good: tuple[Path, Any] | None, model: Any, base_loss: float | None = None
 ) -> TrainingError:
     """The error for a step whose loss or gradient is not finite.
 
     Args:
         good: the newest intact checkpoint, if there is one.
+        model: whose weights are looked at for the cause.
         base_loss: of the base's own validation, if there was one.
     """
     what = "gradient" if math.isfinite(report.loss) else "loss"
@@ -65,7 +67,7 @@ def build_not_finite_error(
     return TrainingError(
         f"step {report.step}: the {what} is not finite (loss {report.loss}, gradient norm {report.grad_norm}); "
         f"the update was not applied. Examples: {', '.join(report.example_ids)}. {before}. "
-        f"{_advise_not_finite(report.step, base_loss)}"
+        f"{describe_broken_weights(model) or _advise_not_finite(report.step, base_loss)}"
     )
 
 

@@ -18,7 +18,7 @@ from training_lens.config.schema import TrainingSection
 from training_lens.data.batching import Schedule, StepPlan
 from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
-from training_lens.errors import EvaluationError, InterruptedRunError
+from training_lens.errors import EvaluationError, InterruptedRunError, TrainingError
 from training_lens.evaluation.evaluator import EvaluationOptions, LossReport, evaluate_loss
 from training_lens.models.adapters import base_only, trainable_parameters
 from training_lens.models.fast.engine import Engine
@@ -40,6 +40,10 @@ from training_lens.utils.resource_errors import is_out_of_memory
 from training_lens.utils.seeding import preserve_rng_state
 
 logger = get_logger(__name__)
+NO_GRADIENT = (
+    "the loss depends on no parameter that requires a gradient, so nothing can be learned: the adapter is switched "
+    "off, or all of it is frozen. Look at what callbacks do to the model."
+)
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,8 @@ class Trainer:
             finite=math.isfinite(nll) and (self.scaler.is_enabled() or math.isfinite(norm_value)),
         )
         if not report.finite:
-            raise build_not_finite_error(report, self.checkpoints.find_newest_intact(), self.state.base_validation_loss)
+            good = self.checkpoints.find_newest_intact()
+            raise build_not_finite_error(report, good, self.model, self.state.base_validation_loss)
         clip_gradients(self.parameters, norm, self.settings.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = report.lr * group["lr_factor"]
@@ -234,6 +239,8 @@ class Trainer:
         try:
             for batch in self.dataloader.micro_batches(plan, self.micro_batch_tokens):
                 nll = self._micro_batch_loss(batch)
+                if not nll.requires_grad:
+                    raise TrainingError(NO_GRADIENT)
                 self.scaler.scale(nll / targets).backward()
                 loss_sum += nll.detach()
         except Exception as error:  # running out of memory has several exception types
