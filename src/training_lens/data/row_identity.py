@@ -86,17 +86,19 @@ def find_same_questions(known: np.ndarray, asked: np.ndarray) -> np.ndarray:
     Both are (rows, IDENTITY_COLUMNS) uint64. Questions are the same if they are equal, or if one is the other with at
     most `LEADING_WORDS` words before it.
     """
-    found = np.full(len(asked), -1, dtype=np.int64)
+    found: np.ndarray = np.full(len(asked), -1, dtype=np.int64)
     tails = range(2, IDENTITY_COLUMNS)
     for mine, theirs in [(1, 1), *((1, tail) for tail in tails), *((tail, 1) for tail in tails)]:
-        found = np.where(found < 0, find_first_match(known[:, theirs], asked[:, mine]), found)
+        position = find_first_match(known[:, theirs], asked[:, mine])
+        found[found < 0] = position[found < 0]
     return found
 
 
 def find_same_rows(known: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """Like `find_same_questions`, for rows with the same answer, too; a plain text is an answer without a question."""
     joined = find_same_questions(_join_answers(known), _join_answers(asked))
-    return np.maximum(joined, find_first_match(_keep_texts(known), _keep_texts(asked)))
+    found: np.ndarray = np.maximum(joined, find_first_match(_keep_texts(known), _keep_texts(asked)))
+    return found
 
 
 def _join_answers(identities: np.ndarray) -> np.ndarray:
@@ -108,7 +110,8 @@ def _join_answers(identities: np.ndarray) -> np.ndarray:
 
 def _keep_texts(identities: np.ndarray) -> np.ndarray:
     """The hashes of plain texts, whose whole text is their answer; 0 for other rows."""
-    return np.where(identities[:, 1] == 0, identities[:, 0], np.uint64(0))
+    texts: np.ndarray = np.where(identities[:, 1] == 0, identities[:, 0], np.uint64(0))
+    return texts
 
 
 def find_first_match(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from training_lens.config.data_sections import DataSection
 from training_lens.data.examples import Example, Row
 from training_lens.data.fields import FieldMapping, find_mapping, unknown_field_error
 from training_lens.data.notes import DataNotes
+from training_lens.data.row_identity import IDENTITY_COLUMNS, identify_example
 from training_lens.data.row_reader import strip_end_marks
 from training_lens.data.source_reader import read_keys, read_usable_rows
 from training_lens.data.sources import DataSource
@@ -133,9 +134,10 @@ def _changed_error(name: str) -> DatasetError:
 
 @dataclass(frozen=True)
 class RowCatalogue:
-    """Hashes and origin of every row, by position: 48 bytes each, no text.
+    """Hashes and origin of every row, by position: 88 bytes each, no text.
 
-    `whole`, `prompt` and `context` are as in `deduplication.Fingerprint`; `domain` is an index into `domains`, the
+    `whole`, `prompt` and `context` are as in `deduplication.Fingerprint`, `identity` (rows, IDENTITY_COLUMNS) as in
+    `row_identity.RowIdentity.columns`; `domain` is an index into `domains`, the
     first of which is None; `group` is a hash of the group's name, 0 without a group field.
     """
 
@@ -148,6 +150,7 @@ class RowCatalogue:
     context: np.ndarray
     domain: np.ndarray
     group: np.ndarray
+    identity: np.ndarray
 
     def __len__(self) -> int:
         return len(self.whole)
@@ -168,6 +171,12 @@ class RowCatalogue:
         hashes = [0 if name is None else hash_bytes(name.encode()) for name in self.domains]
         return np.take(np.array(hashes, dtype=np.uint64), self.domain)
 
+    def find_rows_of(self, files: Collection[str]) -> np.ndarray:
+        """Which rows come from these files, (rows,) bool."""
+        places = [place for place, name in enumerate(self.files) if name in files]
+        is_of: np.ndarray = np.isin(self.file, places)
+        return is_of
+
     def row_id(self, position: int) -> str:
         """As `Example.id`: 'data/train.jsonl:17'."""
         return f"{self.files[self.file[position]]}:{self.number[position]}"
@@ -185,10 +194,12 @@ def build_catalogue(corpus: Corpus, group_field: str | None, notes: DataNotes | 
     files: dict[str, int] = {}
     domains: dict[str | None, int] = {None: 0}
     file, domain, number = array("i"), array("i"), array("q")
-    whole, prompt, context, group = array("Q"), array("Q"), array("Q"), array("Q")
+    whole, prompt, context, group, identity = (array("Q") for _ in range(5))
     strip = corpus.data.strip_end_marks
     for row, example in corpus.read_rows("reading", notes):
-        hashes = fingerprint_example(strip_end_marks(example)[0] if strip else example)
+        learned = strip_end_marks(example)[0] if strip else example
+        hashes = fingerprint_example(learned)
+        identity.extend(identify_example(learned).columns)
         file.append(files.setdefault(row.file, len(files)))
         number.append(row.number)
         domain.append(domains.setdefault(example.domain, len(domains)))
@@ -197,4 +208,5 @@ def build_catalogue(corpus: Corpus, group_field: str | None, notes: DataNotes | 
         context.append(hashes.context)
         group.append(hash_bytes(read_text(row, group_field).encode()) if group_field else 0)
     columns = (file, number, whole, prompt, context, domain, group)
-    return RowCatalogue(list(files), list(domains), *(np.array(column) for column in columns))
+    arrays = [*map(np.array, columns), np.array(identity, dtype=np.uint64).reshape(-1, IDENTITY_COLUMNS)]
+    return RowCatalogue(list(files), list(domains), *arrays)

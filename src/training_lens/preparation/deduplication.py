@@ -3,7 +3,8 @@
 Rows are compared by what the model sees: messages, calls and tools, as 64-bit hashes. Among n rows, a collision has
 probability n^2 / 2^65 (a million rows: 3e-8). The hashes exclude domains, since the same text under two domains is a
 leak between splits. Duplicates are found within a domain (`combine_digests`). Duplicates are exact, near, or the same
-prompt with different answers; metrics on leaks do not measure generalization.
+prompt with different answers; leaks are also found where only case, punctuation or leading words differ
+(`data.row_identity`). Metrics on leaks do not measure generalization.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 
 from training_lens.data.examples import Example, Message
+from training_lens.data.row_identity import find_same_questions, find_same_rows
 from training_lens.utils.files import hash_bytes
 
-MatchKind = Literal["exact", "prompt", "near"]
-MATCH_KINDS: tuple[MatchKind, ...] = ("exact", "prompt", "near")
+MatchKind = Literal["exact", "normalized", "prompt", "near"]
+MATCH_KINDS: tuple[MatchKind, ...] = ("exact", "normalized", "prompt", "near")  # the strongest first
 DROPPED = -1  # split index of rows that are in no split
 WORDS = 5  # in a shingle
 _ANSWER = 0x5851F42D4C957F2D  # separates the shingles of answers from those of prompts
@@ -250,7 +253,8 @@ def find_near_duplicates(
 class RowMatch:
     """The positions of a `row` and of the `other` that it repeats: an earlier row, or one of another split.
 
-    `kind`: exact (all equal), prompt (equal prompt, different answer), near (similar).
+    `kind`: exact (all equal), normalized (equal as `row_identity` compares rows), prompt (equal prompt, different
+    answer), near (similar).
     """
 
     kind: MatchKind
@@ -269,6 +273,33 @@ def find_equal_leaks(whole: np.ndarray, prompt: np.ndarray, split: np.ndarray, t
     """
     found = {row: RowMatch("prompt", row, other) for row, other in _find_partners(prompt, split, train).items()}
     found |= {row: RowMatch("exact", row, other) for row, other in _find_partners(whole, split, train).items()}
+    return [found[row] for row in sorted(found)]
+
+
+def find_normalized_leaks(identities: np.ndarray, split: np.ndarray, train: int) -> list[RowMatch]:
+    """Training rows that a held-out row repeats as `row_identity` compares them, in whole or in their question.
+
+    Args:
+        identities: (rows, IDENTITY_COLUMNS) uint64.
+        split, train: as for `find_equal_leaks`.
+    """
+    rows, held = np.flatnonzero(split == train), np.flatnonzero((split != train) & (split != DROPPED))
+    found: dict[int, RowMatch] = {}
+    kinds: tuple[MatchKind, ...] = ("prompt", "normalized")
+    for kind, find in zip(kinds, (find_same_questions, find_same_rows), strict=True):
+        partner = find(identities[held], identities[rows])
+        found |= {
+            int(rows[i]): RowMatch(kind, int(rows[i]), int(held[partner[i]])) for i in np.flatnonzero(partner >= 0)
+        }
+    return list(found.values())
+
+
+def join_leaks(*leaks: Iterable[RowMatch]) -> list[RowMatch]:
+    """One leak per row, the strongest, in row order; of equally strong ones the first given."""
+    found: dict[int, RowMatch] = {}
+    for leak in chain.from_iterable(leaks):
+        if leak.row not in found or MATCH_KINDS.index(leak.kind) < MATCH_KINDS.index(found[leak.row].kind):
+            found[leak.row] = leak
     return [found[row] for row in sorted(found)]
 
 

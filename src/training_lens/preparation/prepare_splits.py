@@ -25,7 +25,7 @@ from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.preparation.corpus import Corpus, RowCatalogue, build_catalogue
 from training_lens.preparation.deduplication import DROPPED, MATCH_KINDS, RowMatch
-from training_lens.preparation.selection import Selection, select_rows
+from training_lens.preparation.selection import VALIDATION, Selection, select_rows
 from training_lens.preparation.split_files import (
     FileFormat,
     Form,
@@ -107,6 +107,7 @@ class PreparationResult:
 def prepare_splits(config: TrainingConfig, progress: Progress, force: bool = False) -> PreparationResult:
     """Read data.train, keep what `config.prepare` wants, and write it as a folder of splits, whole or not at all.
 
+    Rows of data.validation become the split 'validation' as they are; training rows that they repeat are found.
     Sources are streamed in several passes. Memory: some 50 bytes per row, plus `NearIndex` if near duplicates are
     searched. With `force`, an earlier result in the folder is replaced.
 
@@ -118,7 +119,9 @@ def prepare_splits(config: TrainingConfig, progress: Progress, force: bool = Fal
     base, folder = Path(config.output.base_output_dir), config.prepared_folder
     require_writable(base, "output.base_output_dir")
     config = write_rows_as_files(config, base / "cache" / "rows")
-    sources = expand_sources(config.data.train, "data.train")
+    given = expand_sources(config.data.validation or [], "data.validation")
+    sources = [*expand_sources(config.data.train, "data.train"), *given]
+    _refuse_shared_sources(sources)
     check_csv_settings(config.data.csv, [source.name for source in sources])
     _require_writable_folder(folder, sources, force)
     if config.prepare.output is None:  # the folder around it is our own: what killed runs left there may go
@@ -128,7 +131,7 @@ def prepare_splits(config: TrainingConfig, progress: Progress, force: bool = Fal
     preparation = build_preparation(settled, tokenizer)
     with atomic_folder(folder, existing="replace" if force else "refuse") as building:
         try:
-            chosen = _choose_rows(settled, sources, preparation, progress)
+            chosen = _choose_rows(settled, sources, given, preparation, progress)
             texts = _write_splits(chosen, config.prepare.format, building)
             chosen.corpus.require_unchanged()
             reader = settled.model_copy(update={"data": build_reading_settings(chosen.form, settled.data)})
@@ -136,7 +139,7 @@ def prepare_splits(config: TrainingConfig, progress: Progress, force: bool = Fal
             tokens = _tokenize_splits(building, folder, rereading, token_cache_folder(config), progress)
         except DatasetError as error:  # of bad rows it names one, and perhaps as the row of a file that is not kept
             raise (collect_all_errors(sources, preparation) or error) from error
-        splits = {name: _describe_split(building, tokens[name]) for name in config.prepare.splits}
+        splits = {name: _describe_split(building, tokens[name]) for name in chosen.selection.names}
         manifest = build_manifest(config, chosen, splits, texts)
         write_sealed(building / MANIFEST, manifest)
     lengths = np.concatenate([split.dataset.lengths for split in tokens.values()])
@@ -144,7 +147,11 @@ def prepare_splits(config: TrainingConfig, progress: Progress, force: bool = Fal
 
 
 def _choose_rows(
-    settled: TrainingConfig, sources: Sequence[DataSource], preparation: Preparation, progress: Progress
+    settled: TrainingConfig,
+    sources: Sequence[DataSource],
+    given: Sequence[DataSource],
+    preparation: Preparation,
+    progress: Progress,
 ) -> RowChoice:
     """Choose rows; with data.on_bad_row=skip, only those that can be read, rendered and tokenized."""
     bad, left_out = DataNotes(), dict[str, frozenset[int]]()
@@ -160,7 +167,16 @@ def _choose_rows(
     catalogue = build_catalogue(corpus, settled.prepare.group_field, notes)
     for line in [*describe_remarks(notes.remarks, notes.ignored_keys), *describe_bad_rows(bad.bad_row_reasons)]:
         logger.info("data.train: %s", line)
-    return RowChoice(corpus, catalogue, select_rows(corpus, catalogue, settled.prepare), form, notes, bad)
+    is_given = catalogue.find_rows_of([source.name for source in given])
+    return RowChoice(corpus, catalogue, select_rows(corpus, catalogue, settled.prepare, is_given), form, notes, bad)
+
+
+def _refuse_shared_sources(sources: Sequence[DataSource]) -> None:
+    """Refuse a file of both data.train and data.validation."""
+    names = Counter(source.name for source in sources)
+    twice = next((name for name, count in names.items() if count > 1), None)
+    if twice is not None:
+        raise ConfigurationError(f"data.validation: '{twice}' is in data.train, too. Keep it in one of them.")
 
 
 def settle_splits(config: TrainingConfig) -> TrainingConfig:
@@ -175,13 +191,24 @@ def settle_splits(config: TrainingConfig) -> TrainingConfig:
     problems = [f"data.{key}: {advice}" for key, is_given in given.items() if is_given]
     if problems:
         raise ConfigurationError(problems)
-    if "splits" in config.prepare.model_fields_set:
+    own = config.prepare.model_fields_set
+    if data.validation is not None:
+        if "splits" in own and VALIDATION in config.prepare.splits:
+            raise ConfigurationError(
+                "prepare.splits: 'validation' is the split of data.validation. Name the other one otherwise, or leave "
+                "out data.validation."
+            )
+        changes: dict[str, Any] = {} if "splits" in own else {"splits": {"train": 1.0}}
+        changes |= {} if "leakage" in own else {"leakage": "remove"}
+        logger.info(
+            "data.validation is the split 'validation', with every row; training rows that it repeats are %s",
+            "left out" if changes.get("leakage", config.prepare.leakage) == "remove" else "kept",
+        )
+        return config.replace_keys(prepare=changes)
+    if "splits" in own:
         if data.val_ratio:
             logger.info("prepare.splits says which rows are held out, and not data.val_ratio")
         return config
-    if data.validation is not None:
-        logger.info("data.validation stays as it is: data.train becomes one split, and is not compared with it")
-        return config.replace_keys(prepare={"splits": {"train": 1.0}})
     if data.val_ratio:
         held_out = data.val_ratio
         logger.info("data.val_ratio: %g of the rows become the validation split", held_out)

@@ -26,8 +26,11 @@ from training_lens.preparation.deduplication import (
     find_first_equal,
     find_near_duplicates,
     find_near_leaks,
+    find_normalized_leaks,
+    join_leaks,
 )
 
+VALIDATION = "validation"  # the split of the rows of data.validation
 ROUNDING = 1e-9  # tolerance for share * count being a whole number
 
 
@@ -47,18 +50,22 @@ class Selection:
     removed: int
 
 
-def select_rows(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection) -> Selection:
+def select_rows(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection, given: np.ndarray) -> Selection:
     """Deduplicate, split and find leaks, by the settings.
+
+    Args:
+        given: (rows,) bool, the rows of data.validation: all of them are kept, as the split 'validation'.
 
     Raises:
         DatasetError: too few rows or groups for the splits, no domains, or no training rows left.
     """
-    duplicates = _find_duplicates(corpus, catalogue, settings)
-    kept = np.ones(len(catalogue), dtype=bool)
+    duplicates = _find_duplicates(corpus, catalogue, settings, given)
+    kept = ~given
     kept[[duplicate.row for duplicate in duplicates]] = False
-    names = list(settings.splits)
+    names = [*settings.splits, *([VALIDATION] if given.any() else [])]
     split = np.full(len(catalogue), DROPPED, dtype=np.int64)
     split[kept] = _assign_splits(catalogue, np.flatnonzero(kept), settings)
+    split[given] = len(settings.splits)
     leaks = _find_leaks(corpus, catalogue, split, settings)
     leaking = [leak.row for leak in leaks if settings.leakage == "remove" and split[leak.row] == names.index("train")]
     split[leaking] = DROPPED
@@ -74,17 +81,19 @@ def select_rows(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSectio
     return Selection(names, split, duplicates, matches, leaks, len(leaking))
 
 
-def _find_duplicates(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection) -> list[RowMatch]:
+def _find_duplicates(
+    corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection, given: np.ndarray
+) -> list[RowMatch]:
     if settings.deduplicate == "none":
         return []
-    strata = catalogue.hash_domains()
+    strata = np.where(given, ~catalogue.hash_domains(), catalogue.hash_domains())  # given rows are apart, and kept
     first = find_first_equal(combine_digests(strata, catalogue.whole))
-    repeats = first != np.arange(len(first))
+    repeats = (first != np.arange(len(first))) & ~given
     found = [RowMatch("exact", int(row), int(first[row])) for row in np.flatnonzero(repeats)]
     if settings.deduplicate == "near":
         index = NearIndex(settings.near_threshold, settings.num_perm)
         rows = _build_row_iterator(corpus, catalogue, combine_digests(strata, catalogue.context), "near duplicates")
-        near = find_near_duplicates(rows, ~repeats, catalogue.prompt, index)
+        near = find_near_duplicates(rows, ~repeats & ~given, catalogue.prompt, index)
         found += [RowMatch("near", row, *earlier) for row, earlier in near.items()]
     return found
 
@@ -121,14 +130,13 @@ def _assign_splits(catalogue: RowCatalogue, kept: np.ndarray, settings: PrepareS
 
 def _find_leaks(corpus: Corpus, catalogue: RowCatalogue, split: np.ndarray, settings: PrepareSection) -> list[RowMatch]:
     """One leak per row, the strongest kind."""
-    if settings.leakage == "off" or len(settings.splits) == 1:
+    if settings.leakage == "off" or split.max(initial=0) == 0:
         return []
     train = list(settings.splits).index("train")
-    leaks = find_equal_leaks(catalogue.whole, catalogue.prompt, split, train)
-    known = {leak.row for leak in leaks}
+    equal = find_equal_leaks(catalogue.whole, catalogue.prompt, split, train)
     index = NearIndex(settings.near_threshold, settings.num_perm)
     near = find_near_leaks(_build_row_iterator(corpus, catalogue, catalogue.context, "near leaks"), split, train, index)
-    return leaks + [leak for leak in near if leak.row not in known]
+    return join_leaks(equal, find_normalized_leaks(catalogue.identity, split, train), near)
 
 
 def split_counts(rows: int, shares: Sequence[float]) -> list[int]:

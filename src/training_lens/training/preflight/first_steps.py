@@ -221,7 +221,7 @@ def _measure_weights(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """The norm of each parameter, (parameters,): in float64, where the smallest update shows."""
     wide = parameters[0].device.type != "mps"  # it has no float64
     with torch.no_grad():
-        return torch.stack(torch._foreach_norm(parameters, 2, torch.float64 if wide else None))
+        return torch.stack(torch._foreach_norm(list(parameters), 2, torch.float64 if wide else None))
 
 
 def _require_finite_base(trainer: Any, loss: float) -> None:

@@ -54,7 +54,7 @@ def name_rows(shown: Sequence[dict[str, str]]) -> str:
     return "; ".join(f"{row['row']} (learned: {row['learned']!r})" for row in shown)
 
 
-def end_token_ids(tokenizer: Any) -> set[int]:
+def end_token_ids(tokenizer: Any) -> set[int | None]:
     """The tokens that may end an answer: EOS and all added tokens but those for padding, beginning and the unknown."""
     others = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     return ({int(i) for i in tokenizer.added_tokens_decoder} - others) | {tokenizer.eos_token_id}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -56,13 +57,12 @@ def check_leaks(train: RowScan, validation: RowScan) -> Finding:
     """
     leaks = find_leaks(train.dataset, validation.dataset)
     rows, leaked, near = len(leaks.kinds), int(leaks.leaked.sum()), leaks.counts["near"]
-    told = {"exact": leaks.counts["exact"], "normalized": leaks.counts["normalized"]}
-    if rows and sum(told.values()) == rows:
+    if rows and leaks.counts["exact"] + leaks.counts["normalized"] == rows:
         raise DatasetError(
             f"data.validation: all {rows} validation examples are training examples too ({leaks.describe()}), so it "
             "would say nothing of new ones. Give other rows, or data.val_ratio to hold some out."
         )
-    evidence = {"rows": leaked, "of": rows, **leaks.counts}
+    evidence: dict[str, Any] = {"rows": leaked, "of": rows} | dict(leaks.counts)
     if not leaked:
         return LEAKS.report_fine("No validation row is a training row", f"{rows:,} validation rows", evidence=evidence)
     shown = _show_leaks(leaks, train, validation)
