@@ -17,7 +17,7 @@ from training_lens.utils.streams import protect_output
 COMMANDS = {
     "Data": ("prepare",),
     "Train": ("init", "validate", "train", "sweep"),
-    "Evaluate": ("evaluate", "baseline", "compare", "infer"),
+    "Evaluate": ("evaluate", "baseline", "compare", "knob", "infer"),
     "Look inside": ("analyze", "rank", "report", "export"),
     "Ship": ("merge", "benchmark", "push"),
     "Runs": ("sync", "doctor", "experiment"),

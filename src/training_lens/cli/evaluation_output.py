@@ -89,7 +89,8 @@ def send_to_trackers(run: RunFolder | None, name: str, report: dict[str, Any]) -
 def describe_evaluation(evaluator: ModelEvaluator) -> dict[str, Any]:
     """How a report was made; `steps` shows whether the run has trained further since."""
     made: dict[str, Any] = {"run": evaluator.session.source, "settings": evaluator.settings.model_dump()}
-    return made if evaluator.trained_steps is None else {**made, "steps": evaluator.trained_steps}
+    run = evaluator.run
+    return {**made, "steps": evaluator.trained_steps, "adapter_scale": run.adapter_scale} if run else made
 
 
 def report_broken_adapter(screen: Screen, error: BrokenAdapterError, evaluator: ModelEvaluator, folder: Path) -> None:

@@ -34,7 +34,10 @@ Dtype = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(help="Number type of the written weights; auto: that of the base's files."),
 ]
-Scale = Annotated[float, typer.Option(help="Multiplies the adapter's update; 1 is as trained.")]
+Scale = Annotated[
+    float | None,
+    typer.Option(help="Multiplies the adapter's update; 1 is as trained. Without it, as knob --choose said, or 1."),
+]
 Delta = Annotated[bool, typer.Option("--delta", help="Write the differences of the changed weights alone.")]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of a file of weights.")]
 Force = Annotated[
@@ -51,7 +54,7 @@ class WriteOptions:
 
     output: Output = None
     dtype: Dtype = "auto"
-    scale: Scale = 1.0
+    scale: Scale = None
     delta: Delta = False
     max_shard_size: ShardSize = "5GB"
     force: Force = False

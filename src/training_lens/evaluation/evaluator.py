@@ -14,7 +14,7 @@ from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import EvaluationError
 from training_lens.models.model_classes import evaluation_mode
-from training_lens.models.token_scores import TokenScores, paired_scores, supervised_scores
+from training_lens.models.token_scores import TokenScores, paired_scores, read_base_states, supervised_scores
 from training_lens.utils.devices import Precision, autocast, free_memory
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.heap import keep_freed_memory
@@ -23,6 +23,7 @@ from training_lens.utils.processes import Processes
 from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
+MOST_STATE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,41 @@ def token_sums(model: Any, dataset: TokenDataset, options: EvaluationOptions) ->
     return _build_sums(table, dataset)
 
 
-def paired_sums(model: Any, dataset: TokenDataset, options: EvaluationOptions) -> PairedSums:
+@dataclass
+class BaseStates:
+    """The base's states of a dataset's batches, kept so that several adapters are compared with one pass of the base.
+
+    At most `MOST_STATE_BYTES` are kept; the base computes the other batches each time.
+    """
+
+    _by_batch: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
+    _bytes: int = 0
+
+    def read(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Those of a batch, computed where they are not kept; see `read_base_states`."""
+        known = self._by_batch.get(batch.example_ids)
+        if known is not None:
+            return known
+        states = read_base_states(model, batch.input_ids, batch.loss_mask, batch.lengths)
+        if self._bytes + states.nbytes <= MOST_STATE_BYTES:
+            self._by_batch[batch.example_ids], self._bytes = states, self._bytes + states.nbytes
+        return states
+
+
+def paired_sums(
+    model: Any, dataset: TokenDataset, options: EvaluationOptions, base: BaseStates | None = None
+) -> PairedSums:
     """The sums of a PEFT model with its adapter off and on, and the KL divergence between the two.
+
+    `base` keeps the base's states for the next call on the same dataset.
 
     Raises:
         EvaluationError: evaluation failed in this process or another.
     """
 
     def columns(batch: Batch) -> torch.Tensor:
-        pair = paired_scores(model, batch.input_ids, batch.loss_mask, batch.lengths)
+        states = base.read(model, batch) if base else None
+        pair = paired_scores(model, batch.input_ids, batch.loss_mask, batch.lengths, states)
         return torch.cat([_stack_columns(pair.base), _stack_columns(pair.adapter), pair.kl[:, None]], 1)
 
     table = _sum_examples(model, dataset, options, columns, width=5)

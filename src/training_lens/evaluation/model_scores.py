@@ -151,13 +151,20 @@ class Bootstrap:
             parts.append(values if minus is None else subtract_measures(values, minus.compute_measures(weights)))
         drawn = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         known = {name: values[~np.isnan(values)] for name, values in drawn.items()}
-        ends = [50 * (1 - self.confidence), 50 * (1 + self.confidence)]
-        return {
-            name: (float(low), float(high))
-            for name, values in known.items()
-            if len(values) and np.isfinite(values).all()
-            for low, high in [np.percentile(values, ends)]
-        }
+        return {name: ends for name, values in known.items() if (ends := self.find_ends(values))}
+
+    def draw_measure(self, models: Sequence[ModelScores], name: str) -> np.ndarray:
+        """One measure of several models on the same resamples of their common rows, (draws, models)."""
+        blocks = self._draw_weights(len(models[0]))
+        parts = [np.stack([model.compute_measures(block)[name] for model in models], 1) for block in blocks]
+        return np.concatenate(parts) if parts else np.zeros((0, len(models)))
+
+    def find_ends(self, draws: np.ndarray) -> Interval | None:
+        """The percentile interval of (draws,) values; None if there are none, or some are not finite."""
+        if not len(draws) or not np.isfinite(draws).all():
+            return None
+        low, high = np.percentile(draws, [50 * (1 - self.confidence), 50 * (1 + self.confidence)])
+        return float(low), float(high)
 
     def _draw_weights(self, rows: int) -> Iterator[np.ndarray]:
         """Counts of resampled rows, (draws, rows), in blocks of draws."""

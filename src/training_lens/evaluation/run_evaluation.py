@@ -28,7 +28,7 @@ from training_lens.evaluation.comparison import (
 )
 from training_lens.evaluation.comparison_verdict import assess_comparison
 from training_lens.evaluation.evaluation_rows import EvaluationRows
-from training_lens.evaluation.evaluator import EvaluationOptions, TokenSums, paired_sums, token_sums
+from training_lens.evaluation.evaluator import BaseStates, EvaluationOptions, TokenSums, paired_sums, token_sums
 from training_lens.evaluation.harness import TaskOptions, TaskScores, run_tasks
 from training_lens.evaluation.metrics import AnswerScoring
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
@@ -93,20 +93,20 @@ class ModelEvaluator:
             BrokenAdapterError: the adapter's losses are not finite.
         """
         rows, session = EvaluationRows.from_examples(examples, self.session), self.session
-        scoring = self._answer_scoring(rows)
-        other_text = self._read_other_text()
+        scoring = self.answer_scoring(rows)
+        other_text = self.read_other_text()
         tasks = {BASE: self._run_tasks(base=True), ADAPTER: self._run_tasks()}
-        base, adapter = self._score_pair(rows, "losses of base and adapter")
+        base, adapter = self.score_pair(rows, "losses of base and adapter")
         outcomes = {
-            BASE: self._score_answers(rows, base, scoring, BASE, base=True),
-            ADAPTER: self._score_answers(rows, adapter, scoring, ADAPTER),
+            BASE: self.score_answers(rows, base, scoring, BASE, base=True),
+            ADAPTER: self.score_answers(rows, adapter, scoring, ADAPTER),
         }
         described = {BASE: session.config.model.id, ADAPTER: session.source}
         result = self._build_result(rows, outcomes, described, tasks, scoring)
         controls = self._evaluate_controls(rows, outcomes[ADAPTER].scored, scoring) if self.settings.controls else {}
         forgot = None
         if other_text:
-            forgot = measure_forgetting(*self._score_pair(other_text, "losses on other text"), self._bootstrap)
+            forgot = measure_forgetting(*self.score_pair(other_text, "losses on other text"), self._bootstrap)
         comparison = replace(result.comparison, controls=controls, forgetting=forgot)
         return self._add_verdict(replace(result, comparison=comparison), scoring)
 
@@ -124,7 +124,7 @@ class ModelEvaluator:
                 "the two have different tokens for the same answers, so measures by token are not compared; "
                 "bits_per_byte is"
             )
-        scoring = self._answer_scoring(rows)
+        scoring = self.answer_scoring(rows)
         tasks = {BASE: other._run_tasks(), ADAPTER: self._run_tasks()}
         names = distinct_names(other.session.source, self.session.source)
         outcomes = {
@@ -145,12 +145,12 @@ class ModelEvaluator:
         rows, session = EvaluationRows.from_examples(examples, self.session), self.session
         name = BASE if base or not session.has_adapter else ADAPTER
         tasks = {name: self._run_tasks(base=name == BASE)}
-        scoring = self._answer_scoring(rows)
+        scoring = self.answer_scoring(rows)
         outcome = self._evaluate_model(rows, scoring, name, base=name == BASE)
         described = {name: session.config.model.id if name == BASE else session.source}
         return self._build_result(rows, {name: outcome}, described, tasks, scoring)
 
-    def _answer_scoring(self, rows: EvaluationRows) -> AnswerScoring:
+    def answer_scoring(self, rows: EvaluationRows) -> AnswerScoring:
         """The scoring of answers; numbers are read as the right answers of all rows write them."""
         return self._any_scoring.adapt_to_references(rows.prompt_references, self.settings.decimal)
 
@@ -222,13 +222,13 @@ class ModelEvaluator:
         ):
             sums = token_sums(self.session.model, rows.dataset, self._evaluation_options(advance))
         _require_finite(rows, sums, who)
-        return self._score_answers(rows, ModelScores(sums, rows.text_bytes, rows.tokens_id), scoring, who, base=base)
+        return self.score_answers(rows, ModelScores(sums, rows.text_bytes, rows.tokens_id), scoring, who, base=base)
 
     def _evaluation_options(self, advance: Callable[[float], None]) -> EvaluationOptions:
         session, budget = self.session, self.settings.batch_tokens
         return EvaluationOptions(Processes(session.device), session.precision, budget, session.pad_id, advance)
 
-    def _score_answers(
+    def score_answers(
         self, rows: EvaluationRows, scored: ModelScores, scoring: AnswerScoring, who: str, *, base: bool = False
     ) -> ModelOutcome:
         """The outcome with greedy answers to the rows with a prompt, if `evaluation.generate` is on."""
@@ -269,7 +269,7 @@ class ModelEvaluator:
             controls[name] = compare_control(outcome.scored, adapter.take(places[same]), self._bootstrap)
         return controls
 
-    def _read_other_text(self) -> EvaluationRows | None:
+    def read_other_text(self) -> EvaluationRows | None:
         """The user's other text, with the default settings for its fields."""
         sources = self.settings.forgetting
         if sources is None:
@@ -278,10 +278,16 @@ class ModelEvaluator:
         fitting = filter_fitting(found, self.session, self.settings.max_examples)
         return EvaluationRows.from_examples(fitting, self.session)
 
-    def _score_pair(self, rows: EvaluationRows, title: str) -> tuple[ModelScores, ModelScores]:
-        """The losses of base and adapter, and of the adapter its KL divergence from the base."""
+    def score_pair(
+        self, rows: EvaluationRows, title: str, states: BaseStates | None = None
+    ) -> tuple[ModelScores, ModelScores]:
+        """The losses of base and adapter, and of the adapter its KL divergence from the base; `states`: its cache.
+
+        Raises:
+            EvaluationError: the model failed; BrokenAdapterError: the adapter's losses are not finite.
+        """
         with self.progress.task(title, len(rows.examples)) as advance:
-            sums = paired_sums(self.session.model, rows.dataset, self._evaluation_options(advance))
+            sums = paired_sums(self.session.model, rows.dataset, self._evaluation_options(advance), states)
         _require_finite(rows, sums.base, BASE)
         _require_finite(rows, sums.adapter, ADAPTER)
         base = ModelScores(sums.base, rows.text_bytes, rows.tokens_id)

@@ -26,7 +26,7 @@ from training_lens.models.adapters import load_adapter
 from training_lens.models.base_record import check_base
 from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts, resolve_seq_len
 from training_lens.models.location import local_folder
-from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_folder import RunFolder, describe_scale
 from training_lens.runs.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import read_json
@@ -165,7 +165,7 @@ def open_run(
         given: what the user sets now, by section: `{"model": {"trust_remote_code": True}}` lets the model's own code
             run, which the run's config alone never does; `accept_changed_base` there accepts a base that differs from
             the one that the run trained on.
-        adapter: the folder of an adapter of the run's base; None takes the run's.
+        adapter: the folder of an adapter of the run's base; None takes the run's, at the scale that was chosen for it.
 
     Raises:
         CheckpointError: the run has no finished adapter, or a damaged one; ModelLoadingError, AdapterError: it cannot
@@ -191,7 +191,9 @@ def open_run(
     base = load_model(config.model, place, precision)
     if not is_local:  # it has just been downloaded from a hub
         check_base(run.base_record, config.model)
-    folder = adapter or run.adapter
+    folder = adapter or run.served_adapter
+    if folder == run.served_adapter and run.adapter_scale != 1:
+        logger.info("%s", describe_scale(run))
     loaded = LoadedModel(load_adapter(base, folder), tokenizer, place, precision)
     data = run.read_metadata("data.json")
     texts = are_plain_texts(data["train"]["mappings"].values(), config.data.fields)

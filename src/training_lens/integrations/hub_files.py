@@ -19,11 +19,14 @@ from training_lens import embedded
 from training_lens.integrations.record import RunRecord
 from training_lens.models.adapter_files import require_finite
 from training_lens.runs.checkpoint_format import MANIFEST
+from training_lens.runs.run_folder import describe_scale
 from training_lens.utils.files import hash_file, list_files, read_json
 from training_lens.utils.integrity import read_sealed, require_intact, with_checksum
+from training_lens.utils.logging import get_logger
 from training_lens.utils.names import check_file_name, expand_home
 from training_lens.utils.secrets import redact_text
 
+logger = get_logger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 METADATA = "training_lens"
 SECTIONS = ("model", "data", "peft", "training", "evaluation", "lens")  # of the config: they determine the adapter
@@ -166,12 +169,14 @@ def is_local_folder(name: str) -> bool:
 
 def build_adapter_files(run: RunRecord, names: PathShortener) -> list[PushedFile]:
     """The adapter and the tokenizer, for the root of the repository, where PEFT and transformers expect them."""
-    folder = run.folder
-    require_intact(folder.adapter)
+    folder, adapter = run.folder, run.folder.served_adapter
+    require_intact(adapter)
     require_intact(folder.tokenizer)
-    require_finite(folder.adapter)
-    config = PushedFile(ADAPTER_CONFIG, _adapter_config(folder.adapter / ADAPTER_CONFIG, names))
-    weights = [PushedFile(file.name, file) for file in sorted(folder.adapter.glob("*.safetensors"))]
+    require_finite(adapter)
+    if folder.adapter_scale != 1:
+        logger.info("%s; so it is sent", describe_scale(folder))
+    config = PushedFile(ADAPTER_CONFIG, _adapter_config(adapter / ADAPTER_CONFIG, names))
+    weights = [PushedFile(file.name, file) for file in sorted(adapter.glob("*.safetensors"))]
     tokenizer = [PushedFile(str(f.relative_to(folder.tokenizer)), f) for f in sorted(list_files(folder.tokenizer))]
     return [config, *weights, *tokenizer]
 
@@ -213,7 +218,7 @@ def read_file_stats(run: RunRecord, checkpoints: Sequence[Path], adapter: bool) 
     folder = run.folder
     places: list[Path] = []
     if adapter:
-        places = [*folder.adapter.glob("*"), *list_files(folder.tokenizer), *folder.metadata.glob("*.json")]
+        places = [*folder.served_adapter.glob("*"), *list_files(folder.tokenizer), *folder.metadata.glob("*.json")]
         places += [folder.reports / "compare.json", folder.reports / "lens.html"]
     places += [checkpoint / MANIFEST for checkpoint in checkpoints]
     stats = {str(p.relative_to(folder.root)): p.stat() for p in sorted(places) if p.is_file()}

@@ -83,8 +83,8 @@ class RunRecord:
 
     @property
     def intact_adapter(self) -> Path | None:
-        """artifacts/adapter, checked to be intact and finite, or it must not be sent; None if there is none yet."""
-        folder = self.folder.adapter
+        """The adapter that answers, if it is intact and finite, or it must not be sent; None if there is none yet."""
+        folder = self.folder.served_adapter
         if not (folder / WEIGHTS).is_file():
             return None
         require_intact(folder)

@@ -132,3 +132,17 @@ def _least_squares(design: ndarray, values: ndarray) -> tuple[ndarray, ndarray]:
     residuals, freedom = values - design @ coefficients, points - columns
     variance = residuals @ residuals / freedom if freedom else np.nan
     return coefficients, np.sqrt(variance * (inverse**2).sum(1))
+
+
+def quadratic_minimum(
+    x: Float[ndarray, " points"], curves: Float[ndarray, "*draws points"]
+) -> Float[ndarray, "*draws"]:
+    """Where a parabola through each curve has its minimum, by least squares; NaN where it has none (not convex).
+
+    Exact for a loss that is quadratic in x: the minimum of a + b x + c x^2 is at -b / (2 c). Needs three points.
+    """
+    middle = x.mean()
+    powers = np.stack([np.ones_like(x), x - middle, (x - middle) ** 2], 1)  # (points, 3)
+    _, slope, bend = np.moveaxis(curves @ np.linalg.pinv(powers).T, -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(bend > 0, middle - slope / (2 * bend), np.nan)

@@ -28,7 +28,7 @@ class MergeOptions:
 
     output: Path | None = None  # the folder; None is artifacts/merged of the run (artifacts/delta with `delta`)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the written weights; auto is that of the base's files
-    scale: float = 1.0  # multiplies the adapter's update; 1 is as trained
+    scale: float | None = None  # multiplies the update; 1 is as trained, None as `training-lens knob --choose` said
     delta: bool = False  # write only the differences of the changed weights
     max_shard_size: str = "5GB"  # of a file
     force: bool = False  # replace an output that an earlier merge wrote
@@ -68,7 +68,7 @@ def _find_adapter(config: TrainingConfig) -> tuple[RunFolder | None, Path, Model
 
 def _check_options(options: MergeOptions, base: ModelSection) -> None:
     """Refuse options that are wrong, or that this base does not allow."""
-    if not (options.scale and math.isfinite(options.scale)):
+    if options.scale is not None and not (options.scale and math.isfinite(options.scale)):
         raise ConfigurationError(
             f"--scale {options.scale:g}: give a number other than 0, which would be the base itself."
         )

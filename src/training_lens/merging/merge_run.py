@@ -29,7 +29,7 @@ from training_lens.models.base_record import check_base, require_local_folder, s
 from training_lens.models.factory import build_skeleton, read_facts, resolve_seq_len
 from training_lens.models.location import locate_model
 from training_lens.models.model_classes import public_class
-from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_folder import RunFolder, describe_scale
 from training_lens.utils.devices import DTYPES, Precision, available_bytes, free_memory, get_device
 from training_lens.utils.files import atomic_folder, write_json, write_text
 from training_lens.utils.formatting import format_size
@@ -67,17 +67,23 @@ def merge_adapter(
     """
     start = time.perf_counter()
     run, adapter, output = plan_merge(config, options)
+    scale = _decide_scale(options.scale, run)
     session, known = _open_in_float32(config, run, options.same_base)
-    check_mergeable(session.model, options.scale)
+    check_mergeable(session.model)
     base = session.config.model
     dtype = stored_precision(base) if options.dtype == "auto" else options.dtype
-    given, wanted = probe_adapter(config, run, session, options.scale)
-    report = {"output": str(output), "base_known": known, **_report_settings(session, options, dtype, given)}
+    given, wanted = probe_adapter(config, run, session, scale)
+    report = {
+        "output": str(output),
+        "scale": scale,
+        "base_known": known,
+        **_report_settings(session, options, dtype, given),
+    }
     kept = run.reports / REPORT if run else output.with_name(f"{output.name}.{REPORT}")
     existing: Literal["replace", "refuse"] = "replace" if options.force else "refuse"
     with atomic_folder(output, existing=existing) as folder, _report_refusal(report, kept):
-        job = _write_output(session, folder, options, dtype)
-        written = MergeOutput(folder, base, adapter, session.device, dtype, options.scale, options.delta)
+        job = _write_output(session, folder, replace(options, scale=scale), dtype)
+        written = MergeOutput(folder, base, adapter, session.device, dtype, scale, options.delta)
         del session  # the checks load the model again, one after the other
         free_memory()
         on_written(folder)
@@ -91,6 +97,14 @@ def merge_adapter(
         if run:
             write_json(kept, report)
     return MergeResult(output, report, found)
+
+
+def _decide_scale(asked: float | None, run: RunFolder | None) -> float:
+    """What the update is multiplied by: as asked for, or as was chosen for the run, which is logged."""
+    if asked is None and run and run.adapter_scale != 1:
+        logger.info("%s; --scale 1 merges it as trained", describe_scale(run))
+        return run.adapter_scale
+    return 1.0 if asked is None else asked
 
 
 @contextmanager
@@ -108,7 +122,7 @@ def _open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: b
     if run:
         trained = open_run_config(run, config.explicit_values(), "model.trust_remote_code").model
         device = choose_device(trained, config.model.device)
-        session = open_run(run, device, "fp32", config.explicit_values())
+        session = open_run(run, device, "fp32", config.explicit_values(), run.adapter)
         return session, check_base(run.base_record, session.config.model)
     folder = expand_home(config.inference.adapter)
     settings = read_config(require_adapter(folder))
@@ -163,7 +177,6 @@ def _report_settings(session: Session, options: MergeOptions, dtype: Precision, 
         "revision": model.revision,
         "kind": "delta" if options.delta else "merged",
         "dtype": dtype,
-        "scale": options.scale,
         "quantization": model.quantization,
         "newer_form": has_newer_form(require_local_folder(model)),
         "rows": len(given.rows),
@@ -192,7 +205,8 @@ def _write_files(session: Session, folder: Path, options: MergeOptions, dtype: P
     With the option auto `dtype` is the most common one of the base's files, and each weight of a whole model keeps its
     own.
     """
-    merged = merge_weights(session.model, options.scale, delta=options.delta)
+    scale = 1.0 if options.scale is None else options.scale
+    merged = merge_weights(session.model, scale, delta=options.delta)
     _require_space(merged, options.delta, folder, DTYPES[dtype])
     if options.delta:
         save_delta(merged, folder, DTYPES[dtype], options.max_shard_size)
@@ -203,7 +217,7 @@ def _write_files(session: Session, folder: Path, options: MergeOptions, dtype: P
         save_tokenizer(session.tokenizer, folder, own, trusted)
         write_generation_config(own, folder, merged.model, session.stop_ids, session.pad_id)
         copy_files(own, folder, [*COPIED, "*.py"] if trusted else COPIED)
-    scaled = "" if options.scale == 1 else f", its update times {options.scale:g}"
+    scaled = "" if scale == 1 else f", its update times {scale:g}"
     what = f"The adapter {session.adapter}{scaled}, merged into {session.config.model.id}; weights in {dtype}."
     if options.delta:
         readme = _delta_readme(session, what, bool(merged.untied))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from training_lens.config.schema import ModelSection
 from training_lens.errors import AdapterError
+from training_lens.models.adapter_scale import adapter_layers, base_module
 from training_lens.models.base_files import write_config
 from training_lens.models.base_record import require_local_folder, stored_precision
 from training_lens.models.checkpoint_files import CheckpointNames, edit_checkpoint, stored_tensors, write_checkpoint
@@ -34,18 +34,17 @@ class MergedModel:
     was_quantized: bool  # the base's weights were in 4 or 8 bits, by the run's config or by the base's own
 
 
-def check_mergeable(adapted: Any, scale: float) -> None:
+def check_mergeable(adapted: Any) -> None:
     """Refuse an adapter that has no plain weights.
 
     Raises:
-        AdapterError: names the module: not a LoRA or DoRA on a linear layer or embedding; or a `scale` other than 1
-            with a block trained whole, which has no "half of the update" that could be checked.
+        AdapterError: names the module: not a LoRA or DoRA on a linear layer or embedding.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.variants import DoraLinearVariant
 
-    for path, layer in _adapted_layers(adapted):
-        base = _base_module(layer)
+    for path, layer in adapter_layers(adapted):
+        base = base_module(layer)
         if isinstance(layer, LoraLayer):
             is_plain = all(isinstance(variant, DoraLinearVariant) for variant in layer.lora_variant.values())
             is_plain = is_plain and not any(layer.lora_bias.values())
@@ -54,29 +53,6 @@ def check_mergeable(adapted: Any, scale: float) -> None:
                     f"'{path}' carries a {type(layer).__name__} on a {type(base).__name__} that cannot be merged; only "
                     "LoRA and DoRA on linear layers and embeddings can. Serve the adapter itself."
                 )
-        elif scale != 1 and next(base.children(), None) is not None:
-            raise AdapterError(
-                f"--scale {scale:g}: '{path}' is a block of modules that was trained whole, and part of such a change "
-                "computes nothing that could be checked against the adapter. Merge it with --scale 1."
-            )
-
-
-@contextmanager
-def scale_update(adapted: Any, scale: float) -> Iterator[None]:
-    """Within the block each adapted module computes base + scale (adapted - base).
-
-    For LoRA that multiplies its scaling factor; for DoRA, whose weight is not a sum, and for a module trained whole, it
-    is a step from the base's weight towards the adapted one. Cost: each base module computes twice.
-    """
-
-    def interpolate(layer: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
-        before: Tensor = _base_module(layer)(*given)
-        return before + scale * (result - before)
-
-    with ExitStack() as stack:
-        for _, layer in _adapted_layers(adapted) if scale != 1 else ():
-            stack.callback(layer.register_forward_hook(interpolate).remove)
-        yield
 
 
 def merge_weights(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> MergedModel:
@@ -96,8 +72,8 @@ def merge_weights(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> M
     was_quantized = is_quantized(adapted)
     model = dequantize_model(adapted.get_base_model()).float()
     changed = []
-    for path, layer in _adapted_layers(adapted):
-        plain = _base_module(layer)
+    for path, layer in adapter_layers(adapted):
+        plain = base_module(layer)
         for name, update in _compute_updates(layer, plain):
             if not torch.isfinite(update).all():
                 raise AdapterError(f"the adapter's update of '{path}.{name}' is not finite: training diverged.")
@@ -110,20 +86,6 @@ def merge_weights(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> M
         model.set_submodule(path, plain)
     untied, tied = _settle_ties(model)
     return MergedModel(model, tuple(name for name in changed if name not in tied), tuple(untied), was_quantized)
-
-
-def _adapted_layers(adapted: Any) -> list[tuple[str, Any]]:
-    """The paths of PEFT's layer wrappers in the plain model, and the wrappers."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    modules = adapted.get_base_model().named_modules(remove_duplicate=False)
-    return [(path, m) for path, m in modules if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
-
-
-def _base_module(layer: Any) -> Any:
-    """The base's own module under PEFT's wrapper."""
-    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
 
 
 @torch.no_grad()

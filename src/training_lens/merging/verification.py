@@ -24,7 +24,7 @@ from training_lens.errors import AdapterError, ConfigurationError, MergeError
 from training_lens.inference.heldout_examples import validation_examples
 from training_lens.inference.session import Session
 from training_lens.merging import reload
-from training_lens.merging.merge_tensors import scale_update
+from training_lens.models.adapter_scale import scaled_adapter
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.devices import Precision
@@ -119,7 +119,7 @@ def compute_reference(session: Session, given: Probes, scale: float = 1.0) -> Re
     with base_only(model):
         base = [reload.last_logits(model, ids, given.keep) for ids in given.rows]
     stops = {"eos_token_id": sorted(session.stop_ids), "pad_token_id": session.pad_id}
-    with scale_update(model, scale):
+    with scaled_adapter(model, scale):
         adapter = [reload.last_logits(model, ids, given.keep) for ids in given.rows]
         answers = [reload.decode_greedily(model, ids, limit, **stops) for ids, limit in given.prompts]
     return Reference(adapter, base, [tokens for tokens, _ in answers], [margins for _, margins in answers])

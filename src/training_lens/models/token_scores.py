@@ -60,14 +60,16 @@ def paired_scores(
     input_ids: Int[Tensor, "rows width"],
     loss_mask: Bool[Tensor, "rows width"],
     lengths: Sequence[int] | Tensor = (),
+    base_states: Float[Tensor, "targets hidden"] | None = None,
 ) -> PairedScores:
     """The scores of a PEFT model with its adapter off and on, and `forward_kl` between the two.
 
-    `lengths` are those of `supervised_scores`. Cost: two passes through the decoder, seven chunks of logits at once.
+    `lengths` are those of `supervised_scores`, and `base_states` those of an earlier call of `read_base_states`. Cost:
+    two passes through the decoder, one with `base_states`; seven chunks of logits at once.
     """
     rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
-    with base_only(model):
-        base_states = _DecoderPass(model, input_ids, lengths).states[rows, columns]
+    if base_states is None:
+        base_states = read_base_states(model, input_ids, loss_mask, lengths)
     decoded = _DecoderPass(model, input_ids, lengths)
     states = torch.stack([base_states, decoded.states[rows, columns]], 1)  # (targets, 2, hidden)
     base, adapter, divergence = [], [], [torch.zeros(0, device=input_ids.device)]
@@ -80,6 +82,19 @@ def paired_scores(
         divergence.append(forward_kl(of_base, of_adapter))
     device = input_ids.device
     return PairedScores(_concatenate_scores(base, device), _concatenate_scores(adapter, device), torch.cat(divergence))
+
+
+def read_base_states(
+    model: Any,
+    input_ids: Int[Tensor, "rows width"],
+    loss_mask: Bool[Tensor, "rows width"],
+    lengths: Sequence[int] | Tensor = (),
+) -> Float[Tensor, "targets hidden"]:
+    """The base's states that the supervised tokens are predicted from. Cost: one pass through the decoder."""
+    rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
+    with base_only(model):
+        states: Tensor = _DecoderPass(model, input_ids, lengths).states[rows, columns]
+    return states
 
 
 def forward_kl(

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.files import TEMPORARY, atomic_folder, list_files, read_json, sweep_temporaries, write_json
-from training_lens.utils.integrity import record_hashes, require_intact, strip_checksum
+from training_lens.utils.integrity import read_sealed, record_hashes, require_intact, strip_checksum
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import is_printable
 
@@ -28,6 +28,7 @@ logger = get_logger(__name__)
 LATEST = "latest"
 UNFINISHED = ("running", "interrupted", "failed")  # not pruned: that run was ended for good
 PROCESS = "process.json"
+SCALE_RECORD = "manifest.json"  # of artifacts/scaled: the scale, and the hashes of the adapter beside it
 STAMP = "%Y%m%dT%H%M%SZ"
 LOCK_SECONDS = 2.0  # reading the status takes the lock for an instant, too
 
@@ -62,6 +63,7 @@ class RunFolder:
     root: Path
 
     adapter = _Place("artifacts/adapter")
+    scaled = _Place("artifacts/scaled")
     tokenizer = _Place("artifacts/tokenizer")
     merged_model = _Place("artifacts/merged")
     weight_delta = _Place("artifacts/delta")
@@ -107,6 +109,28 @@ class RunFolder:
         results = (self.logs, self.checkpoints, self.root / "artifacts")
         return (self.metadata / "summary.json").exists() or any(list_files(folder) for folder in results)
 
+    @property
+    def served_adapter(self) -> Path:
+        """The adapter that answers: at the scale that was chosen by `training-lens knob --choose`, else as trained."""
+        return self.scaled / "adapter" if self.scaled.is_dir() else self.adapter
+
+    @property
+    def adapter_scale(self) -> float:
+        """What the update of `served_adapter` was multiplied by; 1 is as trained.
+
+        Raises:
+            CheckpointError: its record is missing or damaged.
+        """
+        if not self.scaled.is_dir():
+            return 1.0
+        try:
+            return float(read_sealed(self.scaled / SCALE_RECORD, required=True)["scale"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.scaled / SCALE_RECORD} cannot be read ({error}). Choose the scale again: "
+                f"training-lens knob {self.root} --choose 1 takes it back."
+            ) from error
+
     def require_adapter(self) -> None:
         """Check that the run has a finished, intact adapter.
 
@@ -119,6 +143,7 @@ class RunFolder:
                 f"--resume {self.run_id}, or give another run."
             )
         require_intact(self.adapter)
+        require_intact(self.served_adapter)
         require_intact(self.tokenizer)
 
     def require_new(self) -> None:
@@ -238,6 +263,11 @@ class RunFolder:
         if not isinstance(summary, dict):
             raise CheckpointError(f"{self.metadata / 'summary.json'} holds no summary. Restore it, or start a new run.")
         return summary
+
+
+def describe_scale(run: RunFolder) -> str:
+    """What `adapter_scale` does to the adapter, as a sentence."""
+    return f"the adapter's update is multiplied by {run.adapter_scale:g}, as training-lens knob --choose said"
 
 
 def read_checked_json(path: Path, remedy: str = "Delete it, or write it again.") -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -32,7 +33,13 @@ from training_lens.training.run_repair import (
 )
 from training_lens.utils.files import hash_file
 from training_lens.utils.formatting import describe_error
-from training_lens.utils.integrity import find_damaged_files, read_recorded_hashes, read_sealed, write_sealed
+from training_lens.utils.integrity import (
+    find_damaged_files,
+    read_recorded_hashes,
+    read_sealed,
+    require_intact,
+    write_sealed,
+)
 from training_lens.utils.limits import read_text
 from training_lens.utils.machine import MachineCheck
 
@@ -137,6 +144,13 @@ def _check_adapter(run: RunFolder) -> str:
     return "as the run wrote it" if run.adapter.is_dir() else "none yet"
 
 
+def _check_scaled_adapter(run: RunFolder) -> str:
+    if not run.scaled.is_dir():
+        return "none: the adapter answers as trained"
+    require_intact(run.served_adapter)
+    return f"times {run.adapter_scale:g}"
+
+
 def _check_tokenizer(run: RunFolder) -> str:
     _require_undamaged(run, "artifacts/tokenizer")
     return "as the run wrote it" if run.tokenizer.is_dir() else "none yet"
@@ -191,6 +205,12 @@ PARTS = (
     RunPart("summary", lambda run: run.status, rewrite_summary, "--repair writes it from the newest checkpoint."),
     RunPart("base", _check_base, record_base, "Put the base back, or take this one: model.accept_changed_base=true."),
     RunPart("adapter", _check_adapter, restore_run_adapter, "--repair takes it from its checkpoint."),
+    RunPart(
+        "scaled adapter",
+        _check_scaled_adapter,
+        lambda run: shutil.rmtree(run.scaled),
+        "--repair deletes it: the adapter then answers as trained.",
+    ),
     RunPart("tokenizer", _check_tokenizer, rewrite_tokenizer, "--repair writes it from the base's."),
     RunPart("journal", _check_journal, None, LEFT_OUT),
     RunPart("lens", _check_lens, rewrite_lens_manifest, "--repair writes lens.json from the adapter and the tables."),

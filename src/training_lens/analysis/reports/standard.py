@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training_lens.analysis.checkpoint_analyzer import Analysis
-from training_lens.display.html import BulletList, Callout, Part, Picture, PictureGrid, Table, write_page
+from training_lens.display.html import BulletList, Callout, Part, Picture, PictureGrid, SvgPicture, Table, write_page
 from training_lens.display.markdown import escape_markdown, markdown_table
 from training_lens.errors import ConfigurationError
-from training_lens.utils.files import require_writable, write_json, write_text
+from training_lens.utils.files import replace_non_finite, require_writable, write_json, write_text
+from training_lens.utils.integrity import write_sealed
 
 KINDS = ("executive", "technical", "diagnostic")
 
@@ -41,6 +44,16 @@ class Report:
         path = folder / f"{name}.{format}"
         WRITERS[format](path, self)
         return path
+
+    def write_all(self, folder: Path, name: str, table: Table) -> None:
+        """Write {name}.json, sealed, and {name}.md, .html and .csv, which holds the rows of `table`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_sealed(folder / f"{name}.json", replace_non_finite(dict(self.values)))
+        lines = io.StringIO()
+        csv.writer(lines).writerows([table.columns, *table.rows])
+        for ending, text in ((".md", self.markdown()), (".csv", lines.getvalue())):
+            write_text(folder / f"{name}{ending}", text)
+        write_page(folder / f"{name}.html", self.title, self.parts)
 
     def markdown(self) -> str:
         """Text, tables and findings; figures as titles and captions."""
@@ -81,6 +94,8 @@ def _render_parts(parts: Iterable[Part]) -> Iterable[str]:
         elif isinstance(part, Callout):
             facts = [f"> - {escape_markdown(name)}: {escape_markdown(value)}" for name, value in part.facts]
             yield "\n".join([f"> **{part.severity.capitalize()}: {escape_markdown(part.title)}**", ">", *facts])
+        elif isinstance(part, SvgPicture):
+            yield f"*Figure (in the HTML report).* {escape_markdown(part.caption)}"
         elif isinstance(part, Picture):
             yield f"*Figure (in the HTML report): {escape_markdown(part.title)}.* {escape_markdown(part.caption)}"
         elif isinstance(part, PictureGrid):
