@@ -99,6 +99,12 @@ def test_rank_needs_a_run_of_ours_that_is_finished(call: Call, run: Path, adapte
     assert "has no finished adapter" in refused(call("rank", str(run)))
 
 
+def test_tests_are_of_runs_of_ours_and_say_what_they_take(call: Call, run: Path, adapter: Path) -> None:
+    assert "is none. Leave it out" in refused(call("analyze", str(adapter), "--test", "rate"))
+    assert "give --test, too" in refused(call("analyze", str(run), "--test-steps", "5"), 2)
+    assert "'rates' is none of" in refused(call("analyze", str(run), "--test=rates"), 2)
+
+
 @pytest.mark.parametrize(("format", "suffix"), [("html", "html"), ("md", "md"), ("json", "json")])
 def test_report_writes_one_file(call: Call, run: Path, format: str, suffix: str) -> None:
     told = printed(call("report", str(run), "--kind", "executive", "--format", format, "--json"))

@@ -10,16 +10,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from training_lens.cli.common import Screen, command, show_table
+from training_lens.cli.common import CONSENT, Screen, command, load_config, show_table
 from training_lens.cli.lens import BaseFolder, RunPlace, open_analyzers
 from training_lens.cli.options import CommandOptions
+from training_lens.errors import CheckpointError, ConfigurationError, LensError
+from training_lens.utils.formatting import format_seconds
 
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import AdapterComparison, Analysis
     from training_lens.analysis.findings import Finding
+    from training_lens.analysis.findings.interventions import Question
 
 Against = Annotated[
     str | None, typer.Option(metavar="RUN", help="Compare with a second run: angles between what the two learned.")
+]
+Test = Annotated[
+    str | None,
+    typer.Option(
+        "--test",
+        metavar="[rate,rank,targets,epoch]",
+        help="Decide findings by short runs with one setting changed (trains; the cost is said first): a higher and a "
+        "lower rate, rank, more modules, one more epoch. Without a list: what is inconclusive.",
+    ),
+]
+TestSteps = Annotated[
+    int | None, typer.Option("--test-steps", min=2, metavar="STEPS", help="Steps of each run of --test.")
 ]
 MOST_ROWS = 12  # of a table on the screen
 MARKS = {"problem": "red", "warning": "yellow", "note": "cyan", "fine": "green"}
@@ -38,24 +53,81 @@ def analyze(
     run: RunPlace = "latest",
     *,
     against: Against = None,
+    test: Test = None,
+    test_steps: TestSteps = None,
     base: BaseFolder = None,
     options: CommandOptions,
 ) -> None:
     """Say what an adapter did while it trained, and what is wrong, with evidence: finished, running or broken off.
 
-    Examples: training-lens analyze; training-lens analyze RUN --against RUN2;
-    training-lens analyze path/to/trainer_output
+    Examples: training-lens analyze; training-lens analyze RUN --test rate,rank;
+    training-lens analyze RUN --against RUN2; training-lens analyze path/to/trainer_output
     """
     with command(options) as screen:
-        analyzer, other = open_analyzers(run, against, options, base)
+        if test_steps and not test:
+            raise ConfigurationError("--test-steps says how long the runs of --test are; give --test, too.")
+        questions = _parse_questions(test) if test else None
+        consent = [word for word in options.words if test and word.startswith(CONSENT)]
+        others = options.with_words([word for word in options.words if word not in consent])
+        analyzer, other = open_analyzers(run, against, others, base)
         comparison = analyzer.compare(other) if other else None
         analysis = analyzer.analyze()
+        if test:
+            given = load_config(options.with_words(consent)).explicit_values()
+            _run_tests(screen, analysis, questions, test_steps, given)
+            analysis = analyzer.analyze()
         _show_analysis(screen, analysis)
         values = analysis.values()
         if comparison:
             _show_likeness(screen, comparison)
             values["against"] = comparison.values()
         screen.print_result(values)
+
+
+def _parse_questions(test: str) -> tuple[Question, ...] | None:
+    """The questions that `--test` lists; None: those that are open."""
+    from training_lens.analysis.findings.interventions import QUESTIONS
+
+    if test == "open":
+        return None
+    given = test.split(",")
+    if wrong := [name for name in given if name not in QUESTIONS]:
+        raise ConfigurationError(f"--test: '{wrong[0]}' is none of {', '.join(QUESTIONS)}.")
+    return tuple(question for question in QUESTIONS if question in given)
+
+
+def _run_tests(
+    screen: Screen,
+    analysis: Analysis,
+    questions: tuple[Question, ...] | None,
+    steps: int | None,
+    given: dict[str, Any],
+) -> None:
+    """Say what the tests cost, run them, and print what each measured."""
+    from training_lens.analysis.findings.interventions import list_open_questions
+    from training_lens.display.progress import Progress
+    from training_lens.runs.run_folder import RunFolder
+    from training_lens.training.counterfactuals import RunTests
+
+    wanted = questions or list_open_questions(analysis.findings)
+    if not wanted:
+        screen.print_line("no finding is inconclusive that a test decides; --test rate,rank,targets,epoch runs any")
+        return
+    run = RunFolder(analysis.recording.folder)
+    if not run.metadata.is_dir():
+        raise LensError(f"--test trains variations of a run of training-lens train; {run.root} is none. Leave it out.")
+    tests, planned = RunTests(run, Progress(screen.console), given), []
+    for question in wanted:
+        try:
+            planned.append(tests.plan(question, steps))
+        except (ConfigurationError, CheckpointError) as error:
+            if questions:
+                raise
+            screen.print_line(f"{question} is not tested: {error}")
+    for test in planned:
+        screen.print_line(test.describe_cost())
+    for answer in tests.measure(planned) if planned else ():
+        screen.print_line(f"{answer.question}: {answer.describe()}; took {format_seconds(answer.seconds)}")
 
 
 def _show_analysis(screen: Screen, analysis: Analysis) -> None:

@@ -133,10 +133,23 @@ class SettingsCommand(TyperCommand):
                 break
             if word.startswith("--") and word.partition("=")[0] not in known:
                 _refuse_usage(_describe_setting(word, following))
-        rest = super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, list(self._fill_optional_values(args)))
         for parameter in self.params:
             _refuse_usage(_find_empty(parameter, ctx.params.get(parameter.name or "")))
         return rest
+
+    def _fill_optional_values(self, args: list[str]) -> Iterator[str]:
+        """The words, with `open` after an option that may stand without a value: its metavar is `[ONE,OTHER]`."""
+        choices = {
+            name: set((parameter.metavar or "").strip("[]").split(","))
+            for parameter in self.params
+            if parameter.param_type_name == "option" and (parameter.metavar or "").startswith("[")
+            for name in parameter.opts
+        }
+        for word, following in zip_longest(args, args[1:], fillvalue=""):
+            yield word
+            if word in choices and not set(following.split(",")) <= choices[word]:
+                yield "open"
 
 
 def _refuse_usage(problem: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from training_lens.analysis.findings.evidence import LEAST, HeldOut, measure_scatter, read_held_out, thin_points
 from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.interventions import Claim, decide_finding, read_interventions
 from training_lens.analysis.findings.rank import read_rank_check
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import FitEstimate, remaining_gain
@@ -21,8 +22,26 @@ RULE = Rule(
 )
 
 
+CLAIM = Claim(
+    question="epoch",
+    change="continued",
+    better="One more epoch lowers the loss",
+    open="The gain from one more epoch is within the noise",
+    fine="Converged",
+    action="train on from this adapter: {setting}",
+    trusts_short_gain=True,
+    trusts_short_loss=True,
+    severity="note",
+)
+
+
 def check_convergence(recording: Recording) -> Finding:
-    """Whether more training is worth it: to the planned end of a running run, or for twice as many steps."""
+    """Whether more training is worth it: by an epoch that was added, or else by the held-out losses."""
+    return decide_finding(RULE, _check_curve(recording), read_interventions(recording.folder), CLAIM)
+
+
+def _check_curve(recording: Recording) -> Finding:
+    """To the planned end of a running run, or for twice as many steps."""
     held_out = read_held_out(recording)
     if len(held_out.steps) < LEAST:
         return RULE.report_inconclusive(

@@ -16,6 +16,7 @@ from training_lens.analysis.findings.rank import check_rank
 from training_lens.analysis.findings.rate_high import check_rate_high
 from training_lens.analysis.findings.rate_low import check_rate_low
 from training_lens.analysis.findings.self_check import check_gradients
+from training_lens.analysis.findings.target_modules import check_target_modules
 from training_lens.analysis.findings.untrained import check_untrained
 from training_lens.core.recording import Recording
 from training_lens.evaluation.verdict import ORDER
@@ -29,6 +30,7 @@ CHECKS: tuple[Callable[[Recording], Finding], ...] = (
     check_rate_low,
     check_rank,
     check_batch_size,
+    check_target_modules,
     check_memorization,
     check_forgetting,
     check_convergence,

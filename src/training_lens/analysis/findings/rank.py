@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.interventions import (
+    Claim,
+    Intervention,
+    MeasuredChange,
+    decide_finding,
+    read_interventions,
+)
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.errors import DamagedFileError
@@ -30,6 +37,16 @@ RULE = Rule(
     f"{TOLERANCE:.0%} of the adapter's gain over the base (upper end of the 95 % interval)",
     source="LoRA paper, section 7 (arXiv 2106.09685); the loss is measured on this run's validation rows",
     action="train with a lower peft.r or this peft.rank_pattern: fewer parameters at the same expected loss",
+)
+LARGER = Claim(
+    question="rank",
+    change="doubled",
+    better="A larger rank is better",
+    open="The rank may be too small",
+    fine="A larger rank gains nothing",
+    action="train with {setting}, or more if that still gains",
+    trusts_short_gain=True,
+    trusts_short_loss=False,  # the longer a run, the more it has to hold
 )
 
 
@@ -133,7 +150,31 @@ class _RankUse(NamedTuple):
 
 
 def check_rank(recording: Recording) -> Finding:
-    """Whether a smaller rank is enough. The spectrum alone is no proof: weak directions may matter for the loss."""
+    """Whether another rank is better: by test runs at twice and half of it, or else by spectra and truncation."""
+    finding, measured = _check_spectra(recording), read_interventions(recording.folder)
+    larger = decide_finding(RULE, finding, measured, LARGER)
+    test = measured.get("rank")
+    halved = test.find_change("halved") if test else None
+    if test is None or halved is None or larger.severity == "warning":
+        return larger
+    return _decide_halved(test, halved, finding)
+
+
+def _decide_halved(test: Intervention, halved: MeasuredChange, finding: Finding) -> Finding:
+    """Half of the rank is enough, or the rank is needed; what is within the noise leaves the spectra's finding."""
+    text, evidence = test.describe("doubled", "halved"), {**finding.evidence, "intervention": asdict(test)}
+    if test.is_long_enough and test.is_harmless(halved):
+        action = f"train with {halved.setting}: half of the parameters at the same loss"
+        return RULE.report_symptom(
+            "note", "A smaller rank is enough", text, action=action, confidence=test.confidence, evidence=evidence
+        )
+    if halved.low is None or halved.low > 0:
+        return RULE.report_fine("The rank is needed", text, test.confidence, evidence)
+    return replace(finding, measured=f"{finding.measured}; {text}", evidence=evidence)
+
+
+def _check_spectra(recording: Recording) -> Finding:
+    """The spectrum alone is no proof: weak directions may matter for the loss."""
     used = _measure_rank_use(recording)
     if used is None:
         return RULE.report_inconclusive(

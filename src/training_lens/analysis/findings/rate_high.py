@@ -15,6 +15,7 @@ from training_lens.analysis.findings.evidence import (
     thin_points,
 )
 from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.interventions import Claim, decide_finding, read_interventions
 from training_lens.analyzers.module_groups import update_strength
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
@@ -45,8 +46,25 @@ RULE = Rule(
 )
 
 
+CLAIM = Claim(
+    question="rate",
+    change="lower",
+    better="The learning rate is too high",
+    open="The learning rate may be too high",
+    fine="The learning rate is not too high",
+    action="lower the rate: {setting}, or less if that still gains",
+    trusts_short_gain=True,
+    trusts_short_loss=False,  # the longer a run, the lower its best rate
+)
+
+
 def check_rate_high(recording: Recording) -> Finding:
-    """Whether the learning rate is too high; a single sign is not enough."""
+    """Whether the learning rate is too high: by test runs, or else by its curves."""
+    return decide_finding(RULE, _check_curves(recording), read_interventions(recording.folder), CLAIM)
+
+
+def _check_curves(recording: Recording) -> Finding:
+    """A single sign is not enough."""
     steps, losses = read_curve(recording, tables.LOSS, "loss")
     checks: tuple[Callable[[Recording], str | None], ...] = (
         _detect_loss_rise,

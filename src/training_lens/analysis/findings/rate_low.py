@@ -14,6 +14,7 @@ from training_lens.analysis.findings.evidence import (
     thin_points,
 )
 from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.interventions import Claim, decide_finding, read_interventions
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import log_slope
@@ -36,8 +37,24 @@ RULE = Rule(
 )
 
 
+CLAIM = Claim(
+    question="rate",
+    change="higher",
+    better="The learning rate is too low",
+    open="The learning rate may be too low",
+    fine="The learning rate is not too low",
+    action="raise the rate: {setting}, or more if that still gains",
+    trusts_short_gain=False,  # the shorter a run, the higher its best rate
+    trusts_short_loss=True,
+)
+
+
 def check_rate_low(recording: Recording) -> Finding:
-    """Whether the learning rate is too low for the length of the run."""
+    """Whether the learning rate is too low for the length of the run: by test runs, or else by its curves."""
+    return decide_finding(RULE, _check_curves(recording), read_interventions(recording.folder), CLAIM)
+
+
+def _check_curves(recording: Recording) -> Finding:
     (steps, losses), straight = read_curve(recording, tables.LOSS, "loss"), _measure_straightness(recording)
     if len(steps) < LEAST_STEPS or np.isnan(straight):
         return RULE.report_inconclusive(
