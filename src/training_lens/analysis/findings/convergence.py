@@ -1,27 +1,39 @@
-"""The gain that more training would still bring."""
+"""Whether more training would still gain: what the held-out losses show, and where they do not tell."""
 
 from __future__ import annotations
 
-from training_lens.analysis.findings.evidence import LEAST, HeldOut, measure_scatter, read_held_out, thin_points
+import numpy as np
+
+from training_lens.analysis.findings.evidence import (
+    LEAST,
+    HeldOut,
+    measure_scatter,
+    read_curve,
+    read_held_out,
+    thin_points,
+)
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.interventions import Claim, decide_finding, read_interventions
 from training_lens.analysis.findings.rank import read_rank_check
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
-from training_lens.measures.curves import FitEstimate, remaining_gain
+from training_lens.display.html import Severity
+from training_lens.measures.curves import remaining_gain
 
 ERRORS = 2.0  # standard errors on each side of a gain: a 95 % interval
 NOISES = 4.0  # a gain that may be 0 and is surely below this many noises is not worth waiting for
+STEADY = 0.9  # of the peak rate
 RULE = Rule(
     code="converged",
-    signature="the slope of the held-out loss against ln(steps), extended over the remaining steps, is below the noise",
-    threshold=f"a gain plus {ERRORS:g} standard errors below the noise of one held-out loss, or below {NOISES:g} times "
-    "that noise if the gain may be 0; the noise is the bootstrap error over rows if a rank check measured it, else the "
-    "residual of the fitted line",
-    source="relative to this run; losses are about linear in ln(steps) (LoRA Without Regret, 2025)",
+    signature="the held-out loss rises, or is flat while the learning rate stays at its peak; a curve under a falling "
+    "rate flattens by itself and is not extended",
+    threshold=f"at a rate above {STEADY:g} of its peak in the later half: the gain of twice the steps at the slope "
+    f"against ln(steps), plus {ERRORS:g} standard errors, below the noise of one held-out loss, or below {NOISES:g} "
+    "times that noise if the gain may be 0; the noise is the bootstrap error over rows if a rank check measured it, "
+    "else the residual of the fitted line",
+    source="relative to this run; losses at a constant rate are about linear in ln(steps) (LoRA Without Regret, 2025)",
     action="stop here: more steps would gain less than can be measured. More or different rows may help",
 )
-
-
 CLAIM = Claim(
     question="epoch",
     change="continued",
@@ -41,7 +53,6 @@ def check_convergence(recording: Recording) -> Finding:
 
 
 def _check_curve(recording: Recording) -> Finding:
-    """To the planned end of a running run, or for twice as many steps."""
     held_out = read_held_out(recording)
     if len(held_out.steps) < LEAST:
         return RULE.report_inconclusive(
@@ -49,52 +60,43 @@ def _check_curve(recording: Recording) -> Finding:
             f"{len(held_out.steps)} held-out losses",
             f"at least {LEAST} held-out losses: set data.validation or data.val_ratio, and training.eval_steps",
         )
-    steps, losses = held_out.late_half()
-    last, running = int(steps[-1]), recording.status == "running"
-    end = int(recording.settings.get("total_steps") or 0) if running else 0
-    goal = end if end > last else 2 * last
-    checked = read_rank_check(recording.folder)
-    by_rows = checked.loss_error if checked is not None else None
-    gain, noise = remaining_gain(steps, losses, goal), measure_scatter(steps, losses) if by_rows is None else by_rows
-    words = f"training to step {goal}" if running else "a run twice as long"
+    direction, (steps, losses) = held_out.find_direction(), held_out.late_half()
+    rate = _measure_late_rate(recording, int(steps[0]))
+    evidence = {"direction": direction, "held_out": thin_points(x=held_out.steps, y=held_out.losses)}
+    verb = {"falls": "falls", "rises": "rises"}.get(direction, "neither falls nor rises for sure")
     measured = (
-        f"{words} would change the loss on the {held_out.what} by about {-gain.value:+.2g} nats per token (between "
-        f"{-gain.value - ERRORS * gain.error:+.2g} and {-gain.value + ERRORS * gain.error:+.2g}); the noise of one "
-        f"such loss is {noise:.2g}"
+        f"the loss on the {held_out.what} {verb} from step {steps[0]} to {steps[-1]} ({losses[0]:.4g} to "
+        f"{losses[-1]:.4g}) at "
+        + ("an unknown rate" if np.isnan(rate) else f"a learning rate that is {rate:.0%} of its peak at the lowest")
     )
-    return _decide(held_out, gain, noise, measured, running)
-
-
-def _decide(held_out: HeldOut, gain: FitEstimate, noise: float, measured: str, running: bool) -> Finding:
-    evidence = {
-        "gain": gain.value,
-        "error": gain.error,
-        "noise": noise,
-        "held_out": thin_points(x=held_out.steps, y=held_out.losses),
-    }
-    least, most = gain.value - ERRORS * gain.error, gain.value + ERRORS * gain.error
-    if gain.value >= float(held_out.losses[-1]):
-        return RULE.report_inconclusive(
-            "The gain from more training is unknown",
-            f"extending the line through the later losses on the {held_out.what} predicts a loss of 0 or less, which "
-            f"is impossible (the last is {held_out.losses[-1]:.3g}): the curve flattens",
-            "more validations late in the run (training.eval_steps)",
-            evidence,
-        )
-    if most <= (NOISES * noise if least <= 0 else noise):
-        return RULE.report_symptom("note" if running else "fine", "Converged", measured, evidence=evidence)
-    if least > 0:
-        return RULE.report_symptom(
-            "note",
-            "The loss is still falling",
-            measured,
-            action="train longer if that gain is worth it: raise training.epochs or training.max_steps",
-            decide="a longer run: this assumes that the slope continues, with a schedule as long as the run",
-            evidence=evidence,
-        )
+    severity: Severity = "note" if recording.status == "running" else "fine"
+    if direction == "rises":
+        action = "stop here, and use the checkpoint with the best held-out loss"
+        title = "The held-out loss no longer falls"
+        return RULE.report_symptom(severity, title, measured, action=action, evidence=evidence)
+    if rate >= STEADY and _is_flat(held_out, recording):
+        return RULE.report_symptom(severity, "Converged", measured, evidence=evidence)
     return RULE.report_inconclusive(
-        "The gain from more training is within the noise",
+        "The gain from more training is unknown",
         measured,
-        "more validations (training.eval_steps), on more rows",
+        "a new run of twice the steps, with a schedule over its own length",
         evidence,
     )
+
+
+def _is_flat(held_out: HeldOut, recording: Recording) -> bool:
+    """Whether the gain of as many steps again, at the present slope, is surely too small to wait for."""
+    steps, losses = held_out.late_half()
+    checked = read_rank_check(recording.folder)
+    by_rows = checked.loss_error if checked is not None else None
+    noise = measure_scatter(steps, losses) if by_rows is None else by_rows
+    gain = remaining_gain(steps, losses, 2 * int(steps[-1]))
+    least, most = gain.value - ERRORS * gain.error, gain.value + ERRORS * gain.error
+    return most <= (NOISES * noise if least <= 0 else noise)
+
+
+def _measure_late_rate(recording: Recording, since: int) -> float:
+    """The lowest learning rate after step `since` over the highest of the run; NaN if no rate was captured."""
+    steps, rates = read_curve(recording, tables.LOSS, "lr")
+    late = rates[steps >= since]
+    return float(late.min() / rates.max()) if len(late) and rates.max() > 0 else np.nan
