@@ -397,3 +397,35 @@ def test_a_kill_in_the_middle_leaves_no_result_and_the_next_time_works(call: Cal
     write(tmp_path, ROWS)
     assert call(*command).exit_code == 0
     assert (tmp_path / "outputs/data/default/manifest.json").is_file()
+
+
+def test_two_given_splits_keep_validation_and_lose_the_training_rows_that_it_repeats(
+    call: Call, tmp_path: Path
+) -> None:
+    held = [
+        {**ROWS[3], "question": f"So, {ROWS[3]['question'].upper()} "},
+        {**ROWS[4], "answer": "Nowhere."},
+        ROWS[5],
+        ROWS[5],
+        {"question": "Who sings in the yard at night?", "answer": "The owl.", "user": "u1"},
+    ]
+    train, validation = write(tmp_path, [*ROWS, ROWS[0]], "a.jsonl"), write(tmp_path, held, "b.jsonl")
+    given = [f"data.train={train}", f"data.validation={validation}"]
+    report = report_of(call("prepare", *given, "--json"))
+    folder = tmp_path / "outputs/data/default"
+    assert rows_of(folder, "validation.jsonl") == held
+    assert rows_of(folder, "train.jsonl") == [row for row in ROWS if row not in ROWS[3:6]]
+    kinds = ("exact", "normalized", "prompt", "near")
+    assert [report[f"leaks_{kind}"]["rows"] for kind in kinds] == [1, 1, 1, 0] and report["leaks_removed"] == 3
+    assert report["duplicates_exact"]["rows"] == 1
+    assert set(report["sources"]) == {train, validation}
+    plan = report_of(call("validate", *shlex.split(report["train"])[2:], "--json"))
+    (leaks,) = (finding for finding in plan["findings"] if finding["code"] == "leaks")
+    assert leaks["severity"] == "fine" and plan["validation_examples"] == 5
+
+    checked = report_of(call("prepare", *given, "prepare.leakage=check", "--force", "--json"))
+    assert checked["leaks_removed"] == 0 and checked["splits"]["train"]["rows"] == 60
+    three = report_of(call("prepare", *given, "prepare.splits={train:0.9,test:0.1}", "--force", "--json"))
+    assert {name: split["rows"] for name, split in three["splits"].items()} == {"train": 51, "test": 6, "validation": 5}
+    for wrong in ("prepare.splits={train:0.9,validation:0.1}", "data.validation=a.jsonl"):
+        assert call("prepare", *given, wrong, "--force").exit_code == 2

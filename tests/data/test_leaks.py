@@ -93,7 +93,8 @@ def test_near_rows_are_those_of_a_brute_force_count() -> None:
     assert [place for place in found.tolist() if place >= 0] == [i for i, near in enumerate(wanted) if near]
 
 
-def test_what_a_template_repeats_makes_no_row_near() -> None:
+@pytest.mark.parametrize("count", [12, MOST_ROWS + 10])
+def test_what_a_template_repeats_makes_no_row_near(count: int) -> None:
     template = "Below is an instruction that describes a task and you shall answer it well and truly now"
-    rows = [(f"{template} {i} {i * 7}", f"{i * 3}") for i in range(MOST_ROWS + 10)]
+    rows = [(f"{template} {i} {i * 7}", f"{i * 3}") for i in range(count)]
     assert (find_near_rows(dataset(rows[:-5]), dataset(rows[-5:])) < 0).all()

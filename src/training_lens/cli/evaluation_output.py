@@ -139,11 +139,14 @@ def _show_tables(screen: Screen, result: EvaluationResult) -> None:
     _print_table(screen, title, reports.measure_columns(comparison), reports.measure_rows(whole))
     for line in reports.scoring_lines(comparison):
         screen.print_line(line)
+    if line := reports.leak_line(comparison):
+        screen.print_line(line)
     _show_endings(screen, result)
-    for what, parts in (("tokens", comparison.by_length), ("domain", comparison.by_domain)):
-        if len(parts) > 1:
-            head, *lines = reports.part_table(comparison, what, intervals=False)
-            _print_table(screen, f"by {'length' if what == 'tokens' else what}", head, lines)
+    named = {"rows": "with and without training rows", "tokens": "by length", "domain": "by domain"}
+    for what, title in named.items():
+        head, *lines = reports.part_table(comparison, what, intervals=False)
+        if len(lines) > 1:
+            _print_table(screen, title, head, lines)
     if comparison.controls:
         head, *lines = reports.control_table(comparison, intervals=False)
         _print_table(screen, "the adapter on corrupted prompts", head, lines)

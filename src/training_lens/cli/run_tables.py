@@ -19,7 +19,7 @@ from training_lens.utils.nested import find_differences, flatten_sections
 
 GAP = 3  # characters between two columns
 STEPS_SHOWN = 12  # validations that a table of losses lists
-IN_PARTS = ("by_domain.", "controls.")
+IN_PARTS = ("by_domain.", "by_leak.", "controls.")
 VALUE_SHOWN = 120  # characters of a setting
 
 

@@ -134,6 +134,14 @@ def hold_out(digests: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, 
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
+def limit_examples(dataset: TokenDataset, limit: int | None, seed: int) -> TokenDataset:
+    """At most `limit` examples, drawn at random, in their order; None: all."""
+    if limit is None or limit >= len(dataset):
+        return dataset
+    chosen = np.random.Generator(np.random.PCG64([seed, 2**32])).permutation(len(dataset))[:limit]
+    return dataset.select(np.sort(chosen))
+
+
 def _draw_groups(drawn: np.ndarray, sizes: np.ndarray, wanted: int) -> np.ndarray:
     """Which groups are held out, (groups,) bool: those that fit, in drawing order; at least the smallest."""
     is_held = np.zeros(len(sizes), dtype=bool)

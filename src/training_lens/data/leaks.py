@@ -13,7 +13,7 @@ from training_lens.data.token_dataset import TokenDataset
 
 LeakKind = Literal["exact", "normalized", "question", "near"]
 LEAK_KINDS: tuple[LeakKind, ...] = ("exact", "normalized", "question", "near")
-LEAK_TEXTS: dict[LeakKind, str] = {
+LEAK_TEXTS: dict[str, str] = {
     "exact": "equal but for white space",
     "normalized": "equal but for case, punctuation or a few leading words",
     "question": "the same question with another answer",
@@ -36,7 +36,7 @@ class SplitLeaks:
         return is_leaked
 
     @property
-    def counts(self) -> dict[LeakKind, int]:
+    def counts(self) -> dict[str, int]:
         """Leaking rows by kind."""
         return {kind: int((self.kinds == index).sum()) for index, kind in enumerate(LEAK_KINDS)}
 

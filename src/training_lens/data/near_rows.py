@@ -20,7 +20,7 @@ from training_lens.data.token_dataset import TokenDataset
 PIECE = 5  # tokens
 THRESHOLD = 0.8
 FEWEST_PIECES = 8  # of a row that is compared
-MOST_ROWS = 50  # training rows that may share a piece: more, and it is a template's
+MOST_ROWS, MOST_SHARE, LEAST_ROWS = 50, 0.1, 3  # training rows that may share a piece: more, and it is a template's
 MOST_TOKENS = 20_000_000
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, i + 1, 2**64) for i in range(PIECE)], dtype=np.uint64)
 
@@ -56,7 +56,8 @@ def find_near_rows(train: TokenDataset, held_out: TokenDataset) -> np.ndarray:
         sizes += np.bincount(rows, minlength=len(train))
         kept.append((rows[place >= 0], place[place >= 0]))
     known_rows, places = _concatenate(kept)
-    common = np.bincount(places, minlength=len(values)) > MOST_ROWS
+    most = min(MOST_ROWS, max(LEAST_ROWS, MOST_SHARE * len(train)))
+    common = np.bincount(places, minlength=len(values)) > most
     sizes -= np.bincount(known_rows[common[places]], minlength=len(train))
     rare = ~common[places]
     own = np.bincount(asked_rows[~common[index.locate(asked_pieces)]], minlength=len(held_out))

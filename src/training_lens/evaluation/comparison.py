@@ -17,16 +17,18 @@ from training_lens.data.examples import Example
 from training_lens.errors import ConfigurationError
 from training_lens.evaluation.answer_endings import Endings
 from training_lens.evaluation.model_scores import Bootstrap, Measures, ModelScores
+from training_lens.evaluation.trained_rows import UNKNOWN_ROWS, TrainedRows
 from training_lens.evaluation.verdict import ADAPTER_NAME, Interval
 
 BASE, ADAPTER = "base", "adapter"
 WRONG_DOMAIN, NO_DOMAIN, SHUFFLED_PROMPTS = "wrong_domain", "no_domain", "shuffled_prompts"
+NEW_ROWS, TRAINED_ROWS = "not in training", "in training"
 SHOWN = 5  # most improved rows, and as many most worsened ones
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """The measures of each model on a group of rows.
+    """The measures of each model on a group of rows, of which `leaked` are training rows, too.
 
     `delta` is adapter minus base, with its `intervals`; for a single model, `intervals` are those of its measures.
     Where two models tokenize the rows differently, measures per token have no delta. `supervised_tokens` are those of
@@ -38,9 +40,10 @@ class RowGroup:
     models: Mapping[str, Measures]
     delta: Measures
     intervals: Mapping[str, Interval]
+    leaked: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        counts = {"rows": self.rows, "supervised_tokens": self.supervised_tokens}
+        counts = {"rows": self.rows, "supervised_tokens": self.supervised_tokens, "leaked": self.leaked}
         delta = {"delta": self.delta} if len(self.models) > 1 else {}
         return {**counts, **self.models, **delta, "intervals": self.intervals}
 
@@ -93,7 +96,8 @@ class ModelComparison:
 
     `labels` name them in tables, where two runs are compared. `tasks` are scores of lm-eval: model -> task -> metric ->
     value. `endings` are how each model's answers end. `unscored` counts the rows that a measure leaves out, by
-    measure and reason. `number_reading` says how numbers were read.
+    measure and reason. `number_reading` says how numbers were read. `trained` says which rows are training rows, too;
+    `by_leak` has the others and these apart, where there are any.
     """
 
     models: Mapping[str, str]
@@ -110,6 +114,8 @@ class ModelComparison:
     endings: Mapping[str, Endings] = field(default_factory=dict)
     unscored: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     number_reading: str = ""
+    trained: TrainedRows = UNKNOWN_ROWS
+    by_leak: Mapping[str, RowGroup] = field(default_factory=dict)
 
     @property
     def is_of_two_runs(self) -> bool:
@@ -126,12 +132,14 @@ class ModelComparison:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `compare --json` prints."""
-        plain = asdict(self)
-        del plain["whole"]
+        plain = asdict(replace(self, trained=UNKNOWN_ROWS))
+        del plain["whole"], plain["trained"]
         return {
             "models": plain.pop("models"),
             **self.whole.as_json(),
             **plain,
+            "leaks": self.trained.as_json(),
+            "by_leak": {label: group.as_json() for label, group in self.by_leak.items()},
             "by_length": [{"tokens": label, **group.as_json()} for label, group in self.by_length.items()],
             "by_domain": {domain: group.as_json() for domain, group in self.by_domain.items()},
         }
@@ -206,11 +214,14 @@ def compare_models(
     buckets: LengthBuckets,
     bootstrap: Bootstrap,
     described: Mapping[str, str],
+    trained: TrainedRows = UNKNOWN_ROWS,
 ) -> ModelComparison:
     """Score one model, or two (`base` and `adapter`) on the same rows, of `lengths` (rows,) in tokens."""
+    leaked = np.zeros(len(examples), dtype=bool) if trained.leaked is None else trained.leaked
 
     def measure_part(rows: np.ndarray) -> RowGroup:
-        return _measure_group({name: scored.take(rows) for name, scored in models.items()}, bootstrap)
+        group = _measure_group({name: scored.take(rows) for name, scored in models.items()}, bootstrap)
+        return replace(group, leaked=int(leaked[rows].sum()))
 
     bucket, domains = buckets.assign(lengths), np.array([e.domain for e in examples], dtype=object)
     moved: list[MovedRow] = []  # the most improved first
@@ -220,12 +231,18 @@ def compare_models(
         moved = [MovedRow(examples[i].id, float(base[i]), float(adapter[i])) for i in order]
     return ModelComparison(
         described,
-        _measure_group(models, bootstrap),
+        replace(_measure_group(models, bootstrap), leaked=int(leaked.sum())),
         {label: measure_part(bucket == i) for i, label in enumerate(buckets.labels) if (bucket == i).any()},
         {d: measure_part(domains == d) for d in sorted({e.domain for e in examples if e.domain is not None})},
         bootstrap.confidence,
         improved=[row for row in moved[:SHOWN] if row.adapter_loss < row.base_loss],
         worsened=[row for row in moved[: -SHOWN - 1 : -1] if row.adapter_loss > row.base_loss],
+        trained=trained,
+        by_leak={
+            label: measure_part(rows)
+            for label, rows in ((NEW_ROWS, ~leaked), (TRAINED_ROWS, leaked))
+            if leaked.any() and rows.any()
+        },
     )
 
 

@@ -12,6 +12,7 @@ from training_lens.evaluation.answer_endings import Endings
 from training_lens.evaluation.comparison import (
     ADAPTER,
     BASE,
+    NEW_ROWS,
     SHUFFLED_PROMPTS,
     ControlResult,
     ModelComparison,
@@ -39,6 +40,7 @@ HARDLY_READ = 0.05  # share of the loss: the cost of wrong prompts to an adapter
 OFTEN, SOMETIMES = 0.2, 0.05  # shares of the answers: above, a problem or a warning
 OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "no difference", "inconclusive")
 MOSTLY_DISTINCT = 0.9  # share of the rows: a few duplicates change nothing
+LEAKED = 0.01  # share of the rows: fewer training rows among them are a note
 RIGHT_ALREADY = ("numeric", "json_fields", "exact_match")
 
 
@@ -64,6 +66,7 @@ def assess_comparison(
     Raises:
         ConfigurationError: the chosen measure was not computed.
     """
+    comparison, everything = leave_trained_rows_out(comparison), comparison
     changes = list_changes(comparison, scoring)
     chosen = decide_by or (LOSS if LOSS in changes else ACROSS_TOKENS)
     if chosen not in changes:
@@ -80,14 +83,36 @@ def assess_comparison(
     remarks = (
         *verdict.remarks,
         *loose_remarks(verdict.outcome, loose),
+        *leak_remarks(everything),
         *collect_remarks(comparison, changes[chosen], distinct_rows, training),
     )
     verdict = replace(verdict, remarks=tuple(sorted(remarks, key=lambda remark: ORDER.index(remark.severity))))
     but = [remark.but for remark in verdict.remarks if remark.severity in ("problem", "warning") and remark.but]
+    if everything.whole.leaked == everything.whole.rows:
+        sentence = f"Inconclusive: {everything.trained.describe()}."
+        decide = "rows that the model was not trained on: data.validation=FILE"
+        verdict = replace(verdict, outcome="inconclusive", sentence=sentence, decide=decide)
+        return replace(verdict, next_command=next_command(verdict, run))
     sentence = verdict.sentence
     if verdict.outcome == "better" and but:
         sentence = f"{sentence.removesuffix('.')}; but {', and '.join(but)}."
     return replace(verdict, sentence=sentence, next_command=next_command(verdict, run))
+
+
+def leave_trained_rows_out(comparison: ModelComparison) -> ModelComparison:
+    """The comparison of the rows that are not in training; the same if there are none, or no others."""
+    return replace(comparison, whole=comparison.by_leak.get(NEW_ROWS, comparison.whole))
+
+
+def leak_remarks(comparison: ModelComparison) -> Iterator[Remark]:
+    """A warning where rows are in training, too."""
+    if leaked := comparison.whole.leaked:
+        left = comparison.whole.rows - leaked
+        sentence = f"{comparison.trained.describe()}. " + (
+            f"The verdict is on the other {left}." if left else "None is left for a verdict."
+        )
+        severity: Severity = "warning" if leaked >= LEAKED * comparison.whole.rows else "note"
+        yield Remark("leaks", severity, sentence, f"{leaked} more rows are training rows")
 
 
 def list_changes(comparison: ModelComparison, scoring: AnswerScoring) -> dict[str, MeasuredChange]:

@@ -17,6 +17,7 @@ from training_lens.utils.formatting import pluralize
 from training_lens.utils.integrity import write_sealed
 
 Cells = tuple[str, ...]
+MARK = "*"  # of numbers over rows that the model was trained on
 
 
 def write_reports(result: EvaluationResult, folder: Path | str, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,14 +57,16 @@ def _format_interval(measure: str, intervals: Mapping[str, Interval], sign: str)
 
 def measure_columns(comparison: ModelComparison) -> Cells:
     """The column headers of `measure_rows`."""
-    models = tuple(map(comparison.model_label, comparison.models))
+    mark = MARK if comparison.whole.leaked else ""
+    models = tuple(f"{comparison.model_label(model)}{mark}" for model in comparison.models)
     interval = f"{comparison.confidence:.0%} interval"
     return ("", *models, *(("change", f"its {interval}") if len(models) > 1 else (interval,)))
 
 
 def part_table(comparison: ModelComparison, what: str, intervals: bool = True) -> list[Cells]:
-    """The header, then a line for each part of the rows by `what` ('tokens' or 'domain'): size, losses, exact match."""
-    parts = comparison.by_length if what == "tokens" else comparison.by_domain
+    """The header, then a line for each part of the rows by `what` ('tokens', 'domain' or 'rows', which are those in
+    training and the others): size, losses, exact match. Parts with training rows are marked."""
+    parts = {"tokens": comparison.by_length, "domain": comparison.by_domain, "rows": comparison.by_leak}[what]
     models = tuple(map(comparison.model_label, comparison.models))
     head = [what, "rows", *(f"loss, {model}" for model in models)]
     head += ["change"] if len(models) > 1 else []
@@ -73,7 +76,7 @@ def part_table(comparison: ModelComparison, what: str, intervals: bool = True) -
     lines = [tuple(head)]
     for label, group in parts.items():
         measures, sign = group.models.values(), "+" if len(models) > 1 else ""
-        cells = [label, str(group.rows), *_format_values("loss", measures)]
+        cells = [label + MARK * bool(group.leaked), str(group.rows), *_format_values("loss", measures)]
         cells += _format_values("loss", [group.delta], "+") if group.delta else []
         cells += [_format_interval("loss", group.intervals, sign)] if intervals else []
         cells += _format_values("exact_match", measures) if answered else []
@@ -137,7 +140,9 @@ def render_markdown(result: EvaluationResult) -> str:
     parts.append(f"{models}. {whole.rows} rows, {whole.supervised_tokens} supervised tokens.")
     parts.append(_render_table([measure_columns(comparison), *measure_rows(whole)]))
     parts.append("\n".join(f"- {line}" for line in scoring_lines(comparison)))
-    parts += [_render_table(part_table(comparison, what)) for what in ("tokens", "domain")]
+    if line := leak_line(comparison):
+        parts.append(escape_markdown(line))
+    parts += [_render_table(part_table(comparison, what)) for what in ("rows", "tokens", "domain")]
     parts.append(_render_table(control_table(comparison)))
     for title, moved in (("Most improved", comparison.improved), ("Most worsened", comparison.worsened)):
         if moved:
@@ -157,6 +162,14 @@ def scoring_lines(comparison: ModelComparison) -> list[str]:
         by_reasons.setdefault(left_out, []).append(measure)
     lines = [f"{', '.join(measures)}: without {left_out}" for left_out, measures in by_reasons.items()]
     return [*lines, f"numeric: {comparison.number_reading}"] if comparison.number_reading else lines
+
+
+def leak_line(comparison: ModelComparison) -> str:
+    """How many rows are training rows, too, or why that is not known; empty where none is."""
+    trained = comparison.trained
+    if trained.leaked is not None and not trained.leaked.any():
+        return ""
+    return trained.describe() if trained.leaked is None else f"{MARK} {trained.describe()}"
 
 
 def forgetting_line(comparison: ModelComparison) -> str:
@@ -185,7 +198,8 @@ def render_row_csv(result: EvaluationResult) -> str:
     models = list(result.outcomes)
     head = ["id", "domain", "tokens", "supervised_tokens", "expected"]
     head += [f"{model}_{column}" for model in models for column in ("loss", "answer", "finish_reason")]
-    head += [f"{model}_{score}" for model, score in names]
+    head += [*(f"{model}_{score}" for model, score in names), "in_training"]
+    leaked = result.comparison.trained.leaked
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(head)
@@ -197,5 +211,6 @@ def render_row_csv(result: EvaluationResult) -> str:
             loss = outcome.scored.sums.nll[i] / outcome.scored.sums.tokens[i]
             line += [f"{loss:.6f}", outcome.answers[i], outcome.finish_reasons[i]]
         scores = (result.outcomes[model].scored.row_scores[score][i] for model, score in names)
-        writer.writerow([*line, *("" if value != value else f"{value:.6g}" for value in scores)])
+        mark = "" if leaked is None else int(leaked[i])
+        writer.writerow([*line, *("" if value != value else f"{value:.6g}" for value in scores), mark])
     return text.getvalue()

@@ -32,6 +32,7 @@ from training_lens.evaluation.evaluator import BaseStates, EvaluationOptions, To
 from training_lens.evaluation.harness import TaskOptions, TaskScores, run_tasks
 from training_lens.evaluation.metrics import AnswerScoring
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
+from training_lens.evaluation.trained_rows import TrainedRows, find_trained_rows
 from training_lens.evaluation.training_verdict import is_run_folder, read_training_record
 from training_lens.evaluation.verdict import Verdict
 from training_lens.inference.generator import generate_answers
@@ -102,7 +103,7 @@ class ModelEvaluator:
             ADAPTER: self.score_answers(rows, adapter, scoring, ADAPTER),
         }
         described = {BASE: session.config.model.id, ADAPTER: session.source}
-        result = self._build_result(rows, outcomes, described, tasks, scoring)
+        result = self._build_result(rows, outcomes, described, tasks, scoring, self._find_trained_rows(rows))
         controls = self._evaluate_controls(rows, outcomes[ADAPTER].scored, scoring) if self.settings.controls else {}
         forgot = None
         if other_text:
@@ -132,7 +133,8 @@ class ModelEvaluator:
             ADAPTER: self._evaluate_model(rows, scoring, names[1]),
         }
         described = {BASE: other.session.source, ADAPTER: self.session.source}
-        result = self._build_result(rows, outcomes, described, tasks, scoring)
+        trained = self._find_trained_rows(rows).join(other._find_trained_rows(theirs))
+        result = self._build_result(rows, outcomes, described, tasks, scoring, trained)
         labels = dict(zip((BASE, ADAPTER), names, strict=True))
         return self._add_verdict(replace(result, comparison=replace(result.comparison, labels=labels)), scoring)
 
@@ -148,7 +150,11 @@ class ModelEvaluator:
         scoring = self.answer_scoring(rows)
         outcome = self._evaluate_model(rows, scoring, name, base=name == BASE)
         described = {name: session.config.model.id if name == BASE else session.source}
-        return self._build_result(rows, {name: outcome}, described, tasks, scoring)
+        trained = self._find_trained_rows(rows)
+        return self._build_result(rows, {name: outcome}, described, tasks, scoring, trained)
+
+    def _find_trained_rows(self, rows: EvaluationRows) -> TrainedRows:
+        return find_trained_rows(self.run, self.session, rows.dataset, self.progress)
 
     def answer_scoring(self, rows: EvaluationRows) -> AnswerScoring:
         """The scoring of answers; numbers are read as the right answers of all rows write them."""
@@ -161,11 +167,12 @@ class ModelEvaluator:
         described: dict[str, str],
         tasks: dict[str, TaskScores],
         scoring: AnswerScoring,
+        trained: TrainedRows,
     ) -> EvaluationResult:
         lengths, references = rows.dataset.lengths, rows.prompt_references
         scored = {name: outcome.scored for name, outcome in outcomes.items()}
         buckets = self._length_buckets(lengths)
-        comparison = compare_models(rows.examples, lengths, scored, buckets, self._bootstrap, described)
+        comparison = compare_models(rows.examples, lengths, scored, buckets, self._bootstrap, described, trained)
         endings = {name: outcome.endings for name, outcome in outcomes.items() if outcome.endings}
         comparison = replace(comparison, tasks=tasks if self.settings.tasks else {}, endings=endings)
         if self.settings.generate and references:
@@ -175,11 +182,13 @@ class ModelEvaluator:
 
     def _add_verdict(self, result: EvaluationResult, scoring: AnswerScoring) -> EvaluationResult:
         run = self.run
+        trained = result.comparison.trained.leaked
+        is_new = np.ones(len(result.rows.examples), bool) if trained is None or trained.all() else ~trained
         verdict = assess_comparison(
             result.comparison,
             scoring,
             decide_by=self.settings.decide_by,
-            distinct_rows=result.rows.count_distinct(),
+            distinct_rows=result.rows.take(np.flatnonzero(is_new)).count_distinct(),
             training=read_training_record(run) if run and run.metrics_file.is_file() else None,
             run=str(run.root) if run else "",
         )

@@ -19,7 +19,16 @@ from training_lens.utils.nested import find_differences, flatten_sections
 
 BROKEN = "broken"
 REPORTS = ("compare.json", "evaluation.json")
-MEASURED = ("base.", "adapter.", "delta.", "by_domain.", "controls.", "forgetting.", "tasks.")  # of a report
+MEASURED = (
+    "base.",
+    "adapter.",
+    "delta.",
+    "by_domain.",
+    "by_leak.",
+    "controls.",
+    "forgetting.",
+    "tasks.",
+)  # of a report
 LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "bytes", "bits", "error", "distance", "_kl")
 NOT_COMPARED = ("output.run_id",)
 

@@ -15,7 +15,7 @@ from training_lens import embedded
 from training_lens.analysis.findings.finding import Finding
 from training_lens.config.schema import TrainingConfig
 from training_lens.core.registry import CollectorRegistry
-from training_lens.data.batching import DataMixture, Schedule, hold_out
+from training_lens.data.batching import DataMixture, Schedule, hold_out, limit_examples
 from training_lens.data.file_readers import check_csv_settings
 from training_lens.data.split_report import log_split
 from training_lens.data.templates import build_renderer, choose_template, load_template_file, resolve_date
@@ -286,10 +286,7 @@ def _select_datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[
             raise ConfigurationError("data.val_ratio: one example cannot be split; give more rows or data.validation.")
         learned, held = hold_out(everything.digests, config.data.val_ratio, seed)
         train, validation = everything.select(learned), everything.select(held)
-    limit = config.data.max_examples
-    if limit is not None and limit < len(train):
-        chosen = np.random.Generator(np.random.PCG64([seed, 2**32])).permutation(len(train))[:limit]
-        train = train.select(np.sort(chosen))
+    train = limit_examples(train, config.data.max_examples, seed)
     if validation is None:
         logger.info(
             "no rows are held out: there will be no validation loss, and no verdict on whether the adapter is "

@@ -62,7 +62,7 @@ def check_leaks(train: RowScan, validation: RowScan) -> Finding:
             f"data.validation: all {rows} validation examples are training examples too ({leaks.describe()}), so it "
             "would say nothing of new ones. Give other rows, or data.val_ratio to hold some out."
         )
-    evidence: dict[str, Any] = {"rows": leaked, "of": rows} | dict(leaks.counts)
+    evidence: dict[str, Any] = {"rows": leaked, "of": rows, **leaks.counts}
     if not leaked:
         return LEAKS.report_fine("No validation row is a training row", f"{rows:,} validation rows", evidence=evidence)
     shown = _show_leaks(leaks, train, validation)
