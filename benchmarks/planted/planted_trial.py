@@ -87,7 +87,7 @@ def build_config(case: Case) -> Any:
 
 def run_trial(case: Case, is_enough: Callable[[Transcript], bool] = lambda _: False) -> Transcript:
     """Everything that is said about the case, from its plan to its analysis; not trained if its plan says enough."""
-    from training_lens.errors import TrainingLensError
+    from training_lens.errors import InterruptedRunError, TrainingLensError
 
     transcript, began = Transcript(), time.perf_counter()
     folder = case.scratch / ("outputs/experiments/default/runs/trial" if case.loop is None else "lens")
@@ -97,6 +97,8 @@ def run_trial(case: Case, is_enough: Callable[[Transcript], bool] = lambda _: Fa
                 collector.stage = "during"
                 _train_case(case, folder)
                 collector.stage = "after"
+        except InterruptedRunError:
+            raise  # of this process, not of the trial
         except TrainingLensError as error:
             transcript.stopped = "before" if "before step 1" in str(error) else collector.stage
             transcript.messages.append((transcript.stopped, f"{type(error).__name__}: {error}"[: 4 * TEXT]))
@@ -135,7 +137,8 @@ def _read_run(run: Path, transcript: Transcript) -> None:
         return
     live = run / LIVE
     if live.is_file():
-        transcript.add_findings("during", map(json.loads, live.read_text(encoding="utf-8").splitlines()))
+        lines = map(json.loads, live.read_text(encoding="utf-8").splitlines())
+        transcript.add_findings("during", (line for line in lines if line["event"] == "raised"))
     try:
         analysis = CheckpointAnalyzer(run).analyze()
     except LensError:
