@@ -25,7 +25,7 @@ RULE = Rule(
     code="layers",
     signature="a module's gradient norm or step ratio departs from the median of its module type and from its own past",
     threshold=f"a factor over {FACTOR:g} from both, over {OWN_FACTOR:g} from its own earlier value, and a robust z "
-    f"over {ROBUST_Z:g} among the logarithms of its module type",
+    f"over {ROBUST_Z:g} among the changes of the logarithms in its module type",
     source="relative to this run: z is the distance from the median in units of 1.4826 MAD, and 3.5 is an outlier "
     "(Iglewicz and Hoaglin 1993); factor and z are wide, so that layers that always differ are not reported",
     action="check the named layer: lower training.lr, check its dtype, or leave it out of peft.target_modules",
@@ -92,15 +92,16 @@ def _find_outliers(measure: str, series: Series, kind: list[str]) -> list[_Outli
     least = values[values > 0].min() / FACTOR**2  # replaces values that became 0
     # (segments, modules)
     levels = np.log([np.median(np.maximum(values[places], least), axis=0) for places in segments])
-    away, z = levels - np.median(levels, axis=1, keepdims=True), np.array([robust_z(level) for level in levels])
+    away = levels - np.median(levels, axis=1, keepdims=True)
     found: dict[str, _Outlier] = {}
     for i in range(1, len(segments)):
         moved = away[i] - np.median(away[:i], axis=0)
-        own = (levels[i] - np.median(levels[:i], axis=0)) * np.sign(away[i])
-        far = (np.abs(away[i]) > np.log(FACTOR)) & (np.abs(moved) > np.log(FACTOR)) & (np.abs(z[i]) > ROBUST_Z)
+        change = levels[i] - np.median(levels[:i], axis=0)
+        own, z = change * np.sign(away[i]), robust_z(change)
+        far = (np.abs(away[i]) > np.log(FACTOR)) & (np.abs(moved) > np.log(FACTOR)) & (np.abs(z) > ROBUST_Z)
         for j in np.flatnonzero(far & (np.sign(away[i]) == np.sign(moved)) & (own > np.log(OWN_FACTOR))):
             step = int(series.steps[segments[i][0]])
-            apart = _Outlier(kind[j], measure, step, float(np.exp(away[i, j])), float(np.exp(moved[j])), float(z[i, j]))
+            apart = _Outlier(kind[j], measure, step, float(np.exp(away[i, j])), float(np.exp(moved[j])), float(z[j]))
             found.setdefault(kind[j], apart)
     return list(found.values())
 
@@ -112,8 +113,8 @@ def _report_outliers(found: list[_Outlier], measures: dict[str, Series]) -> Find
     return RULE.report_symptom(
         "problem" if first.has_grown else "warning",
         f"{'Exploding' if first.has_grown else 'Vanishing'} layer",
-        f"the {first.measure} of {first.module} is {first.from_kind:.3g} times the median of its type (robust z "
-        f"{first.z:.1f}); that ratio changed by a factor of {first.from_past:.3g}",
+        f"the {first.measure} of {first.module} is {first.from_kind:.3g} times the median of its type (robust z of "
+        f"its change {first.z:.1f}); that ratio changed by a factor of {first.from_past:.3g}",
         where=f"{list_names(names)}, from step {first.step}",
         evidence={
             "modules": names,
