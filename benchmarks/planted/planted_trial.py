@@ -17,7 +17,7 @@ import numpy as np
 from planted_case import Case, Rows, Stage
 
 TEXT = 240  # characters of what was measured that are kept
-LIVE = "logs/findings.jsonl"
+PREFLIGHT, LIVE = "reports/preflight.json", "logs/findings.jsonl"
 
 
 @dataclass
@@ -113,7 +113,7 @@ def _plan_case(case: Case, transcript: Transcript, is_enough: Callable[[Transcri
         return False
     from training_lens import TrainingWrapper
 
-    TrainingWrapper(build_config(case)).plan()
+    transcript.add_findings("before", TrainingWrapper(build_config(case)).plan().findings)
     return is_enough(transcript)
 
 
@@ -129,13 +129,15 @@ def _train_case(case: Case, folder: Path) -> None:
 
 
 def _read_run(run: Path, transcript: Transcript) -> None:
-    """The findings of a run's folder, live ones and those of its analysis, and its losses."""
+    """The findings of a run's folder: before the first update, while it trained, of its analysis; and its losses."""
     from training_lens import CheckpointAnalyzer
     from training_lens.errors import LensError
 
     if not run.is_dir():
         return
-    live = run / LIVE
+    preflight, live = run / PREFLIGHT, run / LIVE
+    if preflight.is_file():  # with what the base's own loss shows before the first update
+        transcript.add_findings("before", json.loads(preflight.read_text(encoding="utf-8"))["findings"])
     if live.is_file():
         lines = map(json.loads, live.read_text(encoding="utf-8").splitlines())
         transcript.add_findings("during", (line for line in lines if line["event"] == "raised"))
