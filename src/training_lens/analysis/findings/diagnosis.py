@@ -12,6 +12,7 @@ from training_lens.analysis.findings.forgetting import check_forgetting
 from training_lens.analysis.findings.layer_findings import check_layers
 from training_lens.analysis.findings.memorization import check_memorization
 from training_lens.analysis.findings.nonfinite import check_nonfinite
+from training_lens.analysis.findings.prompt_use import check_prompt_use
 from training_lens.analysis.findings.rank import check_rank
 from training_lens.analysis.findings.rate_high import check_rate_high
 from training_lens.analysis.findings.rate_low import check_rate_low
@@ -34,6 +35,7 @@ CHECKS: tuple[Callable[[Recording], Finding], ...] = (
     check_memorization,
     check_forgetting,
     check_convergence,
+    check_prompt_use,
 )
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from training_lens.analysis.advice import OURS, translate_advice
+from training_lens.analysis.findings.prompt_use import read_comparison_verdict
 from training_lens.analyzers.lora_analyzer import SOUND, certify_capture, read_residuals
 from training_lens.analyzers.module_groups import energy_shares, finite_points, latest_values, read_evolution
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
-from training_lens.errors import CheckpointError
 from training_lens.evaluation.training_verdict import TrainingRecord, assess_training, build_training_record
 from training_lens.evaluation.verdict import Verdict
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.formatting import format_seconds
-from training_lens.utils.integrity import read_sealed
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -239,28 +237,13 @@ def _format_shares(shares: Mapping[str, float]) -> str:
 def find_verdict(recording: Recording) -> Verdict | None:
     """The verdict of `compare` unless the run was trained further, else of its validation; None without losses."""
     run = RunFolder(recording.folder)
-    if (compared := _read_comparison_verdict(run)) is not None:
+    if (compared := read_comparison_verdict(run)) is not None:
         return compared
     record = _training_record(recording)
     if record is None:
         return None
     verdict = assess_training(record, str(run.root) if run.metadata.is_dir() else "")
     return replace(verdict, decide=translate_advice(verdict.decide, recording.manifest.origin))
-
-
-def _read_comparison_verdict(run: RunFolder) -> Verdict | None:
-    path = run.reports / "compare.json"
-    if not path.is_file():
-        return None
-    try:
-        report: Mapping[str, Any] = read_sealed(path)
-        steps = run.read_metadata("summary.json").get("steps", 0)
-        if "verdict" not in report or report.get("steps", steps) != steps:
-            return None  # written before verdicts existed, or before the run was resumed
-        return Verdict.from_json(report["verdict"])
-    except (CheckpointError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s has no valid verdict (%s): run training-lens compare again", path, error)
-        return None
 
 
 def _training_record(recording: Recording) -> TrainingRecord | None:

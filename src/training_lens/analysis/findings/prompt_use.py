@@ -1,0 +1,67 @@
+"""Answers that do not depend on their prompts: labels of other rows, or a run too short to read them."""
+
+from __future__ import annotations
+
+from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.core.recording import Recording
+from training_lens.errors import CheckpointError
+from training_lens.evaluation.comparison_verdict import HARDLY_READ
+from training_lens.evaluation.verdict import Remark, Verdict
+from training_lens.runs.run_folder import RunFolder
+from training_lens.utils.integrity import read_sealed
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+RULE = Rule(
+    code="prompt_ignored",
+    signature="the loss on held-out rows is the same with the prompts of other rows",
+    threshold=f"the 95 % interval of the difference below {HARDLY_READ:.0%} of the loss",
+    source="measured on this run's validation rows: the control of training-lens compare",
+    action="check that prompts and answers belong together (labels shifted by a row, shuffled, or of another file), "
+    "and that the prompt holds what the answer depends on; else train longer",
+)
+UNKNOWN = "Whether the answers depend on their prompts is not known"
+TITLES = {
+    "prompt_ignored": "The answers do not depend on their prompts",
+    "prompt_hardly_used": "The answers hardly depend on their prompts",
+}
+
+
+def check_prompt_use(recording: Recording) -> Finding:
+    """Whether answers depend on their prompts. No curve tells; a comparison measures it."""
+    verdict = read_comparison_verdict(RunFolder(recording.folder))
+    remark = _find_remark(verdict) if verdict else None
+    if remark is None:
+        return RULE.report_inconclusive(
+            UNKNOWN,
+            "no loss with the prompts of other rows",
+            "training-lens compare, whose control gives each answer the prompt of another row",
+        )
+    if remark.code == "prompt_used":
+        return RULE.report_fine("The answers depend on their prompts", remark.sentence)
+    if remark.code not in TITLES:
+        decide = "training-lens compare on more validation rows"
+        return RULE.report_inconclusive(
+            "Whether the answers depend on their prompts is not known", remark.sentence, decide
+        )
+    return RULE.report_symptom(remark.severity, TITLES[remark.code], remark.sentence, confidence="sure")
+
+
+def _find_remark(verdict: Verdict) -> Remark | None:
+    return next((remark for remark in verdict.remarks if remark.code.startswith("prompt_")), None)
+
+
+def read_comparison_verdict(run: RunFolder) -> Verdict | None:
+    """The verdict of the run's `compare`; None without one, or where the run was trained further since."""
+    path = run.reports / "compare.json"
+    if not path.is_file():
+        return None
+    try:
+        report = read_sealed(path)
+        steps = run.read_metadata("summary.json").get("steps", 0)
+        if "verdict" not in report or report.get("steps", steps) != steps:
+            return None  # written before verdicts existed, or before the run was resumed
+        return Verdict.from_json(report["verdict"])
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s has no valid verdict (%s): run training-lens compare again", path, error)
+        return None
