@@ -263,7 +263,7 @@ KINDS = (
     Kind(
         "solved_early",
         "solved after a tenth of the run",
-        (Answer("converged", title="^Converged"),),
+        (Answer("converged", title="^Converged", test="--test epoch"),),
         solved_early,
         "Yes.",
         "Good.",

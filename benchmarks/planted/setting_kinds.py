@@ -156,7 +156,7 @@ KINDS = (
     Kind(
         "run_short",
         "ends while the loss still falls",
-        (Answer("converged", title="still falling", test="longer|validations|epoch"),),
+        (Answer("converged", title="still falling|lowers the loss", test="--test epoch"),),
         short_run,
         30,
         50,
