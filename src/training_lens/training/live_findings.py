@@ -6,6 +6,7 @@ watched besides. They read only what the loop and the lens hold already, and cha
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,8 @@ class LiveFindings(JournalCallback):
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         with self._guard():
-            spike, is_active = self._spikes.observe(report.step, report.loss), bool(self._active.keys() & set(SPIKES))
+            spike = self._spikes.observe(report.step, report.loss, report.grad_norm)
+            is_active = bool(self._active.keys() & set(SPIKES))
             if spike and not is_active:
                 self._compare_findings(trainer, report.step, (), [self._explain_spike(trainer, spike)])
             elif is_active and not spike:
@@ -137,8 +139,9 @@ class LiveFindings(JournalCallback):
         if not step:
             return
         for line in read_metrics(self._run.metrics_file, step):
-            if line.get("kind") == "step" and line["step"] <= step and line["loss"] is not None:
-                self._spikes.observe(line["step"], line["loss"])
+            if line.get("kind") == "step" and line["step"] <= step:
+                loss, norm = (math.nan if line[key] is None else line[key] for key in ("loss", "grad_norm"))
+                self._spikes.observe(line["step"], loss, norm)
         for line in read_metrics(self.path, 0):
             if line["event"] == "raised":
                 self._active[line["code"]] = line["title"]

@@ -16,9 +16,10 @@ Find = Callable[..., Finding]
 NO_RMS = (np.zeros(0), np.zeros(0))
 
 
-def watch(losses: np.ndarray) -> list[LossSpike]:
+def watch(losses: np.ndarray, norms: np.ndarray | None = None) -> list[LossSpike]:
     detector = SpikeDetector()
-    return [spike for step, loss in enumerate(losses, 1) if (spike := detector.observe(step, float(loss)))]
+    pairs = zip(losses.tolist(), (losses if norms is None else norms).tolist(), strict=True)
+    return [spike for step, pair in enumerate(pairs, 1) if (spike := detector.observe(step, *pair))]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -27,8 +28,17 @@ def test_usual_noise_is_no_spike(seed: int, spread: float) -> None:
     """Skewed and of heavy tails, as of small batches; falling fast at first; with a rare domain that is harder."""
     noise = np.random.default_rng(seed)
     losses = (4 / (1 + np.arange(500) / 20) + 0.3) * noise.lognormal(0, spread, 500)
-    hard = np.where(noise.random(500) < 0.1, 3.0, 1.0)
-    assert not watch(losses) and (spread < 0.3 or not watch(losses * hard))
+    norms, hard = noise.lognormal(0, 0.4, 500) * losses**0.5, np.where(noise.random(500) < 0.1, 3.0, 1.0)
+    assert not watch(losses, norms) and len(watch(losses * hard, norms * hard)) <= 1
+
+
+def test_a_loss_and_a_gradient_norm_that_both_jump_are_a_spike_in_noise() -> None:
+    noise = np.random.default_rng(0)
+    losses, norms = noise.lognormal(0, 0.25, 100), noise.lognormal(0, 0.25, 100)
+    losses[60] = 4.5
+    assert not watch(losses, norms)
+    norms[60] = 6.0
+    assert [spike.step for spike in watch(losses, norms)] == [61]
 
 
 def test_a_jump_is_a_spike_and_does_not_become_the_level() -> None:

@@ -14,6 +14,7 @@ from training_lens.measures.curves import MAD_TO_DEVIATION
 
 WINDOW, LEAST_STEPS = 64, 20  # steps before that define the level
 ROBUST_Z = 8.0
+BOTH_Z = 4.0  # of the loss and of the gradient norm in the same step
 ABOVE_MOST = 1.3  # times the highest loss of the window: a rare hard batch is no spike
 LEAST_DEVIATION = 0.02  # of the logarithm: a loss that hardly varies makes no z
 SMALLEST = 1e-6  # a loss of 0 has no logarithm
@@ -24,7 +25,8 @@ SPIKE_RULE = Rule(
     code="loss_spike",
     signature="a step's loss far above those before it; the update RMS of Adam spikes 1 to 8 steps before if the "
     "optimizer is the cause",
-    threshold=f"a robust z over {ROBUST_Z:g} of its logarithm among the {WINDOW} steps before, and over "
+    threshold=f"a robust z over {ROBUST_Z:g} of its logarithm among the {WINDOW} steps before, or over {BOTH_Z:g} of "
+    "the loss and of the gradient norm; and over "
     f"{ABOVE_MOST:g} times the highest of them; an update RMS over {RMS_SPIKE:g} times its median and over "
     f"{RMS_STEADY:g}",
     source="relative to this run; update RMS: arXiv 2304.13013",
@@ -56,26 +58,39 @@ class LossSpike:
 
 
 class SpikeDetector:
-    """Watches the losses of the steps. Losses of a spike do not become part of the level."""
+    """Watches loss and gradient norm of the steps. A spike becomes part of the level when it is over."""
 
     def __init__(self) -> None:
-        self._usual: deque[float] = deque(maxlen=WINDOW)
+        self._usual: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._spiking: list[tuple[float, float]] = []
 
-    def observe(self, step: int, loss: float) -> LossSpike | None:
-        """The spike at this step; None if its loss is usual, or too few steps came before."""
-        usual = np.array(self._usual)
-        spike = _compare_loss(step, loss, usual) if len(usual) >= LEAST_STEPS else None
-        if spike is None and np.isfinite(loss):
-            self._usual.append(loss)
+    def observe(self, step: int, loss: float, norm: float) -> LossSpike | None:
+        """The spike at this step; None if its loss is usual, or too few steps came before.
+
+        Args:
+            norm: of the step's gradient, before clipping.
+        """
+        spike = None
+        if len(self._usual) >= LEAST_STEPS:
+            losses, norms = np.array(self._usual).T
+            level, z = _compare_logarithms(loss, losses)
+            is_far = z > ROBUST_Z or (z > BOTH_Z and _compare_logarithms(norm, norms)[1] > BOTH_Z)
+            if is_far and loss > ABOVE_MOST * losses.max():
+                spike = LossSpike(step, loss, level, z, float(losses.max()))
+        if np.isfinite(loss) and np.isfinite(norm):
+            self._spiking.append((loss, norm))
+        if spike is None:
+            self._usual.extend(self._spiking)
+            self._spiking = []
         return spike
 
 
-def _compare_loss(step: int, loss: float, usual: np.ndarray) -> LossSpike | None:
-    logs = np.log(np.maximum(usual, SMALLEST))  # losses of small batches are skewed: their logarithms are not
-    level, most = float(np.median(logs)), float(usual.max())
+def _compare_logarithms(value: float, usual: np.ndarray) -> tuple[float, float]:
+    """The usual level, and the robust z of a value: of logarithms, as losses of small batches are skewed."""
+    logs = np.log(np.maximum(usual, SMALLEST))
+    level = float(np.median(logs))
     deviation = max(MAD_TO_DEVIATION * float(np.median(np.abs(logs - level))), LEAST_DEVIATION)
-    z = (np.log(max(loss, SMALLEST)) - level) / deviation
-    return LossSpike(step, loss, float(np.exp(level)), z, most) if z > ROBUST_Z and loss > ABOVE_MOST * most else None
+    return float(np.exp(level)), float((np.log(max(value, SMALLEST)) - level) / deviation)
 
 
 def report_spike(
