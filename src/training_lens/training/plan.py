@@ -174,10 +174,17 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     budget = (
         processes.reduce_min(plan_token_budget(needs, device, processes.count)) if configured == "auto" else configured
     )
-    return RunPlan(
+    plan = RunPlan(
         resolved, facts, parameters, adaptation, tokenizer, precision, train, validation, splits, duplicates, schedule,
         processes, budget, needs,
     )  # fmt: skip
+    if validation is not None and (sample := plan.validation_sample):
+        logger.info(
+            "validation: all %d rows once an epoch, and %d of them every %d steps in between (training.eval_steps "
+            "validates all rows as often as it says)",
+            *(len(validation), len(sample.positions), sample.every),
+        )
+    return plan
 
 
 def read_tokenizer(config: TrainingConfig) -> tuple[ModelFacts, Any]:
