@@ -18,6 +18,10 @@ WORDS: Mapping[str, tuple[str, str]] = {
         "generate answers for both with the adapter",
         "generate answers for both with the adapter",
     ),
+    "the loss on general text: training-lens compare with data.validation=GENERAL_TEXT": (
+        "the loss on general text, with the adapter and without",
+        "the loss on general text, with the adapter and without",
+    ),
     "training-lens rank RUN, which measures": ("measuring", "measuring"),
     "data.validation": ("eval_dataset", "held-out rows"),
     "data.val_ratio": ("eval_dataset", "held-out rows"),
