@@ -203,7 +203,9 @@ class LiveFindings(JournalCallback):
         rows = {name: finding.evidence[name] for name in ("rows", "modules") if name in finding.evidence}
         self._journal.write({"step": step, "event": "raised", **values, **rows})
         advice = finding.action or finding.decide
-        logger.warning("step %d: %s [%s]: %s. %s", step, finding.title, finding.code, finding.measured, advice)
+        logger.warning(
+            "step %d: %s [%s]: %s. What to do: %s", step, finding.title, finding.code, finding.measured, advice
+        )
         trainer.notify_callbacks("on_finding", finding)
         if finding.code in self._stop_on:
             trainer.request_stop(finding.code)
