@@ -24,6 +24,7 @@ from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.loop.memory_budget import affordable_tokens, explain_out_of_memory, measure_token_bytes
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan
+from training_lens.training.preflight.first_steps import require_gradients
 from training_lens.training.run import build_trainer
 from training_lens.utils.devices import available_bytes, counts_memory, peak_bytes, reset_peak
 from training_lens.utils.formatting import describe_error
@@ -173,7 +174,8 @@ def _measure_steps(plan: RunPlan, trainer: Trainer) -> StepCost:
     reset_peak(device)
     is_packed = trainer.engine.can_pack
     sample = _sample_steps(plan, is_packed)
-    trainer.train_step(sample[0])  # warms up, and is the largest step: it sets the peak
+    first = trainer.train_step(sample[0])  # warms up, and is the largest step: it sets the peak
+    require_gradients(trainer, first, plan.facts.vocabulary)
     seconds, tokens, steps = 0.0, 0, 0
     started = time.perf_counter()
     for step in sample[1:]:

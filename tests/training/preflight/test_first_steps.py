@@ -14,6 +14,7 @@ from tiny_models import save_tiny_model
 from training_lens import TrainingWrapper
 from training_lens.errors import TrainingError
 from training_lens.runs.run_folder import RunFolder
+from training_lens.training.estimate import estimate_run
 from training_lens.training.loop.callbacks import Callback, StepReport
 from training_lens.training.preflight.first_steps import AdapterParameter, explain_still_modules
 from training_lens.utils.integrity import read_sealed
@@ -141,6 +142,8 @@ def test_a_base_without_gradients_stops_at_step_1(small_config: Config, tmp_path
     base = broken_base(tmp_path / "base", lambda weights: weights["lm_head.weight"].zero_())
     with pytest.raises(TrainingError, match=r"step 1: every gradient is 0.*about ln\(1,024\).*lm_head"):
         train(small_config(model={"id": base}))
+    with pytest.raises(TrainingError, match=r"every gradient is 0.*lm_head"):  # validate says so, too
+        estimate_run(TrainingWrapper(small_config(model={"id": base})).plan())
 
 
 def test_a_random_base_is_no_language_model(small_config: Config, tmp_path: Path) -> None:

@@ -143,9 +143,9 @@ class FirstStepsCheck(Callback):
             self._check_first_batch(trainer, report)
         is_update = math.isfinite(report.grad_norm) and report.lr > 0
         self._updates += is_update
-        if report.step == 1 and is_update and report.grad_norm == 0 and report.loss:
+        if report.step == 1 and is_update and report.grad_norm == 0:
             self._require_training_modules(trainer, report, only_frozen=True)
-            raise _zero_gradient_error(trainer, report, self._plan.facts.vocabulary)
+            require_gradients(trainer, report, self._plan.facts.vocabulary)
         if self._updates == UPDATES or report.step == trainer.schedule.total_steps:
             self._require_training_modules(trainer, report)
 
@@ -234,8 +234,14 @@ def _require_finite_base(trainer: Any, loss: float) -> None:
     raise TrainingError(f"before step 1: the base's own loss on the validation rows is {loss}. {cause}")
 
 
-def _zero_gradient_error(trainer: Any, report: StepReport, vocabulary: int) -> TrainingError:
-    """The error that every gradient is 0."""
+def require_gradients(trainer: Any, report: StepReport, vocabulary: int) -> None:
+    """Refuse a first step in which every gradient is 0 and the loss is not.
+
+    Raises:
+        TrainingError: names the weights of the base that are all zero, if there are any.
+    """
+    if report.grad_norm or not report.loss:
+        return
     chance = math.log(vocabulary)
     near = (
         f", about ln({vocabulary:,}): all tokens are alike to it" if abs(report.loss - chance) < 0.05 * chance else ""
@@ -244,7 +250,7 @@ def _zero_gradient_error(trainer: Any, report: StepReport, vocabulary: int) -> T
         "No adapted module takes part in the loss: check that the adapter is active, and that its parameters require "
         "gradients."
     )
-    return TrainingError(
+    raise TrainingError(
         f"step {report.step}: every gradient is 0, so nothing can be learned (loss {report.loss:.4f}{near}). {cause}"
     )
 
