@@ -30,10 +30,10 @@ class SplitLeaks:
     partners: np.ndarray
 
     @property
-    def leaked(self) -> np.ndarray:
+    def is_leaked(self) -> np.ndarray:
         """Which held-out rows leak, (rows,) bool."""
-        is_leaked: np.ndarray = self.kinds != NO_LEAK
-        return is_leaked
+        found: np.ndarray = self.kinds != NO_LEAK
+        return found
 
     @property
     def counts(self) -> dict[str, int]:

@@ -64,7 +64,7 @@ def find_trained_rows(run: RunFolder | None, session: Session, rows: TokenDatase
         leaks = find_leaks(_open_training_rows(run, session, progress), rows)
     except (TrainingLensError, OSError) as error:
         return TrainedRows(None, reason=describe_error(error))
-    return TrainedRows(leaks.leaked, leaks.counts)
+    return TrainedRows(leaks.is_leaked, leaks.counts)
 
 
 def _open_training_rows(run: RunFolder, session: Session, progress: Progress) -> TokenDataset:

@@ -56,7 +56,7 @@ def check_leaks(train: RowScan, validation: RowScan) -> Finding:
         DatasetError: all validation rows are training rows.
     """
     leaks = find_leaks(train.dataset, validation.dataset)
-    rows, leaked, near = len(leaks.kinds), int(leaks.leaked.sum()), leaks.counts["near"]
+    rows, leaked, near = len(leaks.kinds), int(leaks.is_leaked.sum()), leaks.counts["near"]
     if rows and leaks.counts["exact"] + leaks.counts["normalized"] == rows:
         raise DatasetError(
             f"data.validation: all {rows} validation examples are training examples too ({leaks.describe()}), so it "
