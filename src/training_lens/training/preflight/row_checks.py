@@ -39,7 +39,7 @@ def count_visits(schedule: Schedule) -> np.ndarray:
     """How often the run shows each training example, on average over random draws; (examples,) float64."""
     mix = schedule.mix
     weights = np.ones(schedule.examples) if mix is None else np.asarray(mix.weights, dtype=np.float64)[mix.entries]
-    visits: np.ndarray = weights * schedule.total_steps * schedule.global_batch / max(1, schedule.epoch_examples)
+    visits: np.ndarray = weights * schedule.total_steps / schedule.steps_per_epoch
     return visits
 
 
