@@ -149,7 +149,7 @@ def check_unknown_characters(scan: RowScan, report: SplitReport) -> Finding:
     share, unk = lost / characters, scan.tokenizer.unk_token_id
     named = ", ".join(f"{c!r} ({n:,})" for c, n in list(report.unknown_characters.items())[:6])
     targets = 0.0 if unk is None else float(scan.targets[unk] / scan.targets.sum())
-    become = f"; {targets:.2%} of what is learned is {scan.tokenizer.unk_token!r}" if targets else "; they are dropped"
+    become = f"; {targets:.2%} of what is learned is {scan.tokenizer.unk_token!r}" if targets else ""
     return UNKNOWN.report_symptom(
         "warning" if share >= LOST_CHARACTERS else "note",
         "Characters are lost in tokenization",
