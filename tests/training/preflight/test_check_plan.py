@@ -152,10 +152,7 @@ def test_lost_characters_are_shown(check: Check, shared: Path) -> None:
     train = [{**row, "answer": f"{{ {row['answer']} }} @ home"} for row in rows(20)]
     found = check(train, model={"id": str(shared / "models/tinystories-656k")})
     assert found["unknown_characters"].severity == "warning"
-    assert (
-        "'@' (20)" in found["unknown_characters"].measured
-        and "they are dropped" in found["unknown_characters"].measured
-    )
+    assert "'@' (20)" in found["unknown_characters"].measured
 
 
 def test_domains_too_small_to_be_measured(check: Check) -> None:
