@@ -108,10 +108,9 @@ class LiveFindings(JournalCallback):
             if base:
                 self._base_answers = answers
                 return
-            is_late = step >= LATE * trainer.schedule.total_steps
-            codes = [rule.code for rule in (LOOP_RULE, END_RULE, PROMPT_RULE)]
-            found = check_answers(answers, self._base_answers, is_late)
-            self._compare_findings(trainer, step, codes, found)
+            if step >= LATE * trainer.schedule.total_steps:
+                codes = [rule.code for rule in (LOOP_RULE, END_RULE, PROMPT_RULE)]
+                self._compare_findings(trainer, step, codes, check_answers(answers, self._base_answers))
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
         with self._guard():
@@ -164,6 +163,8 @@ class LiveFindings(JournalCallback):
         with self._guard():
             recording = self._open_recording()
             findings = [check(recording) for check, after in CHECKS.items() if step >= after * total]
+            if any(finding.severity == "problem" for finding in findings):  # notes on a broken run share its cause
+                findings = [finding for finding in findings if finding.severity != "note"]
             self._compare_findings(trainer, step, [f.code for f in findings], list(filter(is_shown_live, findings)))
 
     def _explain_spike(self, trainer: Any, spike: LossSpike) -> Finding:
@@ -199,7 +200,7 @@ class LiveFindings(JournalCallback):
                 self._show(trainer, step, finding)
 
     def _show(self, trainer: Any, step: int, finding: Finding) -> None:
-        values = {name: value for name, value in asdict(finding).items() if name not in ("evidence", "source")}
+        values = {name: value for name, value in asdict(finding).items() if name != "evidence"}
         rows = {name: finding.evidence[name] for name in ("rows", "modules") if name in finding.evidence}
         self._journal.write({"step": step, "event": "raised", **values, **rows})
         advice = finding.action or finding.decide

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training_lens.analysis.findings import Finding, Intervention, MeasuredChange, diagnose, read_interventions
+from training_lens.analysis.findings import Finding, Intervention, SettingChange, diagnose, read_interventions
 from training_lens.analysis.findings.interventions import list_open_questions, measure_changes, write_interventions
 from training_lens.core.recording import Recording
 
 GAIN = 1.0
-BETTER = MeasuredChange("", "", (-0.2, -0.22), -0.21, -0.25, -0.17)
-NOISY = MeasuredChange("", "", (-0.2, 0.1), -0.05, -0.4, 0.3)
-WORSE = MeasuredChange("", "", (0.2, 0.22), 0.21, 0.17, 0.25)
-SAME = MeasuredChange("", "", (0.001, 0.002), 0.0015, -0.01, 0.013)
+BETTER = SettingChange("", "", (-0.2, -0.22), -0.21, -0.25, -0.17)
+NOISY = SettingChange("", "", (-0.2, 0.1), -0.05, -0.4, 0.3)
+WORSE = SettingChange("", "", (0.2, 0.22), 0.21, 0.17, 0.25)
+SAME = SettingChange("", "", (0.001, 0.002), 0.0015, -0.01, 0.013)
 
 
-def answer(question: Any, steps: int = 200, **changes: MeasuredChange) -> Intervention:
+def answer(question: Any, steps: int = 200, **changes: SettingChange) -> Intervention:
     named = tuple(replace(change, name=name, setting=f"set {name}") for name, change in changes.items())
     return Intervention(question, steps, 200, (0, 1), 64, base_loss=3.0, loss=2.0, changes=named)
 
@@ -43,7 +43,7 @@ def decide(healthy: Any, record: Callable[..., Recording]) -> Callable[..., Find
     [
         ("rate_low", answer("rate", higher=BETTER, lower=WORSE), "warning", "set higher"),
         ("rate_low", answer("rate", higher=SAME, lower=WORSE), "fine", ""),
-        ("rate_low", answer("rate", higher=MeasuredChange("", "", failure="not finite")), "fine", ""),
+        ("rate_low", answer("rate", higher=SettingChange("", "", failure="not finite")), "fine", ""),
         ("rate_high", answer("rate", higher=WORSE, lower=BETTER), "warning", "set lower"),
         ("rate_high", answer("rate", higher=WORSE, lower=SAME), "fine", ""),
         ("rank", answer("rank", doubled=BETTER, halved=WORSE), "warning", "set doubled"),
@@ -88,7 +88,7 @@ def test_runs_that_are_too_short_decide_what_their_bias_cannot_explain(
 
 
 def test_a_gain_too_small_to_matter_is_fine(decide: Any) -> None:
-    small = MeasuredChange("", "", (-0.02, -0.02), -0.02, -0.021, -0.019)  # of a gain of 1
+    small = SettingChange("", "", (-0.02, -0.02), -0.02, -0.021, -0.019)  # of a gain of 1
     assert decide("rate_low", answer("rate", higher=small)).severity == "fine"
 
 

@@ -74,8 +74,8 @@ def answer(number: int, generated: str, ended: bool | None = True, loops: bool =
     return {**texts, "ended": ended, "loops": loops}
 
 
-def codes(answers: list[dict[str, Any]], base: list[dict[str, Any]] | None = None, late: bool = True) -> set[str]:
-    return {found.code for found in check_answers(answers, base or [], late)}
+def codes(answers: list[dict[str, Any]], base: list[dict[str, Any]] | None = None) -> set[str]:
+    return {found.code for found in check_answers(answers, base or [])}
 
 
 def test_answers_that_differ_and_end_show_nothing() -> None:
@@ -85,13 +85,13 @@ def test_answers_that_differ_and_end_show_nothing() -> None:
 
 def test_repetition_counts_where_the_base_does_not_repeat_as_much() -> None:
     looping = [answer(i, f"{i} a a a a", loops=i < 2) for i in range(4)]
-    assert codes(looping, late=False) == {"repetition"}
+    assert codes(looping) == {"repetition"}
     assert not codes(looping, base=looping) and not codes(looping[1:])
 
 
-def test_missing_ends_and_equal_answers_count_in_the_later_half_only() -> None:
+def test_missing_ends_and_equal_answers_are_found() -> None:
     equal = [answer(i, "I do not know", ended=False) for i in range(4)]
-    assert codes(equal) == {"endless_answers", "prompt_ignored"} and not codes(equal, late=False)
+    assert codes(equal) == {"endless_answers", "prompt_ignored"}
     assert "prompt_ignored" not in codes([{**a, "expected": "I do not know"} for a in equal])
 
 

@@ -13,7 +13,8 @@ SOURCE = "a few greedy answers are no rate: training-lens compare measures it on
 LOOP_RULE = Rule(
     code="repetition",
     signature="greedy answers that repeat the same tokens again and again where the right ones do not",
-    threshold=f"{SHARE:.0%} of the answers, at least {LEAST_ANSWERS}, and more than of the base's",
+    threshold=f"{SHARE:.0%} of the answers, at least {LEAST_ANSWERS}, and more than of the base's, after half of the "
+    "run",
     source=SOURCE,
     action="lower training.lr or train for fewer epochs (training.epochs); look at the rows for repeated text",
 )
@@ -34,20 +35,17 @@ PROMPT_RULE = Rule(
 )
 
 
-def check_answers(
-    answers: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], is_late: bool
-) -> list[Finding]:
-    """The symptoms of answers to fixed prompts.
-
-    Answers that do not end or ignore their prompts are no symptom before half of a run, where most models give them.
+def check_answers(answers: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """The symptoms of answers to fixed prompts, in the later half of a run: before it, good runs show them as well.
 
     Args:
         answers: `samples` of a line of logs/samples.jsonl; `base`: those of the base model, empty if unknown.
     """
-    found = [_find_share(LOOP_RULE, "The answers repeat themselves", "loops", True, answers, base)]
-    if is_late:
-        found.append(_find_share(END_RULE, "The answers do not end", "ended", False, answers, ()))
-        found.append(_find_equal_answers(answers))
+    found = (
+        _find_share(LOOP_RULE, "The answers repeat themselves", "loops", True, answers, base),
+        _find_share(END_RULE, "The answers do not end", "ended", False, answers, ()),
+        _find_equal_answers(answers),
+    )
     return [finding for finding in found if finding is not None]
 
 

@@ -31,7 +31,7 @@ NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
-class MeasuredChange:
+class SettingChange:
     """What one changed setting does to the held-out loss: changed minus unchanged, in nats per supervised token.
 
     `setting` is as typed: `training.lr=0.009`. `deltas` has one difference for each seed, `delta` their mean, `low` to
@@ -69,7 +69,7 @@ class Intervention:
     rows: int
     base_loss: float
     loss: float
-    changes: tuple[MeasuredChange, ...]
+    changes: tuple[SettingChange, ...]
     tokens: int = 0
     seconds: float = 0.0
 
@@ -90,22 +90,22 @@ class Intervention:
         """Runs as long as the whole one leave nothing to guess."""
         return "sure" if self.question == "epoch" or self.steps >= self.total_steps else "likely"
 
-    def find_change(self, name: str) -> MeasuredChange | None:
+    def find_change(self, name: str) -> SettingChange | None:
         """The change of this name; None if it was not measured."""
         return next((change for change in self.changes if change.name == name), None)
 
-    def is_better(self, change: MeasuredChange) -> bool:
+    def is_better(self, change: SettingChange) -> bool:
         """Whether the change lowers the loss for sure, and by enough to act on."""
         return (
             change.delta is not None and change.high is not None
             and change.high < 0 and -change.delta >= MATTERS * self.gain
         )  # fmt: skip
 
-    def excludes_gain(self, change: MeasuredChange) -> bool:
+    def excludes_gain(self, change: SettingChange) -> bool:
         """Whether the change surely does not lower the loss by enough to act on; a failed run does not."""
         return change.low is None or change.low > -MATTERS * self.gain
 
-    def is_harmless(self, change: MeasuredChange) -> bool:
+    def is_harmless(self, change: SettingChange) -> bool:
         """Whether the change surely does not raise the loss by enough to matter."""
         return change.high is not None and change.high < HARMLESS * self.gain
 
@@ -122,7 +122,7 @@ class Intervention:
 
 def measure_changes(
     changes: Mapping[str, str], control: np.ndarray, changed: Mapping[str, np.ndarray | str], tokens: np.ndarray
-) -> tuple[MeasuredChange, ...]:
+) -> tuple[SettingChange, ...]:
     """The effect of each change, with its 95 % interval.
 
     The variance of the mean difference has two parts: over rows, by the ratio estimator (Cochran 1977, section 2.11)
@@ -142,12 +142,12 @@ def measure_changes(
     found = []
     for name, setting in changes.items():
         if name not in differences:
-            found.append(MeasuredChange(name, setting, failure=str(changed[name])))
+            found.append(SettingChange(name, setting, failure=str(changed[name])))
             continue
         delta, rows = float(by_seed[name].mean()), differences[name].mean(0)
         spread = np.square(rows - delta * tokens).sum() * len(rows) / max(1, len(rows) - 1)
         half = float(np.sqrt(NORMAL_95**2 * spread / tokens.sum() ** 2 + of_seeds))
-        found.append(MeasuredChange(name, setting, tuple(by_seed[name].tolist()), delta, delta - half, delta + half))
+        found.append(SettingChange(name, setting, tuple(by_seed[name].tolist()), delta, delta - half, delta + half))
     return tuple(found)
 
 
@@ -172,7 +172,7 @@ def read_interventions(folder: Path) -> dict[Question, Intervention]:
 
 
 def _parse_intervention(values: Mapping[str, Any]) -> Intervention:
-    changes = tuple(MeasuredChange(**{**each, "deltas": tuple(each["deltas"])}) for each in values["changes"])
+    changes = tuple(SettingChange(**{**each, "deltas": tuple(each["deltas"])}) for each in values["changes"])
     return Intervention(**{**values, "seeds": tuple(values["seeds"]), "changes": changes})
 
 

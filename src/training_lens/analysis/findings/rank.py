@@ -13,7 +13,7 @@ from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.interventions import (
     Claim,
     Intervention,
-    MeasuredChange,
+    SettingChange,
     decide_finding,
     read_interventions,
 )
@@ -160,7 +160,7 @@ def check_rank(recording: Recording) -> Finding:
     return _decide_halved(test, halved, finding)
 
 
-def _decide_halved(test: Intervention, halved: MeasuredChange, finding: Finding) -> Finding:
+def _decide_halved(test: Intervention, halved: SettingChange, finding: Finding) -> Finding:
     """Half of the rank is enough, or the rank is needed; what is within the noise leaves the spectra's finding."""
     text, evidence = test.describe("doubled", "halved"), {**finding.evidence, "intervention": asdict(test)}
     if test.is_long_enough and test.is_harmless(halved):

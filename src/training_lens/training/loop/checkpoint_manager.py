@@ -20,6 +20,7 @@ from training_lens.runs.checkpoint_format import (
     newest_intact_checkpoint,
     write_checkpoint,
 )
+from training_lens.training.loop.callbacks import StepReport
 from training_lens.training.loop.optimizer import optimizer_tensors, restore_optimizer
 from training_lens.utils.files import TEMPORARY, read_json, sweep_temporaries, write_json
 from training_lens.utils.seeding import restore_rng_state, rng_state
@@ -46,6 +47,17 @@ class TrainingState:
     best_step: int = 0
     evaluations_since_best: int = 0
     micro_batch_tokens: int | None = None
+
+    def count_step(self, report: StepReport) -> TrainingState:
+        """The state after one more step."""
+        return replace(
+            self,
+            step=report.step,
+            tokens=self.tokens + report.tokens,
+            supervised_tokens=self.supervised_tokens + report.supervised_tokens,
+            loss_sum=self.loss_sum + report.loss * report.supervised_tokens,
+            seconds=self.seconds + report.seconds,
+        )
 
     def count_evaluation(self, loss: float) -> TrainingState:
         """The state after a validation at its step."""

@@ -173,7 +173,7 @@ class Trainer:
                 logger.info("early stop: no better validation since step %d", self.state.best_step)
                 return
             report = self.train_step(plan)
-            self._count_step(report)
+            self.state = self.state.count_step(report)
             self.notify_callbacks("on_step_end", report)
             if self.is_validation_due(plan.number):
                 self._validate()
@@ -265,17 +265,6 @@ class Trainer:
         """Most tokens in one forward pass: as planned, or as memory was measured to hold."""
         return self.state.micro_batch_tokens or self._planned_tokens
 
-    def _count_step(self, report: StepReport) -> None:
-        s = self.state
-        self.state = replace(
-            s,
-            step=report.step,
-            tokens=s.tokens + report.tokens,
-            supervised_tokens=s.supervised_tokens + report.supervised_tokens,
-            loss_sum=s.loss_sum + report.loss * report.supervised_tokens,
-            seconds=s.seconds + report.seconds,
-        )
-
     def is_validation_due(self, step: int) -> bool:
         """Whether the run validates after this step, if it has validation rows."""
         return step == self.schedule.total_steps or self._is_due(step, self.settings.eval_steps)
@@ -299,27 +288,17 @@ class Trainer:
 
     def _validate(self, base: bool = False) -> None:
         if self.validation is not None and (report := self._evaluate_dataset(self.validation)):
-            s, report = self.state, self._add_sample_loss(report)
+            if self.validation_sample is not None:
+                report = self.validation_sample.add_loss(report, self.validation.supervised_counts)
+            s = self.state
             self.state = replace(s, base_validation_loss=report.loss) if base else s.count_evaluation(report.loss)
             self.notify_callbacks("on_evaluate", s.step, report, base=base)
-
-    def _add_sample_loss(self, report: LossReport) -> LossReport:
-        """The report of all rows, with the loss of those of the sample: its curve then has these points, too."""
-        if self.validation is None or self.validation_sample is None or report.row_nll is None:
-            return report
-        rows = self.validation_sample.positions
-        return replace(
-            report, sample_loss=float(report.row_nll[rows].sum() / self.validation.supervised_counts[rows].sum())
-        )
 
     def _validate_sample(self) -> None:
         """Validate the sample: it is shown, and neither chooses the adapter nor stops the run, as all rows do."""
         assert self.validation is not None and self.validation_sample is not None
-        if report := self._evaluate_sample(self.validation, self.validation_sample):
+        if report := self._evaluate_dataset(self.validation.select(self.validation_sample.positions)):
             self.notify_callbacks("on_evaluate_sample", self.state.step, report)
-
-    def _evaluate_sample(self, validation: TokenDataset, sample: ValidationSample) -> LossReport | None:
-        return self._evaluate_dataset(validation.select(sample.positions))
 
     def _evaluate_dataset(self, dataset: TokenDataset) -> LossReport | None:
         """The loss on `dataset`; None if the evaluation failed, which is logged and does not end the run."""

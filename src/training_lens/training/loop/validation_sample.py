@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from training_lens.data.batching import Schedule
+from training_lens.evaluation.evaluator import LossReport
 
 LEAST_VALIDATIONS = 8  # of a run: fewer show no trend
 LEAST_ROWS = 8
@@ -19,6 +20,13 @@ class ValidationSample:
 
     every: int
     positions: np.ndarray
+
+    def add_loss(self, report: LossReport, supervised_counts: np.ndarray) -> LossReport:
+        """A report of all rows, with the loss of these: their curve then has its points, too."""
+        if report.row_nll is None:
+            return report
+        nll, targets = (values[self.positions].sum() for values in (report.row_nll, supervised_counts))
+        return replace(report, sample_loss=float(nll / targets))
 
 
 def draw_validation_sample(lengths: np.ndarray, schedule: Schedule, example_tokens: float) -> ValidationSample | None:
