@@ -35,7 +35,7 @@ from verdicts import judge_trial
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "outputs/planted/runs.jsonl"
 PARTS = ("reported", "tuned", "controls")
-SEEDS = {"reported": (0, 1, 2), "tuned": (10,), "controls": (20,)}
+ROUNDS = (("reported", 0), ("controls", 20), ("reported", 1), ("reported", 2), ("tuned", 10))
 
 
 class TrialKey(NamedTuple):
@@ -48,14 +48,15 @@ class TrialKey(NamedTuple):
 
 
 def list_trials(parts: list[str], seeds: list[int] | None, data_sets: list[str], only: list[str]) -> Iterator[TrialKey]:
-    """All trials, one seed and data set after the other, so that a part of them covers every kind."""
-    for part in parts:
-        for seed in seeds or SEEDS[part]:
-            if part == "controls":
-                yield from (TrialKey(part, c.name, "", seed) for c in CONTROLS.values() if not only or c.name in only)
-                continue
-            for data_set in data_sets:
-                yield from (TrialKey(part, name, data_set, seed) for name in KINDS if not only or name in only)
+    """All trials, so that the first ones cover every kind and every control."""
+    for part, seed in ROUNDS:
+        if part not in parts or (seeds is not None and seed not in seeds):
+            continue
+        if part == "controls":
+            yield from (TrialKey(part, name, "", seed) for name in CONTROLS if not only or name in only)
+            continue
+        for data_set in data_sets:
+            yield from (TrialKey(part, name, data_set, seed) for name in KINDS if not only or name in only)
 
 
 def build_case(key: TrialKey, scratch: Path) -> Case:
