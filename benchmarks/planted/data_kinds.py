@@ -210,7 +210,7 @@ KINDS = (
         unknown_characters,
         " = ",
         " [*] ",
-        r"unknown|<unk>",
+        r"no token",
         earliest="before",
     ),
     Kind(

@@ -71,7 +71,7 @@ def contradicting_labels(case: Case, share: float) -> Case:
     return case.with_train(case.shuffle([*first, *twice, *rest[pairs:]]))
 
 
-LEAK = (Answer("leaks"),)
+LEAK, LEAKED = (Answer("leaks"),), "validation examples are training examples"
 LABELS = (Answer("prompt_ignored", test="prompt"), Answer("label_disagreement"))
 KINDS = (
     Kind(
@@ -81,7 +81,7 @@ KINDS = (
         _leak(dict),
         0.5,
         0.25,
-        "validation examples are training examples",
+        LEAKED,
         earliest="before",
     ),
     Kind(
@@ -91,7 +91,7 @@ KINDS = (
         leak_all,
         1.0,
         0.5,
-        "validation examples are training examples",
+        LEAKED,
         earliest="before",
     ),
     Kind(
@@ -101,6 +101,7 @@ KINDS = (
         _leak(lambda r: {k: v + " " for k, v in r.items()}),
         0.5,
         0.25,
+        LEAKED,
         earliest="before",
     ),
     Kind(
@@ -110,10 +111,29 @@ KINDS = (
         _leak(lambda r: {k: v.upper() for k, v in r.items()}),
         0.5,
         0.25,
+        LEAKED,
         earliest="before",
     ),
-    Kind("leak_prefix", "leaked rows that begin with “So, ...”", LEAK, _leak(_prefix), 0.5, 0.25, earliest="before"),
-    Kind("leak_question", "validation questions with other answers", LEAK, leak_question, 0.5, 0.25, earliest="before"),
+    Kind(
+        "leak_prefix",
+        "leaked rows that begin with “So, ...”",
+        LEAK,
+        _leak(_prefix),
+        0.5,
+        0.25,
+        LEAKED,
+        earliest="before",
+    ),
+    Kind(
+        "leak_question",
+        "validation questions with other answers",
+        LEAK,
+        leak_question,
+        0.5,
+        0.25,
+        LEAKED,
+        earliest="before",
+    ),
     Kind("labels_random", "answers of random words", LABELS, random_labels, 0.8, 1.0),
     Kind("labels_shifted", "answers shifted by a row", LABELS, shifted_labels, 3, 1),
     Kind("labels_shuffled", "answers shuffled over all rows", LABELS, shuffled_labels, 0.9, 1.0),

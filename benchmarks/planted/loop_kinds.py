@@ -236,6 +236,7 @@ KINDS = (
         in_loop(RateStuck),
         15,
         10,
+        denied_by=("untrained", "rate_low"),
         earliest="during",
     ),
     Kind(

@@ -80,6 +80,7 @@ RANK_SMALL = (
     Answer("targets", test="every linear layer|--test"),
     Answer("rank", title="larger rank|too small|saturated", test="--test"),
 )
+BATCH_LARGE = (Answer("batch_large", test="quarter of the batch"),)
 KINDS = (
     Kind("rate_low_3", "the rate is three times too low", LOW, scaled_rate, 1 / 4, 1 / 3),
     Kind("rate_low_10", "the rate is ten times too low", LOW, scaled_rate, 1 / 15, 1 / 10),
@@ -111,9 +112,10 @@ KINDS = (
         narrow_adapter,
         r".*layers\.1\.self_attn\.q_proj",
         r".*layers\.0\.self_attn\.q_proj",
+        denied_by=("targets",),  # that a rank of 1 is used is true
     ),
-    Kind("embeddings_only", "only the embedding is adapted", RANK_SMALL, embeddings_only, 4, 8),
-    Kind("rank_small", "rank 1 for many rows", RANK_SMALL[::-1], small_rank, 2, 1),
+    Kind("embeddings_only", "only the embedding is adapted", RANK_SMALL, embeddings_only, 4, 8, denied_by=("targets",)),
+    Kind("rank_small", "rank 1 for many rows", RANK_SMALL[::-1], small_rank, 2, 1, denied_by=()),
     Kind(
         "rank_large",
         "a rank far above the need",
@@ -122,13 +124,11 @@ KINDS = (
         48,
         64,
     ),
-    Kind(
-        "batch_large", "a batch far above the noise scale", (Answer("batch_large", test="batch"),), large_batch, 40, 56
-    ),
+    Kind("batch_large", "a batch far above the noise scale", BATCH_LARGE, large_batch, 40, 56),
     Kind(
         "one_batch",
         "all rows in one batch",
-        (Answer("batch_large", test="batch"), Answer("rate_low", test="50 steps|batch")),
+        BATCH_LARGE,
         one_batch,
         24.0,
         12.0,
@@ -136,12 +136,11 @@ KINDS = (
     Kind(
         "warmup_long",
         "a warm-up longer than the run",
-        (Answer("warmup"), *LOW),
+        LOW,
         endless_warmup,
         300,
         1000,
         r"warm-?up",
-        earliest="before",
     ),
     Kind(
         "forgetting",
@@ -152,7 +151,7 @@ KINDS = (
         3.0,
         earliest="during",
     ),
-    Kind("clipping_tiny", "clipped so far that nothing is left", (*LOW, Answer("clipping")), tiny_clipping, 1e-9, 1e-8),
+    Kind("clipping_tiny", "clipped so far that nothing is left", LOW, tiny_clipping, 1e-9, 1e-8),
     Kind(
         "run_short",
         "ends while the loss still falls",
@@ -164,7 +163,7 @@ KINDS = (
     Kind(
         "decay_strong",
         "weight decay pulls the adapter back",
-        (Answer("weight_decay"), Answer("rate_high", test="rate"), Answer("forgetting")),
+        (*HIGH, Answer("forgetting")),
         full_decay,
         0.8,
         1.0,

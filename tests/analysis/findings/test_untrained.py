@@ -34,6 +34,20 @@ def test_a_rate_of_zero_is_named(finding: Find, healthy: Any) -> None:
     assert "learning rate is 0" in finding("untrained", healthy).action
 
 
+def test_a_schedule_that_ends_early_is_named(finding: Find, healthy: Any) -> None:
+    for measure in (healthy.values("adapter_weights", "norm_step"), healthy.values("loss", "lr")):
+        measure[100:] = 0
+    found = finding("untrained", healthy)
+    assert (found.severity, found.evidence["step"]) == ("warning", 100) and "schedule" in found.action
+    healthy.values("loss", "lr")[100:] = 1e-3
+    assert "schedule" not in finding("untrained", healthy).action
+
+
+def test_a_rate_that_reaches_zero_at_the_end_is_no_early_end(finding: Find, healthy: Any) -> None:
+    healthy.values("adapter_weights", "norm_step")[190:] = 0
+    assert finding("untrained", healthy).severity == "fine"
+
+
 def test_the_smallest_step_is_a_step(finding: Find, healthy: Any) -> None:
     healthy.values("adapter_weights", "norm_step")[:, 3] = 0
     healthy.values("adapter_weights", "norm_step")[150, 3] = 1e-30

@@ -11,11 +11,13 @@ from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
 
+STOPPED, LEAST_STOPPED = 0.1, 5  # share of the run and number of steps without a change
 FIRST_STEPS = 2  # B is 0 before step 1, and a warm-up may start at a rate of 0
 RULE = Rule(
     code="untrained",
     signature="the change dW of a module is the same after every step: its steps are 0, or A and B keep their norms",
-    threshold=f"exactly 0 at every captured step, the last of them after step {FIRST_STEPS}",
+    threshold=f"exactly 0 at every captured step, the last of them after step {FIRST_STEPS}; or in the last "
+    f"{STOPPED:.0%} of the run",
     source="exact: any effective update of A or B changes dW (trl#3926, transformers#23990)",
     action="stop the run; check that the adapter is active, that its parameters require gradients "
     "(print_trainable_parameters), and that the optimizer has them",
@@ -34,6 +36,9 @@ def check_untrained(recording: Recording) -> Finding:
     still = [name for name, changes in changed.items() if not changes]
     measured = f"{len(still)} of {len(changed)} modules do not change up to step {last}"
     evidence = {"modules": still, "watched": len(changed), "last_step": last}
+    stopped = None if still else _find_stop(recording)
+    if stopped is not None:
+        return _report_stop(recording, stopped, last)
     if not still:
         return RULE.report_fine(
             "Every module trains", f"all {len(changed)} modules change, up to step {last}", evidence=evidence
@@ -58,6 +63,34 @@ def _find_moving_modules(recording: Recording) -> tuple[dict[str, bool], int]:
         changes, last = (known & (steps.values != 0)).any(0), int(steps.steps[known.any(1)].max())
         return {name: bool(changes[i]) for i, name in enumerate(steps.names) if known[:, i].any()}, last
     return _compare_norms(*(recording.series(tables.WEIGHTS, measure) for measure in ("norm_a", "norm_b")))
+
+
+def _find_stop(recording: Recording) -> int | None:
+    """The last step at which any module changed, if the run went on for a tenth of its steps without a change."""
+    steps = recording.series(tables.WEIGHTS, "norm_step")
+    known = np.isfinite(steps.values).all(1) & (steps.steps > 0)
+    at, moved = steps.steps[known], (steps.values[known] != 0).any(1)
+    if not moved.any():
+        return None
+    last = int(at[moved][-1])
+    return last if at[-1] - last >= max(LEAST_STOPPED, STOPPED * at[-1]) else None
+
+
+def _report_stop(recording: Recording, stopped: int, last: int) -> Finding:
+    steps, rates = read_curve(recording, tables.LOSS, "lr")
+    is_rate = bool((steps > stopped).any()) and not rates[steps > stopped].any()
+    return RULE.report_symptom(
+        "warning",
+        f"Nothing changes after step {stopped}",
+        f"every module changes up to step {stopped}, and none from then to step {last}"
+        + ("; the learning rate is 0 there" if is_rate else ""),
+        where=f"from step {stopped + 1}",
+        confidence="sure",
+        action="check that the schedule is as long as the run, and advances once an update, not once a batch"
+        if is_rate
+        else RULE.action,
+        evidence={"step": stopped, "last_step": last},
+    )
 
 
 def _compare_norms(norm_a: Series, norm_b: Series) -> tuple[dict[str, bool], int]:
