@@ -264,7 +264,8 @@ KINDS = (
         in_loop(PadSupervised),
         0,
         0,
-        earliest="before",
+        r"labels are padding",
+        earliest="during",
     ),
     Kind(
         "trainer_masked",
@@ -284,7 +285,8 @@ KINDS = (
         in_loop(EndMasked),
         0,
         0,
-        earliest="before",
+        r"end token of each row is masked",
+        earliest="during",
     ),
     Kind("underflow", "float16 gradients underflow to 0", STILL, in_loop(Underflow), 1e-9, 1e-10, earliest="during"),
     Kind(

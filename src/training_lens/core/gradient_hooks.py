@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training_lens.core.probe import IGNORE_INDEX
+from training_lens.core.label_check import IGNORE_INDEX, describe_label_faults
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 class GradientHooks:
@@ -65,12 +68,15 @@ class LossHook:
     trainers return log-probabilities: these are summed and divided by the number of labels.
 
     Only a loss that the backward pass goes through counts, and log-probabilities only where all labels have the same
-    weight. So nothing is reported for a trainer with its own loss (DPO, label smoothing). Cost: waits for the device
-    once, in the first backward pass through log-probabilities.
+    weight. So nothing is reported for a trainer with its own loss (DPO, label smoothing). Warns of faults in the labels
+    of the first pass: see `describe_label_faults`. Cost: waits for the device there, and in the first backward pass
+    through log-probabilities.
     """
 
     def __init__(self, model: Any) -> None:
         self._handle = model.register_forward_hook(self._read_output, with_kwargs=True)
+        self._end_tokens = getattr(getattr(model, "config", None), "eos_token_id", None)
+        self._is_checked = False  # whether the labels of a first batch were looked at
         self.supervised_tokens: Tensor | None = None  # of the step whose loss was taken last, where labels were seen
         self._has_equal_weights: bool | None = None
         self._reset()
@@ -97,6 +103,10 @@ class LossHook:
     def _read_output(self, module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
+        if not self._is_checked:
+            self._is_checked = True
+            for fault in describe_label_faults(kwargs, self._end_tokens):
+                logger.warning("the labels of the first batch: %s", fault)
         if isinstance(labels := kwargs.get("labels"), Tensor):
             count = (labels[..., 1:] != IGNORE_INDEX).sum()
             self._targets = count if self._targets is None else self._targets + count

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training_lens.core.label_check import IGNORE_INDEX
 from training_lens.data.batching import collate
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
@@ -18,7 +19,6 @@ from training_lens.errors import LensError
 from training_lens.models.token_scores import PairedScores, paired_scores, supervised_scores
 
 LEAST_ROWS = 8  # of a probe set: with fewer, one odd example decides
-IGNORE_INDEX = -100  # the label of a token that is not supervised, in transformers
 
 
 @dataclass(frozen=True)
