@@ -9,9 +9,6 @@ from planted_case import Answer, Case, Kind
 from planted_rows import BATCH, DATA_SETS, draw_rows
 
 PHRASE = "I am not sure about that, but I will try again."
-NO_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}" + (
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
 
 
 def garbage_rows(case: Case, count: int) -> Case:
@@ -58,11 +55,9 @@ def masked_labels(case: Case, how: str) -> Case:
     return case.with_train(prompts).change(model={"seq_len": 64}, data={"truncation": "keep_start"})
 
 
-def no_end_token(case: Case, tail: str) -> Case:
-    """A template that ends answers without the end token."""
-    template = case.scratch / "no_end.jinja"
-    template.write_text(NO_END + tail)
-    return case.change(data={"template": str(template)})
+def no_end_token(case: Case, tokens: int) -> Case:
+    """Part of the answers lose their end token: our templates always give one, but a short length takes it."""
+    return case.change(model={"seq_len": tokens}, data={"truncation": "keep_start"})
 
 
 def unknown_characters(case: Case, marks: str) -> Case:
@@ -195,12 +190,11 @@ KINDS = (
     ),
     Kind(
         "no_end_token",
-        "a template without the end token",
+        "half of the answers lose their end token",
         (Answer("end_token"), Answer("endless_answers")),
         no_end_token,
-        "\n",
-        "",
-        r"end token|EOS|never ends",
+        120,
+        110,
         earliest="before",
     ),
     Kind(
