@@ -164,7 +164,7 @@ KINDS = (
         "rows drawn eight times by their weight",
         (Answer("duplicates"), Answer("memorization", test="epoch")),
         duplicates_by_weight,
-        4.0,
+        6.0,
         8.0,
         earliest="before",
     ),
@@ -185,7 +185,7 @@ KINDS = (
         masked_labels,
         "cut",
         "empty",
-        r"supervised|no answer|empty|is learned",
+        r"supervised|none has an answer|is empty|is learned",
         earliest="before",
     ),
     Kind(

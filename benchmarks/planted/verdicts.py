@@ -81,6 +81,6 @@ def count_kinds(verdicts: Iterable[tuple[str, Verdict]]) -> dict[str, dict[str, 
 
 
 def handled_share(counts: Mapping[str, Mapping[str, int]]) -> float:
-    """The share of trials that were detected, or inconclusive with the right test named."""
-    handled = sum(of[outcome] for of in counts.values() for outcome in (*STAGES, "inconclusive"))
-    return handled / max(1, sum(sum(of.values()) for of in counts.values()))
+    """The share of trials that were detected, or inconclusive with the right test named: the mean over kinds."""
+    shares = [sum(of[outcome] for outcome in (*STAGES, "inconclusive")) / sum(of.values()) for of in counts.values()]
+    return sum(shares) / max(1, len(shares))

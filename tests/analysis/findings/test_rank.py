@@ -70,6 +70,12 @@ def test_many_directions_are_a_rank_that_is_used(finding: Find, healthy: Any) ->
     assert finding("rank", healthy).severity == "fine"
 
 
+def test_a_rank_that_is_used_whole_may_be_too_small(finding: Find, healthy: Any) -> None:
+    healthy.values("spectra", "energy_rank")[:] = 15
+    found = finding("rank", healthy)
+    assert found.confidence == "inconclusive" and "--test rank" in found.decide
+
+
 def test_a_damaged_check_is_passed_over_with_a_warning(few_directions: Any, tmp_path: Any, caplog: Any) -> None:
     (tmp_path / "rank_check.json").write_text('{"step": 1')
     assert read_rank_check(tmp_path) is None

@@ -138,6 +138,16 @@ def test_a_straight_run_whose_loss_has_settled_is_not_too_low(finding: Find, hea
     assert finding("rate_low", healthy).severity == "fine"
 
 
+def test_a_straight_run_is_not_cleared_while_its_loss_is_too_noisy_to_have_settled(finding: Find, healthy: Any) -> None:
+    slow(healthy)
+    noise = np.random.default_rng(0)
+    healthy.values("loss", "loss")[:] = 2 + noise.normal(0, 0.3, 200)
+    healthy.values("evaluation", "loss")[:] = 2 + noise.normal(0, 0.1, 20)
+    assert finding("rate_low", healthy).confidence == "inconclusive"
+    healthy.values("loss", "loss")[0], healthy.values("evaluation", "loss")[:] = 9, 0.1 + noise.normal(0, 0.1, 20)
+    assert finding("rate_low", healthy).severity == "fine"  # solved: the gradient is gone
+
+
 def test_falling_and_straight_with_no_other_sign_decides_nothing(finding: Find, healthy: Any) -> None:
     slow(healthy)
     healthy.values("adapter_gradients", "cosine_mean")[:] = 0.1

@@ -57,13 +57,16 @@ def _find_share(
     answers: Sequence[Mapping[str, Any]],
     base: Sequence[Mapping[str, Any]],
 ) -> Finding | None:
-    """The rule's symptom if enough of the answers for which it is known have it."""
+    """The rule's symptom if enough of the answers for which it is known have it.
+
+    A note: greedy answers of a small or a young model loop in good runs as well.
+    """
     known = [answer for answer in answers if answer.get(key) is not None]
     bad = [answer for answer in known if answer[key] is is_bad]
     if len(bad) < max(LEAST_ANSWERS, SHARE * len(known)) or sum(a.get(key) is is_bad for a in base) >= len(bad):
         return None
     measured = f"{len(bad)} of {len(known)} sampled answers, such as {str(bad[0]['generated'])[:80]!r}"
-    return rule.report_symptom("warning", title, measured, decide=SOURCE, evidence={"ids": [a["id"] for a in bad]})
+    return rule.report_symptom("note", title, measured, decide=SOURCE, evidence={"ids": [a["id"] for a in bad]})
 
 
 def _find_equal_answers(answers: Sequence[Mapping[str, Any]]) -> Finding | None:

@@ -27,14 +27,15 @@ logger = get_logger(__name__)
 FILE = "rank_check.json"
 TOLERANCE = 0.01  # of the adapter's gain over the base
 ENERGY = 0.9  # the share of |dW|_F^2 in an energy rank
-FAR_UNDER = 0.25  # energy rank over rank
+FAR_UNDER, FULL = 0.25, 0.9  # energy rank over rank
 MOST = 0.5  # of the modules
 RULE = Rule(
     code="rank",
     signature="few directions hold 90 % of |dW|^2 in most modules, and truncating to them does not change the "
     "validation loss",
     threshold=f"at most {FAR_UNDER:g} r directions in over {MOST:.0%} of the modules, and a loss increase below "
-    f"{TOLERANCE:.0%} of the adapter's gain over the base (upper end of the 95 % interval)",
+    f"{TOLERANCE:.0%} of the adapter's gain over the base (upper end of the 95 % interval); a rank used to over "
+    f"{FULL:g} in the median may be too small",
     source="LoRA paper, section 7 (arXiv 2106.09685); the loss is measured on this run's validation rows",
     action="train with a lower peft.r or this peft.rank_pattern: fewer parameters at the same expected loss",
 )
@@ -187,6 +188,9 @@ def _check_spectra(recording: Recording) -> Finding:
         f"{used.step} (median {used.share:.2g} r)"
     )
     evidence: dict[str, object] = {"low": used.low, "modules": used.known, "median_share": used.share}
+    if used.share > FULL:
+        decide = "a run with the same seed at twice the rank: its loss is lower if this rank is too small"
+        return RULE.report_inconclusive("The rank may be too small", measured, decide, evidence)
     if used.low <= MOST * used.known:
         return RULE.report_fine("The rank is used", measured, evidence=evidence)
     check = read_rank_check(recording.folder)

@@ -25,6 +25,7 @@ BENT = 0.6  # below, dW has turned often enough to rule a low rate out
 ALIGNED = 0.3
 NEAR_BASE = 0.01  # KL over the base's loss
 FALLS_ON = 0.4  # late slope over early slope
+SETTLED, SOLVED = 0.02, 0.25  # of the loss in an e-fold of steps; of the first loss
 RULE = Rule(
     code="rate_low",
     signature="the loss falls to the end about as fast as before against the logarithm of the learning rate's sum; dW "
@@ -74,7 +75,8 @@ def _check_curves(recording: Recording) -> Finding:
     evidence = {"straightness": straight, "loss": thin_points(x=steps, y=losses)}
     if ahead and len(others) + falls >= 2:  # two signs without a falling loss: the rate is so low that it never fell
         return RULE.report_symptom("warning", "The learning rate is too low", "; ".join(measured), evidence=evidence)
-    if falls and (straight > BENT or others):
+    is_open = ahead and bool(others) and not _is_settled(recording, *curve)
+    if is_open or (falls and (straight > BENT or others)):
         return RULE.report_inconclusive(
             "The learning rate may be too low",
             "; ".join(measured),
@@ -102,6 +104,14 @@ def _is_still_falling(steps: np.ndarray, values: np.ndarray) -> bool:
     late, early = steps > steps[-1] / 2, (steps > steps[-1] / 8) & (steps <= steps[-1] / 2)
     now, before = log_slope(steps[late], values[late]), log_slope(steps[early], values[early])
     return bool(now.value + CERTAIN * now.error < 0 and now.value <= FALLS_ON * min(before.value, 0.0))
+
+
+def _is_settled(recording: Recording, steps: np.ndarray, values: np.ndarray) -> bool:
+    """Whether the later half surely changes by less than 2 % in an e-fold of steps, or the loss is nearly gone."""
+    late = steps > steps[-1] / 2
+    level, start = median_or_nan(values[late]), read_curve(recording, tables.LOSS, "loss")[1][0]
+    slope = log_slope(steps[late], values[late])
+    return bool(level < SOLVED * start or abs(slope.value) + CERTAIN * slope.error < SETTLED * level)
 
 
 def _measure_straightness(recording: Recording) -> float:
