@@ -47,7 +47,16 @@ def test_json_has_the_same_and_train_agrees(folder: Path) -> None:
     found = {finding["code"]: finding for finding in report["findings"]}
     assert found["leaks"]["severity"] == "warning" and found["leaks"]["evidence"]["exact"] == 1
     assert report["splits"]["train"]["examples_by_file"] == {"train.jsonl": 32}
-    parts = {"seconds", "validation_seconds", "peak_bytes", "micro_batch_tokens", "measured_steps", "layers"}
+    parts = {
+        "seconds",
+        "seconds_low",
+        "seconds_high",
+        "validation_seconds",
+        "peak_bytes",
+        "micro_batch_tokens",
+        "measured_steps",
+        "layers",
+    }
     assert set(report["estimate"]) == parts and report["estimate"]["micro_batch_tokens"] == 4096
     summary = json.loads(CliRunner().invoke(cli, ["train", *settings, "tracking.tensorboard=false", "--json"]).stdout)
     assert summary["steps"] == report["total_steps"]

@@ -21,8 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from training_lens import embedded
 from training_lens.errors import TrainingError
 from training_lens.training import estimate as estimates
-from training_lens.training.estimate import count_step_tokens, estimate_run
+from training_lens.training.estimate import estimate_run
 from training_lens.training.run import TrainingWrapper
+from training_lens.training.step_costs import (
+    LEAST_ERROR,
+    StepPace,
+    count_step_tokens,
+    extrapolate_pace,
+    measure_pace,
+)
 
 
 def test_an_estimate_has_all_its_parts_and_writes_nothing(small_config: Callable[..., Any], tmp_path: Path) -> None:
@@ -32,6 +39,7 @@ def test_an_estimate_has_all_its_parts_and_writes_nothing(small_config: Callable
     assert estimate is not None and sorted(tmp_path.rglob("*")) == before
     assert estimate.seconds > 0 and estimate.validation_seconds > 0 and estimate.measured_steps >= 1
     assert estimate.peak_bytes > 4 * plan.parameters and estimate.layers == ()
+    assert 0 <= estimate.seconds_low < estimate.seconds < estimate.seconds_high
 
 
 def test_more_steps_are_estimated_to_take_longer(small_config: Callable[..., Any]) -> None:
@@ -121,3 +129,45 @@ def test_step_tokens_cover_the_tokens(small_config: Callable[..., Any]) -> None:
     for step in plan.schedule.iterate_steps():
         assert count_step_tokens(plan, step, is_packed=False) >= int(plan.train.lengths[step.examples].sum())
     assert int(np.sum(plan.train.lengths)) == plan.count_rows_and_steps()["tokens"]
+
+
+def test_the_pace_of_equal_steps_is_theirs_and_its_error_the_least() -> None:
+    pace = measure_pace([2.0, 4.0, 6.0], [100, 200, 300])
+    assert pace.seconds_per_token == pytest.approx(0.02) and pace.error == LEAST_ERROR
+    assert pace.bounds(100.0) == pytest.approx((95.0, 105.0))
+
+
+def test_a_single_step_bounds_nothing() -> None:
+    assert measure_pace([2.0], [100]).bounds(10.0) == (0.0, 20.0)
+
+
+def test_the_interval_of_a_pace_holds_the_truth_as_often_as_it_says() -> None:
+    random, inside = np.random.default_rng(0), 0
+    for _ in range(1000):
+        tokens = random.integers(100, 1000, 5)
+        seconds = tokens * 0.01 * (1 + random.normal(0, 0.3, 5))
+        low, high = measure_pace(seconds.tolist(), tokens.tolist()).bounds(1.0)
+        inside += low <= 0.01 / measure_pace(seconds.tolist(), tokens.tolist()).seconds_per_token <= high
+    assert inside > 900
+
+
+def test_paces_of_thin_models_are_extrapolated_with_their_errors() -> None:
+    thin = StepPace(1.0, 0.1, 5), StepPace(2.0, 0.1, 4)
+    pace = extrapolate_pace(*thin, further=3.0)
+    assert pace.seconds_per_token == 4.0 and pace.error == pytest.approx(np.hypot(0.2, 0.6) / 4) and pace.steps == 4
+
+
+def test_a_run_says_what_it_expects_and_keeps_it_beside_what_came(
+    small_config: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "training_lens"):
+        summary = TrainingWrapper(small_config(training={"epochs": 2})).train()  # 12 steps
+    expected = summary.estimate
+    assert expected is not None and expected["step"] == 5 and caplog.text.count("the run will take about") == 1
+    assert expected["seconds_low"] < expected["seconds"] < expected["seconds_high"]
+    assert expected["validation_seconds"] > 0 and expected["peak_bytes"] > 0
+    assert json.loads((Path(summary.run_dir) / "metadata/summary.json").read_text())["estimate"] == expected
+
+
+def test_a_run_of_a_few_steps_expects_nothing(small_config: Callable[..., Any]) -> None:
+    assert TrainingWrapper(small_config(training={"max_steps": 5})).train().estimate is None

@@ -121,7 +121,8 @@ def _show_estimate(screen: Screen, estimate: RunEstimate | None) -> None:
     if estimate.layers:
         how += f" with {' and '.join(map(str, estimate.layers))} layers and random weights, extrapolated to all"
     screen.console.print(Text.assemble(("\nestimate", "bold"), f" ({how})"))
-    screen.console.print(f"  training       {format_seconds(estimate.seconds)}")
+    low, high = format_seconds(estimate.seconds_low), format_seconds(estimate.seconds_high)
+    screen.console.print(f"  training       {format_seconds(estimate.seconds)} ({low} to {high})")
     screen.console.print(f"  validations    {format_seconds(estimate.validation_seconds)}")
     screen.console.print(f"  peak memory    {format_size(estimate.peak_bytes)}")
     screen.console.print(f"  micro-batches  of at most {estimate.micro_batch_tokens:,} tokens")

@@ -7,9 +7,8 @@ and extrapolated linearly in the number of layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +25,20 @@ from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan
 from training_lens.training.preflight.first_steps import require_gradients
 from training_lens.training.run import build_trainer
+from training_lens.training.step_costs import (
+    PEAK_MARGIN,
+    StepPace,
+    count_run_tokens,
+    count_step_tokens,
+    count_validations,
+    extrapolate_pace,
+    first_steps,
+    measure_pace,
+    micro_batch_sizes,
+)
 from training_lens.utils.devices import available_bytes, counts_memory, peak_bytes, reset_peak
 from training_lens.utils.formatting import describe_error
+from training_lens.utils.heap import keep_freed_memory
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 
@@ -39,18 +50,22 @@ SAMPLED_STEPS = 8
 SAMPLED_ROWS = 64  # validation rows
 BUDGET_SECONDS = 20.0
 STILL_LR = 1e-9
-COUNTED_STEPS = 1000  # the tokens of longer runs are scaled up from this many steps
+LEAST_MEASURED = 4  # steps, however long they take; slow ones are cut to one micro-batch
+SLOW_STEP = 2.0  # seconds
 
 
 @dataclass(frozen=True)
 class RunEstimate:
     """A prediction: seconds of the optimizer steps and of the validations, peak bytes.
 
+    `seconds_low` to `seconds_high`: a 95 % interval, from the spread of the measured steps and at least 5 %.
     `micro_batch_tokens`: most tokens in one pass that the run would choose with the memory that is free now;
     `layers`: of the thin models, empty if the whole model was measured.
     """
 
     seconds: float
+    seconds_low: float
+    seconds_high: float
     validation_seconds: float
     peak_bytes: int
     micro_batch_tokens: int
@@ -60,15 +75,14 @@ class RunEstimate:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds per token of training (padding included, unless `is_packed`) and of validation, and peak bytes.
+    """What training costs for each token (padding included, unless `is_packed`), a validation's seconds, peak bytes.
 
-    `steps`: how many were measured; `micro_batch_tokens`: most tokens in one of their passes.
+    `micro_batch_tokens`: most tokens in one of the measured passes.
     """
 
-    step: float
+    pace: StepPace
     validation: float
     peak: float
-    steps: int
     is_packed: bool
     micro_batch_tokens: int
 
@@ -97,15 +111,17 @@ def estimate_run(plan: RunPlan) -> RunEstimate | None:
         logger.warning("no estimate of duration and memory: %s", error)
         return None
     plan = replace(plan, micro_batch_tokens=measured.micro_batch_tokens)
-    validated = 0 if plan.validation is None else _count_validations(plan) * int(plan.validation.lengths.sum())
-    steps = _first_steps(plan)
-    tokens = sum(count_step_tokens(plan, step, measured.is_packed) for step in steps)
+    validated = 0 if plan.validation is None else count_validations(plan) * int(plan.validation.lengths.sum())
+    seconds = measured.pace.seconds_per_token * count_run_tokens(plan, measured.is_packed)
+    low, high = measured.pace.bounds(seconds)
     return RunEstimate(
-        seconds=measured.step * tokens * plan.schedule.total_steps / len(steps),
+        seconds=seconds,
+        seconds_low=low,
+        seconds_high=high,
         validation_seconds=measured.validation * validated,
-        peak_bytes=round(measured.peak),
+        peak_bytes=round(PEAK_MARGIN * measured.peak),
         micro_batch_tokens=measured.micro_batch_tokens,
-        measured_steps=measured.steps,
+        measured_steps=measured.pace.steps,
         layers=() if whole else THIN_LAYERS,
     )
 
@@ -119,11 +135,16 @@ def _extrapolate_from_thin_models(plan: RunPlan) -> StepCost:
         plan = replace(plan, micro_batch_tokens=_plan_measured_budget(plan, further))
     thin = [_measure_thin_model(plan, layers, _measure_steps) for layers in THIN_LAYERS]
 
-    def extrapolate(name: str) -> float:
-        first, second = (float(getattr(measured, name)) for measured in thin)
+    def extrapolate(first: float, second: float) -> float:
         return first + further * max(0.0, second - first)
 
-    return replace(thin[1], step=extrapolate("step"), validation=extrapolate("validation"), peak=extrapolate("peak"))
+    one, two = thin
+    return replace(
+        two,
+        pace=extrapolate_pace(one.pace, two.pace, further),
+        validation=extrapolate(one.validation, two.validation),
+        peak=extrapolate(one.peak, two.peak),
+    )
 
 
 def _plan_measured_budget(plan: RunPlan, further: float) -> int:
@@ -169,24 +190,32 @@ def _build_still_trainer(plan: RunPlan, model: Any) -> Trainer:
 
 
 def _measure_steps(plan: RunPlan, trainer: Trainer) -> StepCost:
-    """Time sampled steps and validation rows of the plan with this trainer."""
-    device = plan.processes.device
+    """Time sampled steps and validation rows of the plan with this trainer, as a run takes them."""
+    device, is_packed = plan.processes.device, trainer.engine.can_pack
     reset_peak(device)
-    is_packed = trainer.engine.can_pack
-    sample = _sample_steps(plan, is_packed)
-    first = trainer.train_step(sample[0])  # warms up, and is the largest step: it sets the peak
-    require_gradients(trainer, first, plan.facts.vocabulary)
-    seconds, tokens, steps = 0.0, 0, 0
+    seconds, tokens = list[float](), list[int]()
     started = time.perf_counter()
-    for step in sample[1:]:
-        seconds += trainer.train_step(step).seconds
-        tokens += count_step_tokens(plan, step, is_packed)
-        steps += 1
-        if time.perf_counter() - started > BUDGET_SECONDS / 2:
-            break
-    validation = _validation_seconds(plan, trainer) if plan.validation is not None else 0.0
-    peak = float(peak_bytes(device))
-    return StepCost(seconds / tokens, validation, peak, steps, is_packed, plan.micro_batch_tokens)
+    with keep_freed_memory():
+        largest, *sample = _sample_steps(plan, is_packed)
+        first = trainer.train_step(_cut_step(plan, largest, is_packed))  # warms up, and is the largest: sets the peak
+        require_gradients(trainer, first, plan.facts.vocabulary)
+        is_slow = time.perf_counter() - started > SLOW_STEP
+        for step in sample:
+            step = _cut_step(plan, step, is_packed) if is_slow else step
+            seconds.append(trainer.train_step(step).seconds)
+            tokens.append(count_step_tokens(plan, step, is_packed))
+            if len(seconds) >= LEAST_MEASURED and time.perf_counter() - started > BUDGET_SECONDS / 2:
+                break
+        validation = _validation_seconds(plan, trainer) if plan.validation is not None else 0.0
+    pace = measure_pace(seconds, tokens)
+    return StepCost(pace, validation, float(peak_bytes(device)), is_packed, plan.micro_batch_tokens)
+
+
+def _cut_step(plan: RunPlan, step: StepPlan, is_packed: bool) -> StepPlan:
+    """The step with the examples of its first and largest micro-batch alone."""
+    lengths, processes = plan.train.lengths, plan.processes
+    positions = shard_positions(step.examples, lengths, processes.index, processes.count)
+    return replace(step, examples=split_micro_batches(positions, lengths, plan.micro_batch_tokens, is_packed)[0])
 
 
 def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
@@ -202,32 +231,7 @@ def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
 
 def _sample_steps(plan: RunPlan, is_packed: bool) -> list[StepPlan]:
     """The step with the largest micro-batch, then steps spread evenly over the sample."""
-    steps = _first_steps(plan)
-    largest = max(steps, key=lambda step: max(_micro_batch_sizes(plan, step, is_packed)))
+    steps = first_steps(plan)
+    largest = max(steps, key=lambda step: max(micro_batch_sizes(plan, step, is_packed)))
     spread = np.unique(np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int))
     return [largest, *(steps[i] for i in spread)]
-
-
-def _first_steps(plan: RunPlan) -> Sequence[StepPlan]:
-    """At most the first `COUNTED_STEPS` steps of the run; their order is random, so they are a fair sample."""
-    return list(islice(plan.schedule.iterate_steps(), COUNTED_STEPS))
-
-
-def _micro_batch_sizes(plan: RunPlan, step: StepPlan, is_packed: bool) -> list[int]:
-    """The tokens, padding included, of each micro-batch that this process makes of a step."""
-    lengths, budget = plan.train.lengths, plan.micro_batch_tokens
-    positions = shard_positions(step.examples, lengths, plan.processes.index, plan.processes.count)
-    parts = [lengths[part] for part in split_micro_batches(positions, lengths, budget, is_packed)]
-    return [int(part.sum()) if is_packed else len(part) * int(part.max()) for part in parts]
-
-
-def count_step_tokens(plan: RunPlan, step: StepPlan, is_packed: bool) -> int:
-    """Tokens of a step's micro-batches, padding included: its time is nearly proportional to them."""
-    return sum(_micro_batch_sizes(plan, step, is_packed))
-
-
-def _count_validations(plan: RunPlan) -> int:
-    """The number of validations of the run, that of the base included."""
-    every = plan.config.training.eval_steps or plan.schedule.steps_per_epoch
-    due = plan.schedule.total_steps // every
-    return 1 + due + (plan.schedule.total_steps % every > 0)

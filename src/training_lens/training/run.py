@@ -43,6 +43,7 @@ from training_lens.training.loop.callbacks import (
 from training_lens.training.loop.checkpoint_manager import ADAPTER, CheckpointManager, TrainingState
 from training_lens.training.loop.memory_budget import explain_out_of_memory
 from training_lens.training.loop.trainer import Trainer
+from training_lens.training.own_estimate import EstimateCallback
 from training_lens.training.plan import RunPlan, plan_run, write_rows_as_files
 from training_lens.training.preflight.check_plan import check_plan, log_findings, write_findings
 from training_lens.training.preflight.first_steps import FirstStepsCheck
@@ -244,6 +245,7 @@ class TrainingWrapper:
             callbacks.append(lens)
             if plan.config.lens.live or plan.config.lens.stop_on:
                 callbacks.append(LiveFindings(run, lens.lens, plan.config.lens.stop_on))
+        callbacks.append(EstimateCallback(plan))
         tracking = plan.config.tracking
         is_shown = tracking.has_display or bool(self._integrations)
         if is_shown and tracking.histograms_every:

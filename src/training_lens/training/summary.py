@@ -9,6 +9,7 @@ from training_lens.models.adapters import ParameterCount
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.lens_callback import CaptureCallback
 from training_lens.training.loop.trainer import Trainer
+from training_lens.training.own_estimate import EstimateCallback
 from training_lens.utils.devices import peak_bytes
 from training_lens.utils.integrity import write_sealed
 
@@ -21,6 +22,8 @@ class TrainingSummary:
     `validation_loss`: of the saved adapter, the best validated one, of step `adapter_step`.
     `stopped_by`: the code of the finding that stopped the run (lens.stop_on), or null.
     `lens_seconds`: spent on capturing; `estimate`: the prediction made before the run, or null.
+    `lens_seconds`: spent on capturing; `estimate`: what the run expected of all its steps after
+    the fifth (see `OwnEstimate`), to be compared with `seconds` and `peak_bytes`; null for shorter runs.
     """
 
     run_dir: str
@@ -82,6 +85,9 @@ def summarize_run(run: RunFolder, status: str, trainer: Trainer, parameters: Par
         adapter_step=state.best_step if validated else state.step,
         micro_batch_tokens=state.micro_batch_tokens,
         stopped_by=trainer.stopped_by,
+        estimate=next(
+            (asdict(c.estimate) for c in trainer.callbacks if isinstance(c, EstimateCallback) if c.estimate), None
+        ),
         lens_seconds=sum(c.capture_seconds for c in trainer.callbacks if isinstance(c, CaptureCallback)),
     )
 

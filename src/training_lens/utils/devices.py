@@ -141,11 +141,27 @@ def peak_bytes(device: torch.device) -> int:
     """The peak memory in bytes: allocated on a device that counts it, resident in this process otherwise."""
     if counts_memory(device):
         return int(torch.get_device_module(device).max_memory_allocated(device))
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux: getrusage would include the process before exec
-        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    peak = _read_process_status("VmHWM")  # Linux: getrusage would include the process before exec
+    if peak is not None:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def used_bytes(device: torch.device) -> int:
+    """The bytes in use now, as `peak_bytes` counts them; where the system does not say, the peak."""
+    if counts_memory(device):
+        return allocated_bytes(device)
+    resident = _read_process_status("VmRSS")
+    return peak_bytes(device) if resident is None else resident
+
+
+def _read_process_status(name: str) -> int | None:
+    """A number of bytes in /proc/self/status; None where there is no such file."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1])
 
 
 def available_bytes(device: torch.device) -> int | None:
