@@ -25,6 +25,7 @@ ANSWERED_BY: dict[str, Question] = {  # code of a finding -> the question
 }  # fmt: skip
 LONG_ENOUGH = 0.25  # of the run's steps
 MATTERS = 0.05  # of the adapter's gain over the base
+THRESHOLD = f"a 95 % interval below 0, and a difference of at least {MATTERS:.0%} of the gain over the base"
 HARMLESS = 0.02  # of the gain
 STUDENT_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # standard errors of a 95 % interval, by degrees of freedom
 NORMAL_95 = 1.96
@@ -205,6 +206,7 @@ def decide_finding(rule: Rule, finding: Finding, measured: Mapping[Question, Int
     change = intervention.find_change(claim.change) if intervention else None
     if intervention is None or change is None:
         return name_test(finding, claim.question)
+    rule = replace(rule, threshold=THRESHOLD, source="test runs with one setting changed, on this run's own rows")
     text, evidence = intervention.describe(claim.change), {**finding.evidence, "intervention": asdict(intervention)}
     is_better = intervention.is_better(change)
     if finding.severity == "problem" and not is_better:
