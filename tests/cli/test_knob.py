@@ -1,4 +1,4 @@
-"""The commands knob and rank: what they write, choose and refuse."""
+"""The commands knob, rank and lr: what they write, choose and refuse."""
 
 from __future__ import annotations
 
@@ -57,3 +57,15 @@ def test_rank_writes_a_smaller_adapter_that_answers(call: Call, run: Path) -> No
     refused = call("rank", str(run), *FEW[:1], "--write", "other", "--keep", "3")
     assert refused.exit_code == 2 and "was not measured; give one of 90%, 95%, 99%, 1, 2, 4, 8" in refused.stderr
     assert not Path("other").exists()
+
+
+def test_lr_writes_a_report_and_a_line_to_copy(call: Call, few_rows: dict[str, list[str]]) -> None:
+    data = [f"data.train={few_rows['train'][0]}", "data.max_examples=24", "lens.enabled=false"]
+    result = call("lr", *data, "--steps", "5", "--rates", "3e-4,1e-3,3e-3", "--seeds", "1", "--json")
+    found = json.loads(result.stdout)
+    assert "10% of the training rows are held out" in result.stderr
+    assert ("training.lr=" in result.stderr) or ("--rates" in result.stderr)
+    page = Path(found["report"])
+    assert page.read_text().count("<svg") == 2
+    assert all(page.with_suffix(ending).is_file() for ending in (".json", ".md", ".csv"))
+    assert call("lr", "--rates", "x").exit_code == 2

@@ -16,7 +16,7 @@ from training_lens.utils.streams import protect_output
 
 COMMANDS = {
     "Data": ("prepare",),
-    "Train": ("init", "validate", "train", "sweep"),
+    "Train": ("init", "validate", "lr", "train", "sweep"),
     "Evaluate": ("evaluate", "baseline", "compare", "knob", "infer"),
     "Look inside": ("analyze", "rank", "report", "export"),
     "Ship": ("merge", "benchmark", "push"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -32,12 +33,17 @@ class Curve:
     dashed: bool = False
 
 
-def render_chart(curves: Sequence[Curve], x: str, y: str) -> str:
-    """The SVG of curves on axes titled `x` and `y`, with a legend below. Empty if no value is finite."""
+def render_chart(curves: Sequence[Curve], x: str, y: str, *, log_x: bool = False) -> str:
+    """The SVG of curves on axes titled `x` and `y`, with a legend below. Empty if no value is finite.
+
+    With `log_x` the steps are above 0 and the axis is logarithmic.
+    """
     shown = [curve for curve in curves if np.isfinite(curve.values).any()]
     if not shown:
         return ""
-    axes = _Axes.from_curves(shown)
+    if log_x:
+        shown = [replace(curve, steps=np.log10(curve.steps)) for curve in shown]
+    axes = replace(_Axes.from_curves(shown), is_log=log_x)
     height = PLOT_HEIGHT + LINE_HEIGHT * len(shown)
     parts = [*axes.render_grid(x, y), *(_render_curve(curve, axes) for curve in shown)]
     for row, curve in enumerate(shown):
@@ -56,6 +62,7 @@ class _Axes:
 
     x: tuple[float, float]
     y: tuple[float, float]
+    is_log: bool = False  # x holds powers of ten
 
     @classmethod
     def from_curves(cls, curves: Sequence[Curve]) -> _Axes:
@@ -81,13 +88,21 @@ class _Axes:
             yield f'<path d="M{LEFT} {at:.1f}H{right}" stroke="{GRID}"/>' + _render_text(
                 LEFT - 6, at + 4, f"{value:g}", "end"
             )
-        for step in axis_ticks(*self.x):
-            at, _ = self.to_pixels(step, self.y[0])
+        for step in self._step_ticks():
+            at, _ = self.to_pixels(math.log10(step) if self.is_log else step, self.y[0])
             yield f'<path d="M{at:.1f} {TOP}V{bottom}" stroke="{GRID}"/>'
             yield _render_text(at, bottom + 16, f"{step:,g}" if step < 1e6 else f"{step:.3g}", "middle")
         yield _render_text((LEFT + right) / 2, bottom + 32, x, "middle")
         middle = (TOP + bottom) / 2
         yield f'<g transform="rotate(-90 12 {middle})">{_render_text(12, middle, y, "middle")}</g>'
+
+    def _step_ticks(self) -> list[float]:
+        """On a logarithmic axis 1, 2 and 5 times powers of ten; those of `axis_ticks` elsewhere."""
+        if not self.is_log:
+            return axis_ticks(*self.x)
+        decades = range(math.floor(self.x[0]), math.ceil(self.x[1]) + 1)
+        marks = [float(f"{factor}e{power}") for power in decades for factor in (1, 2, 5)]
+        return [mark for mark in marks if self.x[0] <= math.log10(mark) <= self.x[1]]
 
 
 def axis_ticks(low: float, high: float) -> list[float]:
