@@ -155,7 +155,7 @@ def open_run(
     device: str | None = None,
     precision: Precision | None = None,
     given: Mapping[str, Any] | None = None,
-    adapter: Path | None = None,
+    adapter: Path | str | None = None,
 ) -> Session:
     """The run's model with its adapter, its tokenizer as saved, its template and domains.
 
@@ -191,7 +191,7 @@ def open_run(
     base = load_model(config.model, place, precision)
     if not is_local:  # it has just been downloaded from a hub
         check_base(run.base_record, config.model)
-    folder = adapter or run.served_adapter
+    folder = Path(adapter) if adapter else run.served_adapter
     if folder == run.served_adapter and run.adapter_scale != 1:
         logger.info("%s", describe_scale(run))
     loaded = LoadedModel(load_adapter(base, folder), tokenizer, place, precision)

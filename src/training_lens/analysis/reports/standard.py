@@ -45,8 +45,9 @@ class Report:
         WRITERS[format](path, self)
         return path
 
-    def write_all(self, folder: Path, name: str, table: Table) -> None:
+    def write_all(self, folder: Path | str, name: str, table: Table) -> None:
         """Write {name}.json, sealed, and {name}.md, .html and .csv, which holds the rows of `table`."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_sealed(folder / f"{name}.json", replace_non_finite(dict(self.values)))
         lines = io.StringIO()
