@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -278,6 +279,16 @@ def test_a_resumed_run_drops_later_steps(folder: Path, after_step: int) -> None:
     assert LensStore(folder).snapshot_steps("weights") == [step for step in (5, 15) if step <= left]
     captured_run(folder, range(left + 1, 24), after_step=left)
     assert_exact(folder, list(range(1, 24)))
+
+
+@pytest.mark.parametrize(("examples", "is_warned"), [(1, True), (8, False)])
+def test_another_probe_set_after_a_resume_is_said(
+    folder: Path, logged: pytest.LogCaptureFixture, examples: int, is_warned: bool
+) -> None:
+    for after_step, number in ((0, examples), (3, 8)):
+        probe = {"examples": number, "tokens": 400, "supervised_tokens": 300}
+        LensWriter(folder, replace(MANIFEST, probe=probe), LensSection(), after_step).close()
+    assert ("8 examples of 400 tokens now, and had 1 of 400" in logged.text) == is_warned
 
 
 def test_a_new_run_drops_all_captures_and_nothing_else(folder: Path) -> None:

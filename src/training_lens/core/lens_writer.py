@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from training_lens.config.lens_section import LensSection
 from training_lens.core.arrow import CaptureBuffer, buffer_capture, build_table
 from training_lens.core.capture_files import LISTING, describe_loss, truncate_listing, write_listing
-from training_lens.core.lens_manifest import write_manifest
+from training_lens.core.lens_manifest import read_manifest, write_manifest
 from training_lens.core.lens_store import COST, TABLE_NAME, read_cost, table_folders
 from training_lens.core.segments import SegmentedTable, enforce_size_limit
 from training_lens.core.snapshots import SnapshotWriter
@@ -59,6 +59,8 @@ class LensWriter:
             self._missing = _start_listing(folder, after_step)
             self._tables = {path.name: SegmentedTable(path, self._kept_steps) for path in table_folders(folder)}
             self._snapshots = SnapshotWriter(folder, section.snapshots_megabytes * MEGABYTE, self._kept_steps)
+            if after_step:
+                _warn_of_another_probe(folder, manifest)
             write_manifest(folder, manifest)
 
     def cost(self) -> dict[str, float]:
@@ -162,6 +164,18 @@ def _start_listing(folder: Path, after_step: int) -> list[Path]:
     for path in missing:
         logger.warning("%s", describe_loss(path))
     return missing
+
+
+def _warn_of_another_probe(folder: Path, manifest: LensManifest) -> None:
+    """Warn where a resumed run has another probe set than before."""
+    with suppress(LensError):  # no lens.json yet, or a damaged one
+        before = read_manifest(folder).probe
+        if before and manifest.probe and before != manifest.probe:
+            logger.warning(
+                "the lens's probe set has %d examples of %d tokens now, and had %d of %d before: what is measured on "
+                "it before and after this step cannot be compared",
+                *(probe[key] for probe in (manifest.probe, before) for key in ("examples", "tokens")),
+            )  # fmt: skip
 
 
 @contextmanager

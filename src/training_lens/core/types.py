@@ -91,8 +91,7 @@ class LensManifest:
     `settings` are the run's settings that analyzers need, where known: `total_steps`, `steps_per_epoch`,
     `max_grad_norm`, `lr`, `processes`, `train_examples`, `distinct_examples` of an epoch, `visits_per_epoch` of such an
     example, `sample_rows` of the validation sample, and `frozen`, the factors that do not require gradients
-    (`module.A`). `probe` has the probe set's examples,
-    tokens and supervised tokens.
+    (`module.A`). `probe` has the probe set's examples, tokens and supervised tokens.
     """
 
     modules: tuple[ModuleRecord, ...]
