@@ -123,6 +123,7 @@ class Trainer:
                 self.checkpoints.delete_outdated(self.state)
             logger.info("resuming after step %d of %d", self.state.step, self.schedule.total_steps)
         self.set_token_budget()
+        logger.info("micro-batches of at most %d tokens", self.micro_batch_tokens)
         self.notify_callbacks("on_train_start")
         try:
             with self._signals, keep_freed_memory():
@@ -146,7 +147,6 @@ class Trainer:
                 measure_token_budget(device, self.run_longest_batch, sum(p.numel() for p in self.parameters))
             )
         self.state = replace(self.state, micro_batch_tokens=tokens)
-        logger.info("micro-batches of at most %d tokens", tokens)
 
     def run_longest_batch(self, tokens: int = REHEARSED_TOKENS) -> int:
         """Run a forward and backward pass of the longest examples and discard the gradients; returns its tokens.
