@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +14,6 @@ import transformers
 from other_loops import OwnLoop, TrainerLoop
 from planted_case import Case, Control
 from planted_rows import TINYSTORIES, draw_rows, healthy_case
-from safetensors.torch import load_file, save_file
 
 from training_lens import embedded
 
@@ -27,6 +25,19 @@ GPT2 = {
     "n_positions": 512,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+QWEN2 = {
+    "vocab_size": 660,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 5,
+    "pad_token_id": 1,
+    "tie_word_embeddings": True,
 }
 PRETRAINING_STEPS = 240
 
@@ -46,38 +57,31 @@ def control(name: str, data_set: str, rows: int | None = None, **sections: Mappi
     return Control(f"{data_set}, {name}", build)
 
 
-def qwen2_base(scratch: Path) -> Path:
-    """Tinystories as a Qwen2: the same weights, with biases of 0 on queries, keys and values."""
-    folder = scratch / "qwen2"
-    shutil.copytree(TINYSTORIES, folder)
-    for path in (folder, *folder.iterdir()):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = load_file(folder / "model.safetensors")
-    projections = [name for name in weights if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]
-    for name in projections:
-        weights[name.replace("weight", "bias")] = torch.zeros(len(weights[name]), dtype=weights[name].dtype)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 def gpt2_base(scratch: Path) -> Path:
-    """A small GPT-2 after some hundred steps on stories that tinystories tells, and on texts of the data sets.
+    """A small GPT-2 with the tinystories tokenizer."""
+    return _pretrain(scratch.parent / "planted-gpt2", transformers.GPT2Config(**GPT2), TINYSTORIES)
+
+
+def qwen2_base(scratch: Path) -> Path:
+    """A small Qwen2 with the packaged model's byte-level tokenizer, which Qwen2's own class splits as it needs."""
+    tokenizer = embedded.PATHS[embedded.MODEL]
+    return _pretrain(scratch.parent / "planted-qwen2", transformers.Qwen2Config(**QWEN2), tokenizer)
+
+
+def _pretrain(folder: Path, config: Any, tokenizer_files: Path) -> Path:
+    """A model after some hundred steps on rows of all data sets.
 
     Kept beside the scratch folders, because it takes half a minute.
     """
-    kept = scratch.parent / "planted-gpt2"
-    if not (kept / "config.json").is_file():
-        _pretrain_gpt2(kept)
-    return kept
-
-
-def _pretrain_gpt2(folder: Path) -> None:
+    if (folder / "model.safetensors").is_file():
+        return folder
+    folder.mkdir(exist_ok=True)
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer_files / name, folder / name)
     torch.manual_seed(0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINYSTORIES)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**GPT2))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     rows = [row for name in ("alpaca", "roleplay", "gsm8k", "t0") for row in draw_rows(name, 10_007, 300, 0)[0]]
     text = "\n".join(f"{row['instruction']}\n{row['output']}" for row in rows)
     ids = torch.tensor(tokenizer(text)["input_ids"])
@@ -91,7 +95,7 @@ def _pretrain_gpt2(folder: Path) -> None:
         optimizer.zero_grad()
         schedule.step()
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _with_base(
