@@ -45,11 +45,11 @@ test: check
 test-slow: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
-# Runs with a known fault and healthy ones, and what the package says of each.
+# Runs with a known fault and healthy ones, and what the package says of each; writes the tables of docs/lens/findings.md.
 # About an hour on one core; what stopped goes on where it was.
 planted: $(STAMP)
 	$(BIN)/python benchmarks/planted/run_planted.py
-	$(BIN)/python benchmarks/planted/summarize_planted.py
+	$(BIN)/python benchmarks/planted/summarize_planted.py; status=$$?; $(BIN)/python tools/planted_table.py; exit $$status
 
 # Changed inputs of every kind, and what became of them, as a table in docs/reliability.md.
 FUZZ_CASES := 10000

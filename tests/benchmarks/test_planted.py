@@ -97,3 +97,11 @@ def test_every_kind_has_two_strengths_and_there_are_enough_of_them() -> None:
     from planted_suite import CONTROLS, KINDS
 
     assert len(KINDS) >= 40 and len(CONTROLS) >= 40
+
+
+def test_the_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from planted_table import reference  # type: ignore[import-not-found]
+
+    page = (ROOT / "docs/lens/findings.md").read_text(encoding="utf-8")
+    assert page == reference(page), "run python tools/planted_table.py"
