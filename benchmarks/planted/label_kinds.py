@@ -141,7 +141,7 @@ KINDS = (
     Kind(
         "labels_contradict",
         "the same prompts with two answers",
-        LABELS,
+        LABELS[::-1],
         contradicting_labels,
         0.6,
         0.4,
