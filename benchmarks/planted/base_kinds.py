@@ -78,7 +78,7 @@ def wrong_tokenizer(case: Case, shift: int) -> Case:
     return replace(case, base=folder)
 
 
-BASE = (Answer("base_model"),)
+BASE = (Answer("base_model", test="baseline"),)
 KINDS = (
     Kind(
         "base_nan",

@@ -93,6 +93,7 @@ def test_missing_ends_and_equal_answers_are_found() -> None:
     equal = [answer(i, "I do not know", ended=False) for i in range(4)]
     assert codes(equal) == {"endless_answers", "prompt_ignored"}
     assert "prompt_ignored" not in codes([{**a, "expected": "I do not know"} for a in equal])
+    assert "prompt_ignored" not in codes([{**a, "loops": True} for a in equal])  # a finding of its own
 
 
 def test_kl_that_climbs_beside_a_flat_held_out_loss_is_forgetting(finding: Find, healthy: Any) -> None:

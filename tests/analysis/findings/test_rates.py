@@ -96,6 +96,15 @@ def test_one_bad_batch_is_no_sign(finding: Find, healthy: Any) -> None:
     assert finding("rate_high", healthy).severity == "fine"
 
 
+def test_an_update_that_goes_back_and_forth_is_a_sign(finding: Find, healthy: Any) -> None:
+    """At the end it is nearer to its start than a random walk of 200 steps, 0.07 of its path, would be."""
+    healthy.values("adapter_weights", "norm_update")[:] = 0.03 * np.cumsum(
+        healthy.values("adapter_weights", "norm_step"), 0
+    )
+    found = finding("rate_high", healthy)
+    assert found.confidence == "inconclusive" and "random walk" in found.measured and "rate" in found.decide
+
+
 def slow(run: Any) -> None:
     """Straight ahead, the loss falling with each step alike."""
     steps = np.arange(1, 201)

@@ -71,7 +71,7 @@ def _find_share(
 
 def _find_equal_answers(answers: Sequence[Mapping[str, Any]]) -> Finding | None:
     given, right, prompts = ({str(a[key]).strip() for a in answers} for key in ("generated", "expected", "prompt"))
-    if len(prompts) < 3 or len(right) < 2 or len(given) > 1:
-        return None
+    if len(prompts) < 3 or len(right) < 2 or len(given) > 1 or all(answer.get("loops") for answer in answers):
+        return None  # answers that loop are a finding of their own
     measured = f"all {len(answers)} sampled answers are {next(iter(given))[:80]!r}"
     return PROMPT_RULE.report_symptom("warning", "The adapter ignores its prompt", measured, decide=SOURCE)

@@ -16,6 +16,7 @@ from training_lens.analysis.findings.evidence import (
 )
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.interventions import Claim, decide_finding, read_interventions
+from training_lens.analysis.findings.rate_low import measure_straightness
 from training_lens.analyzers.module_groups import update_strength
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
@@ -34,12 +35,14 @@ NEEDED = 2  # signs
 RULE = Rule(
     code="rate_high",
     signature="the loss rises above its start; dW outgrows W; Adam's update RMS spikes, or stays low after a gradient "
-    "spike; most steps are clipped, and increasingly so; KL rises while the held-out loss does not improve",
+    "spike; most steps are clipped, and increasingly so; KL rises while the held-out loss does not improve; dW "
+    "goes back and forth",
     threshold=f"{NEEDED} of these signs: a loss above its start (the highest of step 1, the median of the first "
     f"{FIRST} steps and the base's held-out loss) by {CERTAIN:g} times the noise of a step; a median |dW| / |W| over "
     f"{OUTGROWN:g}; an update RMS over {RMS_SPIKE:g} times the run's median and over {RMS_STEADY:g} (constant "
     f"gradients) in {LEAST_SPIKES} steps and 1% of them, or below {RMS_STUCK:g} at the end; over half of the steps "
-    f"clipped, at the end to less than half of before; KL {CLIMB:g} times that of mid-run",
+    f"clipped, at the end to less than half of before; KL {CLIMB:g} times that of mid-run; |dW| below that of a "
+    "random walk of as many steps",
     source="relative to this run (background: arXiv 2304.13013 on spikes of Adam's update RMS, arXiv 2410.21228). On "
     "the packaged model |dW| / |W| ended at 0.3 at the best rate and 6 at ten times it, RMS at 0.7 and 0.01",
     action="halve training.lr (or lower: good rates differ by factors), or warm up longer (training.warmup_ratio)",
@@ -72,6 +75,7 @@ def _check_curves(recording: Recording) -> Finding:
         _detect_update_rms,
         _detect_clipping,
         _detect_divergence,
+        _detect_oscillation,
     )
     if len(steps) < LEAST_STEPS:
         return RULE.report_inconclusive(
@@ -145,6 +149,15 @@ def _detect_update_rms(recording: Recording) -> str | None:
     if late < RMS_STUCK and is_loss_high:
         return f"the update RMS ends at {late:.2g}: Adam still divides by an earlier gradient spike"
     return None
+
+
+def _detect_oscillation(recording: Recording) -> str | None:
+    """dW goes back and forth: it ends nearer to its start than a random walk of as many steps would."""
+    straight, steps = measure_straightness(recording), read_curve(recording, tables.LOSS, "loss")[0]
+    walk = 1 / np.sqrt(max(1, steps[-1]))
+    if not straight < walk:
+        return None
+    return f"|dW| is {straight:.2g} of the length of its path, where a random walk of {steps[-1]} steps has {walk:.2g}"
 
 
 def _find_warmup_end(recording: Recording) -> int:

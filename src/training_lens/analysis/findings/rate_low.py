@@ -57,7 +57,7 @@ def check_rate_low(recording: Recording) -> Finding:
 
 
 def _check_curves(recording: Recording) -> Finding:
-    (steps, losses), straight = read_curve(recording, tables.LOSS, "loss"), _measure_straightness(recording)
+    (steps, losses), straight = read_curve(recording, tables.LOSS, "loss"), measure_straightness(recording)
     if len(steps) < LEAST_STEPS or np.isnan(straight):
         return RULE.report_inconclusive(
             "Not enough data on a low learning rate",
@@ -114,7 +114,7 @@ def _is_settled(recording: Recording, steps: np.ndarray, values: np.ndarray) -> 
     return bool(level < SOLVED * start or abs(slope.value) + CERTAIN * slope.error < SETTLED * level)
 
 
-def _measure_straightness(recording: Recording) -> float:
+def measure_straightness(recording: Recording) -> float:
     """|dW| at the end over the length of its path, median over modules; NaN with too few steps.
 
     The path is the integral of the step norms over the steps (trapezoids), so that thinned captures are enough.

@@ -22,7 +22,7 @@ from training_lens.training.preflight.split_checks import UNLIKE
 from training_lens.utils.formatting import list_names
 
 UPDATES = 2  # A gets its first gradient in the second one, as B is 0 before the first
-NEAR_CHANCE, SPREAD = 0.02, 0.05  # of ln(vocabulary)
+NEAR_CHANCE, SPREAD, UNSURE = 0.02, 0.05, 0.9  # of ln(vocabulary)
 UNLIKE_SIGMAS, UNLIKE_SHARE = 6.0, 0.25
 FROZEN = "requires_grad is off"
 SHOWN = 6  # modules that an error names
@@ -188,6 +188,9 @@ class FirstStepsCheck(Callback):
         elif loss > chance:
             title = "The base predicts these rows worse than guessing would"
             found = BASE.report_symptom("note", title, measured, evidence=evidence)
+        elif loss > UNSURE * chance:
+            decide = "training-lens baseline, which shows what the base alone answers"
+            found = BASE.report_inconclusive("The base hardly knows these rows", measured, decide, evidence)
         else:
             found = BASE.report_fine("The base is a language model of these rows", measured, "likely", evidence)
         self._add_finding(found)
