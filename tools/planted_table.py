@@ -1,6 +1,6 @@
 """The tables of docs/lens/findings.md on the planted suite, from what benchmarks/planted/summarize_planted.py wrote.
 
-    python tools/planted_table.py
+python tools/planted_table.py
 """
 
 from __future__ import annotations
