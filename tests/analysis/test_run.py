@@ -74,10 +74,13 @@ def test_samples_are_a_row_an_answer(copied: RunFolder) -> None:
     parts = [{"step": line["step"], "base": line["base"], **each} for line in written for each in line["samples"]]
     assert parts and run.samples.to_dict("records") == parts
     copied.samples_file.unlink()
-    assert list(run.samples.columns) == ["step", "base", "id", "prompt", "expected", "generated"] and run.samples.empty
+    columns = ["step", "base", "id", "prompt", "expected", "generated"]
+    assert list(run.samples.columns) == [*columns, "ended", "loops"] and run.samples.empty
     answer = {"id": "rows:3", "prompt": "p", "expected": "e", "generated": "g"}
     copied.samples_file.write_text(json.dumps({"step": 5, "base": True, "samples": [answer, answer]}) + "\n")
-    assert run.samples.to_dict("records") == [{"step": 5, "base": True, **answer}] * 2
+    earlier = run.samples  # of a version that did not look at ends and loops
+    assert earlier[columns].to_dict("records") == [{"step": 5, "base": True, **answer}] * 2
+    assert earlier[["ended", "loops"]].isna().all(axis=None)
 
 
 def test_config_summary_and_lens_are_those_of_the_folder(finished_run: Any) -> None:

@@ -98,14 +98,14 @@ def test_gradients_carry_the_certificate(write: Write) -> None:
         (
             "adapter_gradients",
             i + 1,
-            of_modules(norm_a=[3.0, 0.0], norm_b=[4.0, 2.0], self_check=row, cosine_mean=[1, 0]),
+            of_modules(norm_a=[3.0, 1.5], norm_b=[4.0, 2.0], self_check=row, cosine_mean=[1, 0]),
         )
         for i, row in enumerate(residuals)
     ]
     values = read(GradientAnalyzer(), write(rows, {"adapter_gradients": DataType.ADAPTER_GRADIENTS}))
     assert values["certificate"] == {"largest": pytest.approx(3e-7), "module": NAMES[0], "step": 2, "checked": 5}
-    assert values["steps"] == 3 and values["norm_by_layer"] == {"0": 5.0, "1": 2.0}
-    assert values["norm_by_kind"]["q"] == pytest.approx(math.sqrt(29)) and values["not_finite"] == []
+    assert values["steps"] == 3 and values["norm_by_layer"] == {"0": 5.0, "1": 2.5}
+    assert values["norm_by_kind"]["q"] == pytest.approx(math.sqrt(31.25)) and values["not_finite"] == []
     assert values["directions"] == {
         "cosine_previous": {"run": None, "end": None},
         "cosine_mean": {"run": 0.5, "end": 0.5},

@@ -31,7 +31,9 @@ def test_a_run_goes_to_a_place_that_it_did_not_know(call: Call, own_run: RunFold
     assert sent.exit_code == 0 and "welcome" in sent.stderr
     assert json.loads(sent.stdout)["integrations"][-1]["status"] == "delivered"
     told = (tmp_path / "lines").read_text().splitlines()
-    assert told[0] == "base 0" and told[-1] == "finished" and len(set(told)) == len(told)
+    found, rest = ([line for line in told if line.startswith("findings") == is_finding] for is_finding in (True, False))
+    assert rest[0] == "base 0" and rest[-1] == "finished" and len(set(rest)) == len(rest)
+    assert len(found) == len(own_run.findings_file.read_text().splitlines())  # of one step there may be several
     again = call("sync", str(own_run.root), own, "--json")
     assert {s["status"] for s in json.loads(again.stdout)["integrations"]} == {"delivered"}
     assert (tmp_path / "lines").read_text().splitlines() == told

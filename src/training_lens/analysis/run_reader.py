@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OUTPUTS = "outputs"
 STEP_COLUMNS = ("epoch", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "seconds", "finite")
 NULLABLE_TYPES = {"tokens": "Int64", "supervised_tokens": "Int64", "finite": "boolean"}  # kept beside empty cells
-SAMPLE_COLUMNS = ("step", "base", "id", "prompt", "expected", "generated")
+SAMPLE_COLUMNS = ("step", "base", "id", "prompt", "expected", "generated", "ended", "loops")
 IN_A_MIRROR = (
     "a run in a mirror must be fetched first: Run(fetch_to_read(URL, 'outputs', finished=None).root), with "
     "from training_lens.integrations.remote_run import fetch_to_read."
@@ -123,7 +123,7 @@ class Run:
     @property
     def samples(self) -> DataFrame:
         """logs/samples.jsonl with one row per answer: `step`, `base` (whether by the base model), `id`, `prompt`,
-        `expected`, `generated`; empty if the run generates no samples (tracking.samples)."""
+        `expected`, `generated`, `ended`, `loops`; empty if the run generates no samples (tracking.samples)."""
         import pandas
 
         samples = [

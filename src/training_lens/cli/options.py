@@ -146,9 +146,12 @@ class SettingsCommand(TyperCommand):
             if parameter.param_type_name == "option" and (parameter.metavar or "").startswith("[")
             for name in parameter.opts
         }
-        for word, following in zip_longest(args, args[1:], fillvalue=""):
+        for word, following in zip_longest(args, args[1:]):
             yield word
-            if word in choices and not set(following.split(",")) <= choices[word]:
+            is_other = following is None or (
+                following.strip() and not set(following.split(",")) <= choices.get(word, set())
+            )
+            if word in choices and is_other:
                 yield "open"
 
 
