@@ -32,9 +32,14 @@ from training_lens.training.samples import SampleWriter
 PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "loop": (Trainer, ("_run_steps",)),
     "live_findings": (LiveFindings, ("on_step_end", "on_evaluate", "on_evaluate_sample", "on_samples")),
-    "validation_sample": (Trainer, ("_evaluate_sample",)),
+    "validation_sample": (Trainer, ("_validate_sample",)),
     "sampled_answers": (SampleWriter, ("_write_samples",)),
 }
+
+
+def sum_parts(seconds: Counter[str]) -> float:
+    """The CPU seconds of all parts of the loop."""
+    return sum(seconds[part] for part in PARTS if part != "loop")
 
 
 def add_cpu_timers(seconds: Counter[str], calls: Counter[str]) -> None:
@@ -43,11 +48,12 @@ def add_cpu_timers(seconds: Counter[str], calls: Counter[str]) -> None:
     def timed(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def measure(*args: Any, **kwargs: Any) -> Any:
-            started = time.process_time()
+            started, others = time.process_time(), sum_parts(seconds)
             try:
                 return method(*args, **kwargs)
             finally:
-                seconds[part] += time.process_time() - started
+                inside = sum_parts(seconds) - others if part != "loop" else 0.0  # of the parts that it called
+                seconds[part] += time.process_time() - started - inside
                 calls[part] += 1
 
         return measure
@@ -62,7 +68,7 @@ def measure_run(values: dict[str, Any], seconds: Counter[str], calls: Counter[st
     seconds.clear()
     calls.clear()
     summary = TrainingWrapper(TrainingConfig.model_validate(values)).train()
-    rest = seconds["loop"] - sum(seconds[part] for part in PARTS if part != "loop")
+    rest = seconds["loop"] - sum_parts(seconds)
     shares = {part: round(seconds[part] / rest, 4) for part in PARTS if part != "loop"}
     return {
         "steps": summary.steps,

@@ -277,7 +277,7 @@ KINDS = (
     ),
     Kind(
         "memorized_facts",
-        "names learned by heart",
+        "names are memorized",
         (Answer("memorization", test="held-out|validation"),),
         memorized_facts,
         20,

@@ -127,11 +127,11 @@ def test_activation_analysis_gives_drift_kl_and_share(write: Write) -> None:
     assert ActivationAnalyzer().can_read(recording)
 
 
-def losses(count: int, slope: float, validations: int = 0) -> Rows:
+def losses(count: int, slope: float, validations: int = 0, rate: Callable[[int], float] = lambda _: 1e-3) -> Rows:
     def at(step: float) -> float:
         return 3.0 + slope * math.log(step)
 
-    yield from (("loss", step, of_run(loss=at(step))) for step in range(1, count + 1))
+    yield from (("loss", step, of_run(loss=at(step), lr=rate(step))) for step in range(1, count + 1))
     yield from (
         ("evaluation", s, of_run(loss=at(s) + 1)) for s in np.linspace(1, count, validations).astype(int).tolist()
     )
@@ -175,6 +175,12 @@ def test_the_gain_is_until_the_planned_end_or_for_twice_as_many_steps(
     values = read(ConvergenceAnalyzer(), write(losses(100, -0.2), {"loss": DataType.LOSS}, **settings))
     assert values["until_step"] == until
     assert values["remaining_gain"]["value"] == pytest.approx(0.2 * math.log(until / 100), rel=1e-3)
+
+
+@pytest.mark.parametrize("rate", [lambda step: 1e-3 * (1 - step / 101), lambda _: math.nan])
+def test_no_gain_is_told_from_a_curve_under_a_falling_or_an_unknown_rate(write: Write, rate: Any) -> None:
+    values = read(ConvergenceAnalyzer(), write(losses(100, -0.2, rate=rate), {"loss": DataType.LOSS}))
+    assert values["remaining_gain"] == {"value": None, "error": None} and values["slope"]["value"] is not None
 
 
 @pytest.mark.parametrize(("spike", "smoothed"), [(3, {2.0}), (4, {2.0, 9.0})])

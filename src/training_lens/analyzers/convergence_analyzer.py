@@ -13,10 +13,11 @@ from training_lens.core import table_names as tables
 from training_lens.core.recording import DataAnalyzer, Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import DataType, Series
-from training_lens.measures.curves import log_slope, remaining_gain
+from training_lens.measures.curves import FitEstimate, log_slope, remaining_gain
 
 WINDOWS = 50  # smoothing windows in a run
 MIN_VALIDATIONS = 4  # so that the later half has a slope
+STEADY_RATE = 0.9  # of the peak: under a rate that falls further, every curve flattens and cannot be extended
 
 
 @AnalyzerRegistry.register
@@ -25,7 +26,8 @@ class ConvergenceAnalyzer(DataAnalyzer):
 
     Gives `training`, steps and smoothed losses (medians of a moving window, a fiftieth of the run); `slope`, the change
     of the loss for each e-fold of steps over the later half of the run; `remaining_gain`, how much the loss would fall
-    until `until_step` at that slope; both with standard errors. `of` names their loss: validation with four or more
+    until `until_step` at that slope, null unless the learning rate is known to stay near its peak in that half; both
+    with standard errors. `of` names their loss: validation with four or more
     validations, else training. `until_step` is the planned end, or twice the last step for a run that has reached it.
     Also `best_validation` and `last_validation` with their steps, and `base_loss`. Losses are nats per supervised
     token.
@@ -46,10 +48,9 @@ class ConvergenceAnalyzer(DataAnalyzer):
         half = len(steps) // 2
         last, planned = int(steps[-1]) if len(steps) else 0, int(recording.settings.get("total_steps") or 0)
         until = planned if planned > last else 2 * last
-        estimates = {
-            "slope": log_slope(steps[half:], losses[half:]),
-            "remaining_gain": remaining_gain(steps[half:], losses[half:], until),
-        }
+        estimates = {"slope": log_slope(steps[half:], losses[half:]), "remaining_gain": FitEstimate(np.nan, np.nan)}
+        if len(steps) and measure_late_rate(recording, int(steps[half])) >= STEADY_RATE:
+            estimates["remaining_gain"] = remaining_gain(steps[half:], losses[half:], until)
         return {
             "training": run_curve(smooth_series(training)),
             "of": "validation" if by_validation else "training",
@@ -59,6 +60,13 @@ class ConvergenceAnalyzer(DataAnalyzer):
             "last_validation": validations[-1] if validations else None,
             "base_loss": float(base[0]) if len(base) else None,
         }
+
+
+def measure_late_rate(recording: Recording, since: int) -> float:
+    """The lowest learning rate after step `since` over the highest of the run; NaN if no rate was captured."""
+    steps, rates = finite_points(recording, tables.LOSS, "lr")
+    late = rates[steps >= since]
+    return float(late.min() / rates.max()) if len(late) and rates.max() > 0 else np.nan
 
 
 def smooth_series(series: Series, most: int = MAX_POINTS) -> Series:

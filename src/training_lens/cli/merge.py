@@ -36,7 +36,9 @@ Dtype = Annotated[
 ]
 Scale = Annotated[
     float | None,
-    typer.Option(help="Multiplies the adapter's update; 1 is as trained. Without it, as knob --choose said, or 1."),
+    typer.Option(
+        help="Multiplies the adapter's update; 1 is as trained. Default: the scale chosen with knob --choose, else 1."
+    ),
 ]
 Delta = Annotated[bool, typer.Option("--delta", help="Write the differences of the changed weights alone.")]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of a file of weights.")]

@@ -13,7 +13,7 @@ from training_lens.data.examples import Example
 from training_lens.errors import DatasetError
 from training_lens.utils.files import hash_bytes
 
-FEWEST_ROWS = 8  # of fewer nothing is said
+FEWEST_ROWS = 8  # with fewer, a shared text may be chance
 SHOWN_ROWS, SHOWN_TEXT = 3, 60
 
 

@@ -28,7 +28,9 @@ class MergeOptions:
 
     output: Path | None = None  # the folder; None is artifacts/merged of the run (artifacts/delta with `delta`)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the written weights; auto is that of the base's files
-    scale: float | None = None  # multiplies the update; 1 is as trained, None as `training-lens knob --choose` said
+    scale: float | None = (
+        None  # multiplies the update; 1 is as trained, None: the scale chosen with `training-lens knob`
+    )
     delta: bool = False  # write only the differences of the changed weights
     max_shard_size: str = "5GB"  # of a file
     force: bool = False  # replace an output that an earlier merge wrote

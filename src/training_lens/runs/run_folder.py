@@ -267,7 +267,7 @@ class RunFolder:
 
 def describe_scale(run: RunFolder) -> str:
     """What `adapter_scale` does to the adapter, as a sentence."""
-    return f"the adapter's update is multiplied by {run.adapter_scale:g}, as training-lens knob --choose said"
+    return f"the adapter's update is multiplied by {run.adapter_scale:g}, the scale chosen with training-lens knob"
 
 
 def read_checked_json(path: Path, remedy: str = "Delete it, or write it again.") -> Any:

@@ -49,7 +49,7 @@ from training_lens.utils.logging import get_logger
 logger = get_logger(__name__)
 REPLAYED_STEPS = 10
 LEAST_STEPS = 50
-BUDGET_SECONDS = 300.0  # of a question's runs, unless a number of steps is asked for
+BUDGET_SECONDS = 300.0  # for all runs of one question, unless the number of steps is given
 ROWS = 256  # validation rows, spread evenly
 FACTOR = 3.0  # between two learning rates
 FORWARD = 1 / 3  # of a training step's time

@@ -44,8 +44,8 @@ from training_lens.utils.logging import get_logger
 logger = get_logger(__name__)
 CHECKS_IN_A_RUN = 20  # at most: each reads the captures so far
 MOST_ROW_PASSES = 5  # spikes of which the rows are measured: a forward pass over the step's rows each
-LATE = 0.5  # of the run: what early steps of a good run show as well is told after it
-# check -> the share of the run after which it is asked
+LATE = 0.5  # of the run: before it, good runs show some symptoms as well
+# check -> the share of the run after which it runs
 CHECKS: Mapping[Callable[[Recording], Finding], float] = {
     check_untrained: 0.0,
     check_gradients: 0.0,

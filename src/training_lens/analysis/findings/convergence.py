@@ -8,29 +8,27 @@ from training_lens.analysis.findings.evidence import (
     LEAST,
     HeldOut,
     measure_scatter,
-    read_curve,
     read_held_out,
     thin_points,
 )
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.interventions import Claim, decide_finding, read_interventions
 from training_lens.analysis.findings.rank import read_rank_check
-from training_lens.core import table_names as tables
+from training_lens.analyzers.convergence_analyzer import STEADY_RATE, measure_late_rate
 from training_lens.core.recording import Recording
 from training_lens.display.html import Severity
 from training_lens.measures.curves import remaining_gain
 
 ERRORS = 2.0  # standard errors on each side of a gain: a 95 % interval
 NOISES = 4.0  # a gain that may be 0 and is surely below this many noises is not worth waiting for
-STEADY = 0.9  # of the peak rate
 RULE = Rule(
     code="converged",
     signature="the held-out loss rises, or is flat while the learning rate stays at its peak; a curve under a falling "
     "rate flattens by itself and is not extended",
-    threshold=f"at a rate above {STEADY:g} of its peak in the later half: the gain of twice the steps at the slope "
-    f"against ln(steps), plus {ERRORS:g} standard errors, below the noise of one held-out loss, or below {NOISES:g} "
-    "times that noise if the gain may be 0; the noise is the bootstrap error over rows if a rank check measured it, "
-    "else the residual of the fitted line",
+    threshold=f"at a rate above {STEADY_RATE:g} of its peak in the later half: the gain of twice the steps at the "
+    f"slope against ln(steps), plus {ERRORS:g} standard errors, below the noise of one held-out loss, or below "
+    f"{NOISES:g} times that noise if the gain may be 0; the noise is the bootstrap error over rows if a "
+    "rank check measured it, else the residual of the fitted line",
     source="relative to this run; losses at a constant rate are about linear in ln(steps) (LoRA Without Regret, 2025)",
     action="stop here: more steps would gain less than can be measured. More or different rows may help",
 )
@@ -61,7 +59,7 @@ def _check_curve(recording: Recording) -> Finding:
             f"at least {LEAST} held-out losses: set data.validation or data.val_ratio, and training.eval_steps",
         )
     direction, (steps, losses) = held_out.find_direction(), held_out.late_half()
-    rate = _measure_late_rate(recording, int(steps[0]))
+    rate = measure_late_rate(recording, int(steps[0]))
     evidence = {"direction": direction, "held_out": thin_points(x=held_out.steps, y=held_out.losses)}
     verb = {"falls": "falls", "rises": "rises"}.get(direction, "neither falls nor rises for sure")
     measured = (
@@ -74,7 +72,7 @@ def _check_curve(recording: Recording) -> Finding:
         action = "stop here, and use the checkpoint with the best held-out loss"
         title = "The held-out loss no longer falls"
         return RULE.report_symptom(severity, title, measured, action=action, evidence=evidence)
-    if rate >= STEADY and _is_flat(held_out, recording):
+    if rate >= STEADY_RATE and _is_flat(held_out, recording):
         return RULE.report_symptom(severity, "Converged", measured, evidence=evidence)
     return RULE.report_inconclusive(
         "The gain from more training is unknown",
@@ -93,10 +91,3 @@ def _is_flat(held_out: HeldOut, recording: Recording) -> bool:
     gain = remaining_gain(steps, losses, 2 * int(steps[-1]))
     least, most = gain.value - ERRORS * gain.error, gain.value + ERRORS * gain.error
     return most <= (NOISES * noise if least <= 0 else noise)
-
-
-def _measure_late_rate(recording: Recording, since: int) -> float:
-    """The lowest learning rate after step `since` over the highest of the run; NaN if no rate was captured."""
-    steps, rates = read_curve(recording, tables.LOSS, "lr")
-    late = rates[steps >= since]
-    return float(late.min() / rates.max()) if len(late) and rates.max() > 0 else np.nan

@@ -10,6 +10,7 @@ import numpy as np
 
 from training_lens.analysis.findings.evidence import list_names
 from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.rate_high import RMS_SPIKE, RMS_STEADY
 from training_lens.measures.curves import MAD_TO_DEVIATION
 
 WINDOW, LEAST_STEPS = 64, 20  # steps before that define the level
@@ -19,7 +20,6 @@ ABOVE_MOST = 1.3  # times the highest loss of the window: a rare hard batch is n
 LEAST_DEVIATION = 0.02  # of the logarithm: a loss that hardly varies makes no z
 SMALLEST = 1e-6  # a loss of 0 has no logarithm
 ROW_FACTOR = 2.0  # a row's loss over the highest usual loss of a step
-RMS_SPIKE, RMS_STEADY = 3.0, 1.0  # times the usual update RMS, and that of constant gradients
 BEFORE = 8  # steps before a spike in which an optimizer's spike is its cause
 SPIKE_RULE = Rule(
     code="loss_spike",

@@ -68,7 +68,8 @@ def _check_curves(recording: Recording) -> Finding:
     held_out = read_held_out(recording)
     by_held_out = len(held_out.steps) >= 2 * LEAST
     curve = (held_out.steps, held_out.losses) if by_held_out else (steps, losses)
-    falls = _is_still_falling(_sum_rates(recording, curve[0]), curve[1])
+    curve = _sum_rates(recording, curve[0]), curve[1]
+    falls = _is_still_falling(*curve)
     ahead, others = straight > STRAIGHT, _detect_other_signs(recording)
     measured = [f"|dW| is {straight:.2f} of the length of its path (1 is a straight line)", *others]
     measured += ["the loss falls as fast as before"] if falls else []

@@ -111,7 +111,7 @@ class Callback:
         """After the fixed prompts were answered: the `samples` of a line of logs/samples.jsonl."""
 
     def on_finding(self, trainer: Any, finding: Any) -> None:
-        """When a live finding arises: a `training_lens.analysis.findings.Finding`. It is told once until it clears."""
+        """When a live finding arises: a `training_lens.analysis.findings.Finding`; again only after it has cleared."""
 
     def on_save(self, trainer: Any) -> None:
         """Before a checkpoint is written: write to disk what a run that resumes from it needs."""
