@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from compare_versions import PHI3, QUIET, ROWS, describe_commit, run_command, run_side_by_side
-from machine import described
+from machine import PRECISION, described
 from training_jobs import ROOT
 
 RESULTS = Path(__file__).parent / "results" / "architecture_speed.json"
@@ -49,7 +49,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", WINDOW),
     "llama, 4 bits": ("Llama", {}),
 }
-PRECISION = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}[PRECISION]
 BATCH, WARM, PROMPT, NEW, ROWS_DECODED = 8, 2, 64, 32, (1, 8)
 Speeds = dict[str, float]

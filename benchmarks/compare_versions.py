@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from machine import described
+from machine import PRECISION, described
 from training_jobs import ROOT, write_model
 
 RESULTS = Path(__file__).parent / "results" / "versions.json"
@@ -70,7 +70,7 @@ def generate(checkout: Path, folder: Path, run: str) -> Measurements:
 
 def measure(checkout: Path, folder: Path, model: Path) -> Measurements:
     """Seconds of each measurement with one version; `folder` is empty."""
-    large = (f"model.id={model}", "model.seq_len=512", "training.precision=bf16")
+    large = (f"model.id={model}", "model.seq_len=512", f"training.precision={PRECISION}")
     few = ("data.max_examples=56", "training.batch_size=8", "training.epochs=1")
     many = ("data.max_examples=640", "training.batch_size=8", "training.epochs=1", "model.seq_len=256")
     return {
@@ -136,7 +136,8 @@ def compare(description: str | None, measure: Callable[[Path, Path, Path], Measu
             print(json.dumps(found[-1]), flush=True)
     rows = [{"measurement": what, **compare_repeats(what, found)} for what in found[0]["old"]]
     commits = {name: describe_commit(checkout) for name, checkout in checkouts.items()}
-    results.write_text(json.dumps({"machine": described(), "commits": commits, "rows": rows}, indent=1) + "\n")
+    found_here = {"machine": described(), "precision": PRECISION, "commits": commits, "rows": rows}
+    results.write_text(json.dumps(found_here, indent=1) + "\n")
     for values in rows:
         print(*values.values(), sep="  ")
 

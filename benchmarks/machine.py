@@ -13,6 +13,7 @@ import torch
 from training_lens.utils.devices import device_name, get_device, synchronize
 
 SIDE = {"cpu": (2048, 768, 2048), "cuda": (8192, 8192, 8192)}  # rows, inner, columns of the product that is timed
+PRECISION = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"  # that the processor computes fast
 SECONDS = 2.0  # of products, one after the other
 
 
