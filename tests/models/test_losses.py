@@ -41,20 +41,25 @@ def capped(states: Tensor) -> Tensor:
 def test_linear_nll_is_the_sum_of_the_cross_entropy(bias: Tensor | None) -> None:
     states = drawn(5, 6).requires_grad_()
     wanted = cross_entropy(linear(states, WEIGHT, bias), TARGETS, reduction="sum")
-    torch.testing.assert_close(linear_nll(states, WEIGHT, bias, TARGETS), wanted, rtol=1e-12, atol=1e-12)
-    assert gradcheck(lambda states: linear_nll(states, WEIGHT, bias, TARGETS), (states,))
+    total, terms = linear_nll(states, WEIGHT, bias, TARGETS)
+    torch.testing.assert_close(total, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(terms, cross_entropy(linear(states, WEIGHT, bias), TARGETS, reduction="none").detach())
+    assert not terms.requires_grad
+    assert gradcheck(lambda states: linear_nll(states, WEIGHT, bias, TARGETS)[0], (states,))
 
 
 @pytest.mark.usefixtures("small_chunks")
 def test_nll_takes_any_way_to_logits() -> None:
     states = drawn(5, 6).requires_grad_()
     wanted = cross_entropy(capped(states), TARGETS, reduction="sum")
-    torch.testing.assert_close(nll(states, capped, TARGETS), wanted, rtol=1e-12, atol=1e-12)
-    assert gradcheck(lambda states: nll(states, capped, TARGETS), (states,))
+    total, terms = nll(states, capped, TARGETS)
+    torch.testing.assert_close(total, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(terms, cross_entropy(capped(states), TARGETS, reduction="none").detach())
+    assert gradcheck(lambda states: nll(states, capped, TARGETS)[0], (states,))
 
 
 @pytest.mark.parametrize(
-    "way", [lambda s: linear_nll(s, WEIGHT, None, TARGETS[:0]), lambda s: nll(s, capped, TARGETS[:0])]
+    "way", [lambda s: linear_nll(s, WEIGHT, None, TARGETS[:0])[0], lambda s: nll(s, capped, TARGETS[:0])[0]]
 )
 def test_no_target_is_no_loss(way: Callable[[Tensor], Tensor]) -> None:
     states = drawn(0, 6).requires_grad_()
@@ -65,8 +70,8 @@ def test_no_target_is_no_loss(way: Callable[[Tensor], Tensor]) -> None:
 
 def test_a_scaled_loss_has_a_scaled_gradient() -> None:
     one, other = drawn(5, 6).requires_grad_(), drawn(5, 6).requires_grad_()
-    linear_nll(one, WEIGHT, None, TARGETS).backward()
-    (linear_nll(other, WEIGHT, None, TARGETS) / 7).backward()
+    linear_nll(one, WEIGHT, None, TARGETS)[0].backward()
+    (linear_nll(other, WEIGHT, None, TARGETS)[0] / 7).backward()
     assert one.grad is not None
     torch.testing.assert_close(other.grad, one.grad / 7)
 
@@ -75,7 +80,7 @@ def test_a_scaled_loss_has_a_scaled_gradient() -> None:
 def test_a_scale_that_float16_cannot_hold_gives_finite_gradients(scale: float) -> None:
     """A scaler begins with 65536; where a step has one target, nothing divides it."""
     states, weight, target = (0.01 * drawn(1, 6)).half().requires_grad_(), 0.1 * WEIGHT, TARGETS[:1]
-    (scale * linear_nll(states, weight.half(), None, target)).backward()
+    (scale * linear_nll(states, weight.half(), None, target)[0]).backward()
     exact = states.detach().double().requires_grad_()
     (scale * cross_entropy(linear(exact, weight), target, reduction="sum")).backward()
     assert states.grad is not None and exact.grad is not None
@@ -90,3 +95,11 @@ def test_a_gpu_reads_the_output_layer_for_a_thousand_rows_at_a_time(
     device: str, vocabulary: int, itemsize: int, rows: int
 ) -> None:
     assert losses.chunk_rows(torch.device(device), vocabulary, itemsize) == rows
+
+
+def test_sums_by_example_are_those_of_a_loop() -> None:
+    counts, terms = torch.tensor([3, 0, 1, 5, 0]), drawn(9)
+    wanted = torch.stack([part.sum() for part in terms.split(counts.tolist())])
+    torch.testing.assert_close(losses.sum_by_example(terms, counts), wanted)
+    assert losses.sum_by_example(drawn(0), counts[:0]).shape == (0,)
+    assert losses.sum_by_example(drawn(0), counts[1:2]).tolist() == [0.0]

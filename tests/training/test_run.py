@@ -22,6 +22,7 @@ from forked import fork  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 
 from training_lens import TrainingConfig, TrainingWrapper
+from training_lens.core.lens_store import LensStore
 from training_lens.errors import (
     AdapterError,
     CheckpointError,
@@ -327,12 +328,15 @@ def assert_same_losses(a: RunFolder, b: RunFolder) -> None:
 
 def test_two_processes_train_the_same_adapter_as_one(small_config: Config) -> None:
     """Half the batch each gives the whole batch's run."""
-    alone = train(small_config(training={"max_steps": 2}))
+    alone = train(small_config(training={"max_steps": 2}, lens={}))
     training, output = {"batch_size": 4, "max_steps": 2}, {"run_id": "two"}
     train_with_two_processes(small_config(training=training, output=output, model={"device": "cpu"}, lens={}))
     two = RunFolder(alone.root.parent / "two")
     assert_same_losses(alone, two)
     assert two.read_metadata("data.json")["global_batch_size"] == 8
+    rows = [LensStore(run.lens).table("row_losses").to_pylist() for run in (alone, two)]
+    assert [(row["step"], row["module"]) for row in rows[0]] == [(row["step"], row["module"]) for row in rows[1]]
+    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -43,6 +43,12 @@ class LensSection(Section):
         64, "most room of scalars and spectra; beyond it, of old steps every second is dropped", ge=1
     )
     snapshots_megabytes: int = setting(256, "most room of snapshots; beyond it, every second is dropped", ge=0)
+    row_losses_megabytes: int = setting(
+        64,
+        "most room of the losses of each training row at its visits (training-lens explain rows); where all visits do "
+        "not fit, one row in so many is recorded that they do; 0: none",
+        ge=0,
+    )
     live: bool = setting(True, "show findings while the run trains, and write them to logs/findings.jsonl")
     stop_on: list[FindingCode] = setting(
         [], "codes of findings that stop the run when they arise; what is saved is the best validated step"

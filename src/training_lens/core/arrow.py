@@ -87,27 +87,25 @@ def arrow_table(rows_by_step: Sequence[tuple[int, Captured]]) -> pa.Table:
 
 
 def build_table(buffers: Sequence[CaptureBuffer]) -> pa.Table:
-    """Buffered steps as one table. Waits for the device once for each set of measures and rows."""
-    buffers_by_shape: dict[tuple[tuple[str, ...], ...], list[CaptureBuffer]] = {}
+    """Buffered steps as one table. Waits for the device once for each set of measures."""
+    buffers_by_measures: dict[tuple[tuple[str, ...], ...], list[CaptureBuffer]] = {}
     for buffer in buffers:
         if buffer.rows and (buffer.measures or buffer.vectors):
-            buffers_by_shape.setdefault((buffer.rows, buffer.measures, tuple(buffer.vectors)), []).append(buffer)
-    return concat_tables([_build_uniform_table(group) for group in buffers_by_shape.values()])
+            buffers_by_measures.setdefault((buffer.measures, tuple(buffer.vectors)), []).append(buffer)
+    return concat_tables([_build_uniform_table(group) for group in buffers_by_measures.values()])
 
 
 def _build_uniform_table(buffers: Sequence[CaptureBuffer]) -> pa.Table:
-    rows, measures = buffers[0].rows, buffers[0].measures
+    """The table of buffers with the same measures; their rows may differ."""
+    measures = buffers[0].measures
     _require_distinct((STEP, MODULE, *measures, *buffers[0].vectors), "columns")
-    _require_distinct(rows, "rows")
-    scalars = (
-        torch.stack(move_to_one_device(step.scalars for step in buffers)).cpu().numpy()
-    )  # (steps, measures, rows): the sync point
+    scalars = torch.cat(move_to_one_device(step.scalars for step in buffers), 1)  # (measures, rows of all steps)
+    values = scalars.cpu().numpy()  # the sync point
     steps = np.array([step.step for step in buffers], np.int32)
-    modules = np.tile(np.arange(len(rows), dtype=np.int32), len(steps))
     columns = {
-        STEP: pa.array(np.repeat(steps, len(rows))),
-        MODULE: pa.DictionaryArray.from_arrays(pa.array(modules), pa.array(rows, pa.string())),
-        **{measure: pa.array(scalars[:, i].ravel()) for i, measure in enumerate(measures)},
+        STEP: pa.array(np.repeat(steps, [len(step.rows) for step in buffers])),
+        MODULE: _encode_rows([step.rows for step in buffers]),
+        **{measure: pa.array(row) for measure, row in zip(measures, values, strict=True)},
     }
     for measure in buffers[0].vectors:
         vectors = [step.vectors[measure] for step in buffers]
@@ -116,6 +114,18 @@ def _build_uniform_table(buffers: Sequence[CaptureBuffer]) -> pa.Table:
         values = torch.cat(move_to_one_device(flat for flat, _ in vectors)).cpu().numpy()
         columns[measure] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
     return pa.table(columns)
+
+
+def _encode_rows(rows_by_step: Sequence[tuple[str, ...]]) -> pa.DictionaryArray:
+    """The row names of all steps, each name stored once."""
+    places: dict[str, int] = {}
+    indices: dict[tuple[str, ...], np.ndarray] = {}  # most tables have the same rows at every step
+    for rows in rows_by_step:
+        if rows not in indices:
+            _require_distinct(rows, "rows")
+            indices[rows] = np.array([places.setdefault(name, len(places)) for name in rows], np.int32)
+    encoded = np.concatenate([indices[rows] for rows in rows_by_step])
+    return pa.DictionaryArray.from_arrays(pa.array(encoded), pa.array(list(places), pa.string()))
 
 
 def _require_distinct(names: Sequence[str], what: str) -> None:

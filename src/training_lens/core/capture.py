@@ -21,7 +21,8 @@ from training_lens.core.module_batches import GradientGetter
 from training_lens.core.modules import is_identity_adapter
 from training_lens.core.overhead_budget import OverheadBudget
 from training_lens.core.probe import evaluation_mode, score_probe
-from training_lens.core.types import Cadence, Captured, DataType, LensManifest, Moment
+from training_lens.core.row_losses import RowLosses, select_rows
+from training_lens.core.types import Cadence, Captured, LensManifest, Moment
 from training_lens.utils.devices import Precision, autocast
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.integrity import safe_save
@@ -64,7 +65,7 @@ class Capture:
         context: CaptureContext,
         facts: RunFacts,
     ) -> None:
-        self.context = context
+        self.context, self._section = context, section
         self._facts = facts
         self._active = [c for c in collectors if c.moment is not Moment.PROBE or context.probe]
         self._budget = OverheadBudget(section, facts.total_steps)
@@ -128,6 +129,15 @@ class Capture:
         context.before = context.gradients = context.after = ()  # frees memory for the next step's activations
         budget.start_step()
 
+    def record_rows(self, step: int, rows: RowLosses) -> None:
+        """See `TrainingLensFramework.record_rows`."""
+        every = (self._facts.settings or {}).get("row_losses_every", 1) if self._section.row_losses_megabytes else 0
+        if every and not self._is_over:
+            with self._budget.measure(tables.ROW_LOSSES), self._end_on_failure():
+                captured = select_rows(rows, every)
+                if captured.rows:
+                    self._writer.add(tables.ROW_LOSSES, step, captured)
+
     def record_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
         """See `TrainingLensFramework.record_evaluation`."""
         self._store_row(tables.EVALUATION, step, values)
@@ -167,8 +177,7 @@ class Capture:
         return LensManifest(
             modules=tuple(module.record for module in self.context.modules),
             origin=self._facts.origin,
-            tables={c.name: c.data_type for c in self._active}
-            | {tables.LOSS: DataType.LOSS, tables.EVALUATION: DataType.LOSS},
+            tables={c.name: c.data_type for c in self._active} | tables.LOOP_TABLES,
             settings={**(self._facts.settings or {}), **_list_frozen(self.context)},
             probe=self.context.probe.token_counts() if self.context.probe else None,
         )

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training_lens.core.arrow import MODULE, STEP, concat_tables
+from training_lens.core.table_names import NEVER_THINNED
 from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.files import atomic_file, sweep_temporaries
 from training_lens.utils.integrity import UNSEALED, seal_file, verify_seal
@@ -185,8 +186,8 @@ class SegmentedTable:
 
     @property
     def can_be_thinned(self) -> bool:
-        """Whether a step has more than one row."""
-        return any(segment.has_many_rows for segment in self.segments)
+        """Whether steps may be dropped: where a step has more than one row, and the table has no limit of its own."""
+        return self.folder.name not in NEVER_THINNED and any(segment.has_many_rows for segment in self.segments)
 
     def can_halve(self, spare: int) -> bool:
         """Whether doubling the stride may drop steps from the segments, the newest `spare` excepted."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from training_lens.core.types import DataType
+
 GRADIENTS = "adapter_gradients"
 WEIGHTS = "adapter_weights"
 BASE = "base_weights"
@@ -13,6 +15,11 @@ ACTIVATIONS = "activations"
 DIVERGENCE = "divergence"
 LOSS = "loss"
 EVALUATION = "evaluation"
+ROW_LOSSES = "row_losses"
+
+# The tables that the training loop fills, not a collector.
+LOOP_TABLES = {LOSS: DataType.LOSS, EVALUATION: DataType.LOSS, ROW_LOSSES: DataType.ROW_LOSSES}
+NEVER_THINNED = (ROW_LOSSES,)  # tables of many rows a step, limited in another way than by dropping steps
 
 # table -> measure -> its definition. dW = s B A is what the adapter adds to a frozen weight W.
 MEASURES: dict[str, dict[str, str]] = {
@@ -77,6 +84,10 @@ MEASURES: dict[str, dict[str, str]] = {
         "tokens": "tokens of the step",
         "supervised_tokens": "supervised tokens of the step",
         "seconds": "duration of the step",
+    },
+    ROW_LOSSES: {
+        "loss": "loss of a training row at this visit, before the step's update, nats per supervised token",
+        "tokens": "supervised tokens of the row",
     },
     EVALUATION: {
         "loss": "validation loss, nats per supervised token",

@@ -22,6 +22,7 @@ class DataType(StrEnum):
     ACTIVATIONS = "activations"
     OPTIMIZER_STATE = "optimizer_state"
     LOSS = "loss"
+    ROW_LOSSES = "row_losses"
 
 
 class Moment(StrEnum):
@@ -89,7 +90,8 @@ class LensManifest:
 
     `origin` is the training loop: training-lens, transformers, or hand. `tables` gives each table's data type.
     `settings` are the run's settings that analyzers need, where known: `total_steps`, `steps_per_epoch`,
-    `max_grad_norm`, `lr`, `processes`, `train_examples`, `distinct_examples` of an epoch, `visits_per_epoch` of such an
+    `max_grad_norm`, `lr`, `processes`, `row_losses_every` (the losses of one training row in so many are recorded; 0:
+    of none), `train_examples`, `distinct_examples` of an epoch, `visits_per_epoch` of such an
     example, `sample_rows` of the validation sample, and `frozen`, the factors that do not require gradients
     (`module.A`). `probe` has the probe set's examples, tokens and supervised tokens.
     """

@@ -166,7 +166,7 @@ def split_micro_batches(
     A longer example is a micro-batch of its own. `lengths` are the tokens of every example of the dataset; `packed`
     micro-batches are sequences without padding.
     """
-    order = positions[np.argsort(-lengths[positions], kind="stable")]
+    order = positions[order_by_length(positions, lengths)]
     batches: list[np.ndarray] = []
     while len(order):
         if packed:
@@ -180,7 +180,13 @@ def split_micro_batches(
 
 def shard_positions(positions: np.ndarray, lengths: np.ndarray, process: int, processes: int) -> np.ndarray:
     """One process's shard of a step: every n-th example by length, so that all processes have equal work."""
-    return positions[np.argsort(-lengths[positions], kind="stable")][process::processes]
+    return positions[order_by_length(positions, lengths)][process::processes]
+
+
+def order_by_length(positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The indices that sort `positions` by their examples' length, longest first; ties stay in order."""
+    order: np.ndarray = np.argsort(-lengths[positions], kind="stable")
+    return order
 
 
 def collate(examples: Sequence[TokenizedExample], fill_id: int) -> Batch:

@@ -13,6 +13,7 @@ import torch
 from training_lens.core.capture import RunFacts
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.probe import Probe
+from training_lens.core.row_losses import choose_interval
 from training_lens.core.table_names import LOSS, MEASURES
 from training_lens.data.batching import epoch_order
 from training_lens.evaluation.evaluator import LossReport
@@ -20,7 +21,7 @@ from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback, StepReport
 from training_lens.training.loop.optimizer import clip_factor
 from training_lens.training.plan import RunPlan
-from training_lens.utils.formatting import describe_error
+from training_lens.utils.formatting import describe_error, format_count
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -52,6 +53,7 @@ class CaptureCallback(Callback):
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         max_norm, norm = trainer.settings.max_grad_norm, torch.tensor(report.grad_norm, dtype=torch.float64)
         clip = float(clip_factor(norm, max_norm)) if max_norm else 1.0
+        self.lens.record_rows(report.step, report.rows)
         self.lens.record_step(report.step, {"clip": clip, **{name: getattr(report, name) for name in LOSS_MEASURES}})
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
@@ -83,10 +85,24 @@ def build_capture_callback(plan: RunPlan, run: RunFolder) -> CaptureCallback | N
         "lr": config.training.lr,
         "train_examples": len(plan.train),
         **count_visits(plan),
+        "row_losses_every": _choose_recorded_rows(plan),
         "sample_rows": 0 if plan.validation_sample is None else len(plan.validation_sample.positions),
     }
     probe = Probe.from_dataset(rows, config.lens.probe_tokens, fill_id=plan.tokenizer.eos_token_id)
     return CaptureCallback(TrainingLensFramework(run.lens, config.lens, probe=probe), settings)
+
+
+def _choose_recorded_rows(plan: RunPlan) -> int:
+    """One training row in how many has its losses recorded; says so where it is not each of them."""
+    megabytes, visits = plan.config.lens.row_losses_megabytes, plan.schedule.total_steps * plan.schedule.global_batch
+    every = choose_interval(visits, megabytes)
+    if every > 1:
+        logger.info(
+            "lens: the losses of one training row in %d are recorded, as the %s visits of all would take more than "
+            "lens.row_losses_megabytes=%d",
+            *(every, format_count(visits), megabytes),
+        )
+    return every
 
 
 def count_visits(plan: RunPlan) -> dict[str, int | float]:

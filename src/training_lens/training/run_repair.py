@@ -15,7 +15,7 @@ from training_lens.core.capture_files import LISTING, list_captures, write_listi
 from training_lens.core.lens_manifest import LENS, write_manifest
 from training_lens.core.lens_store import COST, read_cost, table_folders
 from training_lens.core.registry import CollectorRegistry
-from training_lens.core.types import DataType, LensManifest
+from training_lens.core.types import LensManifest
 from training_lens.data.token_cache import cache_folder
 from training_lens.errors import CheckpointError, DamagedFileError
 from training_lens.models.adapter_files import saved_shapes
@@ -156,8 +156,7 @@ def rewrite_lens_manifest(run: RunFolder) -> None:
     if run.status == "finished":
         settings["total_steps"] = run.read_metadata("summary.json")["steps"]
     names = [folder.name for folder in table_folders(run.lens)]
-    of_loss = (tables.LOSS, tables.EVALUATION)
-    kinds = {n: DataType.LOSS if n in of_loss else CollectorRegistry.get(n).data_type for n in names}
+    kinds = {n: tables.LOOP_TABLES.get(n) or CollectorRegistry.get(n).data_type for n in names}
     places = {path: place for place, path in enumerate(run.read_metadata("adaptation.json")["adapted"])}
     modules = sorted(open_adapter(adapter).records, key=lambda module: places[module.name])
     write_manifest(run.lens, LensManifest(tuple(modules), "training-lens", kinds, settings))

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from training_lens.errors import ModelLoadingError
 from training_lens.models.fast.install import PROBE_TOKENS, InstalledKernels, forward_packed, install_kernels
-from training_lens.models.fast.losses import linear_nll, nll
+from training_lens.models.fast.losses import linear_nll, nll, sum_by_example
 from training_lens.models.fast.native.attention_kernels import PackedSequences
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 from training_lens.models.model_classes import decoder_of, evaluation_mode, unwrap_adapter
@@ -65,9 +65,22 @@ class Engine:
     ) -> Float[Tensor, ""]:
         """Negative log-likelihood in nats of all supervised tokens given what stands before them, summed, float32.
 
-        Formula: sum of -log softmax(h_t W^T)[x_{t+1}] over every t with loss_mask[t+1]. The hidden states of other
-        positions are dropped before the output layer. Given on the CPU, as they come from the data, the arguments are
-        moved here, and nothing waits for the device.
+        Arguments, cost and formula are those of `row_losses`, which also gives its terms.
+        """
+        return self.row_losses(input_ids, loss_mask, packed_lengths, padded_lengths)[0]
+
+    def row_losses(
+        self,
+        input_ids: Int[Tensor, "rows width"],
+        loss_mask: Bool[Tensor, "rows width"],
+        packed_lengths: Sequence[int] = (),
+        padded_lengths: Sequence[int] = (),
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " examples"]]:
+        """The loss of a micro-batch, in nats and float32: summed over all supervised tokens, and over each example's.
+
+        Only the first has a gradient. Formula: sum of -log softmax(h_t W^T)[x_{t+1}] over every t with loss_mask[t+1].
+        The hidden states of other positions are dropped before the output layer. Given on the CPU, as they come from
+        the data, the arguments are moved here, and nothing waits for the device.
 
         Args:
             loss_mask: true at the tokens that are targets; at an example's first one it has no say.
@@ -81,13 +94,16 @@ class Engine:
             input_ids, loss_mask = pad(input_ids, (0, spare)), pad(loss_mask, (0, spare))
             loss_mask = loss_mask.index_fill(1, packed.cu_seqlens(loss_mask.device)[:-1].long(), False)
         rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
+        counts = _count_targets(loss_mask, packed_lengths)
         wanted = input_ids[rows, columns + 1]
         input_ids, rows, columns, wanted = (move_to_device(t, self._device) for t in (input_ids, rows, columns, wanted))
         kind = self._device.type
         # Where the base has autocast's dtype and kernels cast the rest, autocast would only add casts.
         adds_nothing = not self.kernels.skipped and self._dtypes == {torch.get_autocast_dtype(kind)}
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not adds_nothing):
-            return self._target_nll(self._hidden_states(input_ids, packed, padded_lengths)[rows, columns], wanted)
+            states = self._hidden_states(input_ids, packed, padded_lengths)[rows, columns]
+            total, losses = self._target_nll(states, wanted)
+        return total, sum_by_example(losses.detach(), counts)
 
     def _hidden_states(
         self, input_ids: Tensor, packed: PackedSequences | None, padded_lengths: Sequence[int]
@@ -102,13 +118,15 @@ class Engine:
         states: Tensor = output[0]
         return states
 
-    def _target_nll(self, states: Tensor, targets: Tensor) -> Tensor:
+    def _target_nll(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the targets' losses, and each of them."""
         if self._head_is_plain:
             weight = self._head.weight
             with torch.autocast(states.device.type, enabled=False):
                 return linear_nll(states.to(weight.dtype), weight, self._head.bias, targets)
         if self._head_trains:
-            return cross_entropy(self._head_logits(states), targets, reduction="sum")
+            losses = cross_entropy(self._head_logits(states), targets, reduction="none")
+            return losses.sum(), losses
         return nll(states, self._head_logits, targets)
 
     def _head_logits(self, states: Tensor) -> Tensor:
@@ -126,6 +144,14 @@ class Engine:
         states = torch.randn(COMPARED_STATES, head.in_features, generator=generator).to(head.weight)
         states *= 100  # so that a cap shows
         return torch.equal(head(states).float(), self._head_logits(states))
+
+
+def _count_targets(loss_mask: Tensor, packed_lengths: Sequence[int]) -> Tensor:
+    """How many targets each example has, (examples,) int64 on the CPU."""
+    if not packed_lengths:
+        return loss_mask[:, 1:].sum(1).cpu()
+    done = pad(loss_mask[0].cpu().cumsum(0), (1, 0))
+    return done[pad(torch.tensor(packed_lengths).cumsum(0), (1, 0))].diff()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, linear, pad
 
 from training_lens.models.fast.native import training_kernels as native
 from training_lens.models.fast.native.library import can_compute, sum_dtype
+from training_lens.utils.devices import move_to_device
 
 CPU_CHUNK_BYTES = 28 * 2**20  # of one chunk of logits: from 32 MB on glibc keeps none for the next
 GPU_CHUNK_BYTES = 2**28  # the output layer is read again for each chunk, so that small ones leave a GPU waiting
@@ -33,22 +34,23 @@ def linear_nll(
     weight: Float[Tensor, "vocabulary hidden"],
     bias: Float[Tensor, " vocabulary"] | None,
     targets: Int[Tensor, " targets"],
-) -> Float[Tensor, ""]:
-    """Sum of -log softmax(states W^T + b)[target] in nats, float32, for a frozen output layer.
+) -> tuple[Float[Tensor, ""], Float[Tensor, " targets"]]:
+    """Sum of -log softmax(states W^T + b)[target] in nats, float32, and its terms, for a frozen output layer.
 
-    The gradient is formed on the way: (softmax - onehot) W of each chunk. Kept for the backward pass: that alone, as
-    large as `states`. Memory: one chunk of logits in the states' dtype (`chunk_rows`), and some rows of it in float32.
+    Only the sum has a gradient, formed on the way: (softmax - onehot) W of each chunk. Kept for the backward pass: that
+    alone, as large as `states`. Memory: one chunk of logits in the states' dtype (`chunk_rows`), some rows of it in
+    float32, and the terms.
     """
-    total: Tensor = _LinearNll.apply(states, weight, bias, targets)
-    return total
+    losses: tuple[Tensor, Tensor] = _LinearNll.apply(states, weight, bias, targets)
+    return losses
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A sum whose forward pass saves the gradient of its first argument; the others have none."""
+    """A sum whose forward pass saves the gradient of its first argument; its terms and other arguments have none."""
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dtotal: Tensor, _dterms: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         scaled = (grad.to(dtotal.dtype) * dtotal).to(grad.dtype)  # a scale of 65536 is infinite in float16
         return scaled, *(None for _ in ctx.needs_input_grad[1:])
@@ -56,52 +58,86 @@ class _KnownGradient(torch.autograd.Function):
 
 class _LinearNll(_KnownGradient):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         size, multiple = chunk_rows(states.device, weight.shape[0], weight.element_size()), 1
         if states.device.type == "cpu":
             size, multiple = max(1, size // ROWS) * ROWS, ROWS
-        grad, total = torch.empty_like(states), states.new_zeros((), dtype=sum_dtype(states))
-        for part, wanted, into in zip(states.split(size), targets.split(size), grad.split(size), strict=True):
+        grad, total, terms = _empty_results(ctx, states)
+        for part, wanted, into, losses in zip(*(x.split(size) for x in (states, targets, grad, terms)), strict=True):
             logits = linear(pad(part, (0, 0, 0, -len(part) % multiple)), weight, bias)  # (filled, vocabulary)
-            total += _to_gradient(logits[: len(part)], wanted, total.dtype)
+            total += _to_gradient(logits[: len(part)], wanted, losses)
             into.copy_((logits @ weight)[: len(part)])
         ctx.save_for_backward(grad)
-        return total
+        return total, terms
 
 
-def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum of -log softmax(logits)[target], computed in `dtype`; the logits become its gradient, softmax - onehot."""
+def _empty_results(ctx: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradient, the sum and its terms, which autograd learns to have no gradient."""
+    terms = states.new_empty(len(states), dtype=sum_dtype(states))
+    ctx.mark_non_differentiable(terms)
+    return torch.empty_like(states), terms.new_zeros(()), terms
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[target], whose terms are written to `losses` and computed in its dtype.
+
+    The logits become the sum's gradient, softmax - onehot.
+    """
     if can_compute(logits):
-        return native.write_nll_gradient(logits, targets).sum()
-    total = logits.new_zeros((), dtype=dtype)
+        found = native.write_nll_gradient(logits, targets)
+        losses.copy_(found)
+        return found.sum()
+    total = losses.new_zeros(())
     size = max(1, (CACHED if logits.device.type == "cpu" else SUMMED) // logits.shape[1])
-    for part, wanted in zip(logits.split(size), targets[:, None].split(size), strict=True):
-        wide = part.to(dtype)
+    for part, wanted, into in zip(logits.split(size), targets[:, None].split(size), losses.split(size), strict=True):
+        wide = part.to(losses.dtype)
         wide -= wide.amax(-1, keepdim=True)
         chosen = wide.gather(1, wanted)
         sums = wide.exp_().sum(-1, keepdim=True)
-        total += (sums.log() - chosen).sum()
+        found = (sums.log() - chosen)[:, 0]
+        into.copy_(found)
+        total += found.sum()
         part.copy_(wide.div_(sums).scatter_add_(1, wanted, torch.full_like(sums, -1)))
     return total
 
 
-def nll(states: Float[Tensor, "targets hidden"], logits: Logits, targets: Int[Tensor, " targets"]) -> Float[Tensor, ""]:
+def nll(
+    states: Float[Tensor, "targets hidden"], logits: Logits, targets: Int[Tensor, " targets"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, " targets"]]:
     """`linear_nll` for any frozen way from states to (targets, vocabulary) logits: scaled, capped, several layers."""
-    total: Tensor = _Nll.apply(states, logits, targets)
-    return total
+    losses: tuple[Tensor, Tensor] = _Nll.apply(states, logits, targets)
+    return losses
 
 
 class _Nll(_KnownGradient):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, logits: Logits, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, logits: Logits, targets: Tensor) -> tuple[Tensor, Tensor]:
         vocabulary = logits(states[:1].detach()).shape[-1]
-        grad, total = torch.empty_like(states), states.new_zeros((), dtype=sum_dtype(states))
+        grad, total, terms = _empty_results(ctx, states)
         size = chunk_rows(states.device, vocabulary, total.element_size())
-        for part, wanted, into in zip(states.split(size), targets.split(size), grad.split(size), strict=True):
+        for part, wanted, into, losses in zip(*(x.split(size) for x in (states, targets, grad, terms)), strict=True):
             with torch.enable_grad():
                 alone = part.detach().requires_grad_()
-                loss = cross_entropy(logits(alone).to(total.dtype), wanted, reduction="sum")
+                found = cross_entropy(logits(alone).to(total.dtype), wanted, reduction="none")
+                loss = found.sum()
             into.copy_(torch.autograd.grad(loss, alone)[0])
+            losses.copy_(found.detach())
             total += loss.detach()
         ctx.save_for_backward(grad)
-        return total
+        return total, terms
+
+
+def sum_by_example(losses: Float[Tensor, " targets"], counts: Int[Tensor, " examples"]) -> Float[Tensor, " examples"]:
+    """The sum of each example's losses; `counts` on the CPU says how many each has, in order.
+
+    Each sum is a reduction over a row of a padded matrix, so it is the same in every run also on a GPU, where
+    `index_add` adds in any order. Memory: examples x most targets of one.
+    """
+    width = int(counts.max()) if len(counts) else 0
+    starts = counts.cumsum(0) - counts
+    shifts = torch.arange(len(counts)) * width - starts
+    places = torch.arange(len(losses)) + shifts.repeat_interleave(counts, output_size=len(losses))
+    padded = losses.new_zeros(len(counts) * width).index_copy_(0, move_to_device(places, losses.device), losses)
+    return padded.view(len(counts), width).sum(1)

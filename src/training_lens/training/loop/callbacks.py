@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from training_lens.core.row_losses import RowLosses
 from training_lens.errors import TrainingError
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.models.broken_weights import describe_broken_weights
@@ -30,6 +31,7 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 WIDE, NARROW = 110, 72  # characters: from WIDE on all columns are shown, below NARROW the fewest
+ROW_VALUES = ("row_losses", "row_tokens")  # the lens stores them in fewer bytes
 FILES_SHOWN = 8  # the losses of more validation files than this go to run.log and metrics.jsonl only
 
 
@@ -37,7 +39,8 @@ FILES_SHOWN = 8  # the losses of more validation files than this go to run.log a
 class StepReport:
     """One finished optimizer step. The loss, in nats per supervised token, is over the tokens of this step only.
 
-    `grad_norm`: of the accumulated, unscaled gradients before clipping; `tokens`: without padding.
+    `grad_norm`: of the accumulated, unscaled gradients before clipping; `tokens`: without padding. `row_losses` and
+    `row_tokens` are those of each of `example_ids`: nats per supervised token before the update, and such tokens.
     """
 
     step: int
@@ -50,6 +53,13 @@ class StepReport:
     seconds: float
     example_ids: tuple[str, ...]
     finite: bool
+    row_losses: tuple[float, ...] = ()
+    row_tokens: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> RowLosses:
+        """The step's rows with their losses."""
+        return RowLosses(self.example_ids, self.row_losses, self.row_tokens)
 
 
 def build_not_finite_error(
@@ -154,7 +164,8 @@ class MetricsCollector(JournalCallback):
         super().on_train_start(trainer)
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
-        self._journal.write({"kind": "step", **asdict(report)})
+        values = {name: value for name, value in asdict(report).items() if name not in ROW_VALUES}
+        self._journal.write({"kind": "step", **values})
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         values = {name: value for name, value in vars(report).items() if name != "row_nll"}  # one for each row

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from training_lens.config.schema import TrainingSection
-from training_lens.data.batching import Schedule, StepPlan
+from training_lens.data.batching import StepPlan, order_by_length
 from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import EvaluationError, InterruptedRunError, TrainingError
@@ -26,16 +26,15 @@ from training_lens.models.quantization import has_8bit_layers
 from training_lens.training.loop.callbacks import Callback, StepReport, build_not_finite_error
 from training_lens.training.loop.checkpoint_manager import CheckpointManager, TrainingState
 from training_lens.training.loop.dataloader import DataLoader
+from training_lens.training.loop.loop_plan import LoopPlan
 from training_lens.training.loop.lr_schedule import lr_at
 from training_lens.training.loop.memory_budget import REHEARSED_TOKENS, measure_token_budget
 from training_lens.training.loop.optimizer import build_optimizer, clip_gradients, grad_norm, sum_gradients
 from training_lens.training.loop.signals import SignalListener
-from training_lens.training.loop.validation_sample import ValidationSample
-from training_lens.utils.devices import Precision, autocast, counts_memory, free_memory
+from training_lens.utils.devices import autocast, counts_memory, free_memory
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.heap import keep_freed_memory, trim_heap
 from training_lens.utils.logging import get_logger
-from training_lens.utils.processes import Processes
 from training_lens.utils.resource_errors import is_out_of_memory
 from training_lens.utils.seeding import preserve_rng_state
 
@@ -44,33 +43,6 @@ NO_GRADIENT = (
     "the loss depends on no parameter that requires a gradient, so nothing can be learned: the adapter is switched "
     "off, or all of it is frozen. Look at what callbacks do to the model."
 )
-
-
-@dataclass(frozen=True)
-class LoopPlan:
-    """What the loop trains on, and how.
-
-    Args:
-        dataset: tokenized training examples; `validation` likewise, or None.
-        schedule: which examples each step takes.
-        settings: the config's training section, with `lr` resolved.
-        precision: of the forward and backward pass.
-        micro_batch_tokens: most tokens in one forward pass, unless a pass on CUDA measures another number.
-        pad_id: a token id to pad with; the model never sees it.
-        lora_plus_ratio: learning rate of LoRA's B over that of all else; None: the same.
-        validation_sample: validation rows that are validated more often than all of them; None: no such ones.
-    """
-
-    dataset: TokenDataset
-    validation: TokenDataset | None
-    schedule: Schedule
-    settings: TrainingSection
-    precision: Precision
-    processes: Processes
-    micro_batch_tokens: int
-    pad_id: int
-    lora_plus_ratio: float | None = None
-    validation_sample: ValidationSample | None = None
 
 
 class Trainer:
@@ -158,7 +130,7 @@ class Trainer:
         self.model.train()
         try:
             with preserve_rng_state():
-                self._micro_batch_loss(batch).backward()
+                self._micro_batch_losses(batch)[0].backward()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         return batch.input_ids.numel()
@@ -192,12 +164,15 @@ class Trainer:
     def train_step(self, plan: StepPlan) -> StepReport:
         """One optimizer update: forward and backward over the micro-batches of `plan`, clip, update."""
         started = time.perf_counter()
-        targets = int(self.dataset.supervised_counts[plan.examples].sum())
-        loss_sum = self._accumulate_gradients(plan, targets)
+        counts = self.dataset.supervised_counts[plan.examples]
+        targets = int(counts.sum())
+        row_sums = self._accumulate_gradients(plan, targets)
         self.scaler.unscale_(self.optimizer)
         self.notify_callbacks("on_gradients", plan.number)
         norm = grad_norm(self.parameters)
-        nll, norm_value = torch.stack([loss_sum, norm]).tolist()  # the step's one sync point
+        nll, *row_nll, norm_value = torch.cat([row_sums, norm[None]]).tolist()  # the step's one sync point
+        losses = np.empty(len(row_nll))
+        losses[order_by_length(plan.examples, self.dataset.lengths)] = row_nll
         report = StepReport(
             step=plan.number,
             epoch=plan.number / self.schedule.steps_per_epoch,
@@ -208,6 +183,8 @@ class Trainer:
             supervised_tokens=targets,
             seconds=0.0,
             example_ids=tuple(self.dataset.example_id(int(i)) for i in plan.examples),
+            row_losses=tuple((losses / counts).tolist()),
+            row_tokens=tuple(counts.tolist()),
             finite=math.isfinite(nll) and (self.scaler.is_enabled() or math.isfinite(norm_value)),
         )
         if not report.finite:
@@ -222,27 +199,30 @@ class Trainer:
         return replace(report, seconds=time.perf_counter() - started)
 
     def _accumulate_gradients(self, plan: StepPlan, targets: int) -> torch.Tensor:
-        """Accumulate gradients of (sum of token losses / targets) over micro-batches and processes; returns the sum.
+        """Accumulate gradients of (sum of token losses / targets) over micro-batches and processes.
 
-        If memory runs out, the step starts over with smaller micro-batches, and the run keeps their size.
+        Returns that sum, and the sum of each row, longest first, as one tensor (1 + rows,). If memory runs out, the
+        step starts over with smaller micro-batches, and the run keeps their size.
         """
         self.model.train()
-        while (loss_sum := self._try_micro_batches(plan, targets)) is None:
+        while (sums := self._try_micro_batches(plan, targets)) is None:
             self.optimizer.zero_grad(set_to_none=True)
             free_memory()
         sum_gradients(self.parameters, self.processes)
-        return self.processes.reduce_sum(loss_sum)
+        return self.processes.reduce_sum(sums)
 
     def _try_micro_batches(self, plan: StepPlan, targets: int) -> torch.Tensor | None:
-        """The summed loss, with its gradients accumulated; None if memory ran out and smaller micro-batches may fit."""
-        loss_sum = torch.zeros((), device=self.processes.device)
+        """This process's part of `_accumulate_gradients`; None if memory ran out and smaller micro-batches may fit."""
+        sums = torch.zeros(1 + len(plan.examples), device=self.processes.device)
+        loss_sum, own_rows = sums[0], [sums[:0]]
         try:
             for batch in self.dataloader.micro_batches(plan, self.micro_batch_tokens):
-                nll = self._micro_batch_loss(batch)
+                nll, row_nll = self._micro_batch_losses(batch)
                 if not nll.requires_grad:
                     raise TrainingError(NO_GRADIENT)
                 self.scaler.scale(nll / targets).backward()
                 loss_sum += nll.detach()
+                own_rows.append(row_nll)
         except Exception as error:  # running out of memory has several exception types
             tokens = self.dataloader.largest_divisible(plan, self.micro_batch_tokens)
             if not is_out_of_memory(error) or not tokens:
@@ -252,13 +232,14 @@ class Trainer:
             )
             self.state = replace(self.state, micro_batch_tokens=tokens // 2)
             return None
-        return loss_sum
+        sums[1 + self.processes.index :: self.processes.count] = torch.cat(own_rows)  # a shard is every n-th by length
+        return sums
 
-    def _micro_batch_loss(self, batch: Batch) -> torch.Tensor:
-        """The loss of a micro-batch, summed over its supervised tokens."""
+    def _micro_batch_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a micro-batch, summed over its supervised tokens, and over those of each row."""
         with autocast(self.processes.device, self.precision):
             packed, padded = (batch.lengths, ()) if batch.is_packed else ((), batch.lengths)
-            return self.engine.loss_sum(batch.input_ids, batch.loss_mask, packed, padded)
+            return self.engine.row_losses(batch.input_ids, batch.loss_mask, packed, padded)
 
     @property
     def micro_batch_tokens(self) -> int:
