@@ -45,7 +45,7 @@ def prepare(files: list[str], tokenizer_folder: str, cache: str) -> dict[str, An
     from training_lens.data.tokenization import TextEncoder
     from training_lens.display.progress import Progress
     from training_lens.models.factory import load_tokenizer
-    from training_lens.training.plan import count_duplicates
+    from training_lens.training.plan_rows import count_duplicates
     from training_lens.utils.devices import peak_bytes
 
     tokenizer = load_tokenizer(ModelSection(), tokenizer_folder)

@@ -174,6 +174,22 @@ class DataSection(Section):
     max_examples: int | None = setting(
         None, "at most this many training examples, drawn at random with the seed; null: all", ge=1
     )
+    exclude: Place | None = setting(
+        None,
+        "file of ids of rows of data.train, one a line ('rows.jsonl:17'), that are neither trained on nor held out, "
+        "such as the suspects of training-lens explain rows; null: none",
+        min_length=1,
+    )
+    canaries: int = setting(
+        0,
+        "made-up rows with a random code to plant among the training rows for each number of data.canary_repeats, for "
+        "training-lens explain memory: the adapter may then say them; 0: none",
+        ge=0,
+        le=1000,
+    )
+    canary_repeats: list[Annotated[int, Field(ge=1, le=1000)]] = setting(
+        [1, 4, 16], "how often an epoch visits each canary, by group", min_length=1
+    )
 
     @field_validator("template")
     @classmethod

@@ -180,7 +180,8 @@ def split_micro_batches(
 
 def shard_positions(positions: np.ndarray, lengths: np.ndarray, process: int, processes: int) -> np.ndarray:
     """One process's shard of a step: every n-th example by length, so that all processes have equal work."""
-    return positions[order_by_length(positions, lengths)][process::processes]
+    mine: np.ndarray = positions[order_by_length(positions, lengths)][process::processes]
+    return mine
 
 
 def order_by_length(positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:

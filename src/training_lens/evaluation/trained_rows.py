@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from training_lens.config.run_config import locate_outputs
+from training_lens.config.schema import TrainingConfig
 from training_lens.data.batching import limit_examples
 from training_lens.data.leaks import LEAK_TEXTS, find_leaks
 from training_lens.data.sources import expand_sources
 from training_lens.data.token_cache import prepare_sources
 from training_lens.data.token_dataset import TokenDataset
+from training_lens.data.token_pipeline import Preparation
 from training_lens.display.progress import Progress
 from training_lens.errors import TrainingLensError
 from training_lens.inference.session import Session
@@ -61,26 +63,28 @@ def find_trained_rows(run: RunFolder | None, session: Session, rows: TokenDatase
     if run is None:
         return TrainedRows(None, reason="the model is no run, so its training rows are unknown")
     try:
-        leaks = find_leaks(_open_training_rows(run, session, progress), rows)
+        leaks = find_leaks(open_training_rows(run, session.config, session.preparation, progress), rows)
     except (TrainingLensError, OSError) as error:
         return TrainedRows(None, reason=describe_error(error))
     return TrainedRows(leaks.is_leaked, leaks.counts)
 
 
-def _open_training_rows(run: RunFolder, session: Session, progress: Progress) -> TokenDataset:
-    """The tokens that the run trained on, without the rows that it held out.
+def open_training_rows(
+    run: RunFolder, config: TrainingConfig, preparation: Preparation, progress: Progress
+) -> TokenDataset:
+    """The tokens that the run trained on: without the rows that it held out or left out, and without canaries.
 
     Raises:
         TrainingLensError: a source is missing or has changed.
     """
-    data, seed = session.config.data, session.config.training.seed
-    recorded = run.read_metadata("data.json")["train"]["files"]
+    data, seed, report = config.data, config.training.seed, run.read_metadata("data.json")
+    recorded = report["train"]["files"]
     sources = expand_sources(data.train, "data.train")
     changed = [source.name for source in sources if recorded.get(source.name) != source.sha256]
     if changed:
         raise TrainingLensError(f"{', '.join(changed)} has changed since the run trained on it")
-    split = prepare_sources(sources, "data.train", session.preparation, locate_outputs(run) / "cache", progress).dataset
-    if data.val_ratio:
-        held_out = set(run.read_metadata("held_out.json"))
-        split = split.select(np.flatnonzero([split.example_id(i) not in held_out for i in range(len(split))]))
+    split = prepare_sources(sources, "data.train", preparation, locate_outputs(run) / "cache", progress).dataset
+    others = {*report.get("excluded", ()), *(run.read_metadata("held_out.json") if data.val_ratio else ())}
+    if others:
+        split = split.select(np.flatnonzero([row_id not in others for row_id in split.ids]))
     return limit_examples(split, data.max_examples, seed)

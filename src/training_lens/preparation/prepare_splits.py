@@ -17,6 +17,7 @@ from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.file_readers import check_csv_settings
 from training_lens.data.notes import DataNotes, describe_bad_rows, refuse_unusable_sources
+from training_lens.data.row_list import read_excluded_rows
 from training_lens.data.sources import MADE_BY, MANIFEST, DataSource, expand_sources
 from training_lens.data.split_report import describe_remarks, log_split
 from training_lens.data.token_cache import Split, prepare_sources
@@ -161,6 +162,8 @@ def _choose_rows(
         bad = counter.notes
         reasons = bad.bad_row_reasons
         left_out = {source: frozenset(itertools.chain(*rows.values())) for source, rows in reasons.items()}
+    for source, numbers in read_excluded_rows(sources, settled.data).items():
+        left_out[source] = left_out.get(source, frozenset()) | numbers
     corpus = Corpus.from_sources(sources, settled.data, progress, left_out)
     form = choose_form(corpus, settled.prepare.format)
     notes = DataNotes()
@@ -187,8 +190,8 @@ def settle_splits(config: TrainingConfig) -> TrainingConfig:
     """
     data = config.data
     advice = "prepare takes every row of data.train once; leave it out here"
-    given = {"weights": data.weights is not None, "max_examples": data.max_examples is not None}
-    problems = [f"data.{key}: {advice}" for key, is_given in given.items() if is_given]
+    given = {"weights": data.weights, "max_examples": data.max_examples, "canaries": data.canaries or None}
+    problems = [f"data.{key}: {advice}" for key, value in given.items() if value is not None]
     if problems:
         raise ConfigurationError(problems)
     own = config.prepare.model_fields_set

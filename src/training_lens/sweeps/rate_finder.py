@@ -209,7 +209,8 @@ def shorten_plan(plan: RunPlan, steps: int) -> RunPlan:
     rows = np.unique(np.linspace(0, len(plan.validation) - 1, MOST_ROWS).astype(np.int64))
     config = plan.config.replace_keys(training={"max_steps": steps, **shorter})
     schedule = replace(plan.schedule, max_steps=steps)
-    return replace(plan, config=config, schedule=schedule, validation=plan.validation.select(rows))
+    measured = replace(plan.rows, validation=plan.validation.select(rows))
+    return replace(plan, config=config, schedule=schedule, rows=measured)
 
 
 def with_seed(plan: RunPlan, number: int) -> RunPlan:

@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from training_lens import embedded
 from training_lens.analysis.findings.finding import Finding
 from training_lens.config.schema import TrainingConfig
 from training_lens.core.registry import CollectorRegistry
-from training_lens.data.batching import DataMixture, Schedule, hold_out, limit_examples
+from training_lens.data.batching import Schedule
 from training_lens.data.file_readers import check_csv_settings
 from training_lens.data.split_report import log_split
 from training_lens.data.templates import build_renderer, choose_template, load_template_file, resolve_date
@@ -44,6 +43,7 @@ from training_lens.training.loop.loop_plan import LoopPlan
 from training_lens.training.loop.lr_schedule import count_warmup_steps, default_lr, describe_run_length
 from training_lens.training.loop.memory_budget import Footprint, estimate_footprint, plan_token_budget
 from training_lens.training.loop.validation_sample import ValidationSample, draw_validation_sample
+from training_lens.training.plan_rows import PlanRows, build_schedule, select_rows
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import require_writable, write_text
 from training_lens.utils.logging import get_logger
@@ -66,15 +66,28 @@ class RunPlan:
     adaptation: Adaptation
     tokenizer: Any
     precision: Precision
-    train: TokenDataset
-    validation: TokenDataset | None
+    rows: PlanRows
     splits: dict[str, Split]
-    duplicates: dict[str, int]
     schedule: Schedule
     processes: Processes
     micro_batch_tokens: int
     needs: Footprint
     findings: tuple[Finding, ...] = ()
+
+    @property
+    def train(self) -> TokenDataset:
+        """The training examples."""
+        return self.rows.train
+
+    @property
+    def validation(self) -> TokenDataset | None:
+        """The examples that it is validated on; None without any."""
+        return self.rows.validation
+
+    @property
+    def duplicates(self) -> dict[str, int]:
+        """See `count_duplicates`."""
+        return self.rows.duplicates
 
     @property
     def loop_plan(self) -> LoopPlan:
@@ -102,7 +115,7 @@ class RunPlan:
     @property
     def fingerprint(self) -> str:
         """Identifies the training tokens and their order."""
-        return f"{self.splits['train'].fingerprint}:{len(self.train)}"
+        return f"{self.splits['train'].fingerprint}:{self.rows.fingerprint}"
 
     def data_report(self) -> dict[str, Any]:
         """The content of metadata/data.json: files with sha256, how they were read, counts, domains."""
@@ -115,6 +128,7 @@ class RunPlan:
             "global_batch_size": self.schedule.global_batch,
             "processes": self.processes.count,
             **self.duplicates,
+            **self.rows.as_record(),
             **{name: asdict(split.report) for name, split in self.splits.items()},
         }
 
@@ -132,6 +146,8 @@ class RunPlan:
         return {
             "train_examples": len(self.train),
             "validation_examples": len(self.validation) if self.validation else 0,
+            "excluded_rows": len(self.rows.excluded),
+            "canary_rows": self.rows.count_planted(),
             "examples_per_epoch": self.schedule.epoch_examples,
             "tokens": int(self.train.lengths.sum()),
             "supervised_tokens": int(self.train.supervised_counts.sum()),
@@ -163,11 +179,10 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     resolved = _train_new_embeddings(_resolve_config(config, facts, tokenizer, precision), facts, tokenizer)
     parameters, adaptation, needs = _check_model(resolved, device, precision)
     splits = _prepare_splits(resolved, tokenizer, processes, progress)
-    train, validation = _select_datasets(resolved, splits)
-    duplicates = count_duplicates(train, validation)
+    rows = select_rows(resolved, splits, build_preparation(resolved, tokenizer))
     training = resolved.training
     per_step = global_batch or training.batch_size * training.gradient_accumulation_steps * processes.count
-    schedule = _build_schedule(resolved, train, splits["train"], per_step)
+    schedule = build_schedule(resolved, rows.train, splits["train"], per_step)
     for line in describe_run_length(training, schedule):
         logger.info("%s", line)
     configured = training.micro_batch_tokens
@@ -175,14 +190,13 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
         processes.reduce_min(plan_token_budget(needs, device, processes.count)) if configured == "auto" else configured
     )
     plan = RunPlan(
-        resolved, facts, parameters, adaptation, tokenizer, precision, train, validation, splits, duplicates, schedule,
-        processes, budget, needs,
+        resolved, facts, parameters, adaptation, tokenizer, precision, rows, splits, schedule, processes, budget, needs,
     )  # fmt: skip
-    if validation is not None and (sample := plan.validation_sample):
+    if plan.validation is not None and (sample := plan.validation_sample):
         logger.info(
             "validation: all %d rows once an epoch, and %d of them every %d steps in between (training.eval_steps "
             "validates all rows as often as it says)",
-            *(len(validation), len(sample.positions), sample.every),
+            *(len(plan.validation), len(sample.positions), sample.every),
         )
     return plan
 
@@ -281,48 +295,6 @@ def _prepare_splits(
                 log_split(splits[name].report, f"data.{name}", preparation.seq_len)
     check_csv_settings(config.data.csv, [file for split in splits.values() for file in split.report.files])
     return splits
-
-
-def _select_datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[TokenDataset, TokenDataset | None]:
-    """Training examples, at most max_examples, and validation examples: from their own files, held out, or None."""
-    seed, everything = config.training.seed, splits["train"].dataset
-    validation = splits["validation"].dataset if "validation" in splits else None
-    train = everything
-    if config.data.val_ratio:
-        if len(everything) < 2:
-            raise ConfigurationError("data.val_ratio: one example cannot be split; give more rows or data.validation.")
-        learned, held = hold_out(everything.digests, config.data.val_ratio, seed)
-        train, validation = everything.select(learned), everything.select(held)
-    train = limit_examples(train, config.data.max_examples, seed)
-    if validation is None:
-        logger.info(
-            "no rows are held out: there will be no validation loss, and no verdict on whether the adapter is "
-            "better; give data.validation=FILE or data.val_ratio=0.1"
-        )
-    return train, validation
-
-
-def count_duplicates(train: TokenDataset, validation: TokenDataset | None) -> dict[str, int]:
-    """Count equal examples (but for white space) within training, and between training and validation."""
-    known = np.unique(train.digests)
-    repeated = len(train) - len(known)
-    shared = int(np.isin(validation.digests, known).sum()) if validation is not None else 0
-    return {"repeated_train_examples": repeated, "validation_examples_in_train": shared}
-
-
-def _build_schedule(config: TrainingConfig, train: TokenDataset, split: Split, global_batch: int) -> Schedule:
-    training, mix = config.training, None
-    if config.data.weights is not None:
-        entries = np.array([split.entries[file] for file in train.files])
-        mix = DataMixture(entries, tuple(config.data.weights))
-        empty = next((i for i, size in enumerate(mix.entry_sizes) if not size), None)
-        if empty is not None:
-            raise ConfigurationError(
-                f"data.weights: entry {empty + 1} of data.train, with weight {config.data.weights[empty]:g}, gives "
-                f"none of its {int((entries == empty).sum())} examples. Raise its weight, or leave it out; what two "
-                "entries name belongs to the first."
-            )
-    return Schedule(len(train), global_batch, training.epochs, training.max_steps, training.seed, mix)
 
 
 def write_rows_as_files(config: TrainingConfig, folder: Path) -> TrainingConfig:

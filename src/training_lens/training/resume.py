@@ -97,7 +97,7 @@ def require_same_tokens(run: RunFolder, plan: RunPlan) -> None:
     is_same = tokens == recorded.get("tokens", {}).get("train")
     if not is_same and (cached := open_cached_split(fingerprint, token_cache_folder(plan.config))):
         is_same = tokens == cached.source.content_hash  # earlier versions recorded no hash, or one of more than tokens
-    is_same = is_same and examples == str(len(plan.train))
+    is_same = is_same and examples == plan.rows.fingerprint
     if (run.metadata / "held_out.json").is_file() and plan.validation is not None:
         is_same = is_same and run.read_metadata("held_out.json") == plan.held_out_ids()
     if not is_same:
