@@ -129,14 +129,15 @@ class Capture:
         context.before = context.gradients = context.after = ()  # frees memory for the next step's activations
         budget.start_step()
 
-    def record_rows(self, step: int, rows: RowLosses) -> None:
+    def record_rows(self, step: int, rows: RowLosses, table: str = tables.ROW_LOSSES) -> None:
         """See `TrainingLensFramework.record_rows`."""
-        every = (self._facts.settings or {}).get("row_losses_every", 1) if self._section.row_losses_megabytes else 0
+        settings = self._facts.settings or {}
+        every = settings.get(f"{table}_every", 1) if self._section.row_losses_megabytes else 0
         if every and not self._is_over:
             with self._budget.measure(tables.ROW_LOSSES), self._end_on_failure():
                 captured = select_rows(rows, every)
                 if captured.rows:
-                    self._writer.add(tables.ROW_LOSSES, step, captured)
+                    self._writer.add(table, step, captured)
 
     def record_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
         """See `TrainingLensFramework.record_evaluation`."""

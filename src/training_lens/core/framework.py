@@ -20,6 +20,7 @@ from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.core.probe import Probe
 from training_lens.core.registry import CollectorRegistry
 from training_lens.core.row_losses import RowLosses
+from training_lens.core.table_names import HELD_OUT_LOSSES, ROW_LOSSES
 from training_lens.core.trainer_callback import build_trainer_callback
 from training_lens.errors import LensError
 from training_lens.models.quantization import keep_trainable
@@ -130,12 +131,15 @@ class TrainingLensFramework:
         if self._capture:
             self._capture.record_step(step, values)
 
-    def record_rows(self, step: int, rows: RowLosses) -> None:
+    def record_rows(self, step: int, rows: RowLosses, *, held_out: bool = False) -> None:
         """Store the losses of a step's training rows, where `lens.row_losses_megabytes` has room. Call it before
         `record_step`. Cost: microseconds for each row, and no wait for the device.
+
+        Args:
+            held_out: they are validation rows, as they are after the step.
         """
         if self._capture:
-            self._capture.record_rows(step, rows)
+            self._capture.record_rows(step, rows, HELD_OUT_LOSSES if held_out else ROW_LOSSES)
 
     def record_evaluation(
         self, step: int, loss: float | None, *, base: bool = False, sample: Mapping[str, float | None] | None = None

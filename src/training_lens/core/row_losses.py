@@ -27,8 +27,8 @@ class RowLosses:
     """
 
     ids: Sequence[str]
-    losses: Sequence[float]
-    tokens: Sequence[int]
+    losses: Sequence[float] | np.ndarray
+    tokens: Sequence[int] | np.ndarray
 
 
 def choose_interval(visits: int, megabytes: int) -> int:

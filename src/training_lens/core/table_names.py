@@ -16,10 +16,19 @@ DIVERGENCE = "divergence"
 LOSS = "loss"
 EVALUATION = "evaluation"
 ROW_LOSSES = "row_losses"
+HELD_OUT_LOSSES = "held_out_row_losses"
 
 # The tables that the training loop fills, not a collector.
-LOOP_TABLES = {LOSS: DataType.LOSS, EVALUATION: DataType.LOSS, ROW_LOSSES: DataType.ROW_LOSSES}
-NEVER_THINNED = (ROW_LOSSES,)  # tables of many rows a step, limited in another way than by dropping steps
+LOOP_TABLES = {
+    LOSS: DataType.LOSS,
+    EVALUATION: DataType.LOSS,
+    ROW_LOSSES: DataType.ROW_LOSSES,
+    HELD_OUT_LOSSES: DataType.ROW_LOSSES,
+}
+NEVER_THINNED = (
+    ROW_LOSSES,
+    HELD_OUT_LOSSES,
+)  # tables of many rows a step, limited in another way than by dropping steps
 
 # table -> measure -> its definition. dW = s B A is what the adapter adds to a frozen weight W.
 MEASURES: dict[str, dict[str, str]] = {
@@ -87,6 +96,10 @@ MEASURES: dict[str, dict[str, str]] = {
     },
     ROW_LOSSES: {
         "loss": "loss of a training row at this visit, before the step's update, nats per supervised token",
+        "tokens": "supervised tokens of the row",
+    },
+    HELD_OUT_LOSSES: {
+        "loss": "loss of a validation row at this validation, nats per supervised token; at step 0 the base's",
         "tokens": "supervised tokens of the row",
     },
     EVALUATION: {

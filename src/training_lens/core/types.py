@@ -90,10 +90,10 @@ class LensManifest:
 
     `origin` is the training loop: training-lens, transformers, or hand. `tables` gives each table's data type.
     `settings` are the run's settings that analyzers need, where known: `total_steps`, `steps_per_epoch`,
-    `max_grad_norm`, `lr`, `processes`, `row_losses_every` (the losses of one training row in so many are recorded; 0:
-    of none), `train_examples`, `distinct_examples` of an epoch, `visits_per_epoch` of such an
-    example, `sample_rows` of the validation sample, and `frozen`, the factors that do not require gradients
-    (`module.A`). `probe` has the probe set's examples, tokens and supervised tokens.
+    `max_grad_norm`, `lr`, `processes`, `train_examples`, `distinct_examples` of an epoch, `visits_per_epoch` of such an
+    example, `sample_rows` of the validation sample, `frozen`, the factors that do not require gradients (`module.A`),
+    and `row_losses_every` and `held_out_row_losses_every`: the losses of one row in so many are recorded, 0: of none.
+    `probe` has the probe set's examples, tokens and supervised tokens.
     """
 
     modules: tuple[ModuleRecord, ...]

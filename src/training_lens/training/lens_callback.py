@@ -13,9 +13,10 @@ import torch
 from training_lens.core.capture import RunFacts
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.probe import Probe
-from training_lens.core.row_losses import choose_interval
+from training_lens.core.row_losses import RowLosses, choose_interval
 from training_lens.core.table_names import LOSS, MEASURES
 from training_lens.data.batching import epoch_order
+from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback, StepReport
@@ -37,6 +38,7 @@ class CaptureCallback(Callback):
 
     def __init__(self, lens: TrainingLensFramework, settings: Mapping[str, Any]) -> None:
         self.lens, self._settings = lens, settings
+        self._held_out_ids: list[str] = []
 
     @property
     def capture_seconds(self) -> float:
@@ -57,10 +59,24 @@ class CaptureCallback(Callback):
         self.lens.record_step(report.step, {"clip": clip, **{name: getattr(report, name) for name in LOSS_MEASURES}})
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        self._record_held_out(trainer.validation, step, report)
         self.lens.record_evaluation(step, report.loss, base=base, sample={"sample_loss": report.sample_loss})
 
     def on_evaluate_sample(self, trainer: Any, step: int, report: LossReport) -> None:
+        self._record_held_out(trainer.validation, step, report, trainer.validation_sample.positions)
         self.lens.record_evaluation(step, None, sample={"sample_loss": report.loss, "sample_error": report.error})
+
+    def _record_held_out(
+        self, rows: TokenDataset, step: int, report: LossReport, positions: np.ndarray | None = None
+    ) -> None:
+        """Store the losses of the validation rows, or of those at `positions`, which a validation computes anyway."""
+        if report.row_nll is None or not self._settings.get("held_out_row_losses_every", 1):
+            return
+        self._held_out_ids = self._held_out_ids or rows.ids
+        places = np.arange(len(rows)) if positions is None else positions
+        tokens = rows.supervised_counts[places]
+        ids = [self._held_out_ids[place] for place in places]
+        self.lens.record_rows(step, RowLosses(ids, report.row_nll / tokens, tokens), held_out=True)
 
     def on_save(self, trainer: Any) -> None:
         self.lens.flush()
@@ -86,6 +102,7 @@ def build_capture_callback(plan: RunPlan, run: RunFolder) -> CaptureCallback | N
         "train_examples": len(plan.train),
         **count_visits(plan),
         "row_losses_every": _choose_recorded_rows(plan),
+        "held_out_row_losses_every": choose_interval(_count_held_out_visits(plan), config.lens.row_losses_megabytes),
         "sample_rows": 0 if plan.validation_sample is None else len(plan.validation_sample.positions),
     }
     probe = Probe.from_dataset(rows, config.lens.probe_tokens, fill_id=plan.tokenizer.eos_token_id)
@@ -103,6 +120,15 @@ def _choose_recorded_rows(plan: RunPlan) -> int:
             *(every, format_count(visits), megabytes),
         )
     return every
+
+
+def _count_held_out_visits(plan: RunPlan) -> int:
+    """How many losses of single validation rows the run computes, the base's among them."""
+    if plan.validation is None:
+        return 0
+    total, sample = plan.schedule.total_steps, plan.validation_sample
+    validations = 2 + total // (plan.config.training.eval_steps or plan.schedule.steps_per_epoch)
+    return validations * len(plan.validation) + (len(sample.positions) * total // sample.every if sample else 0)
 
 
 def count_visits(plan: RunPlan) -> dict[str, int | float]:

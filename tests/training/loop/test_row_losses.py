@@ -68,6 +68,19 @@ def test_other_output_layers_report_the_same(head: str, small_config: Config, tm
     assert report.row_losses == pytest.approx(wanted, rel=1e-4)
 
 
+def test_validation_rows_are_recorded_at_each_validation_from_the_base_on(small_config: Config) -> None:
+    """At no further pass, in the order in which they are measured; their sums are the validation losses."""
+    run = RunFolder(Path(TrainingWrapper(small_config(training={"eval_steps": 3}, lens=SCALARS_ONLY)).train().run_dir))
+    store = LensStore(run.lens)
+    rows = store.table("held_out_row_losses").to_pylist()
+    assert {row["step"] for row in rows} == {0, 3, 6} and len(rows) == 3 * 24
+    evaluation = store.table("evaluation").to_pylist()
+    for step, measure in ((0, "base_loss"), (3, "loss"), (6, "loss")):
+        nll = sum(row["loss"] * row["tokens"] for row in rows if row["step"] == step)
+        mean = nll / sum(row["tokens"] for row in rows if row["step"] == step)
+        assert [each[measure] for each in evaluation if each["step"] == step] == pytest.approx([mean], rel=1e-5)
+
+
 class Watch(Callback):
     """Keeps the rows of each step; after step `stop` it interrupts the run."""
 
