@@ -1,4 +1,4 @@
-"""Rows of one split that nearly repeat one of another, found on their tokens: exact counts, no sampling of pairs.
+"""Rows that nearly repeat one of another split or of their own, found on their tokens: exact counts of all pairs.
 
 A row is the set of its 5-token pieces. Pieces that many rows share are a template's and say nothing, so they are left
 out. Two rows are near if they share 80 % of the other pieces (Jaccard similarity).
@@ -41,11 +41,25 @@ class _HeldOutPieces:
 
 def find_near_rows(train: TokenDataset, held_out: TokenDataset) -> np.ndarray:
     """For each held-out row, the most similar near training row; -1 if none is near."""
-    every = 1 + int(train.lengths.sum()) // MOST_TOKENS
+    mine, theirs, similar = _find_near_pairs(train, held_out)
     found = np.full(len(held_out), -1, dtype=np.int64)
+    order = np.argsort(similar, kind="stable")  # the most similar is written last
+    found[mine[order]] = theirs[order]
+    return found
+
+
+def find_near_repeats(dataset: TokenDataset) -> np.ndarray:
+    """The pairs of rows of one data set that nearly repeat each other, (pairs, 2), each pair once."""
+    mine, theirs, _ = _find_near_pairs(dataset, dataset)
+    return np.stack([mine, theirs], 1)[mine < theirs]
+
+
+def _find_near_pairs(train: TokenDataset, held_out: TokenDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The near pairs: held-out row, training row, and their similarity."""
+    every = 1 + int(train.lengths.sum()) // MOST_TOKENS
     asked_rows, asked_pieces = _concatenate(_iterate_pieces(held_out, every))
     if not len(asked_pieces):
-        return found
+        return (nothing := np.zeros(0, dtype=np.int64)), nothing, np.zeros(0)
     order = np.argsort(asked_pieces, kind="stable")
     values, counts = np.unique_counts(asked_pieces)
     index = _HeldOutPieces(values, compute_offsets(counts), asked_rows[order])
@@ -65,9 +79,7 @@ def find_near_rows(train: TokenDataset, held_out: TokenDataset) -> np.ndarray:
     mine, theirs = pairs // len(train), pairs % len(train)
     similar = shared / (own[mine] + sizes[theirs] - shared)
     is_near = (similar >= THRESHOLD) & (own[mine] >= FEWEST_PIECES) & (sizes[theirs] >= FEWEST_PIECES)
-    order = np.flatnonzero(is_near)[np.argsort(similar[is_near], kind="stable")]  # the most similar is written last
-    found[mine[order]] = theirs[order]
-    return found
+    return mine[is_near], theirs[is_near], similar[is_near]
 
 
 def _count_shared(

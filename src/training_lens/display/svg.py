@@ -44,12 +44,56 @@ def render_chart(curves: Sequence[Curve], x: str, y: str, *, log_x: bool = False
     if log_x:
         shown = [replace(curve, steps=np.log10(curve.steps)) for curve in shown]
     axes = replace(_Axes.from_curves(shown), is_log=log_x)
-    height = PLOT_HEIGHT + LINE_HEIGHT * len(shown)
     parts = [*axes.render_grid(x, y), *(_render_curve(curve, axes) for curve in shown)]
     for row, curve in enumerate(shown):
         down = PLOT_HEIGHT + 4 + LINE_HEIGHT * row
         line = f'<path d="M{LEFT} {down}h24" stroke="{curve.colour}" stroke-width="2"{_dashes(curve)}/>'
         parts += [line, _render_text(LEFT + 32, down + 4, curve.name, "start")]
+    return _render_drawing(parts, len(shown))
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Points of one colour with their name in the legend; `titles` says what hovering over each shows.
+
+    `x` and `y` are (points,) and finite.
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    titles: Sequence[str]
+    colour: str
+
+
+def render_dots(groups: Sequence[Dots], x: str, y: str) -> str:
+    """The SVG of a scatter plot on axes titled `x` and `y`, with a legend below. Empty if there is no point.
+
+    Later groups are drawn over earlier ones. Names and titles are escaped.
+    """
+    shown = [group for group in groups if len(group.x)]
+    if not shown:
+        return ""
+    axes = _Axes.from_curves([Curve(group.name, group.x, group.y, group.colour) for group in shown])
+    parts = list(axes.render_grid(x, y))
+    for row, group in enumerate(shown):
+        down = PLOT_HEIGHT + 4 + LINE_HEIGHT * row
+        mark = f'<circle cx="{LEFT + 12}" cy="{down}" r="4" fill="{group.colour}"/>'
+        parts += [*_render_dots(group, axes), mark, _render_text(LEFT + 32, down + 4, group.name, "start")]
+    return _render_drawing(parts, len(shown))
+
+
+def _render_dots(group: Dots, axes: _Axes) -> Iterator[str]:
+    for x, y, title in zip(group.x, group.y, group.titles, strict=True):
+        across, down = axes.to_pixels(x, y)
+        yield (
+            f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{group.colour}" fill-opacity="0.6">'
+            f"<title>{escape(title)}</title></circle>"
+        )
+
+
+def _render_drawing(parts: Sequence[str], legend_lines: int) -> str:
+    height = PLOT_HEIGHT + LINE_HEIGHT * legend_lines
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" style="max-width: 100%; height: auto" role="img" '
         f'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12">{"".join(parts)}</svg>'

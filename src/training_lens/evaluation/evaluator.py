@@ -76,6 +76,32 @@ def token_sums(model: Any, dataset: TokenDataset, options: EvaluationOptions) ->
     return _build_sums(table, dataset)
 
 
+def find_greedy_matches(model: Any, dataset: TokenDataset, options: EvaluationOptions) -> list[np.ndarray]:
+    """For each example, whether the model ranks each supervised token first, given the true tokens before it: bool.
+
+    The model is in eval mode meanwhile. Cost: one forward pass of every example, on this process alone.
+
+    Raises:
+        EvaluationError: evaluation failed.
+    """
+    found: list[np.ndarray] = [np.zeros(0, dtype=bool)] * len(dataset)
+    counts = dataset.supervised_counts
+
+    def columns(batch: Batch) -> torch.Tensor:
+        return supervised_scores(model, batch.input_ids, batch.loss_mask, batch.lengths).correct[:, None]
+
+    try:
+        with evaluation_mode(model):
+            for part, values in _score_batches(dataset, options, columns):
+                rows = np.split(values[:, 0].cpu().numpy(), np.cumsum(counts[part])[:-1])  # a sync point a batch
+                for place, row in zip(part.tolist(), rows, strict=True):
+                    found[place] = row
+                options.advance(len(part))
+    except (RuntimeError, MemoryError) as error:
+        raise EvaluationError(f"evaluating failed: {describe_error(error)}") from error
+    return found
+
+
 @dataclass
 class BaseStates:
     """The base's states of a dataset's batches, kept so that several adapters are compared with one pass of the base.
