@@ -1,6 +1,6 @@
 """Canaries planted once, 4 and 16 times an epoch: are their exposures in this order, and the unplanted at chance?
 
-    python benchmarks/explain/canaries.py [--rows 600] [--epochs 2] [--canaries 6] [--candidates 512] [--output FILE]
+    python benchmarks/explain/canaries.py [--rows 240] [--epochs 2] [--canaries 4] [--candidates 256] [--output FILE]
 
 Rows of the embedded set with `data.canaries` planted among them, trained as they come. Written are the exposure of
 every canary among the candidates, the mean of each group, and the chance level.
@@ -30,9 +30,9 @@ from training_lens.runs.run_folder import RunFolder
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--canaries", type=int, default=6)
-    parser.add_argument("--rows", type=int, default=600)
-    parser.add_argument("--candidates", type=int, default=512)
+    parser.add_argument("--canaries", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=240)
+    parser.add_argument("--candidates", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/explain_canaries.json"))
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Wrong answers planted among the training rows: does the score of `explain rows` find them?
 
-    python benchmarks/explain/wrong_answers.py demo|gsm8k [--epochs 3] [--seeds 3] [--output FILE]
+    python benchmarks/explain/wrong_answers.py demo|gsm8k [--epochs 3] [--seeds 1] [--folder FOLDER] [--output FILE]
 
 5 % of the rows get the answer of another row; in the embedded set, of one of the same domain and kind, so that form and
 domain fit and only the content is wrong. A run trains on them as it comes, recording the losses of its rows. Written
@@ -32,7 +32,7 @@ from training_lens.measures.row_life import describe_lives, score_wrong_answers
 from training_lens.runs.run_folder import RunFolder
 
 SHARE = 0.05
-ROWS = {"demo": 1000, "gsm8k": 1200}  # so many of them: a run then takes minutes on two cores
+ROWS = {"demo": 500, "gsm8k": 400}  # so many of them: a run then takes minutes on two cores
 SHARED = Path(__file__).parents[3] / "shared"
 
 
@@ -63,6 +63,10 @@ def plant(name: str, seed: int, path: Path) -> set[int]:
 
 
 def train(name: str, path: Path, seed: int, epochs: float, folder: Path) -> RunFolder:
+    """The run, which is resumed where an earlier call of this script was stopped."""
+    run = RunFolder(folder / "experiments/default/runs" / f"seed-{seed}")
+    if run.root.is_dir():
+        return run if run.status == "finished" else RunFolder(Path(TrainingWrapper.resume(run).run_dir))
     values: dict[str, Any] = {
         "data": {"train": [str(path)]},
         "training": {"epochs": epochs, "seed": seed},
@@ -99,11 +103,12 @@ def list_scores(visits: RowVisits) -> dict[str, np.ndarray]:
     }
 
 
-def measure(name: str, seed: int, epochs: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "rows.jsonl"
-        planted = plant(name, seed, path)
-        visits = read_visits(train(name, path, seed, epochs, Path(temporary) / "outputs"))
+def measure(name: str, seed: int, epochs: float, folder: Path) -> dict[str, Any]:
+    folder = folder / f"{name}-{epochs:g}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rows-{seed}.jsonl"
+    planted = plant(name, seed, path)
+    visits = read_visits(train(name, path, seed, epochs, folder / "outputs"))
     numbers = np.array([int(row_id.rpartition(":")[2]) for row_id in visits.ids])
     is_planted = np.isin(numbers, list(planted))
     scores = list_scores(visits)
@@ -125,15 +130,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", choices=["demo", "gsm8k"])
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--folder", type=Path, help="of the runs; a script that was stopped goes on where it was")
     options = parser.parse_args()
     output = options.output or Path(f"benchmarks/results/explain_wrong_answers_{options.rows}.json")
     known = json.loads(output.read_text()) if output.is_file() else {"machine": described(), "runs": []}
+    folder = options.folder or Path(tempfile.mkdtemp())
     done = {(run["epochs"], run["seed"]) for run in known["runs"]}
     for seed in range(options.seeds):
-        if (options.epochs, seed) not in done:  # a script that was stopped goes on where it was
-            known["runs"].append({"epochs": options.epochs, **measure(options.rows, seed, options.epochs)})
+        if (options.epochs, seed) not in done:
+            known["runs"].append({"epochs": options.epochs, **measure(options.rows, seed, options.epochs, folder)})
             output.write_text(json.dumps(known, indent=1) + "\n")
             print(json.dumps(known["runs"][-1], indent=1))
 

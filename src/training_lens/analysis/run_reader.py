@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
+    from training_lens.analysis.explanations.explainer import Explainer
     from training_lens.analysis.run_card import RunComparison
     from training_lens.inference.session import Session
 
@@ -148,6 +149,13 @@ class Run:
         if self._findings is None:
             self._findings = diagnose(recording)
         return self._findings
+
+    @property
+    def explain(self) -> Explainer:
+        """Explanations of the run's adapter: `run.explain.rows()`, like `training-lens explain`."""
+        from training_lens.analysis.explanations.explainer import Explainer  # imports torch
+
+        return Explainer(self.folder)
 
     @property
     def log(self) -> Log:

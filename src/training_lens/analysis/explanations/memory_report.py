@@ -39,7 +39,7 @@ def describe_memory(found: MemoryExplanation) -> Iterator[str]:
         mean, error = float(np.mean(exposures)), found.chance_deviation / math.sqrt(len(exposures))
         above = (mean - found.chance) / error
         verdict = "above chance" if above > NORMAL_95 else "not told from chance"
-        what = "never planted" if repeats == 0 else f"visited {repeats} times an epoch"
+        what = f"visited {_count_visits(repeats)} an epoch" if repeats else "never planted"
         yield (
             f"{len(exposures)} canaries {what}: mean exposure {mean:.2f} of {math.log2(found.candidates):.2f} bits, "
             f"{verdict} (unseen ones average {found.chance:.2f}, with a standard error of {error:.2f} for so many)."
@@ -52,6 +52,10 @@ def describe_memory(found: MemoryExplanation) -> Iterator[str]:
     if len(trained) > 1 and len(unseen) > 1:
         yield _compare_groups(trained, unseen)
     yield CAVEAT
+
+
+def _count_visits(repeats: int) -> str:
+    return "never" if repeats == 0 else "once" if repeats == 1 else f"{repeats} times"
 
 
 def _describe_group(rows: Sequence[Continuation]) -> str:
@@ -83,7 +87,7 @@ def exposure_table(found: MemoryExplanation) -> Table:
     """A row for each canary and each chosen row."""
     rows = []
     for row in found.exposures:
-        kind = CHOSEN if row.repeats is None else f"{row.repeats} times" if row.repeats else "never planted"
+        kind = CHOSEN if row.repeats is None else _count_visits(row.repeats)
         base = "-" if row.base_exposure is None else f"{row.base_exposure:.2f}"
         rows.append([row.id, kind, f"{row.exposure:.2f}", base, row.prompt, row.answer])
     caption = (
@@ -126,7 +130,7 @@ def _draw_exposures(found: MemoryExplanation) -> Iterator[SvgPicture]:
     )
     y = np.concatenate([np.array(values) for values in groups.values()])
     rows = [row for repeats in groups for row in found.exposures if row.repeats == repeats]
-    titles = [f"{row.id}, {row.repeats} times\n{row.prompt}\n→ {row.answer}" for row in rows]
+    titles = [f"{row.id}, {_count_visits(row.repeats or 0)}\n{row.prompt}\n→ {row.answer}" for row in rows]
     chance = Dots("chance level", x, np.full(len(x), found.chance), ["chance level"] * len(x), GREEN)
     yield SvgPicture(
         render_dots(

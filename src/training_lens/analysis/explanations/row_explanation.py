@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from training_lens.analysis.explanations.row_visits import RowVisits, read_held_out
-from training_lens.analysis.explanations.training_rows import TrainingRows
+from training_lens.analysis.explanations.row_visits import RowVisits, read_held_out, read_visits
+from training_lens.analysis.explanations.training_rows import TrainingRows, open_rows_of
 from training_lens.data.canaries import SOURCE
 from training_lens.data.near_rows import find_near_repeats
 from training_lens.display.progress import Progress
+from training_lens.errors import ConfigurationError
 from training_lens.evaluation.evaluator import EvaluationOptions, token_sums
 from training_lens.inference.session import open_run
 from training_lens.measures.row_life import (
@@ -25,6 +26,7 @@ from training_lens.measures.row_life import (
 )
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
+from training_lens.utils.formatting import format_count
 from training_lens.utils.processes import Processes
 
 WRONG, NEVER, FORGOTTEN, LATE = "likely mislabelled", "never learned", "forgotten", "learned only at the end"
@@ -123,6 +125,46 @@ def _mean_or_none(values: np.ndarray) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
+@dataclass(frozen=True)
+class RowsOptions:
+    """What is read and measured. `learned` is the probability per token from which a row counts as learned, None: see
+    `choose_threshold`; `base` measures every row by base and adapter; `device` and `given` are those of `open_run`."""
+
+    learned: float | None = None
+    base: bool = False
+    device: str | None = None
+    given: Mapping[str, Any] | None = None
+
+
+def explain_rows(
+    run: RunFolder,
+    options: RowsOptions | None = None,
+    progress: Progress | None = None,
+    tell: Callable[[str], object] = lambda _: None,
+) -> RowsExplanation:
+    """The life of each training row of a run, which may still be training, from the losses that it recorded.
+
+    Args:
+        tell: is given the cost before anything is measured.
+
+    Cost: reads the records and the tokens of the rows; with `base`, two forward passes over them.
+
+    Raises:
+        CheckpointError: the run recorded no losses of rows, its rows changed since, or (`base`) it is not finished.
+        ConfigurationError: `learned` is no probability.
+    """
+    options, progress = options or RowsOptions(), progress or Progress()
+    if options.learned is not None and not 0 < options.learned < 1:
+        raise ConfigurationError(f"--learned {options.learned:g}: give a probability between 0 and 1.")
+    visits = read_visits(run)
+    rows, measured = open_rows_of(run, progress, options.given), None
+    if options.base:
+        tokens = 2 * int(rows.dataset.lengths.sum())
+        tell(f"base and adapter read {format_count(len(rows.dataset))} rows: {format_count(tokens)} tokens")
+        measured = measure_rows(run, rows, visits.ids, progress, options)
+    return explain_visits(run, visits, rows, options.learned, measured)
+
+
 def explain_visits(
     run: RunFolder,
     visits: RowVisits,
@@ -203,28 +245,22 @@ def find_families(rows: TrainingRows) -> tuple[tuple[str, ...], ...]:
 
 
 def measure_rows(
-    run: RunFolder,
-    rows: TrainingRows,
-    ids: tuple[str, ...],
-    progress: Progress,
-    given: Any = None,
-    device: str | None = None,
+    run: RunFolder, rows: TrainingRows, ids: tuple[str, ...], progress: Progress, options: RowsOptions | None = None
 ) -> MeasuredLosses:
     """The losses of these rows by the base and by the finished adapter: two forward passes over them.
 
     Raises:
         CheckpointError, AdapterError: the run has no finished adapter, or it cannot be loaded.
     """
-    session = open_run(run, device, given=given, adapter=run.adapter)
+    options = options or RowsOptions()
+    session = open_run(run, options.device, given=options.given, adapter=run.adapter)
     known = [i for i, row_id in enumerate(ids) if row_id in rows.places]
     dataset = rows.dataset.select(np.array([rows.places[ids[i]] for i in known], dtype=np.int64))
     found = np.full((2, len(ids)), np.nan)
     with progress.task("measuring rows by base and adapter", 2 * len(dataset), "rows") as advance:
-        options = EvaluationOptions(
-            Processes(session.device), session.precision, EVALUATED_TOKENS, session.pad_id, advance
-        )
+        way = EvaluationOptions(Processes(session.device), session.precision, EVALUATED_TOKENS, session.pad_id, advance)
         with base_only(session.model):
-            base = token_sums(session.model, dataset, options)
-        adapter = token_sums(session.model, dataset, options)
+            base = token_sums(session.model, dataset, way)
+        adapter = token_sums(session.model, dataset, way)
     found[0, known], found[1, known] = base.nll / base.tokens, adapter.nll / adapter.tokens
     return MeasuredLosses(found[0], found[1])

@@ -1,0 +1,45 @@
+"""The explanations of one finished run, in Python: `Run(...).explain`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from training_lens.runs.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from training_lens.analysis.explanations.memory_measurement import MemoryExplanation, MemoryOptions
+    from training_lens.analysis.explanations.row_explanation import RowsExplanation, RowsOptions
+
+
+class Explainer:
+    """Explains a finished run's adapter: each method measures, and returns what it found.
+
+    Example:
+        rows = Run.latest().explain.rows()
+        print([row.id for row in rows.suspects])
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def rows(self, options: RowsOptions | None = None) -> RowsExplanation:
+        """The life of each training row, from the losses that the run recorded, see `explain_rows`.
+
+        Raises:
+            CheckpointError: the run recorded no losses of rows, or its rows changed since.
+        """
+        from training_lens.analysis.explanations.row_explanation import explain_rows
+
+        return explain_rows(self.run, options)
+
+    def memory(self, options: MemoryOptions | None = None) -> MemoryExplanation:
+        """What the adapter remembers of its rows: exposure and exact continuations, see `explain_memory`.
+
+        Raises:
+            CheckpointError, AdapterError: the run has no finished adapter, or its rows changed since.
+            ConfigurationError: options out of range, or no such row.
+        """
+        from training_lens.analysis.explanations.memory_measurement import explain_memory
+
+        self.run.require_adapter()
+        return explain_memory(self.run, options)
