@@ -49,6 +49,15 @@ class LensSection(Section):
         "not fit, one row in so many is recorded that they do; 0: none",
         ge=0,
     )
+    keep_states: int = setting(
+        6,
+        "states of the run that stay in lens/states, evenly spaced: adapter, optimizer and random state, from which "
+        "explanations replay it; 0: none",
+        ge=0,
+    )
+    states_megabytes: int = setting(
+        1024, "most room of these states, each about three times the adapter; beyond it, fewer are kept", ge=0
+    )
     live: bool = setting(True, "show findings while the run trains, and write them to logs/findings.jsonl")
     stop_on: list[FindingCode] = setting(
         [], "codes of findings that stop the run when they arise; what is saved is the best validated step"

@@ -86,6 +86,11 @@ class TrainingLensFramework:
         """
         return dict(self._capture.seconds) if self._capture else {}
 
+    def count_seconds(self, name: str, seconds: float) -> None:
+        """Count time that was spent for the lens outside of it, under a name of its own."""
+        if self._capture:
+            self._capture.seconds[name] = self._capture.seconds.get(name, 0.0) + seconds
+
     def start(self, model: Any, optimizer: torch.optim.Optimizer | None = None, facts: RunFacts | None = None) -> None:
         """Call it before the first step. Every step of `optimizer` is then captured as an update.
 

@@ -22,6 +22,7 @@ from training_lens.core.lens_manifest import read_manifest
 from training_lens.core.recording import Captures
 from training_lens.core.segments import TableSegment, list_segments, read_schema, read_segment
 from training_lens.core.snapshots import list_snapshots, read_snapshot, require_intact
+from training_lens.core.table_names import STATES
 from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.integrity import read_sealed
 from training_lens.utils.logging import get_logger
@@ -166,4 +167,5 @@ def read_cost(folder: Path) -> dict[str, float]:
 
 def table_folders(folder: Path) -> list[Path]:
     """The folders of tables in a lens folder."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and TABLE_NAME.fullmatch(path.name))
+    folders = (path for path in folder.iterdir() if path.is_dir() and path.name != STATES)
+    return sorted(path for path in folders if TABLE_NAME.fullmatch(path.name))

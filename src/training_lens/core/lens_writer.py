@@ -17,6 +17,7 @@ from training_lens.core.lens_manifest import read_manifest, write_manifest
 from training_lens.core.lens_store import COST, TABLE_NAME, read_cost, table_folders
 from training_lens.core.segments import SegmentedTable, enforce_size_limit
 from training_lens.core.snapshots import SnapshotWriter
+from training_lens.core.table_names import STATES
 from training_lens.core.types import Captured, LensManifest
 from training_lens.errors import LensError
 from training_lens.utils.files import sweep_temporaries
@@ -92,8 +93,11 @@ class LensWriter:
         Raises:
             LensError: values that do not fit their rows, or a table name that cannot be a folder's.
         """
-        if not TABLE_NAME.fullmatch(table):
-            raise LensError(f"'{table}' cannot name a table: use letters, digits, '_', '-' and '.', as for a folder.")
+        if not TABLE_NAME.fullmatch(table) or table == STATES:
+            raise LensError(
+                f"'{table}' cannot name a table: use letters, digits, '_', '-' and '.', as for a folder, and not "
+                f"'{STATES}', where the run's states are."
+            )
         try:
             packed = buffer_capture(step, captured)
         except LensError as error:

@@ -17,6 +17,7 @@ LOSS = "loss"
 EVALUATION = "evaluation"
 ROW_LOSSES = "row_losses"
 HELD_OUT_LOSSES = "held_out_row_losses"
+STATES = "states"  # no table: the folder of the run's kept states, see `training.kept_states`
 
 # The tables that the training loop fills, not a collector.
 LOOP_TABLES = {

@@ -69,6 +69,7 @@ class RunFolder:
     weight_delta = _Place("artifacts/delta")
     checkpoints = _Place("checkpoints")
     lens = _Place("lens")
+    states = _Place("lens/states")
     logs = _Place("logs")
     metrics_file = _Place("logs/metrics.jsonl")
     samples_file = _Place("logs/samples.jsonl")

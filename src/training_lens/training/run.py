@@ -30,6 +30,7 @@ from training_lens.models.factory import checkpoint_gradients, load_model
 from training_lens.models.fast.install import uninstall_kernels
 from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
 from training_lens.training.histograms import HistogramWriter
+from training_lens.training.kept_states import StateKeeper
 from training_lens.training.lens_callback import build_capture_callback, write_lens_report
 from training_lens.training.live_findings import LiveFindings
 from training_lens.training.loop.callbacks import (
@@ -219,7 +220,7 @@ class TrainingWrapper:
             plan,
             load_model(config.model, device, plan.precision),
             CheckpointManager(run.checkpoints, fingerprint or plan.fingerprint),
-            self._build_callbacks(run, plan)
+            self._build_callbacks(run, plan, fingerprint or plan.fingerprint)
             if plan.processes.is_main
             else (*self._callbacks, FirstStepsCheck(plan, None)),
         )
@@ -232,7 +233,7 @@ class TrainingWrapper:
         )  # fmt: skip
         return trainer, parameters
 
-    def _build_callbacks(self, run: RunFolder, plan: RunPlan) -> tuple[Callback, ...]:
+    def _build_callbacks(self, run: RunFolder, plan: RunPlan, fingerprint: str) -> tuple[Callback, ...]:
         every = plan.config.training.logging_steps
         progress_bars = create_bars(self._console, *progress_columns(self._console.width if self._console else WIDE))
         callbacks: list[Callback] = [
@@ -243,6 +244,8 @@ class TrainingWrapper:
             callbacks.append(ProgressBar(progress_bars))
         if lens := build_capture_callback(plan, run):
             callbacks.append(lens)
+            if plan.config.lens.keep_states:
+                callbacks.append(StateKeeper(run.states, plan.config.lens, lens.lens, fingerprint))
             if plan.config.lens.live or plan.config.lens.stop_on:
                 callbacks.append(LiveFindings(run, lens.lens, plan.config.lens.stop_on))
         callbacks.append(EstimateCallback(plan))

@@ -19,6 +19,7 @@ from training_lens.runs.run_folder import RunFolder
 from training_lens.training.plan import token_cache_folder
 from training_lens.training.run_repair import (
     drop_damaged_checkpoints,
+    drop_damaged_states,
     find_checkpoint_fault,
     read_fingerprint,
     rebuild_token_cache,
@@ -137,6 +138,13 @@ def _check_checkpoints(run: RunFolder) -> str:
     return f"{len(folders)}; {resume_point}"
 
 
+def _check_states(run: RunFolder) -> str:
+    folders = list_checkpoints(run.states)
+    if problems := [problem for folder in folders if (problem := find_checkpoint_fault(folder))]:
+        raise CheckpointError(" ".join(problems))
+    return f"{len(folders)}" if folders else "none: a replay begins at the start"
+
+
 def _check_adapter(run: RunFolder) -> str:
     _require_undamaged(run, "artifacts/adapter")
     if run.status == "finished" and not run.adapter.is_dir():
@@ -224,6 +232,9 @@ PARTS = (
         "lens files", _check_capture_listing, rewrite_capture_listing, "--repair lists the captures that are there."
     ),
     RunPart("captures", _check_captures, None, LEFT_OUT),
+    RunPart(
+        "states", _check_states, drop_damaged_states, "--repair deletes the damaged ones: replays begin at others."
+    ),
     RunPart("token cache", _check_token_cache, rebuild_token_cache, "--repair makes it again, as does the next run."),
 )
 WHOLE_BASE = RunPart("whole base", _check_whole_base, None, "Put the base back that the run trained on.")

@@ -84,7 +84,15 @@ def find_checkpoint_fault(checkpoint: Path) -> str:
 
 
 def drop_damaged_checkpoints(run: RunFolder) -> None:
-    for folder in filter(find_checkpoint_fault, list_checkpoints(run.checkpoints)):
+    _drop_damaged(run.checkpoints)
+
+
+def drop_damaged_states(run: RunFolder) -> None:
+    _drop_damaged(run.states)
+
+
+def _drop_damaged(checkpoints: Path) -> None:
+    for folder in filter(find_checkpoint_fault, list_checkpoints(checkpoints)):
         shutil.rmtree(folder)
 
 

@@ -79,6 +79,12 @@ class CheckpointManager:
 
     def save(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, state: TrainingState) -> Path:
         """Write a checkpoint atomically, then delete those that are neither last nor best."""
+        target = self.write(model, optimizer, scaler, state)
+        self.delete_outdated(state)
+        return target
+
+    def write(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, state: TrainingState) -> Path:
+        """Write a checkpoint atomically, where there is none of its step, and delete nothing."""
 
         def write_files(folder: Path) -> None:
             save_adapter(model, folder / ADAPTER)
@@ -90,7 +96,6 @@ class CheckpointManager:
         target = checkpoint_folder(self.folder, state.step)
         if not target.is_dir():
             write_checkpoint(self.folder, state.step, state.validation_loss, self._fingerprint, write_files)
-        self.delete_outdated(state)
         return target
 
     def delete_outdated(self, state: TrainingState) -> None:
@@ -128,14 +133,19 @@ class CheckpointManager:
                 f"{folder} was trained on other data: a data file, the template, the tokenizer or this program changed "
                 "since. Put the old ones back to resume, or start a new run."
             )
-        restore_adapter(model, folder / ADAPTER)
-        restore_optimizer(optimizer, load_file(folder / OPTIMIZER))
-        restore_rng_state(load_file(folder / RNG))
-        values = read_json(folder / STATE)
-        scaler.load_state_dict(values.pop("scaler"))
-        values["best_loss"] = math.inf if values["best_loss"] is None else values["best_loss"]
-        return TrainingState(**values)
+        return load_checkpoint(folder, model, optimizer, scaler)
 
     def best_or_last(self, state: TrainingState) -> Path:
         """The checkpoint with the lowest validation loss, or the last one if nothing was validated."""
         return checkpoint_folder(self.folder, state.best_step or state.step)
+
+
+def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> TrainingState:
+    """Put a checkpoint that was verified into model, optimizer, scaler and random state; returns where it stood."""
+    restore_adapter(model, folder / ADAPTER)
+    restore_optimizer(optimizer, load_file(folder / OPTIMIZER))
+    restore_rng_state(load_file(folder / RNG))
+    values = read_json(folder / STATE)
+    scaler.load_state_dict(values.pop("scaler"))
+    values["best_loss"] = math.inf if values["best_loss"] is None else values["best_loss"]
+    return TrainingState(**values)
