@@ -64,12 +64,12 @@ def test_a_rate_ten_times_too_low_is_to_be_raised(slow_rate: RunFolder) -> None:
 
 def test_the_unchanged_run_of_a_test_is_the_run_itself(slow_rate: RunFolder) -> None:
     """As long as the run and with its seed, it ends at the loss that the run recorded, to the last bit."""
-    from training_lens.training.counterfactuals import _TestRunner
+    from training_lens.training.plan_runner import PlanRunner
 
     tests = RunTests(slow_rate)
     test = tests.plan("rate")
     assert test.steps == test.total_steps and test.seeds[0] == 0
-    runner = _TestRunner(tests._plan)
+    runner = PlanRunner(tests._plan)
     for _ in range(2):  # the base is as it was, whatever was trained around it
         nll = runner.train(tests._resize(tests._plan.config, test, 0), tests._validation)
         loss = float(nll.sum() / tests._validation.supervised_counts.sum())

@@ -7,12 +7,8 @@ the learning rate's schedule over its own steps. Only the answers are written, `
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,28 +18,20 @@ from training_lens.analysis.findings.interventions import (
     measure_changes,
     write_interventions,
 )
-from training_lens.config.run_config import MODEL_CODE, Settings, locate_outputs, open_run_config
+from training_lens.config.run_config import Settings
 from training_lens.config.schema import PeftSection, TrainingConfig
-from training_lens.data.token_dataset import TokenDataset
 from training_lens.display.progress import Progress
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, TrainingError
-from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
 from training_lens.models.adapter_files import adopt_saved_settings
 from training_lens.models.adapters import check_adapter
-from training_lens.models.base_record import check_base
-from training_lens.models.factory import build_skeleton, load_model
-from training_lens.models.fast.install import uninstall_kernels
+from training_lens.models.factory import build_skeleton
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
-from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.loop.lr_schedule import count_warmup_steps
 from training_lens.training.loop.memory_budget import explain_out_of_memory
-from training_lens.training.loop.trainer import Trainer
-from training_lens.training.plan import RunPlan, plan_run
-from training_lens.training.resume import read_global_batch, require_same_tokens
-from training_lens.training.run import build_trainer
+from training_lens.training.plan import RunPlan
+from training_lens.training.plan_runner import PlanRunner, plan_recorded_run
 from training_lens.utils.formatting import format_count, format_seconds
-from training_lens.utils.heap import keep_freed_memory
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -108,17 +96,11 @@ class RunTests:
 
     def __init__(self, run: RunFolder, progress: Progress | None = None, given: Settings | None = None) -> None:
         self._run, self._progress = run, progress or Progress()
-        config = open_run_config(run, given or {}, MODEL_CODE)
-        check_base(run.base_record, config.model)
         self._log = [line for line in read_metrics(run.metrics_file) if line.get("kind") == "step"]
         if not self._log:
             raise CheckpointError(f"{run.root} has recorded no step yet, with which a test could be compared.")
         self._summary = run.read_metadata("summary.json")
-        if tokens := self._summary.get("micro_batch_tokens"):  # the same micro-batches give the same bits
-            config = config.replace_keys(training={"micro_batch_tokens": tokens})
-        config = config.replace_keys(output={"base_output_dir": str(locate_outputs(run))})
-        self._plan = plan_run(config, self._progress, read_global_batch(run))
-        require_same_tokens(run, self._plan)
+        self._plan = plan_recorded_run(run, self._progress, given)
         if self._plan.validation is None:
             raise ConfigurationError(
                 "--test compares losses on validation rows, and this run has none. Train with data.validation=FILE or "
@@ -216,7 +198,7 @@ class RunTests:
             TrainingError: a loss that the run recorded does not come out again, so no test of it could be trusted.
         """
         with explain_out_of_memory(self._plan.config):
-            runner = _TestRunner(self._plan)
+            runner = PlanRunner(self._plan)
             if any(test.changes and test.question != "epoch" for test in planned):
                 self._check_replay(runner)
             found = []
@@ -225,7 +207,7 @@ class RunTests:
                 write_interventions(self._run.lens, found)  # an interruption loses the test that runs alone
         return tuple(found)
 
-    def _check_replay(self, runner: _TestRunner) -> None:
+    def _check_replay(self, runner: PlanRunner) -> None:
         """Compare the first losses of the run with the recorded ones."""
         recorded = {line["step"]: line["loss"] for line in self._log}
         for step, loss in enumerate(runner.replay(self._plan, REPLAYED_STEPS), 1):
@@ -241,7 +223,7 @@ class RunTests:
                 "test of it can be trusted. Its base, its rows or this program changed since. Test a new run."
             )
 
-    def _answer(self, runner: _TestRunner, test: PlannedTest) -> Intervention:
+    def _answer(self, runner: PlanRunner, test: PlannedTest) -> Intervention:
         """Run one test. Rows are compared in pairs, seed by seed."""
         started, tokens, seeds = time.perf_counter(), self._rows.supervised_counts, test.seeds
         configs = {name: config for name, (_, config) in test.changes.items()}
@@ -273,7 +255,7 @@ class RunTests:
             seconds=time.perf_counter() - started,
         )
 
-    def _measure_adapter(self, runner: _TestRunner, config: TrainingConfig) -> np.ndarray:
+    def _measure_adapter(self, runner: PlanRunner, config: TrainingConfig) -> np.ndarray:
         """The losses of the run's own adapter, after a check that they are those which it recorded."""
         nll = runner.train(replace(self._plan, config=config), self._validation, steps=0)
         if (recorded := self._summary.get("validation_loss")) is not None:
@@ -287,63 +269,3 @@ class RunTests:
         training = {"seed": seed, "max_steps": test.steps, "warmup_steps": warmup}
         schedule = replace(self._plan.schedule, seed=seed, max_steps=test.steps)
         return replace(self._plan, config=config.replace_keys(training=training), schedule=schedule)
-
-
-class _TestRunner:
-    """Trains plans one after the other around one loaded base."""
-
-    def __init__(self, plan: RunPlan) -> None:
-        self._plan = plan
-        self._model = load_model(plan.config.model, plan.processes.device, plan.precision)
-
-    def train(
-        self,
-        plan: RunPlan,
-        rows: TokenDataset,
-        advance: Callable[[float], None] = lambda _: None,
-        steps: int | None = None,
-    ) -> np.ndarray:
-        """The summed loss of each row, (rows,), after `steps` steps; None: all of the plan's.
-
-        Raises:
-            TrainingError: a loss was not finite.
-        """
-        with self._build_trainer(plan) as trainer:
-            for _ in self._run_steps(trainer, steps):
-                advance(1)
-            return self._measure(trainer.model, rows)
-
-    def replay(self, plan: RunPlan, steps: int) -> list[float]:
-        """The training losses of the plan's first steps."""
-        with self._build_trainer(plan) as trainer:
-            return list(self._run_steps(trainer, steps))
-
-    def measure_base(self, rows: TokenDataset) -> np.ndarray:
-        """The base's summed loss of each row, (rows,)."""
-        return self._measure(self._model, rows)
-
-    @contextmanager
-    def _build_trainer(self, plan: RunPlan) -> Iterator[Trainer]:
-        """The plan's trainer around the base; afterwards the base is free of adapter and kernels again."""
-        trainer = build_trainer(plan, self._model, CheckpointManager(Path("unused"), plan.fingerprint))
-        try:
-            trainer.set_token_budget()
-            yield trainer
-        finally:
-            uninstall_kernels(trainer.model)
-            self._model = trainer.model.unload()
-
-    def _run_steps(self, trainer: Trainer, steps: int | None) -> Iterator[float]:
-        """The loss of each step."""
-        plans = islice(trainer.schedule.iterate_steps(), steps)
-        with keep_freed_memory():
-            for step in trainer.dataloader.iterate_steps(plans, lambda: trainer.micro_batch_tokens):
-                yield trainer.train_step(step).loss
-
-    def _measure(self, model: Any, rows: TokenDataset) -> np.ndarray:
-        plan = self._plan
-        pad_id = plan.tokenizer.eos_token_id
-        options = EvaluationOptions(plan.processes, plan.precision, plan.micro_batch_tokens, pad_id)
-        nll = evaluate_loss(model, rows, options).row_nll
-        assert nll is not None
-        return nll
