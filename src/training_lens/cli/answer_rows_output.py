@@ -1,0 +1,68 @@
+"""The rows behind an answer, for `training-lens explain answer`: their options, and what is printed of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from training_lens.cli.common import Screen, show_table
+
+if TYPE_CHECKING:
+    from training_lens.analysis.explanations.row_evidence import AnswerRows
+    from training_lens.config.schema import TrainingConfig
+    from training_lens.data.examples import TokenizedExample
+    from training_lens.runs.run_folder import RunFolder
+    from training_lens.training.answer_rows import RowQuestions
+
+Rows = Annotated[
+    bool,
+    typer.Option(
+        "--rows",
+        help="Also rank the training rows that made the answer: by gradients at the states that the run kept, a "
+        "backward pass for each row and state, and by hidden states.",
+    ),
+]
+Verify = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="With the rows: measure the ranking. The run is replayed without the top N rows, and three times without "
+        "N random ones of like length.",
+    ),
+]
+Subsets = Annotated[
+    int,
+    typer.Option(
+        "--lds",
+        metavar="N",
+        min=0,
+        help="With the rows: how far the rankings can be trusted, by N replays of the run without a random half of its "
+        "rows; at least 16. For small runs.",
+    ),
+]
+
+
+def explain_rows(
+    screen: Screen, run: RunFolder, answer: TokenizedExample, questions: RowQuestions, settings: TrainingConfig
+) -> AnswerRows:
+    """Measure and print which training rows made an answer.
+
+    Args:
+        answer: prompt and answer; its supervised tokens are what is explained.
+        settings: what the user gave, with the consent to code of the run's model.
+    """
+    from training_lens.analysis.explanations import row_evidence_report as report
+    from training_lens.display.progress import Progress
+    from training_lens.training.answer_rows import explain_answer_rows
+    from training_lens.training.row_replay import RowReplay
+
+    progress = Progress(screen.console)
+    replay = RowReplay(run, progress, settings.explicit_values())
+    found = explain_answer_rows(replay, answer, questions, progress, screen.print_line)
+    for table in report.ranking_tables(found):
+        show_table(screen.console, table.caption, table.columns, table.rows, right=set(table.columns[1:4]))
+    for line in (report.describe_row_check(found), *report.describe_rows(found)):
+        screen.print_line(line)
+    return found

@@ -1,0 +1,88 @@
+"""Which training rows made one answer of a run: ranked, and measured by replays where that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from training_lens.analysis.explanations.row_evidence import AnswerRows, Method, RankedRow, RowRanking
+from training_lens.data.examples import TokenizedExample
+from training_lens.data.token_dataset import TokenDataset
+from training_lens.display.progress import Progress
+from training_lens.training.row_ranking import (
+    CONTROLS,
+    describe_ranking_cost,
+    find_moments,
+    measure_datamodeling,
+    rank_rows,
+    verify_rows,
+)
+from training_lens.training.row_replay import RowReplay
+
+VERIFIED_BY: Method = "representations"
+Tell = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class RowQuestions:
+    """What is asked of the rows behind an answer.
+
+    `shown` rows of each ranking; `verify` top rows are left out of a replay, 0: none; `subsets` replays without a
+    random half of the rows, at least 16, 0: none.
+    """
+
+    shown: int = 10
+    verify: int = 0
+    subsets: int = 0
+
+
+def explain_answer_rows(
+    replay: RowReplay,
+    answer: TokenizedExample,
+    questions: RowQuestions = RowQuestions(),
+    progress: Progress | None = None,
+    tell: Tell = lambda _: None,
+) -> AnswerRows:
+    """Which training rows made an answer.
+
+    Args:
+        answer: prompt and answer; its supervised tokens are what is explained.
+        tell: is told each cost before it begins.
+
+    Raises:
+        CheckpointError, ConfigurationError: see `rank_rows`, `verify_rows`, `measure_datamodeling`.
+        TrainingError: the run does not repeat, see `RowReplay.measure`.
+    """
+    query = TokenDataset.from_examples([answer])
+    if questions.verify or questions.subsets:
+        replays = (CONTROLS + 2 if questions.verify else 0) + (questions.subsets + 1 if questions.subsets else 0)
+        tell(f"rows: at most {replay.describe_cost(replays)}")
+    tell(f"rows: {describe_ranking_cost(replay)}")
+    rankings = rank_rows(replay, query, progress)
+    chosen = next(ranking for ranking in rankings if ranking.method == VERIFIED_BY)
+    check = verify_rows(replay, chosen, query, questions.verify) if questions.verify else None
+    score = measure_datamodeling(replay, query, rankings, questions.subsets) if questions.subsets else None
+    return AnswerRows(
+        rows=len(replay.rows),
+        steps=tuple(find_moments(replay)),
+        log_probability=replay.measure_adapter(query)[0],
+        rankings={r.method: describe_top_rows(replay, r, r.top_rows(questions.shown)) for r in rankings},
+        details={ranking.method: ranking.detail for ranking in rankings},
+        verification=check,
+        removed=describe_top_rows(replay, chosen, np.array(check.rows)) if check else (),
+        datamodeling=score,
+    )
+
+
+def describe_top_rows(replay: RowReplay, ranking: RowRanking, positions: np.ndarray) -> tuple[RankedRow, ...]:
+    """These rows as they were trained on, with their scores for the ranking's first query."""
+    first, decode = replay.first_uses(), replay.plan.tokenizer.decode
+    found = []
+    for position in map(int, positions):
+        row = replay.rows[position]
+        prompt, answer = (str(decode(row.input_ids[mask].tolist())) for mask in (~row.loss_mask, row.loss_mask))
+        score, tokens = float(ranking.scores[0, position]), int(replay.rows.supervised_counts[position])
+        found.append(RankedRow(row.id, score, prompt, answer, tokens, int(first[position])))
+    return tuple(found)

@@ -1,0 +1,214 @@
+"""Which training rows made an answer: rankings, and what replays of the run without rows say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training_lens.analysis.explanations.influence import Advance, score_by_gradients, score_by_representations
+from training_lens.analysis.explanations.row_evidence import DatamodelingScore, RowRanking, RowVerification
+from training_lens.data.token_dataset import TokenDataset
+from training_lens.display.progress import Progress
+from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.measures.row_influence import adam_direction, rank_correlation
+from training_lens.models.adapters import restore_adapter
+from training_lens.runs.checkpoint_format import checkpoint_folder, verify_checkpoint
+from training_lens.training.loop.checkpoint_manager import load_checkpoint
+from training_lens.training.loop.trainer import Trainer
+from training_lens.training.row_replay import RowReplay
+from training_lens.utils.formatting import format_count
+
+CONTROLS = 3  # sets of random rows beside the top ones
+LIKE_LENGTH = 20  # a control is drawn among so many rows of the nearest length
+LEAST_SUBSETS = 16  # as few replays say nothing of a rank correlation
+LEFT_OUT = 0.5  # of the rows, in each random subset of the linear datamodeling score
+
+
+def describe_ranking_cost(replay: RowReplay, queries: int = 1) -> str:
+    """What `rank_rows` computes, in one line."""
+    rows, states = len(replay.rows) + queries, len(find_moments(replay))
+    return f"{format_count(states * rows)} forward and backward passes of single rows at {states} states of the run"
+
+
+def rank_rows(replay: RowReplay, queries: TokenDataset, progress: Progress | None = None) -> tuple[RowRanking, ...]:
+    """The run's training rows ranked for each query, by gradients and by representations.
+
+    Args:
+        queries: texts whose supervised tokens are what the rows are ranked for, such as an answer.
+
+    Cost: as `describe_ranking_cost` says.
+
+    Raises:
+        ConfigurationError: the run's optimizer kept no two moments for each number, as AdamW does.
+        CheckpointError: the run has neither states nor an intact checkpoint.
+    """
+    states, progress = find_moments(replay), progress or Progress()
+    texts = len(replay.rows) + len(queries)
+    with replay.open_trainer() as trainer, progress.task("ranking rows", texts * (len(states) + 1)) as advance:
+        by_gradients = _rank_by_gradients(replay, trainer, queries, states, advance)
+        restore_adapter(trainer.model, replay.run.adapter)
+        precision = replay.plan.precision
+        similar = score_by_representations(trainer.engine, replay.rows, queries, precision, advance)
+    detail = "cosine of the last hidden states of query and row in the adapter"
+    return by_gradients, RowRanking("representations", similar, detail)
+
+
+def find_moments(replay: RowReplay) -> dict[int, Path]:
+    """Where Adam's moments were kept, by step: the run's states, else the checkpoint of its adapter.
+
+    Raises:
+        CheckpointError: the run has neither.
+    """
+    if replay.states:
+        return replay.states
+    folder = checkpoint_folder(replay.run.checkpoints, replay.end)
+    try:
+        verify_checkpoint(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{replay.run.run_id} kept no states to rank rows at, and {error} Train it again with lens.keep_states=6."
+        ) from error
+    return {replay.end: folder}
+
+
+def _rank_by_gradients(
+    replay: RowReplay, trainer: Trainer, queries: TokenDataset, states: dict[int, Path], advance: Advance
+) -> RowRanking:
+    """Sum over states t of rate_t cos(g_t(query), Gamma_t(row)), arXiv 2402.04333."""
+    rates, scores = replay.read_rates(), np.zeros((len(queries), len(replay.rows)))
+    for step, folder in states.items():
+        load_checkpoint(folder, trainer.model, trainer.optimizer, trainer.scaler)
+        direction = read_adam_direction(trainer)
+        rate = rates.get(step + 1, rates.get(step))
+        if rate is None:
+            raise CheckpointError(f"{replay.run.metrics_file} has lost the learning rate of step {step + 1}.")
+        precision = replay.plan.precision
+        found = score_by_gradients(trainer.engine, replay.rows, queries, precision, direction, advance)
+        scores += rate * found
+    steps = ", ".join(map(str, states))
+    numbers = sum(parameter.numel() for parameter in trainer.parameters)
+    return RowRanking(
+        "gradients",
+        scores,
+        "learning rate times cosine of the query's gradient with the row's Adam update, summed over the states after "
+        f"steps {steps}; {format_count(numbers)} numbers, unprojected",
+    )
+
+
+@dataclass(frozen=True)
+class _ScaledDirection:
+    """Adam's direction at a state, each number's times its group's `lr_factor`."""
+
+    first: Tensor
+    second: Tensor
+    updates: int
+    factors: Tensor
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return self.factors * adam_direction(gradient, self.first, self.second, self.updates)
+
+
+def read_adam_direction(trainer: Trainer) -> _ScaledDirection:
+    """The map from a gradient to Adam's next direction, with the moments that the trainer's optimizer has now.
+
+    Raises:
+        ConfigurationError: the optimizer is not AdamW.
+    """
+    optimizer, updates = trainer.optimizer, 0
+    factor_of = {p: float(group["lr_factor"]) for group in optimizer.param_groups for p in group["params"]}
+    parts: list[Tensor] = []
+    for parameter in trainer.parameters:
+        state = optimizer.state.get(parameter, {})
+        if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
+            raise ConfigurationError(
+                f"rows are ranked by AdamW's moments, and this run trained with training.optimizer="
+                f"{trainer.settings.optimizer}. Train it with training.optimizer=adamw."
+            )
+        first, second = (state[key].to(parameter.device).flatten() for key in ("exp_avg", "exp_avg_sq"))
+        parts.append(torch.stack([first, second, torch.full_like(first, factor_of[parameter])]))
+        updates = int(state["step"])
+    first, second, factors = torch.cat(parts, 1)
+    return _ScaledDirection(first, second, updates, factors)
+
+
+def verify_rows(
+    replay: RowReplay, ranking: RowRanking, query: TokenDataset, count: int, seed: int = 0
+) -> RowVerification:
+    """Replay the run without the `count` top rows for a query, and without as many random rows, `CONTROLS` times.
+
+    The replays begin at the last state before the first use of the top rows; random rows are first used after it, too,
+    where there are enough such rows, and have about the same length. Equal texts of top rows are no controls.
+
+    Args:
+        query: the one text that `ranking` is of.
+
+    Cost: `CONTROLS` + 2 replays.
+
+    Raises:
+        ConfigurationError: there are not twice as many rows as `count`.
+        TrainingError: the run does not repeat, see `RowReplay.measure`.
+    """
+    if not 0 < 2 * count <= len(replay.rows):
+        raise ConfigurationError(
+            f"--verify {count}: the run has {len(replay.rows)} training rows. Give a number from 1 to half of them, so "
+            "that as many random rows can be left out."
+        )
+    rows = ranking.top_rows(count)
+    start = replay.find_start(rows)
+    generator = np.random.default_rng(seed)
+    controls = [draw_controls(replay, rows, start, generator) for _ in range(CONTROLS)]
+    replayed = replay.measure(query, [rows, *controls], start)
+    sets = tuple(tuple(int(row) for row in control) for control in controls)
+    return RowVerification(ranking.method, tuple(int(row) for row in rows), sets, replayed)
+
+
+def draw_controls(replay: RowReplay, rows: np.ndarray, start: int, generator: np.random.Generator) -> np.ndarray:
+    """As many random rows, each of about the length of one of `rows`, and of other texts."""
+    lengths, digests = replay.rows.lengths, replay.rows.digests
+    is_free = ~np.isin(digests, digests[rows])
+    is_later = is_free & (replay.first_uses() > start)
+    if is_later.sum() >= len(rows):
+        is_free = is_later
+    drawn: list[int] = []
+    for row in rows:
+        free = np.flatnonzero(is_free)
+        if not len(free):  # nearly all rows are copies of the top ones
+            break
+        nearest = free[np.argsort(np.abs(lengths[free] - lengths[row]), kind="stable")[:LIKE_LENGTH]]
+        drawn.append(int(generator.choice(nearest)))
+        is_free[drawn[-1]] = False
+    return np.array(drawn, dtype=np.int64)
+
+
+def measure_datamodeling(
+    replay: RowReplay, queries: TokenDataset, rankings: Sequence[RowRanking], subsets: int, seed: int = 0
+) -> DatamodelingScore:
+    """The linear datamodeling score of each ranking (arXiv 2303.14186): each subset is a random half of the rows.
+
+    Predicted is minus the sum of the scores of the rows that are left out, measured the change of the query's
+    log-probability after a replay of the whole run without them.
+
+    Cost: `subsets` + 1 replays from the start.
+
+    Raises:
+        ConfigurationError: fewer than 16 subsets.
+        TrainingError: the run does not repeat, see `RowReplay.measure`.
+    """
+    if subsets < LEAST_SUBSETS:
+        raise ConfigurationError(f"--lds {subsets}: give at least {LEAST_SUBSETS} random subsets; fewer say nothing.")
+    generator, count = np.random.default_rng(seed), len(replay.rows)
+    without = [generator.permutation(count)[: round(LEFT_OUT * count)] for _ in range(subsets)]
+    changes = replay.measure(queries, without).changes
+    correlations = {
+        ranking.method: tuple(
+            rank_correlation(predicted, measured)
+            for predicted, measured in zip(ranking.predict_changes(without).T, changes.T, strict=True)
+        )
+        for ranking in rankings
+    }
+    return DatamodelingScore(subsets, changes, correlations)
