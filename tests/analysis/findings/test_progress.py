@@ -121,6 +121,23 @@ def test_a_curve_under_a_falling_rate_is_not_extended(finding: Find, healthy: An
     assert "--test epoch" in found.decide and "would change" not in found.measured
 
 
+@pytest.mark.parametrize(
+    ("changed", "is_foretold"),
+    [({}, True), ({"total_steps": 300}, False), ({"status": "running"}, False), ({"status": "interrupted"}, False)],
+    ids=["whole", "stopped early", "running", "interrupted"],
+)
+def test_a_run_that_took_its_schedule_to_the_end_has_a_forecast_of_twice_the_steps(
+    finding: Find, healthy: Any, changed: dict[str, Any], is_foretold: bool
+) -> None:
+    held_out(healthy, 3.1 - 0.35 * np.log(STEPS))
+    healthy.tables["evaluation"][1]["base_loss"] = np.full(len(STEPS), 5.0)
+    found = finding("converged", healthy, **changed)
+    assert ("forecast" in found.evidence) is ("a run of twice the steps" in found.measured) is is_foretold
+    assert found.confidence == "inconclusive", "an interval that holds 0 decides nothing"
+    if is_foretold:
+        assert found.evidence["forecast"]["low"] < 0 < found.evidence["forecast"]["high"]
+
+
 def test_a_falling_loss_at_a_steady_rate_is_not_converged(finding: Find, healthy: Any) -> None:
     keep_rate(healthy)
     found = finding("converged", healthy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 
 from training_lens.analysis.findings.evidence import (
@@ -18,6 +20,7 @@ from training_lens.analyzers.convergence_analyzer import STEADY_RATE, measure_la
 from training_lens.core.recording import Recording
 from training_lens.display.html import Severity
 from training_lens.measures.curves import remaining_gain
+from training_lens.measures.loss_forecast import MEASURED_LAW, LossForecast, forecast_loss
 
 ERRORS = 2.0  # standard errors on each side of a gain: a 95 % interval
 NOISES = 4.0  # a gain that may be 0 and is surely below this many noises is not worth waiting for
@@ -74,11 +77,30 @@ def _check_curve(recording: Recording) -> Finding:
         return RULE.report_symptom(severity, title, measured, action=action, evidence=evidence)
     if rate >= STEADY_RATE and _is_flat(held_out, recording):
         return RULE.report_symptom(severity, "Converged", measured, evidence=evidence)
+    found = _forecast_twice(recording, held_out)
+    if found is not None:
+        measured, evidence = f"{measured}; {describe_forecast(found)}", {**evidence, "forecast": asdict(found)}
     return RULE.report_inconclusive(
         "The gain from more training is unknown",
         measured,
         "a new run of twice the steps, with a schedule over its own length",
         evidence,
+    )
+
+
+def _forecast_twice(recording: Recording, held_out: HeldOut) -> LossForecast | None:
+    """The forecast of a run that took its schedule to the end, as the pairs of the law did."""
+    is_whole = held_out.steps[-1] >= int(recording.settings.get("total_steps") or 0)
+    if recording.status != "finished" or not is_whole or np.isnan(held_out.start):
+        return None
+    return forecast_loss(MEASURED_LAW, held_out.steps, held_out.losses, held_out.start)
+
+
+def describe_forecast(found: LossForecast) -> str:
+    """The interval of a forecast, and what it stands on."""
+    return (
+        f"a run of twice the steps would change its best by {found.low:+.3g} to {found.high:+.3g} "
+        f"({found.confidence:.0%} interval, from {found.pairs} pairs of small runs that were trained at both lengths)"
     )
 
 
