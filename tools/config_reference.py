@@ -30,7 +30,7 @@ Quote for the shell as you would any file name:
 ```
 training-lens train 'data.train=rows (1).jsonl' data.val_ratio=0.1
 training-lens train 'data.train=[rows (1).jsonl, second file.jsonl]' data.val_ratio=0.1
-training-lens validate 'peft.target_modules=.*layers\\.[0-3]\\.(q|v)_proj'
+training-lens validate 'peft.target_modules=.*layers\\.[0-3]\\.self_attn\\.(q|v)_proj'
 ```
 
 All other keys are read by [Hydra's grammar](https://hydra.cc/docs/advanced/override_grammar/basic/): numbers, `true`,
