@@ -11,7 +11,7 @@ from training_lens.analysis.scale_sweep import Knob, KnobPoint
 from training_lens.display.colors import COLOURS
 from training_lens.display.html import BulletList, Part, SvgPicture, Table
 from training_lens.display.svg import Curve, render_chart
-from training_lens.evaluation.verdict import Interval
+from training_lens.utils.formatting import format_interval
 
 BLUE, RED, GREEN, PINK = COLOURS[:4]
 COLUMNS = ("adapter", "loss", "change", "interval", "gain kept", "KL to base", "interval", "general loss", "its change")
@@ -40,7 +40,7 @@ def describe_knob(knob: Knob) -> Iterator[str]:
     """What the numbers say, a sentence each."""
     yield f"{knob.reason[:1].upper()}{knob.reason[1:]}."
     if knob.optimum is not None:
-        between = _format_interval(knob.optimum_interval, "{:.2f}")
+        between = format_interval(knob.optimum_interval, "{:.2f}")
         yield f"The loss is lowest near scale {knob.optimum:.2f} ({knob.confidence:.0%}: {between})."
     else:
         yield "The loss is lowest at an end of the scales, so the best one is not between them."
@@ -62,19 +62,15 @@ def knob_table(knob: Knob) -> Table:
     for point in knob.points:
         name = f"{point.name} (offered)" if point.name == knob.offered else point.name
         kept = "-" if point.gain_kept is None else f"{point.gain_kept:.1%}"
-        row = [name, f"{point.loss:.4f}", f"{point.change:+.4f}", _format_interval(point.change_interval, "{:+.4f}")]
-        row += [kept, f"{point.kl:.4f}", _format_interval(point.kl_interval, "{:.4f}")]
+        row = [name, f"{point.loss:.4f}", f"{point.change:+.4f}", format_interval(point.change_interval, "{:+.4f}")]
+        row += [kept, f"{point.kl:.4f}", format_interval(point.kl_interval, "{:.4f}")]
         row += [f"{point.general_loss:.4f}", f"{point.general_change:+.4f}"]
-        row.append(_format_interval(point.general_change_interval, "{:+.4f}"))
+        row.append(format_interval(point.general_change_interval, "{:+.4f}"))
         if knob.metric:
             value = "-" if point.metric is None else f"{point.metric:.4g}"
-            row += [value, _format_interval(point.metric_interval, "{:.4g}")]
+            row += [value, format_interval(point.metric_interval, "{:.4g}")]
         rows.append(row)
     return Table(f"by scale of the update; intervals at {knob.confidence:.0%}", columns, rows)
-
-
-def _format_interval(interval: Interval | None, form: str) -> str:
-    return "-" if interval is None else " to ".join(form.format(end) for end in interval)
 
 
 def _draw_pictures(knob: Knob) -> Iterator[SvgPicture]:

@@ -171,11 +171,11 @@ def module_record(
         name: its path in the base model.
         a_shape, b_shape: (rank, in) and (out, rank).
     """
-    layer, last = LAYER.search(name), name.rsplit(".", 1)[-1]
+    layer, kind = layer_and_kind(name)
     return ModuleRecord(
         name=name,
-        layer=int(layer[1]) if layer else None,
-        kind=KINDS.get(last, last),
+        layer=layer,
+        kind=kind,
         rank=a_shape[0],
         in_features=a_shape[1],
         out_features=b_shape[0],
@@ -183,6 +183,17 @@ def module_record(
         variant=variant,
         adapter=adapter,
     )
+
+
+def layer_and_kind(name: str) -> tuple[int | None, str]:
+    """The number of the decoder layer that a module is in, None outside of them, and its type: `q`, `down`, `lm_head`.
+
+    Example:
+        >>> layer_and_kind("model.layers.3.self_attn.q_proj"), layer_and_kind("lm_head")
+        ((3, 'q'), (None, 'lm_head'))
+    """
+    layer, last = LAYER.search(name), name.rsplit(".", 1)[-1]
+    return int(layer[1]) if layer else None, KINDS.get(last, last)
 
 
 def strip_wrappers(name: str) -> str:

@@ -159,6 +159,15 @@ class Bootstrap:
         parts = [np.stack([model.compute_measures(block)[name] for model in models], 1) for block in blocks]
         return np.concatenate(parts) if parts else np.zeros((0, len(models)))
 
+    def draw_ratios(self, sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Sums over resampled rows per token of those rows, (draws, columns), of `sums` (rows, columns).
+
+        `tokens` is (rows,). Empty without resamples, and for a single row, which has no interval.
+        """
+        blocks = self._draw_weights(len(tokens)) if len(tokens) > 1 else ()
+        parts = [(block @ sums) / (block @ tokens)[:, None] for block in blocks]
+        return np.concatenate(parts) if parts else np.zeros((0, sums.shape[1]))
+
     def find_ends(self, draws: np.ndarray) -> Interval | None:
         """The percentile interval of (draws,) values; None if there are none, or some are not finite."""
         if not len(draws) or not np.isfinite(draws).all():

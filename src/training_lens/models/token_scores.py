@@ -1,8 +1,9 @@
-"""Scores of supervised tokens without gradients: only their logits are computed, in small chunks."""
+"""Scores of supervised tokens: only their logits are computed, in small chunks; with gradients where asked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,47 @@ def read_base_states(
     return states
 
 
+def backward_nll(
+    model: Any,
+    input_ids: Int[Tensor, "rows width"],
+    loss_mask: Bool[Tensor, "rows width"],
+    lengths: Sequence[int] | Tensor,
+    flattened: Callable[[Tensor], AbstractContextManager[None]],
+    weights: Float[Tensor, targets] | None = None,
+) -> Float[Tensor, targets]:
+    """Each supervised token's loss, after a backward pass of their sum to all leaves that ask for gradients.
+
+    Args:
+        flattened: a context in which logits of some states are computed; given the row of each.
+        weights: of each token in the sum; None: 1.
+
+    The logits' part goes backward chunk by chunk, so that memory holds one chunk of them with its gradient.
+    """
+    rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
+    decoded = _DecoderPass(model, input_ids, lengths)
+    states = decoded.states[rows, columns]
+    leaf = states.detach().requires_grad_()
+    losses, size = [torch.zeros(0, device=input_ids.device)], decoded.chunk_size(states)
+    shares = torch.ones(len(rows), device=input_ids.device) if weights is None else weights
+    for part, wanted, of_rows, share in zip(
+        leaf.split(size), input_ids[rows, columns + 1].split(size), rows.split(size), shares.split(size), strict=True
+    ):
+        with flattened(of_rows):
+            nll = cross_entropy(decoded.logits(part), wanted, reduction="none")
+        (nll * share).sum().backward()
+        losses.append(nll.detach())
+    if states.requires_grad and leaf.grad is not None:
+        states.backward(leaf.grad)
+    return torch.cat(losses)
+
+
+def last_logits(model: Any, input_ids: Int[Tensor, "1 length"]) -> Float[Tensor, vocabulary]:
+    """The logits of the token after a text. Cost: one forward pass."""
+    with torch.inference_mode():
+        decoded = _DecoderPass(model, input_ids, ())
+        return decoded.logits(decoded.states[0, -1:])[0]
+
+
 def forward_kl(
     base_logits: Float[Tensor, "*positions vocabulary"], adapter_logits: Float[Tensor, "*positions vocabulary"]
 ) -> Float[Tensor, "*positions"]:
@@ -105,7 +147,7 @@ def forward_kl(
     Formula: KL(p || q) = sum_v p(v) (log p(v) - log q(v)), the forward KL from the base p to the adapter q, as in
     arXiv 2509.04259; a token with logit -inf in the base adds nothing. Cost: five float32 copies of logits.
     """
-    log_p, log_q = base_logits.float().log_softmax(-1), adapter_logits.float().log_softmax(-1)
+    log_p, log_q = _widen(base_logits).log_softmax(-1), _widen(adapter_logits).log_softmax(-1)
     p = log_p.exp()
     return (p * (log_p - log_q)).masked_fill_(p == 0, 0).sum(-1)
 
@@ -132,9 +174,13 @@ class _DecoderPass:
 
     def split_chunks(self, states: Tensor, targets: Int[Tensor, targets]) -> Iterator[tuple[Tensor, Tensor]]:
         """States and targets in chunks whose logits fit into `LOGITS_AT_ONCE`."""
-        most = LOGITS_AT_ONCE * (1 if states.device.type == "cpu" else GPU_CHUNKS)
-        size = max(1, most // int(self._whole.config.get_text_config().vocab_size))
+        size = self.chunk_size(states)
         return zip(states.split(size), targets.split(size), strict=True)
+
+    def chunk_size(self, states: Tensor) -> int:
+        """The states whose logits are computed at once."""
+        most = LOGITS_AT_ONCE * (1 if states.device.type == "cpu" else GPU_CHUNKS)
+        return max(1, most // int(self._whole.config.get_text_config().vocab_size))
 
     def logits(self, states: Float[Tensor, "part hidden"]) -> Float[Tensor, "part vocabulary"]:
         """See `logits_from_states`."""
@@ -162,4 +208,9 @@ def logits_from_states(
     finally:
         del decoder.forward
     assert calls, f"{type(whole).__name__} computes its logits without calling {type(decoder).__name__}"
-    return logits[0].float()
+    return _widen(logits[0])
+
+
+def _widen(logits: Tensor) -> Tensor:
+    """At least float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -47,6 +47,11 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def format_interval(interval: tuple[float, float] | None, form: str = "{:+.4f}") -> str:
+    """Both ends of an interval: `-0.0210 to +0.0032`; a dash where there is none."""
+    return "-" if interval is None else " to ".join(form.format(end) for end in interval)
+
+
 def render_sparkline(values: Sequence[float], width: int = 60) -> str:
     """Values as one line of blocks, from ▁ (lowest) to █ (highest). Over `width` values are averaged in equal parts.
 
