@@ -12,12 +12,14 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from training_lens.display.colors import ALARM, COLOURS
 from training_lens.utils.files import redact_for_file, write_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 TEMPLATE = "page.html.jinja"
+STRONGEST = 0.55  # opacity of the most shaded token
 LONGEST_NUMBER = 24  # characters; a column with a longer cell is prose
 Severity = Literal["problem", "warning", "note", "fine"]
 
@@ -75,7 +77,41 @@ class PictureGrid:
     pictures: Sequence[Picture]
 
 
-Part: TypeAlias = "str | Table | BulletList | Callout | SvgPicture | Picture | PictureGrid | Figure"
+@dataclass(frozen=True)
+class ShadedToken:
+    """A token's text, its number, and what a mouse over it shows; `is_marked` draws a frame around it."""
+
+    text: str
+    value: float
+    title: str
+    is_marked: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The text with a sign for each line end, and one for a token without a text."""
+        return self.text.replace("\n", "\u23ce\n") or "\u00b7"
+
+
+@dataclass(frozen=True)
+class ShadedText:
+    """Tokens in a row, shaded by their numbers: blue above 0, orange below, the largest the strongest."""
+
+    caption: str
+    tokens: Sequence[ShadedToken]
+
+    def shades(self) -> list[tuple[ShadedToken, str]]:
+        """Each token with its colour in CSS."""
+        largest = max((abs(token.value) for token in self.tokens), default=0.0) or 1.0
+        return [(token, _shade(token.value / largest)) for token in self.tokens]
+
+
+def _shade(strength: float) -> str:
+    """A colour in CSS that text stays readable on, for a strength from -1 to 1."""
+    colour = COLOURS[0] if strength > 0 else ALARM
+    return f"color-mix(in srgb, {colour} {STRONGEST * abs(strength):.0%}, transparent)"
+
+
+Part: TypeAlias = "str | Table | ShadedText | BulletList | Callout | SvgPicture | Picture | PictureGrid | Figure"
 
 
 def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
@@ -86,7 +122,7 @@ def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
             (4.8 MB) is inlined once if there is a figure.
     """
     template, script = _load_template(), ""
-    if any(not isinstance(part, str | Table | BulletList | Callout | SvgPicture) for part in parts):
+    if any(not isinstance(part, str | Table | ShadedText | BulletList | Callout | SvgPicture) for part in parts):
         from plotly.offline import get_plotlyjs
 
         script = get_plotlyjs()

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.analysis.checkpoint_analyzer import Analysis
-from training_lens.display.html import BulletList, Callout, Part, Picture, PictureGrid, SvgPicture, Table, write_page
+from training_lens.display.html import (
+    BulletList,
+    Callout,
+    Part,
+    Picture,
+    PictureGrid,
+    ShadedText,
+    SvgPicture,
+    Table,
+    write_page,
+)
 from training_lens.display.markdown import escape_markdown, markdown_table
 from training_lens.errors import ConfigurationError
 from training_lens.utils.files import replace_non_finite, require_writable, write_json, write_text
@@ -92,6 +102,9 @@ def _render_parts(parts: Iterable[Part]) -> Iterable[str]:
         elif isinstance(part, Table):
             columns, *rows = ([escape_markdown(cell) for cell in row] for row in (part.columns, *part.rows))
             yield f"**{escape_markdown(part.caption)}**\n\n{markdown_table(columns, rows)}"
+        elif isinstance(part, ShadedText):
+            text = escape_markdown("".join(token.shown for token in part.tokens))
+            yield f"**{escape_markdown(part.caption)}**\n\n{text}"
         elif isinstance(part, Callout):
             facts = [f"> - {escape_markdown(name)}: {escape_markdown(value)}" for name, value in part.facts]
             yield "\n".join([f"> **{part.severity.capitalize()}: {escape_markdown(part.title)}**", ">", *facts])
