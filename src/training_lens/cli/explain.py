@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from training_lens.cli.options import build_command
 
-COMMANDS = ("rows", "memory")
+COMMANDS = ("modules", "rows", "memory")
 
 
 class ExplainGroup(TyperGroup):

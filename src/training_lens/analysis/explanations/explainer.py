@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from training_lens.analysis.run_rows import RowOptions
+from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from training_lens.analysis.explanations.memory_measurement import MemoryExplanation, MemoryOptions
+    from training_lens.analysis.explanations.module_gains import ModuleGains
     from training_lens.analysis.explanations.row_explanation import RowsExplanation, RowsOptions
+
+OWN_ROWS = RowOptions()
 
 
 class Explainer:
@@ -21,6 +26,23 @@ class Explainer:
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
+
+    def modules(self, rows: RowOptions = OWN_ROWS, settings: EvaluationSection | None = None) -> ModuleGains:
+        """Where the gain lives, by module, layer, type, domain and length, see `measure_modules`.
+
+        Args:
+            rows: on which the loss is measured; the run's validation rows without it.
+            settings: of intervals and buckets, as in the config's `evaluation`.
+
+        Raises:
+            CheckpointError, AdapterError: the run has no finished adapter, or it cannot be loaded or multiplied.
+            ConfigurationError, DatasetError: there are no rows to measure on.
+        """
+        from training_lens.analysis.explanations.explained_adapter import ExplainedAdapter
+        from training_lens.analysis.explanations.module_measurement import measure_modules
+
+        session, found = ExplainedAdapter.from_run(self.run, rows).open_rows()
+        return measure_modules(session, found, settings or EvaluationSection())
 
     def rows(self, options: RowsOptions | None = None) -> RowsExplanation:
         """The life of each training row, from the losses that the run recorded, see `explain_rows`.

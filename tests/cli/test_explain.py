@@ -1,0 +1,63 @@
+"""The commands of explain: what they write, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+Call = Callable[..., Result]
+FEW = ("evaluation.max_examples=4", "evaluation.resamples=50")
+
+
+@pytest.fixture
+def run(finished_run: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run.root, tmp_path / "runs" / finished_run.run_id))
+
+
+def test_modules_writes_its_reports_and_the_adapter_without_some(call: Call, run: Path) -> None:
+    result = call("explain", "modules", str(run), *FEW, "--drop", "9", "--write", "small", "--json")
+    found = json.loads(result.stdout)
+    assert found["residual"] <= 0.01 and "forward and backward passes" in result.stderr
+    assert len(found["written"]["dropped"]) == 9
+    assert all((run / "reports" / f"explain-modules.{ending}").is_file() for ending in ("json", "md", "csv", "html"))
+    assert call("infer", "Where?", "--run", "small").exit_code == 0
+    named = call("explain", "modules", str(run), *FEW, "--drop", "q_proj,model.layers.0", "--write", "named", "--json")
+    assert {name.rsplit(".", 1)[-1] for name in json.loads(named.stdout)["written"]["dropped"]} > {"q_proj"}
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--drop", "q_proj"], "--drop and --write go together"),
+        (["--drop", "q_prj", "--write", "x"], "--drop q_prj: no adapted module is called so. Did you mean 'q_proj'"),
+        (["--drop", "3", "--write", "x"], "--drop 3: was not measured; give one of"),
+        (["training.lr=1"], "explain measures with the run's own config"),
+    ],
+)
+def test_what_modules_cannot_use_is_refused(call: Call, run: Path, words: list[str], problem: str) -> None:
+    result = call("explain", "modules", str(run), *FEW, *words)
+    assert result.exit_code == 2 and problem in result.stderr.replace("\n", " ")
+    assert not Path("x").exists()
+
+
+def test_the_group_lists_its_commands_and_knows_no_other(call: Call) -> None:
+    assert "modules" in call("explain", "--help").stdout
+    assert call("explain", "nothing").exit_code == 2
+
+
+def test_modules_of_an_adapter_without_a_run(call: Call, run: Path, few_rows: dict[str, list[str]]) -> None:
+    """Any PEFT folder, where base and rows are given; without rows it says what is missing."""
+    shutil.copytree(run / "artifacts/adapter", "foreign")
+    words = ["explain", "modules", "foreign", *FEW]
+    result = call(*words, f"data.validation={few_rows['validation'][0]}", "--json")
+    found = json.loads(result.stdout)
+    assert found["run"] == "foreign" and found["residual"] <= 0.01
+    assert list(Path("outputs/experiments/default/explanations").rglob("explain-modules.html"))
+    refused = call(*words, "data.train=nowhere.jsonl")
+    assert refused.exit_code == 1 and "nowhere.jsonl" in refused.stderr
