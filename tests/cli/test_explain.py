@@ -51,6 +51,29 @@ def test_the_group_lists_its_commands_and_knows_no_other(call: Call) -> None:
     assert call("explain", "nothing").exit_code == 2
 
 
+def test_answer_writes_its_reports(call: Call, run: Path) -> None:
+    words = ["explain", "answer", str(run), "Where = here?", "--token", "1", "inference.max_new_tokens=4", "--json"]
+    result = call(*words)
+    found = json.loads(result.stdout)
+    assert found["prompt"] == "Where = here?" and found["token"] == 0 and "6 forward passes" in result.stderr
+    assert all((run / "reports" / f"explain-answer.{ending}").is_file() for ending in ("json", "md", "csv", "html"))
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ([], "give a prompt after the run, or --row ID"),
+        (["A prompt", "--row", "x:1"], "the prompt 'A prompt' and --row given"),
+        (["--row", "x:1"], "no row of the run is called so"),
+        (["A prompt", "--token", "0"], "count from 1"),
+        (["A prompt", "training.lr=1"], "explain answers with the run's own config"),
+    ],
+)
+def test_what_answer_cannot_use_is_refused(call: Call, run: Path, words: list[str], problem: str) -> None:
+    result = call("explain", "answer", str(run), *words)
+    assert result.exit_code == 2 and problem in result.stderr.replace("\n", " ")
+
+
 def test_modules_of_an_adapter_without_a_run(call: Call, run: Path, few_rows: dict[str, list[str]]) -> None:
     """Any PEFT folder, where base and rows are given; without rows it says what is missing."""
     shutil.copytree(run / "artifacts/adapter", "foreign")

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from training_lens.cli.options import build_command
 
-COMMANDS = ("modules", "rows", "memory")
+COMMANDS = ("modules", "rows", "answer", "memory")
 
 
 class ExplainGroup(TyperGroup):

@@ -67,7 +67,7 @@ def infer(prompt: Prompt = None, *, asked: InferOptions, run: AdapterRun = None,
 
 def _split_prompt(words: list[str], asked: InferOptions, as_json: bool) -> tuple[str | None, list[str]]:
     """The prompt, if there is one, and the settings after it; prompts must come from exactly one place."""
-    prompt = words[0] if words and not _is_setting(words[0]) else None
+    prompt = words[0] if words and not is_setting(words[0]) else None
     ways = {f"the prompt '{prompt}'": prompt is not None, "--input": asked.source, "--interactive": asked.interactive}
     chosen = [name for name, yes in ways.items() if yes]
     if len(chosen) != 1:
@@ -82,7 +82,7 @@ def _split_prompt(words: list[str], asked: InferOptions, as_json: bool) -> tuple
     return prompt, words if prompt is None else words[1:]
 
 
-def _is_setting(text: str) -> bool:
+def is_setting(text: str) -> bool:
     """Whether a first word is no prompt but a setting: 'inference=base', 'model.id=x', '+experiment=dora'."""
     from training_lens.config.schema import TrainingConfig
 

@@ -95,7 +95,7 @@ def _read_validation_rows(run: RunFolder, session: Session, others: Sequence[obj
     if data.val_ratio:
         return _read_held_out(run, session)
     if sources := data.validation_sources:
-        for name in _find_changed_sources(run, sources, "validation"):
+        for name in find_changed_sources(run, sources, "validation"):
             logger.warning("%s: has changed since the run validated on it; these are its rows now", name)
         return read_examples(sources, "data.validation", data)
     raise ConfigurationError(
@@ -108,7 +108,7 @@ def _read_held_out(run: RunFolder, session: Session) -> Iterator[Example]:
     """The rows that the run held out, identified by file and row; so the files must be unchanged."""
     data = session.config.data
     held_out = set(run.read_metadata("held_out.json"))
-    if changed := _find_changed_sources(run, data.train, "train"):
+    if changed := find_changed_sources(run, data.train, "train"):
         raise DatasetError(
             f"{', '.join(changed)}: has changed since the run {run.run_id} held rows of it out, so they can no longer "
             "be distinguished from those that it trained on. Restore the old file, or evaluate on other rows with "
@@ -117,7 +117,7 @@ def _read_held_out(run: RunFolder, session: Session) -> Iterator[Example]:
     return (e for e in read_examples(data.train, "data.train", data) if e.id in held_out)
 
 
-def _find_changed_sources(run: RunFolder, specs: Sequence[object], split: str) -> list[str]:
+def find_changed_sources(run: RunFolder, specs: Sequence[object], split: str) -> list[str]:
     """Sources that differ from what the run read."""
     recorded = run.read_metadata("data.json")[split]["files"]
     return [s.name for s in expand_sources(specs, f"data.{split}") if recorded.get(s.name) != s.sha256]

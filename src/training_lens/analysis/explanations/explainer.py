@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training_lens.analysis.run_rows import RowOptions
-from training_lens.config.evaluation_sections import EvaluationSection
+from training_lens.config.evaluation_sections import EvaluationSection, InferenceSection
 from training_lens.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from training_lens.analysis.explanations.answer_changes import AnswerChange
+    from training_lens.analysis.explanations.answer_question import AnswerQuestion
     from training_lens.analysis.explanations.memory_measurement import MemoryExplanation, MemoryOptions
     from training_lens.analysis.explanations.module_gains import ModuleGains
     from training_lens.analysis.explanations.row_explanation import RowsExplanation, RowsOptions
@@ -65,3 +67,25 @@ class Explainer:
 
         self.run.require_adapter()
         return explain_memory(self.run, options)
+
+    def answer(self, question: AnswerQuestion | str, *, token: int | None = None, **settings: Any) -> AnswerChange:
+        """Why an answer changed, by token, layer and module, see `explain_answer`.
+
+        Args:
+            question: a prompt, or an `AnswerQuestion` with a given answer, a domain, or a row of the run's data.
+            token: which of the answer's tokens is looked at, from 0; None: the one with the largest change.
+            settings: keys of `inference.`, such as `max_new_tokens=64`.
+
+        Raises:
+            CheckpointError, AdapterError: the run has no finished adapter, or it cannot be loaded or multiplied.
+            ConfigurationError: there is no such row, token or domain, or the prompt leaves no room to answer.
+        """
+        from training_lens.analysis.explanations.answer_measurement import explain_answer
+        from training_lens.analysis.explanations.answer_question import AnswerQuestion
+        from training_lens.inference.session import open_run
+
+        self.run.require_adapter()
+        asked = AnswerQuestion(question) if isinstance(question, str) else question
+        asked.check()
+        session = open_run(self.run)
+        return explain_answer(self.run, session, asked, InferenceSection(**settings), token)

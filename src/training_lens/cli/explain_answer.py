@@ -1,0 +1,120 @@
+"""`training-lens explain answer`: why one answer changed, by token, layer and module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from training_lens.cli.common import OF_ANY_RUN, Screen, command, load_config, refuse_unused, show_table
+from training_lens.cli.find_runs import locate_run
+from training_lens.cli.options import CommandOptions
+from training_lens.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from training_lens.analysis.explanations.answer_changes import AnswerChange
+
+Words = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", help="A run's id or folder, an experiment (its last run), or 'latest'."),
+]
+Prompt = Annotated[str | None, typer.Argument(help="What to ask; not with --row.", show_default=False)]
+Row = Annotated[
+    str | None, typer.Option(metavar="ID", help="A row of the run's data instead of a prompt: its file and number.")
+]
+Answer = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="The answer to explain; else the adapter's own, greedy.")
+]
+OwnAnswer = Annotated[bool, typer.Option("--own-answer", help="With --row: the row's own answer.")]
+Token = Annotated[
+    int | None, typer.Option(metavar="N", help="The token to look at, from 1; else the one with the largest change.")
+]
+Domain = Annotated[str | None, typer.Option(metavar="NAME", help="One of the domains that the run was trained on.")]
+USED = ("data.validation", "inference.max_new_tokens", "output.", *OF_ANY_RUN)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Which answer is explained, and which of its tokens."""
+
+    row: Row = None
+    answer: Answer = None
+    own_answer: OwnAnswer = False
+    token: Token = None
+    domain: Domain = None
+
+
+def explain_answer(run: Words = None, prompt: Prompt = None, *, asked: AnswerOptions, options: CommandOptions) -> None:
+    """Explain what a finished adapter changed about one answer, beside its base.
+
+    The change of each token's log-probability, the layers where base and adapter part by the logit lens, and the
+    modules that made the change at one token.
+
+    Examples: training-lens explain answer RUN "A prompt"; training-lens explain answer latest "A prompt" --answer No;
+    training-lens explain answer RUN --row data/train.jsonl:17 --own-answer --token 3
+    """
+    with command(options) as screen:
+        reference, text, words = _split_words(run, prompt, options.words, asked.row is not None)
+        settings = load_config(options.with_words(words))
+        refuse_unused(words, USED, "explain answers with the run's own config.")
+        from training_lens.analysis.explanations.answer_question import AnswerQuestion
+
+        question = AnswerQuestion(text, asked.row, asked.answer, asked.own_answer, asked.domain)
+        question.check()
+        found = locate_run(reference, settings.output, finished=True)
+        found.require_adapter()
+        from training_lens.analysis.explanations.answer_measurement import explain_answer as measure
+        from training_lens.display.progress import Progress
+        from training_lens.inference.session import open_run
+
+        device = None if settings.model.device == "auto" else settings.model.device
+        session = open_run(found, device, given=settings.explicit_values())
+        others = [str(source) for source in settings.data.validation or ()]
+        place = None if asked.token is None else asked.token - 1
+        progress = Progress(screen.console)
+        change = measure(
+            found, session, question, settings.inference, place, others=others, progress=progress,
+            announce=screen.print_line,
+        )  # fmt: skip
+        _show(screen, change, found.reports)
+        screen.print_result(change.as_json())
+
+
+def _split_words(
+    run: str | None, prompt: str | None, words: list[str], has_row: bool
+) -> tuple[str, str | None, list[str]]:
+    """The run, the prompt and the settings. One word alone is a prompt to the latest run, or with --row the run."""
+    from training_lens.cli.infer import is_setting
+    from training_lens.runs.run_folder import parse_start_time
+
+    given = [word for word in (run, prompt) if word is not None]
+    if has_row:
+        names = [word for word in given if not is_setting(word)]
+        if len(names) > 1:
+            raise ConfigurationError(f"the prompt '{names[1]}' and --row given: give one of them.")
+        return (names or ["latest"])[0], None, [*(word for word in given if is_setting(word)), *words]
+    if len(given) == 2 and is_setting(given[1]):
+        words, given = [given[1], *words], given[:1]
+    if len(given) == 1:
+        if given[0] == "latest" or Path(given[0]).is_dir() or parse_start_time(given[0]):
+            raise ConfigurationError(f"explain answer {given[0]}: give a prompt after the run, or --row ID.")
+        return "latest", given[0], words
+    return (given[0], given[1], words) if given else ("latest", None, words)
+
+
+def _show(screen: Screen, change: AnswerChange, reports: Path) -> None:
+    from training_lens.analysis.explanations import answer_report as report
+
+    answers, tokens = report.answers_table(change), report.token_table(change)
+    show_table(screen.console, answers.caption, answers.columns, answers.rows)
+    show_table(screen.console, tokens.caption, tokens.columns, tokens.rows, right=set(tokens.columns[2:6]))
+    by_layer = report.group_table(change, "layer")
+    show_table(screen.console, by_layer.caption, by_layer.columns, by_layer.rows, right=set(by_layer.columns[1:]))
+    for line in report.describe_answer(change):
+        screen.print_line(line)
+    for part in (change.at_token, change.whole):
+        screen.print_line(report.describe_check(part))
+    report.build_answer_report(change).write_all(reports, "explain-answer", tokens)
+    screen.print_line(f"saved as {reports / 'explain-answer'}.{{json,md,csv,html}}")
