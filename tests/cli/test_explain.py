@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from tiny_models import save_tiny_model
+
+from training_lens import TrainingWrapper
 
 Call = Callable[..., Result]
 FEW = ("evaluation.max_examples=4", "evaluation.resamples=50")
@@ -72,6 +75,21 @@ def test_answer_writes_its_reports(call: Call, run: Path) -> None:
 def test_what_answer_cannot_use_is_refused(call: Call, run: Path, words: list[str], problem: str) -> None:
     result = call("explain", "answer", str(run), *words)
     assert result.exit_code == 2 and problem in result.stderr.replace("\n", " ")
+
+
+def test_the_rows_of_an_answer_join_its_report(call: Call, small_config: Callable[..., Any], tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", vocab_size=1024)
+    config = small_config(model={"id": str(model)}, data={"max_examples": 24}, lens={"keep_states": 2})
+    run = Path(TrainingWrapper(config).train().run_dir)
+    result = call("explain", "answer", str(run), "Where is the key?", "--rows", "inference.max_new_tokens=4", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["rows"]
+    assert len(found["rankings"]["gradients"]) == len(found["rankings"]["representations"]) == 10
+    assert found["verification"] is None and "forward and backward passes of single rows at" in result.stderr
+    page = (run / "reports/explain-answer.html").read_text()
+    assert "Which training rows made it" in page and "Not measured: these are rankings" in page
+    refused = call("explain", "answer", str(run), "Where is the key?", "--lds", "3")
+    assert refused.exit_code == 2 and "at least 16 random subsets" in refused.stderr.replace("\n", " ")
 
 
 def test_modules_of_an_adapter_without_a_run(call: Call, run: Path, few_rows: dict[str, list[str]]) -> None:

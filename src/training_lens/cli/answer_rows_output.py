@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
     from training_lens.data.examples import TokenizedExample
     from training_lens.runs.run_folder import RunFolder
-    from training_lens.training.answer_rows import RowQuestions
 
 Rows = Annotated[
     bool,
@@ -45,20 +44,23 @@ Subsets = Annotated[
 
 
 def explain_rows(
-    screen: Screen, run: RunFolder, answer: TokenizedExample, questions: RowQuestions, settings: TrainingConfig
+    screen: Screen, run: RunFolder, answer: TokenizedExample, verify: int, subsets: int, settings: TrainingConfig
 ) -> AnswerRows:
     """Measure and print which training rows made an answer.
 
     Args:
         answer: prompt and answer; its supervised tokens are what is explained.
+        verify, subsets: see `RowQuestions`.
         settings: what the user gave, with the consent to code of the run's model.
     """
     from training_lens.analysis.explanations import row_evidence_report as report
     from training_lens.display.progress import Progress
-    from training_lens.training.answer_rows import explain_answer_rows
+    from training_lens.training.answer_rows import RowQuestions, explain_answer_rows
     from training_lens.training.row_replay import RowReplay
 
-    progress = Progress(screen.console)
+    if run.adapter_scale != 1:
+        screen.print_line("rows: of the adapter as it was trained, at scale 1")
+    progress, questions = Progress(screen.console), RowQuestions(verify=verify, subsets=subsets)
     replay = RowReplay(run, progress, settings.explicit_values())
     found = explain_answer_rows(replay, answer, questions, progress, screen.print_line)
     for table in report.ranking_tables(found):

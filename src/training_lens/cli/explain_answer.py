@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from training_lens.cli.answer_rows_output import Rows, Subsets, Verify, explain_rows
 from training_lens.cli.common import OF_ANY_RUN, Screen, command, load_config, refuse_unused, show_table
 from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
@@ -15,6 +16,7 @@ from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from training_lens.analysis.explanations.answer_changes import AnswerChange
+    from training_lens.analysis.explanations.row_evidence import AnswerRows
 
 Words = Annotated[
     str | None,
@@ -44,16 +46,26 @@ class AnswerOptions:
     own_answer: OwnAnswer = False
     token: Token = None
     domain: Domain = None
+    rows: Rows = False
+    verify: Verify = 0
+    lds: Subsets = 0
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether training rows are asked for."""
+        return self.rows or bool(self.verify or self.lds)
 
 
 def explain_answer(run: Words = None, prompt: Prompt = None, *, asked: AnswerOptions, options: CommandOptions) -> None:
     """Explain what a finished adapter changed about one answer, beside its base.
 
     The change of each token's log-probability, the layers where base and adapter part by the logit lens, and the
-    modules that made the change at one token.
+    modules that made the change at one token; with --rows also the training rows that made the answer, and with
+    --verify what it loses without them.
 
     Examples: training-lens explain answer RUN "A prompt"; training-lens explain answer latest "A prompt" --answer No;
-    training-lens explain answer RUN --row data/train.jsonl:17 --own-answer --token 3
+    training-lens explain answer RUN --row data/train.jsonl:17 --own-answer --token 3;
+    training-lens explain answer RUN "A prompt" --verify 10
     """
     with command(options) as screen:
         reference, text, words = _split_words(run, prompt, options.words, asked.row is not None)
@@ -78,7 +90,10 @@ def explain_answer(run: Words = None, prompt: Prompt = None, *, asked: AnswerOpt
             found, session, question, settings.inference, place, others=others, progress=progress,
             announce=screen.print_line,
         )  # fmt: skip
-        _show(screen, change, found.reports)
+        _show(screen, change)
+        rows = explain_rows(screen, found, change.text, asked.verify, asked.lds, settings) if asked.has_rows else None
+        change = replace(change, rows=rows.as_json()) if rows else change
+        _save(screen, change, found.reports, rows)
         screen.print_result(change.as_json())
 
 
@@ -104,7 +119,7 @@ def _split_words(
     return (given[0], given[1], words) if given else ("latest", None, words)
 
 
-def _show(screen: Screen, change: AnswerChange, reports: Path) -> None:
+def _show(screen: Screen, change: AnswerChange) -> None:
     from training_lens.analysis.explanations import answer_report as report
 
     answers, tokens = report.answers_table(change), report.token_table(change)
@@ -116,5 +131,12 @@ def _show(screen: Screen, change: AnswerChange, reports: Path) -> None:
         screen.print_line(line)
     for part in (change.at_token, change.whole):
         screen.print_line(report.describe_check(part))
-    report.build_answer_report(change).write_all(reports, "explain-answer", tokens)
+
+
+def _save(screen: Screen, change: AnswerChange, reports: Path, rows: AnswerRows | None) -> None:
+    from training_lens.analysis.explanations.answer_report import build_answer_report, token_table
+    from training_lens.analysis.explanations.row_evidence_report import build_row_parts
+
+    parts = build_row_parts(rows) if rows else ()
+    build_answer_report(change, parts).write_all(reports, "explain-answer", token_table(change))
     screen.print_line(f"saved as {reports / 'explain-answer'}.{{json,md,csv,html}}")

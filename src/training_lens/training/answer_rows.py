@@ -17,6 +17,8 @@ from training_lens.training.row_ranking import (
     find_moments,
     measure_datamodeling,
     rank_rows,
+    require_enough_rows,
+    require_enough_subsets,
     verify_rows,
 )
 from training_lens.training.row_replay import RowReplay
@@ -55,6 +57,10 @@ def explain_answer_rows(
         CheckpointError, ConfigurationError: see `rank_rows`, `verify_rows`, `measure_datamodeling`.
         TrainingError: the run does not repeat, see `RowReplay.measure`.
     """
+    if questions.verify:
+        require_enough_rows(replay, questions.verify)
+    if questions.subsets:
+        require_enough_subsets(questions.subsets)
     query = TokenDataset.from_examples([answer])
     if questions.verify or questions.subsets:
         replays = (CONTROLS + 2 if questions.verify else 0) + (questions.subsets + 1 if questions.subsets else 0)

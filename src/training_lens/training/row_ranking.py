@@ -153,11 +153,7 @@ def verify_rows(
         ConfigurationError: there are not twice as many rows as `count`.
         TrainingError: the run does not repeat, see `RowReplay.measure`.
     """
-    if not 0 < 2 * count <= len(replay.rows):
-        raise ConfigurationError(
-            f"--verify {count}: the run has {len(replay.rows)} training rows. Give a number from 1 to half of them, so "
-            "that as many random rows can be left out."
-        )
+    require_enough_rows(replay, count)
     rows = ranking.top_rows(count)
     start = replay.find_start(rows)
     generator = np.random.default_rng(seed)
@@ -165,6 +161,19 @@ def verify_rows(
     replayed = replay.measure(query, [rows, *controls], start)
     sets = tuple(tuple(int(row) for row in control) for control in controls)
     return RowVerification(ranking.method, tuple(int(row) for row in rows), sets, replayed)
+
+
+def require_enough_rows(replay: RowReplay, count: int) -> None:
+    """Require twice as many rows as are left out.
+
+    Raises:
+        ConfigurationError: there are not.
+    """
+    if not 0 < 2 * count <= len(replay.rows):
+        raise ConfigurationError(
+            f"--verify {count}: the run has {len(replay.rows)} training rows. Give a number from 1 to half of them, so "
+            "that as many random rows can be left out."
+        )
 
 
 def draw_controls(replay: RowReplay, rows: np.ndarray, start: int, generator: np.random.Generator) -> np.ndarray:
@@ -185,6 +194,16 @@ def draw_controls(replay: RowReplay, rows: np.ndarray, start: int, generator: np
     return np.array(drawn, dtype=np.int64)
 
 
+def require_enough_subsets(subsets: int) -> None:
+    """Require as many random subsets as a rank correlation needs.
+
+    Raises:
+        ConfigurationError: fewer than 16.
+    """
+    if subsets < LEAST_SUBSETS:
+        raise ConfigurationError(f"--lds {subsets}: give at least {LEAST_SUBSETS} random subsets; fewer say nothing.")
+
+
 def measure_datamodeling(
     replay: RowReplay, queries: TokenDataset, rankings: Sequence[RowRanking], subsets: int, seed: int = 0
 ) -> DatamodelingScore:
@@ -199,8 +218,7 @@ def measure_datamodeling(
         ConfigurationError: fewer than 16 subsets.
         TrainingError: the run does not repeat, see `RowReplay.measure`.
     """
-    if subsets < LEAST_SUBSETS:
-        raise ConfigurationError(f"--lds {subsets}: give at least {LEAST_SUBSETS} random subsets; fewer say nothing.")
+    require_enough_subsets(subsets)
     generator, count = np.random.default_rng(seed), len(replay.rows)
     without = [generator.permutation(count)[: round(LEFT_OUT * count)] for _ in range(subsets)]
     changes = replay.measure(queries, without).changes

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+
+from training_lens.data.examples import TokenizedExample
+
 AnswerSource = Literal["greedy", "given", "row"]  # the adapter's own, `--answer`, or the row's
 
 
@@ -99,7 +103,16 @@ class AnswerChange:
     passes: int
     gradient_passes: int
     length: int  # tokens of prompt and answer, read in every pass
+    ids: tuple[int, ...]  # of prompt and answer
+    places: tuple[int, ...]  # of the answer's tokens in `ids`
     rows: Mapping[str, Any] | None = None
+
+    @property
+    def text(self) -> TokenizedExample:
+        """Prompt and answer as a text whose supervised tokens are the answer's."""
+        mask = np.zeros(len(self.ids), bool)
+        mask[list(self.places)] = True
+        return TokenizedExample("answer", 1, np.array(self.ids, np.int32), mask, self.domain)
 
     @property
     def change(self) -> float:

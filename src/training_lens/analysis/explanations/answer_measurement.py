@@ -94,6 +94,8 @@ def explain_answer(
         passes=6,
         gradient_passes=sum(count for part in (whole, at_token) for count in POINTS if count <= part.points),
         length=len(text.ids),
+        ids=tuple(text.ids.tolist()),
+        places=tuple(text.places.tolist()),
     )
 
 
