@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from training_lens.config.data_sections import DataSection
+from training_lens.data.row_list import read_excluded_rows
 from training_lens.data.sources import expand_sources
 from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError
@@ -90,3 +91,14 @@ def test_a_group_field_that_a_source_does_not_have_is_told_as_the_setting(write_
         DatasetError, match=r"prepare.group_field: .*rows.jsonl has no field 'usr'. Did you mean 'user'"
     ):
         build_catalogue(corpus, "usr")
+
+
+def test_listed_rows_are_left_out_of_what_is_prepared(write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    path, listed = write_rows(ROWS), tmp_path / "out.txt"
+    listed.write_text(f"{path}:2\n{path}:5\twrong\n")
+    sources, data = expand_sources([str(path)], "data.train"), DataSection(exclude=str(listed))
+    corpus = Corpus.from_sources(sources, data, Progress(), read_excluded_rows(sources, data))
+    assert [row.number for row, _ in corpus.read_rows("reading")] == [1, 3, 4, 6]
+    listed.write_text(f"{path}:7\n")
+    with pytest.raises(DatasetError, match=r"line 1: .*rows\.jsonl:7"):
+        read_excluded_rows(sources, data)
