@@ -77,16 +77,58 @@ def test_the_model_is_the_same_to_the_bit_after_it_answered(base: bool) -> None:
     assert modules == [(name, type(module), module.training) for name, module in session.model.named_modules()]
 
 
-def test_the_decoder_follows_the_adapter() -> None:
-    session = adapted()
+@pytest.mark.parametrize(
+    ("precision", "size", "is_trained"),
+    [("fp32", 0.1, False), ("fp32", 0.1, True), ("bf16", 0.5, False), ("bf16", 1e-4, True)],
+    ids=["merged", "merged, in training", "merged in bfloat16", "unmerged, in training"],
+)
+def test_the_decoder_follows_the_adapter(precision: str, size: float, is_trained: bool) -> None:
+    """The same decoder takes the adapter's new values, and then answers as one that is built anew, bit for bit."""
+    session = adapted(precision, size)
+    if is_trained:
+        Engine(session.model, precision)  # its kernels move weights together
     ids = prompt(session)
     first = answer_ids(session, [ids], SETTINGS)
     made = session.decoders.get_decoder(session.model, False, ids)
     assert made is session.decoders.get_decoder(session.model, False, ids)
-    for name, parameter in trainable_parameters(session.model):
-        if "lora_B" in name:
-            parameter.data *= -3
-    assert answer_ids(session, [ids], SETTINGS) == [generated(session, ids)] != first
+    weights = [p.clone() for name, p in session.model.named_parameters() if "lora_" not in name]
+    for _ in range(2):
+        for name, parameter in trainable_parameters(session.model):
+            if "lora_B" in name:
+                parameter.data *= -3 if size > 1e-3 else -1
+        answered = answer_ids(session, [ids], SETTINGS)
+        assert made is not None and session.decoders.get_decoder(session.model, False, ids) is made
+        fresh = subject.build_decoder(session.model, False, torch.tensor([ids]))
+        assert torch.equal(logits(made, ids), logits(fresh, ids))
+        if precision == "fp32":  # in bfloat16, merging may change an answer
+            assert answered == [generated(session, ids)] != first
+    after = [p for name, p in session.model.named_parameters() if "lora_" not in name]
+    assert all(map(torch.equal, weights, after))
+
+
+def logits(decoder: Any, ids: list[int]) -> torch.Tensor:
+    return subject._decode_probe(decoder, ids)
+
+
+def test_a_decoder_is_built_anew_where_more_than_the_adapter_changed() -> None:
+    session = adapted()
+    ids = prompt(session)
+    made = session.decoders.get_decoder(session.model, False, ids)
+    with torch.no_grad():
+        session.model.get_base_model().model.norm.weight *= 1.5
+    assert answer_ids(session, [ids], SETTINGS) == [generated(session, ids)]
+    assert session.decoders.get_decoder(session.model, False, ids) is not made
+
+
+def test_copies_of_weights_that_take_much_memory_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = adapted()
+    ids = prompt(session)
+    made = session.decoders.get_decoder(session.model, False, ids)
+    session.decoders.clear_if_large(session.model)
+    assert session.decoders.get_decoder(session.model, False, ids) is made
+    size = sum(p.numel() * p.element_size() for p in session.model.parameters())
+    monkeypatch.setattr(subject, "available_bytes", lambda _device: 20 * size)
+    session.decoders.clear_if_large(session.model)
     assert session.decoders.get_decoder(session.model, False, ids) is not made
 
 

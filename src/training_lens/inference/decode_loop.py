@@ -7,8 +7,8 @@ the KV cache (`SlotCache`), and the next prompt takes a slot that has become fre
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
 
 MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a forward pass of its own
 MAX_LENGTH_RATIO = 2  # a prompt that is shorter than the longest by this factor waits for rows of its own size
+FEW_ROWS = 8  # that all fit go together: a decoding step of them takes hardly more time than one of a single row
 CPU_PREFILL_TOKENS = 512  # prefilled at a time: more would only make tensors that no CPU cache holds
 COLUMN_SLACK = 4  # a quarter more cache columns than one row takes, so that they are seldom compacted
 
@@ -35,6 +36,8 @@ class Decoder:
     dtype: torch.dtype
     device: torch.device
     stack: DecoderStack | None = None  # the forward pass through our own layers, where it gives the same logits
+    is_merged: bool = False  # an adapter is merged into its weights
+    paths: Mapping[int, str] = field(default_factory=dict)  # of the layers that its fused ones were built of, by id
 
     def compute_logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """Logits after the last token of each row, (rows, vocabulary); the tokens are added to the KV cache.
@@ -130,7 +133,8 @@ class DecodeLoop:
     ) -> None:
         self._decoder, self._sampler, self._stops, self._on_token = decoder, sampler, stops, on_token
         longest = waiting[0].max_length
-        self._waiting = deque(c for c in waiting if MAX_LENGTH_RATIO * c.max_length > longest)
+        all_fit = len(waiting) <= min(rows, FEW_ROWS)
+        self._waiting = deque(c for c in waiting if all_fit or MAX_LENGTH_RATIO * c.max_length > longest)
         self._prefix = prefill_shared_prefix(decoder, [list(c.prompt) for c in self._waiting])
         self._budget = min(rows * longest, CPU_PREFILL_TOKENS) if decoder.device.type == "cpu" else rows * longest
         self._rows: list[Completion | None] = [None] * rows

@@ -19,6 +19,7 @@ from training_lens.inference.decode_loop import Decoder, SharedPrefix, prefill
 from training_lens.models.adapters import base_only
 from training_lens.models.copies import copy_base, copy_merged, copy_sharing_weights
 from training_lens.models.fast.decoder_stack import build_stack
+from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
 from training_lens.models.fast.layer_replacement import replace_layers
 from training_lens.models.fast.layer_spec import UnknownLayerError
@@ -37,6 +38,7 @@ STACK_ROUNDINGS = 0.01  # how far the same layers may differ when they are calle
 MAX_MERGING_LOSS = 0.01  # share of the adapter's effect on the logits that merging may change
 CPU_MEMORY_FACTOR = 2.5  # times the weights' bytes must be free on a CPU for merged and reordered copies of them
 GPU_MEMORY_FACTOR = 1.2  # on a GPU for merged ones; all else shares their memory
+KEPT_SHARE = 0.05  # of the free memory: what copies may take while a run trains on
 
 
 class UnsupportedModelError(Exception):
@@ -45,35 +47,86 @@ class UnsupportedModelError(Exception):
 
 @dataclass
 class DecoderCache:
-    """The decoder of a session, built on first use, and again when the model's weights have changed.
+    """The decoder of a session, built on first use, and brought up to date when the model's weights have changed.
 
-    Only one is kept: the base's replaces the adapter's. So the memory holds at most two copies of the decoder's weights
-    besides the model's: merged and fused for many rows, and as they are for few.
+    Where the adapter alone has, its values are copied into the decoder, which is compared with the model again; else it
+    is built anew. Only one is kept: the base's replaces the adapter's. So the memory holds at most two copies of the
+    decoder's weights besides the model's: merged and fused for many rows, and as they are for few.
     """
 
     _decoder: Decoder | None = None
-    _state: tuple[Any, ...] = ()
+    _state: _ModelState | None = None
 
     def get_decoder(self, model: Any, base: bool, prompt: Sequence[int]) -> Decoder | None:
         """The decoder; None, with the reason logged once, where only the model's own `generate` can run it.
 
         With `base` it is that of the model without its adapter. Logits are compared on the tokens of `prompt`.
         """
-        state, before = (base, *_read_model_state(model)), self._state
-        if state[:-1] != before[:-1] or not all(map(torch.equal, state[-1], before[-1])):
-            self._decoder = None  # before the next one is built: both need not be in memory together
-            self._decoder = _try_to_build(model, base, prompt)
-            self._state = (base, *_read_model_state(model))  # building may have moved weights together
+        state = _read_model_state(model, base)
+        if self._state is None or not self._state.has_same_rest(state):
+            self._rebuild(model, base, prompt)
+        elif not self._state.has_same_adapter(state):
+            if self._decoder is None or _try_to_refresh(self._decoder, model, prompt):
+                self._state = state
+            else:
+                self._rebuild(model, base, prompt)
         return self._decoder
 
+    def _rebuild(self, model: Any, base: bool, prompt: Sequence[int]) -> None:
+        self.clear()  # before the next one is built: both need not be in memory together
+        self._decoder = _try_to_build(model, base, prompt)
+        self._state = _read_model_state(model, base)  # building may have moved weights together
 
-def _read_model_state(model: Any) -> tuple[Any, ...]:
-    """What shows that a model's weights have changed: their addresses and versions, and the adapter's values."""
-    tensors = [*model.parameters(), *model.buffers()]
-    versions = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
-    adapter = [p.detach().clone() for name, p in model.named_parameters() if "lora_" in name]
+    def clear(self) -> None:
+        """Free the decoder."""
+        self._decoder = self._state = None
+
+    def clear_if_large(self, model: Any) -> None:
+        """Free the decoder where its copies of the weights may take much of the free memory."""
+        free = available_bytes(model.device)
+        if free is not None and _count_copied_bytes(model, model.device) > KEPT_SHARE * free:
+            self.clear()
+
+
+@dataclass(frozen=True)
+class _ModelState:
+    """What shows that a model's weights have changed: `rest` without the adapter, by addresses and versions."""
+
+    rest: tuple[Any, ...]
+    adapter: Sequence[Tensor]
+
+    def has_same_rest(self, other: _ModelState) -> bool:
+        return self.rest == other.rest
+
+    def has_same_adapter(self, other: _ModelState) -> bool:
+        return all(map(torch.equal, self.adapter, other.adapter))
+
+
+def _read_model_state(model: Any, base: bool) -> _ModelState:
+    """The state of a model, whose adapter does not matter for a decoder of its `base`."""
+    adapter = [p for name, p in model.named_parameters() if "lora_" in name]
+    others = {id(p) for p in adapter}
+    versions = [
+        (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version)
+        for t in [*model.parameters(), *model.buffers()]
+        if id(t) not in others
+    ]
     scalings = [dict(m.scaling) for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
-    return id(model), versions, scalings, adapter
+    layout = [(p.data_ptr(), p.dtype, p.shape) for p in adapter]
+    copies = [] if base else [p.detach().clone() for p in adapter]
+    return _ModelState((base, id(model), versions, scalings, layout), copies)
+
+
+def _try_to_refresh(decoder: Decoder, model: Any, prompt: Sequence[int]) -> bool:
+    """Whether the decoder could take the adapter's present values."""
+    ids = torch.tensor([list(prompt[-PROBE_TOKENS:])], device=model.device)
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            return refresh_decoder(decoder, model, ids)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
 
 
 def _try_to_build(model: Any, base: bool, prompt: Sequence[int]) -> Decoder | None:
@@ -109,9 +162,11 @@ def build_decoder(model: Any, base: bool, ids: Tensor) -> Decoder:
     windows = _attention_windows(model)
     with base_only(model, base):
         wanted: Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    copied = _copy_for_decoding(model, base, ids, wanted)
+    copied, is_merged = _copy_for_decoding(model, base, ids, wanted)
     keeps_last = "logits_to_keep" in inspect.signature(type(copied).forward).parameters
-    decoder = Decoder(copied, windows, keeps_last, copied.dtype, ids.device)
+    layers = {module: path for path, module in copied.named_modules()}  # keeps them: no id of theirs is given again
+    paths = {id(module): path for module, path in layers.items()}
+    decoder = Decoder(copied, windows, keeps_last, copied.dtype, ids.device, is_merged=is_merged, paths=paths)
     refusals = ["there is no memory for copies of the weights"]
     if ids.device.type != "cpu" or _has_memory_for_copy(copied, ids.device):
         refusals = replace_layers(copied, ids)
@@ -121,6 +176,48 @@ def build_decoder(model: Any, base: bool, ids: Tensor) -> Decoder:
     except UnknownLayerError as reason:
         log_once(f"answers come layer by layer from {type(copied).__name__}: {'; '.join([*refusals, str(reason)])}")
         return decoder
+
+
+@torch.inference_mode()
+def refresh_decoder(decoder: Decoder, model: Any, ids: Tensor) -> bool:
+    """Copy the adapter's present values into a decoder of the adapted model, and compare its logits with the model's.
+
+    False where it must be built anew: parts of it cannot be changed, or its logits differ. Cost: merging, a few forward
+    passes over `ids`, (1, tokens) int64, and no recognition of layers.
+    """
+    wanted: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    fused = [module for module in decoder.model.modules() if isinstance(module, FusedLinear)]
+    if not decoder.is_merged:
+        is_complete = all(layer.refresh_adapters() for layer in fused)
+    else:
+        merged = copy_merged(model)
+        is_complete = _merging_loss(model, merged, ids, wanted) <= MAX_MERGING_LOSS
+        is_complete = is_complete and _copy_merged_weights(decoder, model, merged, fused)
+    if not is_complete:
+        return False
+    found = _decode_probe(decoder, ids[0].tolist())
+    return is_close(found, wanted[-len(found) :], WHOLE_MODEL)
+
+
+def _copy_merged_weights(decoder: Decoder, model: Any, merged: Any, fused: Sequence[FusedLinear]) -> bool:
+    """Copy the weights of a freshly merged model into the decoder; False where it has no place for one of them."""
+    copied = set()
+    for layer in fused:
+        paths = [decoder.paths[i] for i in layer.layer_ids]
+        layer.refresh_weights([merged.get_submodule(path) for path in paths])
+        copied.update(paths)
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    rest = {
+        name: parameter
+        for name, parameter in merged.named_parameters()
+        if parameter.data_ptr() not in shared and name.rpartition(".")[0] not in copied
+    }
+    own = dict(decoder.model.named_parameters())
+    if not rest.keys() <= own.keys():
+        return False
+    for name, parameter in rest.items():
+        own[name].copy_(parameter)
+    return True
 
 
 def _attention_windows(model: Any) -> tuple[int | None, ...]:
@@ -138,23 +235,23 @@ def _attention_windows(model: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
-def _copy_for_decoding(model: Any, base: bool, ids: Tensor, wanted: Tensor) -> Any:
-    """A copy of the model's modules: without adapter, with it merged, or with it beside the weights."""
+def _copy_for_decoding(model: Any, base: bool, ids: Tensor, wanted: Tensor) -> tuple[Any, bool]:
+    """A copy of the model's modules: without adapter, with it merged, or with it beside the weights; and if merged."""
     if not hasattr(model, "disable_adapter"):
-        return copy_sharing_weights(model)
+        return copy_sharing_weights(model), False
     if base:
-        return copy_base(model)
+        return copy_base(model), False
     if is_quantized(model) or not _has_memory_for_copy(model, ids.device):
-        return copy_sharing_weights(unwrap_adapter(model))
+        return copy_sharing_weights(unwrap_adapter(model)), False
     merged = copy_merged(model)
     loss = _merging_loss(model, merged, ids, wanted)
     if loss <= MAX_MERGING_LOSS:
-        return merged
+        return merged, True
     log_once(
         f"the adapter answers unmerged: in {str(merged.dtype).removeprefix('torch.')}, merging would change "
         f"{loss:.0%} of its effect on the scores"
     )
-    return copy_sharing_weights(unwrap_adapter(model))
+    return copy_sharing_weights(unwrap_adapter(model)), False
 
 
 def _merging_loss(model: Any, merged: Any, ids: Tensor, wanted: Tensor) -> float:
@@ -174,8 +271,13 @@ def _merging_loss(model: Any, merged: Any, ids: Tensor, wanted: Tensor) -> float
 def _has_memory_for_copy(model: Any, device: torch.device) -> bool:
     """Whether copies of the weights fit into memory; True where the free memory is unknown."""
     free = available_bytes(device)
+    return free is None or free > _count_copied_bytes(model, device)
+
+
+def _count_copied_bytes(model: Any, device: torch.device) -> float:
+    """The memory that copies of the model's weights for decoding may take."""
     factor = CPU_MEMORY_FACTOR if device.type == "cpu" else GPU_MEMORY_FACTOR
-    return free is None or free > factor * sum(p.numel() * p.element_size() for p in model.parameters())
+    return float(factor * sum(p.numel() * p.element_size() for p in model.parameters()))
 
 
 def _verify_decoding(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
