@@ -142,3 +142,25 @@ def test_modes_and_random_state_are_as_before(small_config: Config, tmp_path: Pa
     plan = TrainingWrapper(config).plan()
     TrainingWrapper(config, callbacks=(Around(tmp_path / "samples.jsonl", plan),)).train()
     assert len(seen) == 2 and all(before == after for before, after in seen)
+
+
+def test_answers_take_a_bounded_share_of_the_runs_tokens(small_config: Config, tmp_path: Path) -> None:
+    """Those of the base, of the last step and of evenly spread validations between; each as its adapter answers."""
+    training = {"max_steps": 24, "epochs": 1, "batch_size": 4, "eval_steps": 1}
+    tracking = {**SHOWN, "samples": 4, "sample_tokens": 100}
+    run = run_of(small_config(data={"train": ROWS * 4, "val_ratio": 0.05}, training=training, tracking=tracking))
+    steps = [line["step"] for line in lines(run)]
+    assert steps[0] == 0 and steps[-1] == 24 and 3 <= len(steps) < 8
+    assert max(np.diff(steps)) <= min(np.diff(steps)) + 1
+
+
+def test_slow_answers_are_left_out_until_they_are_few_again(
+    small_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("training_lens.training.samples.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("training_lens.training.samples.TIME_SHARE", 0.0)
+    training = {**SHORT, "eval_steps": 1}
+    with caplog.at_level("INFO", "training_lens"):
+        run = run_of(small_config(data={"train": ROWS, "val_ratio": 0.25}, training=training, tracking=SHOWN))
+    assert [line["step"] for line in lines(run)] == [0, 4]
+    assert caplog.text.count("no sampled answers, as those before took") == 1

@@ -1,7 +1,9 @@
-"""Sample answers during training: a few prompts at every validation."""
+"""Sample answers during training: a few prompts at validations, at a bounded cost."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ from training_lens.utils.seeding import preserve_rng_state
 
 logger = get_logger(__name__)
 OPENING = 8  # tokens of a text without a prompt that the model is given to continue
+TOKEN_SHARE = 0.05  # of the run's training tokens, as of the validation sample: all answers together
+PASS_SHARE = 1 / 3  # of a training token's cost: a forward pass without a backward one, which is twice as long
+LEAST_TOKENS = 2048  # that all answers together may always take: some runs are shorter than their answers
+TIME_SHARE, LEAST_SECONDS = 0.02, 1.0  # of the time since the start; what may always be spent
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,14 @@ class SamplePrompt:
 
 
 class SampleWriter(JournalCallback):
-    """Writes the model's greedy answers to a few prompts to samples.jsonl, at every validation; at step 0 the base's.
+    """Writes the model's greedy answers to a few prompts to samples.jsonl, at validations; at step 0 the base's.
 
     A line is `{"step", "base", "samples": [{"id", "prompt", "expected", "generated", "ended", "loops"}]}`. The prompts
     are rows spread evenly over the validation set, or over the training rows if there is none, at the steps where a
-    validation would be. A failure is logged and does not end the run. Training is not affected: modes and random state
-    are restored.
+    validation would be. Where answers at all validations would take more than `TOKEN_SHARE` of the training, they come
+    at some of them, evenly spread; and none come while they have taken more than `TIME_SHARE` of the time. The base's
+    and those of the last step always come. A failure is logged and does not end the run. Training is not affected:
+    modes and random state are restored.
 
     Args:
         path: the journal.
@@ -56,35 +64,77 @@ class SampleWriter(JournalCallback):
         self._plan = plan
         self._prompts = select_prompts(plan.validation or plan.train, tracking.samples, tracking.sample_tokens)
         self._settings = InferenceSection(max_new_tokens=tracking.sample_tokens, batch_tokens=plan.micro_batch_tokens)
+        self._session: Session | None = None  # for the whole training, so that its decoder is built once
+        self._steps: Collection[int] = ()
+        self._started = self.seconds = 0.0
+        self._is_slow = False
 
     def on_train_start(self, trainer: Any) -> None:
         super().on_train_start(trainer)
+        self._steps, self._started = self._choose_steps(trainer), time.perf_counter()
         if trainer.validation is None and trainer.state.step == 0:
             self._write_samples(trainer, 0, base=True)
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         if trainer.validation is None and trainer.is_validation_due(report.step):
-            self._write_samples(trainer, report.step, base=False)
+            self._write_if_due(trainer, report.step)
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
-        self._write_samples(trainer, step, base)
+        if base:
+            self._write_samples(trainer, step, base)
+        else:
+            self._write_if_due(trainer, step)
 
     def on_evaluate_sample(self, trainer: Any, step: int, report: LossReport) -> None:
-        self._write_samples(trainer, step, base=False)
+        self._write_if_due(trainer, step)
+
+    def on_train_end(self, trainer: Any) -> None:
+        super().on_train_end(trainer)
+        self._session = None
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        super().on_exception(trainer, error)
+        self._session = None
+
+    def _choose_steps(self, trainer: Any) -> frozenset[int]:
+        """The steps after which there are answers, as far as tokens decide: the same for the same data and seed."""
+        plan, steps = self._plan, _list_validations(trainer)
+        trained = float(plan.train.lengths.mean()) * plan.schedule.epoch_examples
+        trained *= plan.schedule.total_steps / plan.schedule.steps_per_epoch
+        tokens = sum(len(prompt.ids) + self._settings.max_new_tokens for prompt in self._prompts)
+        allowed = max(LEAST_TOKENS, TOKEN_SHARE * trained / PASS_SHARE)
+        count = min(len(steps), max(1, int(allowed / tokens) - 1))  # besides those of the base
+        return frozenset(steps[len(steps) * (i + 1) // count - 1] for i in range(count))
+
+    def _write_if_due(self, trainer: Any, step: int) -> None:
+        if step not in self._steps:
+            return
+        is_last = step == trainer.schedule.total_steps
+        share = self.seconds / max(time.perf_counter() - self._started, self.seconds)
+        is_slow = self.seconds > LEAST_SECONDS and share > TIME_SHARE
+        if is_last or not is_slow:
+            self._write_samples(trainer, step, base=False)
+        elif not self._is_slow:
+            self._is_slow = True
+            logger.info("step %d: no sampled answers, as those before took %.0f %% of the time", step, 100 * share)
 
     def _write_samples(self, trainer: Any, step: int, base: bool) -> None:
+        started = time.perf_counter()
         device, precision, ran_out = trainer.processes.device, trainer.precision, False
         try:
+            self._session = self._session or self._open_session(trainer)
             with evaluation_mode(trainer.model), preserve_rng_state(), autocast(device, precision):
-                session = self._open_session(trainer)
-                given = generate_answers(session, [prompt.ids for prompt in self._prompts], self._settings, base=base)
-            samples = [self._describe_sample(*pair, session) for pair in zip(self._prompts, given, strict=True)]
+                prompts = [prompt.ids for prompt in self._prompts]
+                given = generate_answers(self._session, prompts, self._settings, base=base)
+            self._session.decoders.clear_if_large(trainer.model)
+            samples = [self._describe_sample(*pair, self._session) for pair in zip(self._prompts, given, strict=True)]
             self._journal.write({"step": step, "base": base, "samples": samples})
+            self.seconds += time.perf_counter() - started
             trainer.notify_callbacks("on_samples", step, samples, base)
         except Exception as error:
             logger.warning("step %d: no samples: %s Training continues.", step, describe_error(error))
             logger.debug("in the samples", exc_info=True)
-            ran_out = is_out_of_memory(error)
+            ran_out, self._session = is_out_of_memory(error), None
         if ran_out:
             free_memory()
 
@@ -110,6 +160,14 @@ class SampleWriter(JournalCallback):
         length = len(prompt.expected)
         has_room = self._settings.max_new_tokens >= min(2 * length, length + SPARE_TOKENS)
         return False if has_room else None
+
+
+def _list_validations(trainer: Any) -> Sequence[int]:
+    """The steps after which a run validates all rows or the validation sample, ascending."""
+    total, sample = trainer.schedule.total_steps, trainer.validation_sample
+    intervals = [trainer.settings.eval_steps or trainer.schedule.steps_per_epoch]
+    intervals += [] if sample is None else [sample.every]
+    return sorted({total, *(step for every in intervals for step in range(every, total, every))})
 
 
 def select_prompts(dataset: TokenDataset, count: int, tokens: int) -> list[SamplePrompt]:
