@@ -24,6 +24,7 @@ from training_lens.config.lens_section import LensSection
 from training_lens.core.arrow import arrow_table, extract_series, extract_vectors
 from training_lens.core.lens_store import LensStore
 from training_lens.core.lens_writer import LensWriter
+from training_lens.core.running_captures import RunningCaptures
 from training_lens.core.segments import MAX_SEGMENTS, SegmentedTable, TableSegment, list_segments
 from training_lens.core.types import Captured, DataType, LensManifest, ModuleRecord
 from training_lens.errors import ConfigurationError, LensError
@@ -674,3 +675,33 @@ def test_a_long_series_is_read_in_well_under_a_second(folder: Path) -> None:
         float(series.values.sum()), rel=1e-4
     )
     assert extract_vectors(arrow_table([(1, Captured(vectors={"s": [torch.ones(2)]}))]), "s")[0].tolist() == [1]
+
+
+def test_captures_of_a_running_process_are_those_of_the_store_after_a_flush(folder: Path) -> None:
+    """Also with measures that come later, segments that are merged, and tables without a row on disk."""
+    one = writer(folder)
+    running = RunningCaptures(folder, one.pending_tables)
+    assert running.tables() == ()
+    for step in range(1, 3 * MAX_SEGMENTS):
+        one.add("weights", step, norms(step))
+        if step % 50 == 0:
+            one.add("loss", step, loss(step))
+            one.add("weights", step, Captured({"late": torch.ones(1)}, rows=ROWS[:1]))
+            running.refresh()
+            seen = running.series("weights", "norm"), running.series("weights", "late"), running.series("loss", "loss")
+            measures = running.measures("weights")
+            one.flush()
+            store = LensStore(folder)
+            assert measures == store.measures("weights") and running.tables() == store.tables() == ("loss", "weights")
+            for found, (table, name) in zip(
+                seen, (("weights", "norm"), ("weights", "late"), ("loss", "loss")), strict=True
+            ):
+                wanted = store.series(table, name)
+                assert found.names == wanted.names and np.array_equal(found.steps, wanted.steps)
+                np.testing.assert_array_equal(found.values, wanted.values)
+        elif step % 2:
+            one.flush()
+    with pytest.raises(LensError, match=r"no table 'weight'\. Did you mean 'weights'"):
+        running.table("weight")
+    with pytest.raises(LensError, match="no measure is called 'nrm'"):
+        running.series("weights", "nrm")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -148,6 +149,18 @@ class Capture:
         """See `TrainingLensFramework.flush`."""
         with self._budget.measure("flush"), self._end_on_failure():
             self._writer.flush(self.seconds)
+    def _list_divergence(self) -> list[DataCollector]:
+        return [c for c in self._collectors_at(Moment.PROBE) if c.name == tables.DIVERGENCE]
+
+    def _is_divergence_due(self, step: int) -> bool:
+        """Whether the last measurement is at least a twelfth of the run back."""
+        since, total = step - self._last_steps.get(tables.DIVERGENCE, 0), self._facts.total_steps
+        return total is not None and since >= max(1, total / MOST_DIVERGENCES)
+
+    def pending_tables(self) -> dict[str, pa.Table]:
+        """See `LensWriter.pending_tables`."""
+        return self._writer.pending_tables()
+
 
     def stop(self, has_failed: bool) -> None:
         """See `TrainingLensFramework.stop`."""

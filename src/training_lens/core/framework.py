@@ -20,6 +20,7 @@ from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.core.probe import Probe
 from training_lens.core.registry import CollectorRegistry
 from training_lens.core.row_losses import RowLosses
+from training_lens.core.running_captures import RunningCaptures
 from training_lens.core.table_names import HELD_OUT_LOSSES, ROW_LOSSES
 from training_lens.core.trainer_callback import build_trainer_callback
 from training_lens.errors import LensError
@@ -158,6 +159,14 @@ class TrainingLensFramework:
         """
         if self._capture:
             self._capture.record_evaluation(step, {"base_loss" if base else "loss": loss, **(sample or {})})
+
+    def open_captures(self) -> RunningCaptures:
+        """The captures so far, for reading while this process trains; call their `refresh` to see later ones.
+
+        Raises:
+            LensError: there are none yet.
+        """
+        return RunningCaptures(self.folder, lambda: self._capture.pending_tables() if self._capture else {})
 
     def flush(self) -> None:
         """Write all captures to disk. Call it before a checkpoint, so that a run resumed from it has no gap."""

@@ -74,7 +74,7 @@ class LensStore(Captures):
             for column in columns or ():
                 if column not in header.column_names:
                     require_measure(header, column)
-            rows = [self._read_or_skip(segment, lambda s: read_segment(s, columns)) for segment in segments]
+            rows = [self.read_or_skip(segment, lambda s: read_segment(s, columns)) for segment in segments]
         except FileNotFoundError:  # merged into another segment after it was listed
             return self.table(name, columns)
         wanted = [c for c in header.column_names if columns is None or c in (STEP, MODULE, *columns)]
@@ -94,10 +94,11 @@ class LensStore(Captures):
 
     def _read_header(self, segments: Sequence[TableSegment]) -> pa.Table:
         """The columns of all segments, as a table without rows."""
-        headers = [self._read_or_skip(segment, read_schema) for segment in segments]
+        headers = [self.read_or_skip(segment, read_schema) for segment in segments]
         return concat_tables([header for header in headers if header is not None])
 
-    def _read_or_skip(self, segment: TableSegment, read: Callable[[TableSegment], pa.Table]) -> pa.Table | None:
+    def read_or_skip(self, segment: TableSegment, read: Callable[[TableSegment], pa.Table]) -> pa.Table | None:
+        """What `read` gives of a segment; None for a damaged one, which is logged once."""
         try:
             return read(segment)
         except LensError as error:

@@ -107,6 +107,10 @@ class LensWriter:
         if captured.tensors:
             self._snapshots.add_snapshot(table, step, captured.tensors)
 
+    def pending_tables(self) -> dict[str, pa.Table]:
+        """What the next flush will write of each table; snapshots excepted. Waits for the device once a table."""
+        return {table: build_table(pending) for table, pending in self._pending.items() if pending}
+
     def flush_if_due(self, cost: Mapping[str, float] | None = None) -> None:
         """Flush if `lens.flush_seconds` have passed since the last flush, or much is pending; raises as `flush`."""
         pending = self._pending_bytes + self._snapshots.pending_bytes

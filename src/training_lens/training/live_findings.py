@@ -31,8 +31,8 @@ from training_lens.analysis.findings.self_check import check_gradients
 from training_lens.analysis.findings.untrained import check_untrained
 from training_lens.core import table_names as tables
 from training_lens.core.framework import TrainingLensFramework
-from training_lens.core.lens_store import LensStore
 from training_lens.core.recording import Recording
+from training_lens.core.running_captures import RunningCaptures
 from training_lens.core.types import Series
 from training_lens.evaluation.evaluator import EvaluationOptions, LossReport, token_sums
 from training_lens.runs.metrics_log import read_metrics
@@ -80,6 +80,7 @@ class LiveFindings(JournalCallback):
         self._spikes, self._row_passes = SpikeDetector(), 0
         self._base_answers: Sequence[Mapping[str, Any]] = ()
         self._is_off = False
+        self._captures: RunningCaptures | None = None
         self.seconds = 0.0
 
     def on_train_start(self, trainer: Any) -> None:
@@ -152,9 +153,11 @@ class LiveFindings(JournalCallback):
             self._base_answers = lines[0]["samples"] if lines else ()
 
     def _open_recording(self) -> Recording:
-        self._lens.flush()
-        store = LensStore(self._run.lens)
-        return Recording(self._run.run_id, self._run.root, store.manifest, store, "running")
+        if self._captures is None:
+            self._captures = self._lens.open_captures()
+        else:
+            self._captures.refresh()
+        return Recording(self._run.run_id, self._run.root, self._captures.manifest, self._captures, "running")
 
     def _check_captures(self, trainer: Any, step: int) -> None:
         total = trainer.schedule.total_steps

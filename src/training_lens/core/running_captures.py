@@ -1,0 +1,105 @@
+"""The captures of a run that trains in this process, for who reads them again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from torch import Tensor
+
+from training_lens.core.arrow import MODULE, STEP, concat_tables, extract_series, require_measure, suggest_name
+from training_lens.core.lens_store import LensStore, table_folders
+from training_lens.core.recording import Captures
+from training_lens.core.segments import TableSegment, list_segments, read_schema, read_segment
+from training_lens.core.types import Series
+from training_lens.errors import LensError
+
+
+class RunningCaptures(Captures):
+    """What `LensStore` gives after a flush, without one: what is not on disk yet comes from memory.
+
+    Reads each column of a segment once, and extracts each series once between two calls of `refresh`. Memory: the
+    columns that were asked for.
+
+    Args:
+        folder: of the captures.
+        read_pending: gives the tables of what is not flushed yet.
+    """
+
+    def __init__(self, folder: Path, read_pending: Callable[[], Mapping[str, pa.Table]]) -> None:
+        self._store, self._read_pending = LensStore(folder), read_pending
+        self.manifest = self._store.manifest
+        self._headers: dict[Path, pa.Table] = {}
+        self._columns: dict[Path, dict[str, pa.ChunkedArray]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See what was captured since; until the next call, everything stays as it is now."""
+        folders = table_folders(self._store.folder)
+        self._segments = {folder.name: listed for folder in folders if (listed := list_segments(folder))}
+        self._pending = {name: table for name, table in self._read_pending().items() if table.num_rows}
+        self._names = tuple(sorted({*self._store.tables(), *self._segments, *self._pending}))
+        self._series: dict[tuple[str, str], Series] = {}
+        self._whole_headers: dict[str, pa.Table] = {}
+        live = {segment.path for listed in self._segments.values() for segment in listed}
+        for path in self._columns.keys() - live:  # merged into another one
+            del self._columns[path]
+
+    def tables(self) -> tuple[str, ...]:
+        return self._names
+
+    def measures(self, name: str) -> tuple[str, ...]:
+        return tuple(column for column in self._read_header(name).column_names if column not in (STEP, MODULE))
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        header = self._read_header(name)
+        for column in columns or ():
+            require_measure(header, column)
+        wanted = [c for c in header.column_names if columns is None or c in (STEP, MODULE, *columns)]
+        parts = [self._read_columns(segment, wanted) for segment in self._segments.get(name, ())]
+        if pending := self._pending.get(name):
+            parts.append(pending.select([c for c in wanted if c in pending.column_names]))
+        return concat_tables([header.select(wanted), *(part for part in parts if part is not None)])
+
+    def series(self, table: str, measure: str) -> Series:
+        if (table, measure) not in self._series:
+            self._series[table, measure] = extract_series(self.table(table, [measure]), measure)
+        return self._series[table, measure]
+
+    def snapshot_steps(self, table: str) -> list[int]:
+        return self._store.snapshot_steps(table)
+
+    def snapshot(self, table: str, step: int) -> dict[str, Tensor]:
+        return self._store.snapshot(table, step)
+
+    def cost(self) -> dict[str, float]:
+        return self._store.cost()
+
+    def _read_header(self, name: str) -> pa.Table:
+        """The columns of a table, without rows."""
+        if name in self._whole_headers:
+            return self._whole_headers[name]
+        if name not in self._segments and name not in self._pending:
+            raise LensError(f"{self._store.folder} has no table '{name}'.{suggest_name(name, self.tables())}")
+        headers = []
+        for segment in self._segments.get(name, ()):
+            if segment.path not in self._headers:
+                found = self._store.read_or_skip(segment, read_schema)
+                self._headers[segment.path] = pa.table({}) if found is None else found
+            headers.append(self._headers[segment.path])
+        if name in self._pending:
+            headers.append(self._pending[name].slice(0, 0))
+        self._whole_headers[name] = concat_tables(headers)
+        return self._whole_headers[name]
+
+    def _read_columns(self, segment: TableSegment, wanted: Sequence[str]) -> pa.Table | None:
+        """These columns of a segment, as far as it has them; None if it is damaged."""
+        known = self._columns.setdefault(segment.path, {})
+        asked = [c for c in wanted if c in self._headers[segment.path].column_names]
+        if missing := [c for c in asked if c not in known]:
+            found = self._store.read_or_skip(segment, lambda s: read_segment(s, missing))
+            if found is None:
+                return None
+            known.update({name: found.column(name) for name in found.column_names})
+        return pa.table({name: known[name] for name in asked})
