@@ -20,13 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from training_lens import embedded
 from training_lens.errors import TrainingError
+from training_lens.evaluation.evaluator import LossReport
 from training_lens.training import estimate as estimates
 from training_lens.training.estimate import estimate_run
+from training_lens.training.loop.callbacks import Callback
 from training_lens.training.run import TrainingWrapper
 from training_lens.training.step_costs import (
     LEAST_ERROR,
     StepPace,
     count_step_tokens,
+    count_validated_tokens,
     extrapolate_pace,
     measure_pace,
 )
@@ -171,3 +174,29 @@ def test_a_run_says_what_it_expects_and_keeps_it_beside_what_came(
 
 def test_a_run_of_a_few_steps_expects_nothing(small_config: Callable[..., Any]) -> None:
     assert TrainingWrapper(small_config(training={"max_steps": 5})).train().estimate is None
+
+
+class ValidationCounter(Callback):
+    """Counts the tokens of all validations of a run, and those of the sample."""
+
+    def __init__(self) -> None:
+        self.all_rows = self.samples = 0
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        self.all_rows += int(trainer.validation.lengths.sum())
+
+    def on_evaluate_sample(self, trainer: Any, step: int, report: LossReport) -> None:
+        self.samples += int(trainer.validation.lengths[trainer.validation_sample.positions].sum())
+
+
+@pytest.mark.parametrize(
+    "training", [{"epochs": 2, "max_steps": 8}, {"eval_steps": 3, "max_steps": 4}], ids=["with a sample", "without"]
+)
+def test_validations_are_counted_as_the_run_makes_them(
+    small_config: Callable[..., Any], training: dict[str, Any]
+) -> None:
+    config = small_config(data={"max_examples": 240}, training={"batch_size": 24, **training})
+    counter = ValidationCounter()
+    TrainingWrapper(config, callbacks=(counter,)).train()
+    assert count_validated_tokens(TrainingWrapper(config).plan()) == counter.all_rows + counter.samples
+    assert (counter.samples > 0) == ("epochs" in training)

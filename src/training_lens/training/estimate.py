@@ -30,7 +30,7 @@ from training_lens.training.step_costs import (
     StepPace,
     count_run_tokens,
     count_step_tokens,
-    count_validations,
+    count_validated_tokens,
     extrapolate_pace,
     first_steps,
     measure_pace,
@@ -111,14 +111,13 @@ def estimate_run(plan: RunPlan) -> RunEstimate | None:
         logger.warning("no estimate of duration and memory: %s", error)
         return None
     plan = replace(plan, micro_batch_tokens=measured.micro_batch_tokens)
-    validated = 0 if plan.validation is None else count_validations(plan) * int(plan.validation.lengths.sum())
     seconds = measured.pace.seconds_per_token * count_run_tokens(plan, measured.is_packed)
     low, high = measured.pace.bounds(seconds)
     return RunEstimate(
         seconds=seconds,
         seconds_low=low,
         seconds_high=high,
-        validation_seconds=measured.validation * validated,
+        validation_seconds=measured.validation * count_validated_tokens(plan),
         peak_bytes=round(PEAK_MARGIN * measured.peak),
         micro_batch_tokens=measured.micro_batch_tokens,
         measured_steps=measured.pace.steps,

@@ -12,7 +12,7 @@ from training_lens.training.loop.callbacks import Callback, StepReport
 from training_lens.training.plan import RunPlan
 from training_lens.training.step_costs import (
     PEAK_MARGIN,
-    count_validations,
+    count_validated_tokens,
     first_steps,
     measure_pace,
     micro_batch_sizes,
@@ -84,13 +84,6 @@ class EstimateCallback(Callback):
         used = peak_bytes(device) if counts_memory(device) else used_bytes(device)  # freed memory stays in the process
         passes = (used - self._used) * growth
         peak = round(PEAK_MARGIN * max(peak_bytes(device), self._used + passes))
-        validations = count_validations(plan) + self._count_samples(trainer)
+        rows = 1 if plan.validation is None else int(plan.validation.lengths.sum())
+        validations = count_validated_tokens(plan) / rows
         return OwnEstimate(step, seconds, *pace.bounds(seconds), self._validation * validations, peak)
-
-    def _count_samples(self, trainer: Any) -> float:
-        """The validations of the validation sample, each as its share of one of all rows."""
-        sample, validation = trainer.validation_sample, trainer.validation
-        if sample is None or validation is None:
-            return 0.0
-        share = validation.lengths[sample.positions].sum() / validation.lengths.sum()
-        return float(share * (trainer.schedule.total_steps // sample.every))

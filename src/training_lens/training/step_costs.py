@@ -76,6 +76,18 @@ def micro_batch_sizes(plan: RunPlan, step: StepPlan, is_packed: bool) -> list[in
     return [int(part.sum()) if is_packed else len(part) * int(part.max()) for part in parts]
 
 
+def count_validated_tokens(plan: RunPlan) -> int:
+    """Tokens of all validations of the run, that of the base and those of the validation sample included."""
+    if plan.validation is None:
+        return 0
+    tokens, sample = count_validations(plan) * int(plan.validation.lengths.sum()), plan.validation_sample
+    if sample is not None:
+        every, total = plan.config.training.eval_steps or plan.schedule.steps_per_epoch, plan.schedule.total_steps
+        times = sum(step % every > 0 for step in range(sample.every, total, sample.every))
+        tokens += times * int(plan.validation.lengths[sample.positions].sum())
+    return tokens
+
+
 def count_validations(plan: RunPlan) -> int:
     """The number of validations of the run, that of the base included."""
     every = plan.config.training.eval_steps or plan.schedule.steps_per_epoch
