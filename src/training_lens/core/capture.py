@@ -21,7 +21,7 @@ from training_lens.core.lens_writer import LensWriter
 from training_lens.core.module_batches import GradientGetter
 from training_lens.core.modules import is_identity_adapter
 from training_lens.core.overhead_budget import OverheadBudget
-from training_lens.core.probe import evaluation_mode, score_probe
+from training_lens.core.probe import evaluation_mode, read_probe_states, score_probe
 from training_lens.core.row_losses import RowLosses, select_rows
 from training_lens.core.types import Cadence, Captured, LensManifest, Moment
 from training_lens.utils.devices import Precision, autocast
@@ -31,6 +31,7 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 PROBE = "probe.safetensors"  # in the lens folder, with lens.keep_probe
+MOST_DIVERGENCES = 12  # in a run, of those that validations bring besides the schedule's
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Capture:
         self._active = [c for c in collectors if c.moment is not Moment.PROBE or context.probe]
         self._budget = OverheadBudget(section, facts.total_steps)
         self._step, self._is_over = facts.after_step, False
+        self._base_states: Tensor | None = None  # of the probe's targets, for brief passes
         resumed = {c.name for c in self._active if facts.after_step and (folder / c.name).is_dir()}
         if facts.after_step == 0 and (folder / LENS).is_file():
             logger.warning("the captures of an earlier run in %s are replaced", folder)
@@ -141,14 +143,12 @@ class Capture:
                     self._writer.add(table, step, captured)
 
     def record_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
-        """See `TrainingLensFramework.record_evaluation`."""
+        """See `TrainingLensFramework.record_evaluation`. The divergence from the base is measured at it, too."""
         self._store_row(tables.EVALUATION, step, values)
+        if step and self._is_divergence_due(step):
+            self._run_probe(step, self._list_divergence(), is_brief=True)
         self._budget.start_step()
 
-    def flush(self) -> None:
-        """See `TrainingLensFramework.flush`."""
-        with self._budget.measure("flush"), self._end_on_failure():
-            self._writer.flush(self.seconds)
     def _list_divergence(self) -> list[DataCollector]:
         return [c for c in self._collectors_at(Moment.PROBE) if c.name == tables.DIVERGENCE]
 
@@ -161,6 +161,10 @@ class Capture:
         """See `LensWriter.pending_tables`."""
         return self._writer.pending_tables()
 
+    def flush(self) -> None:
+        """See `TrainingLensFramework.flush`."""
+        with self._budget.measure("flush"), self._end_on_failure():
+            self._writer.flush(self.seconds)
 
     def stop(self, has_failed: bool) -> None:
         """See `TrainingLensFramework.stop`."""
@@ -207,10 +211,11 @@ class Capture:
             with self._guard(collector, step):
                 self._store(collector, step, collector.collect(self.context, step))
 
-    def _run_probe(self, step: int, collectors: Sequence[DataCollector]) -> None:
+    def _run_probe(self, step: int, collectors: Sequence[DataCollector], is_brief: bool = False) -> None:
         """Run the probe set through the model with the adapter off and on, under the collectors' hooks.
 
-        While the adapter adds nothing, one pass with the adapter on serves as both.
+        While the adapter adds nothing, one pass with the adapter on serves as both. `is_brief`: the collectors look at
+        scores alone, so that the base's states are computed once in a run; it does not count against a cadence's share.
         """
         context = self.context
         if self._is_over or not collectors or context.probe is None:
@@ -223,12 +228,17 @@ class Capture:
                 stack.enter_context(autocast(context.probe.input_ids.device, self._facts.precision))
                 for collector in collectors:
                     stack.enter_context(collector.probe_hooks(context))
-                context.scores = score_probe(context.model, context.probe, context.one_pass)
+                if is_brief and self._base_states is None:
+                    self._base_states = read_probe_states(context.model, context.probe)
+                known = self._base_states if is_brief else None
+                context.scores = score_probe(context.model, context.probe, context.one_pass, known)
         except Exception as error:
             self._switch_off(self._collectors_at(Moment.PROBE), step, error)
         else:
             self._collect(collectors, step)
         context.scores = None
+        if is_brief:
+            return
         passes = 2 if context.one_pass else 1  # later captures take two passes
         for cadence in {collector.cadence for collector in collectors}:
             self._budget.spend(cadence, passes * (time.perf_counter() - started))

@@ -16,7 +16,7 @@ from training_lens.data.batching import collate
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import LensError
-from training_lens.models.token_scores import PairedScores, paired_scores, supervised_scores
+from training_lens.models.token_scores import PairedScores, paired_scores, read_base_states, supervised_scores
 
 LEAST_ROWS = 8  # of a probe set: with fewer, one odd example decides
 
@@ -138,13 +138,19 @@ def evaluation_mode(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def score_probe(model: Any, probe: Probe, one_pass: bool) -> PairedScores:
+def read_probe_states(model: Any, probe: Probe) -> Tensor:
+    """The base's states that the probe's targets are predicted from: for `score_probe`, again and again."""
+    return read_base_states(model, probe.input_ids, probe.loss_mask, probe.lengths)
+
+
+def score_probe(model: Any, probe: Probe, one_pass: bool, base_states: Tensor | None = None) -> PairedScores:
     """The scores of the probe's supervised tokens without and with the adapter.
 
     Args:
         one_pass: both are known to be equal: one pass with the adapter on serves as both.
+        base_states: from `read_probe_states`, which spare the base's pass.
     """
     if not one_pass:
-        return paired_scores(model, probe.input_ids, probe.loss_mask, probe.lengths)
+        return paired_scores(model, probe.input_ids, probe.loss_mask, probe.lengths, base_states)
     scores = supervised_scores(model, probe.input_ids, probe.loss_mask, probe.lengths)
     return PairedScores(scores, scores, torch.zeros_like(scores.nll))

@@ -113,3 +113,16 @@ def test_gradients_that_agree_mean_a_large_batch(finding: Find, healthy: Any, co
     found = finding("batch_large", healthy)
     assert found.severity == severity
     assert found.evidence["ratio"] > 10 if severity == "note" else found.title.startswith("The batch is not")
+def test_a_gain_that_came_early_makes_all_later_divergence_forgetting(finding: Find, healthy: Any) -> None:
+    """Also where KL has stopped rising; and a KL above the gain is not fine, whatever its course."""
+    steps = np.arange(10, 201, 10)
+    healthy.values("evaluation", "loss")[:] = 1.0 + 0.005 * np.cos(steps)
+    healthy.values("divergence", "loss")[:] = 1.0
+    healthy.values("divergence", "kl")[:] = 0.5 + np.minimum(steps, 100) / 100
+    found = finding("forgetting", healthy)
+    assert (found.severity, found.confidence, found.where) == ("note", "likely", "from step 10")
+    healthy.values("divergence", "kl")[:] = 3.0
+    far = finding("forgetting", healthy)
+    assert far.confidence == "inconclusive" and "GENERAL_TEXT" in far.decide
+
+
