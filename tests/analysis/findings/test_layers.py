@@ -74,3 +74,19 @@ def test_a_module_that_stays_while_its_siblings_fade_does_not_explode(finding: F
         if module != 5:
             scaled(healthy, 1e-3, module)
     assert finding("layers", healthy).title != "Exploding layer"
+
+
+def test_a_smaller_departure_is_not_fine_either(finding: Find, healthy: Any) -> None:
+    scaled(healthy, 20.0, 5)
+    found = finding("layers", healthy)
+    assert found.confidence == "inconclusive" and healthy.modules[5].name in found.measured
+
+
+def test_an_end_without_captures_is_not_fine(finding: Find, healthy: Any) -> None:
+    """As where the interval between captures has grown."""
+    for name in ("adapter_weights", "adapter_gradients"):
+        steps, columns = healthy.tables[name]
+        kept = (steps <= 20) | (steps == 100)
+        healthy.tables[name] = (steps[kept], {measure: values[kept] for measure, values in columns.items()})
+    found = finding("layers", healthy)
+    assert found.confidence == "inconclusive" and "lens.scalars_every=1" in found.decide

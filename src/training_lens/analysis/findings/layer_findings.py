@@ -11,21 +11,25 @@ import numpy as np
 from training_lens.analysis.findings.evidence import list_names, thin_points
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analyzers.module_groups import gradient_norms, step_ratio
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord, Series
 from training_lens.measures.curves import robust_z
 
 FACTOR = 30.0
 ROBUST_Z = 6.0
+SUSPECT_FACTOR, SUSPECT_Z = 10.0, 3.5  # from here on it is not fine either
 OWN_FACTOR = 3.0  # of a module's own change: one that stays constant while its siblings fade does not explode
 LEAST_SIBLINGS = 4  # modules of one type that a median over them needs
 SEGMENTS = 10  # of the run; the median of each ignores single steps
 LEAST_STEPS = 3  # of a segment
+LATE = 0.2  # of the run
 RULE = Rule(
     code="layers",
     signature="a module's gradient norm or step ratio departs from the median of its module type and from its own past",
     threshold=f"a factor over {FACTOR:g} from both, over {OWN_FACTOR:g} from its own earlier value, and a robust z "
-    f"over {ROBUST_Z:g} among the changes of the logarithms in its module type",
+    f"over {ROBUST_Z:g} among the changes of the logarithms in its module type; inconclusive from {SUSPECT_FACTOR:g} "
+    f"and {SUSPECT_Z:g} on",
     source="relative to this run: z is the distance from the median in units of 1.4826 MAD, and 3.5 is an outlier "
     "(Iglewicz and Hoaglin 1993); factor and z are wide, so that layers that always differ are not reported",
     action="check the named layer: lower training.lr, check its dtype, or leave it out of peft.target_modules",
@@ -46,6 +50,10 @@ class _Outlier(NamedTuple):
     def has_grown(self) -> bool:
         return self.from_kind > 1
 
+    @property
+    def is_certain(self) -> bool:
+        return min(abs(np.log(self.from_kind)), abs(np.log(self.from_past))) > np.log(FACTOR) and abs(self.z) > ROBUST_Z
+
 
 def check_layers(recording: Recording) -> Finding:
     """Whether a layer explodes or vanishes: its values depart from those of its siblings during the run."""
@@ -61,12 +69,28 @@ def check_layers(recording: Recording) -> Finding:
             "fewer layers has too little to compare",
         )
     found = [a for name, series in seen.items() for kind in kinds[name] for a in _find_outliers(name, series, kind)]
+    if not any(apart.is_certain for apart in found) and found:
+        return _report_suspects(found)
+    found = [apart for apart in found if apart.is_certain]
+    if not found and (late := _count_late_steps(recording, seen)) < LEAST_STEPS:
+        return RULE.report_inconclusive(
+            "Whether a layer explodes or vanishes at the end is not known",
+            f"{late} captured steps in the last {LATE:.0%} of the run",
+            "lens.scalars_every=1: a layer may depart from the others between captures",
+        )
     if not found:
         watched = {module for of_measure in kinds.values() for kind in of_measure for module in kind}
         return RULE.report_fine(
             "No layer explodes or vanishes", f"{' and '.join(seen)} of {len(watched)} modules compared with their type"
         )
     return _report_outliers(found, measures)
+
+
+def _count_late_steps(recording: Recording, measures: dict[str, Series]) -> int:
+    """Captured steps near the end of the run so far: a layer that departs there must not pass unseen."""
+    steps = recording.series(tables.LOSS, "loss").steps
+    last = max([int(series.steps[-1]) for series in measures.values()] + [int(step) for step in steps[-1:]])
+    return max(int((series.steps > (1 - LATE) * last).sum()) for series in measures.values())
 
 
 def _group_siblings(modules: Sequence[ModuleRecord], series: Series) -> list[list[str]]:
@@ -98,12 +122,25 @@ def _find_outliers(measure: str, series: Series, kind: list[str]) -> list[_Outli
         moved = away[i] - np.median(away[:i], axis=0)
         change = levels[i] - np.median(levels[:i], axis=0)
         own, z = change * np.sign(away[i]), robust_z(change)
-        far = (np.abs(away[i]) > np.log(FACTOR)) & (np.abs(moved) > np.log(FACTOR)) & (np.abs(z) > ROBUST_Z)
+        factor = np.minimum(np.abs(away[i]), np.abs(moved))
+        far = (factor > np.log(SUSPECT_FACTOR)) & (np.abs(z) > SUSPECT_Z)
         for j in np.flatnonzero(far & (np.sign(away[i]) == np.sign(moved)) & (own > np.log(OWN_FACTOR))):
             step = int(series.steps[segments[i][0]])
             apart = _Outlier(kind[j], measure, step, float(np.exp(away[i, j])), float(np.exp(moved[j])), float(z[j]))
-            found.setdefault(kind[j], apart)
+            if kind[j] not in found or (apart.is_certain and not found[kind[j]].is_certain):
+                found[kind[j]] = apart
     return list(found.values())
+
+
+def _report_suspects(found: list[_Outlier]) -> Finding:
+    farthest = max(found, key=lambda apart: abs(np.log(apart.from_kind)))
+    return RULE.report_inconclusive(
+        "A layer departs from the others",
+        f"the {farthest.measure} of {farthest.module} is {farthest.from_kind:.3g} times the median of its type from "
+        f"step {farthest.step} on (robust z of its change {farthest.z:.1f})",
+        "a longer run: of a layer that explodes or vanishes, the factor grows on",
+        {"modules": [apart.module for apart in found], "factor": farthest.from_kind},
+    )
 
 
 def _report_outliers(found: list[_Outlier], measures: dict[str, Series]) -> Finding:
