@@ -255,7 +255,8 @@ KINDS = (
         in_loop(PromptSupervised),
         0,
         0,
-        earliest="before",
+        r"prompts are learned, too",
+        earliest="during",
     ),
     Kind(
         "trainer_pad",

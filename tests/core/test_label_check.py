@@ -45,3 +45,22 @@ def test_padding_on_the_left_is_padding_too() -> None:
 @pytest.mark.parametrize("batch", [{}, {"input_ids": IDS, "labels": IDS}, {"labels": IDS, "attention_mask": MASK}])
 def test_what_is_not_known_is_no_fault(batch: dict[str, Any]) -> None:
     assert describe_label_faults(batch, None) == []
+
+
+def test_prompts_that_are_learned_with_their_answers_are_named() -> None:
+    """A template begins all rows and stands between prompt and answer; stories share their beginning alone."""
+    templated = torch.tensor([[1, 9, 30 + i, 40 + i, 50, 51, 52, 60 + i, END] for i in range(4)])
+    stories = torch.tensor([[1, 9, 30 + i, 40 + i, 50 + i, 51 + i, 70 + i, 60 + i, END] for i in range(4)])
+    masked = templated.masked_fill(torch.arange(9) < 7, -100)
+    for ids, labels, is_fault in ((templated, templated, True), (stories, stories, False), (templated, masked, False)):
+        batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        found = describe_label_faults(batch, END)
+        assert [each.startswith("every token is learned, and all rows begin alike") for each in found] == [
+            True
+        ] * is_fault
+    assert (
+        describe_label_faults(
+            {"input_ids": templated[:2], "labels": templated[:2], "attention_mask": templated[:2]}, END
+        )
+        == []
+    )

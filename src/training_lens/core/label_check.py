@@ -1,14 +1,16 @@
-"""Labels of another trainer's batch that cannot be meant: padding that is learned, an end token that is not."""
+"""Labels of another trainer's batch that are hardly meant: learned prompts and padding, an end token that is not."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised, in transformers
+LOOKED_AT = 512  # tokens of a row, for a template's marks
+LEAST_ROWS, MARK = 3, 3  # rows that a template shows in; tokens of its mark between prompt and answer
 
 
 def describe_label_faults(batch: Mapping[str, Any], end_tokens: Any) -> list[str]:
@@ -41,7 +43,30 @@ def describe_label_faults(batch: Mapping[str, Any], end_tokens: Any) -> list[str
             "the end token of each row is masked, so the model never learns to stop: give the tokenizer a pad token "
             "that is not its end token, or mask labels by the attention mask"
         )
+    if bool((is_learned | ~is_real)[:, 1:].all()) and _share_template(
+        [row[real] for row, real in zip(ids, is_real, strict=True)]
+    ):
+        faults.append(
+            "every token is learned, and all rows begin alike and share a mark further on, as a template's do: their "
+            "prompts are learned, too. Mask prompts with -100; plain texts of one pattern may stay as they are"
+        )
     return faults
+
+
+def _share_template(rows: Sequence[Tensor]) -> bool:
+    """Whether different rows begin with the same two tokens, and share some neighbouring tokens after their beginning.
+
+    The first token may be that of the beginning of every sequence.
+    """
+    texts = {tuple(row[:LOOKED_AT].tolist()) for row in rows}
+    if len(texts) < LEAST_ROWS:
+        return False
+    first = next(iter(texts))
+    alike = 0  # tokens that all begin with
+    while all(alike < len(text) and text[alike] == first[alike] for text in texts):
+        alike += 1
+    marks = set.intersection(*({text[i : i + MARK] for i in range(alike, len(text) - MARK + 1)} for text in texts))
+    return alike >= 2 and bool(marks)
 
 
 def _last_real(values: Tensor, is_real: Tensor) -> Tensor:
