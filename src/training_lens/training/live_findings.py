@@ -34,10 +34,11 @@ from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.recording import Recording
 from training_lens.core.running_captures import RunningCaptures
 from training_lens.core.types import Series
-from training_lens.evaluation.evaluator import EvaluationOptions, LossReport, token_sums
+from training_lens.evaluation.evaluator import LossReport
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import JournalCallback, StepReport
+from training_lens.training.spike_rows import measure_spike_rows, name_spike_rows
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
@@ -79,8 +80,8 @@ class LiveFindings(JournalCallback):
         self._active: dict[str, str] = {}  # code -> title
         self._spikes, self._row_passes = SpikeDetector(), 0
         self._base_answers: Sequence[Mapping[str, Any]] = ()
-        self._is_off = False
         self._captures: RunningCaptures | None = None
+        self._is_off = False
         self.seconds = 0.0
 
     def on_train_start(self, trainer: Any) -> None:
@@ -92,8 +93,8 @@ class LiveFindings(JournalCallback):
         with self._guard():
             spike = self._spikes.observe(report.step, report.loss, report.grad_norm)
             is_active = bool(self._active.keys() & set(SPIKES))
-            if spike and not is_active:
-                self._compare_findings(trainer, report.step, (), [self._explain_spike(trainer, spike)])
+            if spike and not is_active and (finding := self._explain_spike(trainer, spike)):
+                self._compare_findings(trainer, report.step, (), [finding])
             elif is_active and not spike:
                 self._compare_findings(trainer, report.step, SPIKES, ())
 
@@ -170,25 +171,17 @@ class LiveFindings(JournalCallback):
                 findings = [finding for finding in findings if finding.severity != "note"]
             self._compare_findings(trainer, step, [f.code for f in findings], list(filter(is_shown_live, findings)))
 
-    def _explain_spike(self, trainer: Any, spike: LossSpike) -> Finding:
+    def _explain_spike(self, trainer: Any, spike: LossSpike) -> Finding | None:
         recording = self._open_recording()
         a, b = (recording.series(tables.OPTIMIZER, f"update_rms_{of}") for of in "ab")
         rms = median_over_modules(Series(a.steps, a.names, np.fmax(a.values, b.values)) if a.names == b.names else b)
         is_exact = bool((np.diff(rms[0][rms[0] > spike.step - 10]) == 1).all()) and len(rms[0]) > 0
-        return report_spike(spike, self._measure_rows(trainer, spike.step), rms, is_exact)
-
-    def _measure_rows(self, trainer: Any, step: int) -> list[tuple[str, float]]:
-        """The id of each row of the step, and its loss now; NaN where measuring would need other processes."""
-        rows = trainer.dataset.select(next(trainer.schedule.iterate_steps(after=step - 1)).examples)
-        losses = np.full(len(rows), np.nan)
         if trainer.processes.count == 1 and self._row_passes < MOST_ROW_PASSES:
             self._row_passes += 1
-            options = EvaluationOptions(
-                trainer.processes, trainer.precision, trainer.micro_batch_tokens, trainer.pad_id
-            )
-            sums = token_sums(trainer.model, rows, options)
-            losses = sums.nll / sums.tokens
-        return [(rows.example_id(i), float(loss)) for i, loss in enumerate(losses)]
+            rows = measure_spike_rows(trainer, spike.step)
+        else:
+            rows = name_spike_rows(trainer, spike.step)
+        return report_spike(spike, rows, rms, is_exact)
 
     def _compare_findings(self, trainer: Any, step: int, codes: Collection[str], found: Sequence[Finding]) -> None:
         """Show those of `found` that are new, and those of the codes that were looked for and are gone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 
 from training_lens.analysis.findings import Finding
 from training_lens.analysis.findings.answer_findings import check_answers
-from training_lens.analysis.findings.loss_spike import LossSpike, SpikeDetector, report_spike
+from training_lens.analysis.findings.loss_spike import LossSpike, RowLoss, SpikeDetector, SpikeRows, report_spike
 
 Find = Callable[..., Finding]
 NO_RMS = (np.zeros(0), np.zeros(0))
@@ -50,23 +50,48 @@ def test_a_jump_is_a_spike_and_does_not_become_the_level() -> None:
 SPIKE = LossSpike(step=61, loss=6.0, level=1.0, z=100.0, most=1.2)
 
 
+def batch(*losses: float, base: Sequence[float] = (), others: float = 5.0, similar: float = 5.0) -> SpikeRows:
+    """Rows a:1, a:2, ... with these losses; without `base`, nothing was measured of the base."""
+    rows = [RowLoss(f"a:{i + 1}", loss, base[i] if base else np.nan) for i, loss in enumerate(losses)]
+    return SpikeRows(rows, *(np.full(16 if base else 0, loss) for loss in (others, similar)))
+
+
 def test_rows_far_above_are_named_with_their_losses() -> None:
-    rows = [("a:1", 1.0), ("a:2", 9.5), ("a:3", 0.9), ("a:4", 11.0)]
-    found = report_spike(SPIKE, rows, NO_RMS, True)
+    found = report_spike(SPIKE, batch(1.0, 9.5, 0.9, 11.0), NO_RMS, True)
+    assert found and found.code == "poisoned_batch" and "2 of its 4 rows" in found.measured
+    assert "a:4 (11), a:2 (9.5)" in found.measured
+
+
+def test_rows_that_are_hard_for_the_base_are_poisoned_unless_others_are_like_them() -> None:
+    """Also where their loss is not twice the usual; a rare domain is as hard elsewhere."""
+    odd = batch(1.0, 2.0, base=[5.0, 8.0])
+    found = report_spike(SPIKE, odd, NO_RMS, True)
     assert (
-        found.code == "poisoned_batch"
-        and "2 of its 4 rows" in found.measured
-        and "a:4 (11), a:2 (9.5)" in found.measured
+        found and found.code == "poisoned_batch" and "1 of its 2 rows" in found.measured and "a:2 (2)" in found.measured
     )
+    assert report_spike(SPIKE, batch(1.0, 2.0, base=[5.0, 8.0], similar=7.6), NO_RMS, True) is None
+    usual = report_spike(SPIKE, batch(1.0, 2.0, base=[5.0, 5.1], similar=7.6), NO_RMS, True)
+    assert usual and usual.code == "loss_spike"
 
 
 def test_an_update_spike_before_means_the_optimizer() -> None:
     steps, rms = np.arange(1, 61), np.ones(60)
     rms[56] = 7.0
-    found = report_spike(SPIKE, [("a:1", 1.4), ("a:2", 1.5)], (steps, rms), True)
-    assert found.code == "loss_spike" and "update RMS of Adam was 7 at step 57" in found.measured
+    found = report_spike(SPIKE, batch(1.4, 1.5), (steps, rms), True)
+    assert found and found.code == "loss_spike" and "update RMS of Adam was 7 at step 57" in found.measured
     rms[56], rms[40] = 1.0, 7.0  # too early
-    assert "no row of it stands out" in report_spike(SPIKE, [("a:1", 1.4)], (steps, rms), True).measured
+    late = report_spike(SPIKE, batch(1.4), (steps, rms), True)
+    assert late and "no row of it stands out" in late.measured
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_jump_is_seen_before_the_level_is_known(seed: int) -> None:
+    """Steps of a falling loss with the noise of small batches: no spike; one step far above all: a spike."""
+    noise = np.random.default_rng(seed)
+    losses = (2 + 4 * np.exp(-np.arange(20) / 6)) * noise.lognormal(0, 0.1, 20)
+    assert not watch(losses)
+    losses[11] = 1.4 * losses.max()
+    assert [spike.step for spike in watch(losses)] == [12]
 
 
 def answer(number: int, generated: str, ended: bool | None = True, loops: bool = False) -> dict[str, Any]:
@@ -106,13 +131,6 @@ def test_kl_that_climbs_beside_a_flat_held_out_loss_is_forgetting(finding: Find,
     assert found.evidence["kl_end"] > found.evidence["kl_at_best"]
 
 
-@pytest.mark.parametrize(("cosine", "severity"), [(0.05, "fine"), (0.5, "fine"), (0.97, "note")])
-def test_gradients_that_agree_mean_a_large_batch(finding: Find, healthy: Any, cosine: float, severity: str) -> None:
-    columns = healthy.tables["adapter_gradients"][1]
-    columns["cosine_previous"] = np.full_like(columns["norm_a"], cosine)
-    found = finding("batch_large", healthy)
-    assert found.severity == severity
-    assert found.evidence["ratio"] > 10 if severity == "note" else found.title.startswith("The batch is not")
 def test_a_gain_that_came_early_makes_all_later_divergence_forgetting(finding: Find, healthy: Any) -> None:
     """Also where KL has stopped rising; and a KL above the gain is not fine, whatever its course."""
     steps = np.arange(10, 201, 10)
@@ -126,3 +144,10 @@ def test_a_gain_that_came_early_makes_all_later_divergence_forgetting(finding: F
     assert far.confidence == "inconclusive" and "GENERAL_TEXT" in far.decide
 
 
+@pytest.mark.parametrize(("cosine", "severity"), [(0.05, "fine"), (0.5, "fine"), (0.97, "note")])
+def test_gradients_that_agree_mean_a_large_batch(finding: Find, healthy: Any, cosine: float, severity: str) -> None:
+    columns = healthy.tables["adapter_gradients"][1]
+    columns["cosine_previous"] = np.full_like(columns["norm_a"], cosine)
+    found = finding("batch_large", healthy)
+    assert found.severity == severity
+    assert found.evidence["ratio"] > 10 if severity == "note" else found.title.startswith("The batch is not")

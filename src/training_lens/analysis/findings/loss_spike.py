@@ -14,12 +14,16 @@ from training_lens.analysis.findings.rate_high import RMS_SPIKE, RMS_STEADY
 from training_lens.measures.curves import MAD_TO_DEVIATION
 
 WINDOW, LEAST_STEPS = 64, 20  # steps before that define the level
+EARLY_STEPS, NEAREST = 6, 3  # with so many, the level is that of the last ones, as the loss still falls
+EARLY_DEVIATION = 0.05  # at least, of the changes from step to step: few of them tell little
 ROBUST_Z = 8.0
 BOTH_Z = 4.0  # of the loss and of the gradient norm in the same step
 ABOVE_MOST = 1.3  # times the highest loss of the window: a rare hard batch is no spike
 LEAST_DEVIATION = 0.02  # of the logarithm: a loss that hardly varies makes no z
 SMALLEST = 1e-6  # a loss of 0 has no logarithm
 ROW_FACTOR = 2.0  # a row's loss over the highest usual loss of a step
+HARD = 1.2  # the base's loss on a row, over the median on other rows: hard before any training
+RECURRING = 0.85  # the base's loss on rows like it, over that on the row: such rows belong to the data
 BEFORE = 8  # steps before a spike in which an optimizer's spike is its cause
 SPIKE_RULE = Rule(
     code="loss_spike",
@@ -27,15 +31,19 @@ SPIKE_RULE = Rule(
     "optimizer is the cause",
     threshold=f"a robust z over {ROBUST_Z:g} of its logarithm among the {WINDOW} steps before, or over {BOTH_Z:g} of "
     "the loss and of the gradient norm; and over "
-    f"{ABOVE_MOST:g} times the highest of them; an update RMS over {RMS_SPIKE:g} times its median and over "
-    f"{RMS_STEADY:g}",
+    f"{ABOVE_MOST:g} times the highest of them (of the steps before the {LEAST_STEPS}th, by the changes from step to "
+    f"step); an update RMS over {RMS_SPIKE:g} times its median and over {RMS_STEADY:g}. Rows that are as hard for the "
+    "base as others like them are no spike",
     source="relative to this run; update RMS: arXiv 2304.13013",
     action="look at the rows of this step; lower training.lr or training.max_grad_norm if it comes again",
 )
 BATCH_RULE = Rule(
     code="poisoned_batch",
-    signature="a step's loss far above those before it, and rows of the step whose loss is far above all usual ones",
-    threshold=f"{SPIKE_RULE.threshold}; rows over {ROW_FACTOR:g} times the highest usual loss of a step",
+    signature="a step's loss far above those before it, and rows of the step whose loss is far above all usual ones, "
+    "or that are hard for the base as no other rows are",
+    threshold=f"{SPIKE_RULE.threshold}; rows over {ROW_FACTOR:g} times the highest usual loss of a step, or with a "
+    f"loss of the base over {HARD:g} times its median on 16 other rows and over {1 / RECURRING:.2g} times that on the "
+    "16 rows that resemble them most",
     source="relative to this run",
     action="look at the named rows: garbage, another language, or a broken template; remove them and train again",
 )
@@ -71,10 +79,11 @@ class SpikeDetector:
             norm: of the step's gradient, before clipping.
         """
         spike = None
-        if len(self._usual) >= LEAST_STEPS:
+        if len(self._usual) >= EARLY_STEPS:
             losses, norms = np.array(self._usual).T
-            level, z = _compare_logarithms(loss, losses)
-            is_far = z > ROBUST_Z or (z > BOTH_Z and _compare_logarithms(norm, norms)[1] > BOTH_Z)
+            compare = _compare_logarithms if len(losses) >= LEAST_STEPS else _compare_changes
+            level, z = compare(loss, losses)
+            is_far = z > ROBUST_Z or (z > BOTH_Z and compare(norm, norms)[1] > BOTH_Z)
             if is_far and loss > ABOVE_MOST * losses.max():
                 spike = LossSpike(step, loss, level, z, float(losses.max()))
         if np.isfinite(loss) and np.isfinite(norm):
@@ -93,22 +102,65 @@ def _compare_logarithms(value: float, usual: np.ndarray) -> tuple[float, float]:
     return float(np.exp(level)), float((np.log(max(value, SMALLEST)) - level) / deviation)
 
 
+def _compare_changes(value: float, usual: np.ndarray) -> tuple[float, float]:
+    """As `_compare_logarithms`, of a series that still falls: against its last values, in units of its changes."""
+    logs = np.log(np.maximum(usual, SMALLEST))
+    level, changes = float(np.median(logs[-NEAREST:])), np.diff(logs)
+    deviation = MAD_TO_DEVIATION * float(np.median(np.abs(changes - np.median(changes))))
+    return float(np.exp(level)), float((np.log(max(value, SMALLEST)) - level) / max(deviation, EARLY_DEVIATION))
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """A row's loss per supervised token, after the step and in the base; NaN if not measured."""
+
+    id: str
+    loss: float
+    base: float
+
+
+@dataclass(frozen=True)
+class SpikeRows:
+    """The rows of a step; and the base's losses on other rows, and on those that resemble the hardest of the step."""
+
+    rows: Sequence[RowLoss]
+    others: np.ndarray
+    similar: np.ndarray
+
+    @property
+    def hard_rows(self) -> list[RowLoss]:
+        """Those that are harder for the base than other rows; none where that was not measured."""
+        return [row for row in self.rows if len(self.others) and row.base > HARD * float(np.median(self.others))]
+
+    @property
+    def are_usual(self) -> bool:
+        """Whether the step's rows are hard, and so are others like them: a hard part of the data, and no event."""
+        hard = self.hard_rows
+        if not hard or not len(self.similar):
+            return False
+        return float(np.median(self.similar)) > RECURRING * float(np.median([row.base for row in hard]))
+
+
 def report_spike(
-    spike: LossSpike, rows: Sequence[tuple[str, float]], update_rms: tuple[np.ndarray, np.ndarray], is_exact: bool
-) -> Finding:
-    """The finding of a spike: its rows, the optimizer, or neither.
+    spike: LossSpike, batch: SpikeRows, update_rms: tuple[np.ndarray, np.ndarray], is_exact: bool
+) -> Finding | None:
+    """The finding of a spike: its rows, the optimizer, or neither; None if the rows are of a hard part of the data.
 
     Args:
-        rows: the id of each row of the step, and its loss per supervised token after the step; NaN if not measured.
         update_rms: (steps,) steps and the median update RMS over modules.
         is_exact: whether every step's update RMS was captured.
     """
-    odd = sorted((pair for pair in rows if pair[1] > ROW_FACTOR * spike.most), key=lambda pair: -pair[1])
-    evidence = {"step": spike.step, "z": spike.z, "rows": [list(pair) for pair in sorted(rows, key=lambda p: -p[1])]}
+    if batch.are_usual:
+        return None
+    rows = sorted(batch.rows, key=lambda row: -row.loss)
+    odd = batch.hard_rows or [row for row in rows if row.loss > ROW_FACTOR * spike.most]
+    evidence = {"step": spike.step, "z": spike.z, "rows": [[row.id, row.loss, row.base] for row in rows]}
     where = f"step {spike.step}"
     if odd:
-        named = list_names([f"{name} ({loss:.3g})" for name, loss in odd])
-        measured = f"{spike.describe()}; {len(odd)} of its {len(rows)} rows have a loss far above: {named}"
+        named = list_names([f"{row.id} ({row.loss:.3g})" for row in sorted(odd, key=lambda row: -row.loss)])
+        hard = f", and {np.median([row.base for row in odd]):.3g} in the base" if batch.hard_rows else ""
+        usual = f", where others have {np.median(batch.others):.3g}" if hard else ""
+        measured = f"{spike.describe()}; {len(odd)} of its {len(rows)} rows have a loss far above{hard}{usual}: {named}"
         return BATCH_RULE.report_symptom("warning", "A batch is poisoned", measured, where=where, evidence=evidence)
     before = _find_update_spike(spike.step, *update_rms)
     if before is not None:
@@ -122,7 +174,7 @@ def report_spike(
             evidence=evidence,
         )
     unknown = "" if is_exact else "; the update RMS of the steps before was not captured at each"
-    names = list_names([name for name, _ in rows])
+    names = list_names([row.id for row in rows])
     return SPIKE_RULE.report_symptom(
         "warning",
         "The loss spikes",
