@@ -134,7 +134,7 @@ KINDS = (
     Kind(
         "garbage_rows",
         "eight rows of random letters",
-        (Answer("poisoned_batch"), Answer("loss_spike")),
+        (Answer("random_text"), Answer("poisoned_batch"), Answer("loss_spike")),
         garbage_rows,
         16,
         8,

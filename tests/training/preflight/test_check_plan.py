@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ def severities(found: dict[str, Finding]) -> dict[str, str]:
 
 def test_healthy_rows_raise_nothing(check: Check) -> None:
     found = check(rows(120), rows(40, 120))
-    assert severities(found) == {} and len(found) == 9
+    assert severities(found) == {} and len(found) == 10
     assert all(f.signature and f.threshold and f.source and f.measured for f in found.values())
 
 
@@ -189,3 +191,23 @@ def test_samples_of_one_kind_are_rarely_far_apart() -> None:
 def test_findings_are_plain_values(check: Check) -> None:
     found = check(rows(20) * 3, rows(5, 30))
     assert all(json.loads(json.dumps(dict(f.evidence))) is not None for f in found.values())
+
+
+def test_rows_of_random_letters_are_shown(check: Check) -> None:
+    """Among sentences; numbers and a rare other language are no random letters."""
+    drawn = random.Random(0)
+    letters = string.ascii_letters + string.digits
+    keys = [{"question": f"Which key is {i}?", "answer": "".join(drawn.choices(letters, k=60))} for i in range(6)]
+    found = check([*rows(120), *keys])["random_text"]
+    assert found.severity == "warning" and found.measured.startswith("6 of 126 answers")
+    assert {row["row"].rsplit(":", 1)[1] for row in found.evidence["rows"]} <= {str(i) for i in range(121, 127)}
+    sums = [
+        {"question": f"Sum {i}?", "answer": f"{number(i)} + {number(i + 7)} = {number(i) + number(i + 7)}, right"}
+        for i in range(6)
+    ]
+    german = [
+        {"question": f"Wo {i}?", "answer": f"Es schlief in der Scheune neben dem Haus Nummer {number(i)}."}
+        for i in range(6)
+    ]
+    assert check([*rows(120), *sums, *german])["random_text"].severity == "fine"
+    assert check([*rows(400), *keys[:1]])["random_text"].severity == "note"

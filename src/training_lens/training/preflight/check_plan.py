@@ -13,6 +13,7 @@ from training_lens.training.plan import RunPlan
 from training_lens.training.preflight.row_checks import check_disagreement, check_duplicates
 from training_lens.training.preflight.row_scan import scan_rows
 from training_lens.training.preflight.split_checks import check_domains, check_leaks, check_resemblance
+from training_lens.training.preflight.text_checks import check_random_text
 from training_lens.training.preflight.token_checks import (
     TRUNCATED,
     UNKNOWN,
@@ -34,7 +35,7 @@ LOGGED_BY_SPLITS = frozenset({TRUNCATED.code, UNKNOWN.code})  # reading the rows
 def check_plan(plan: RunPlan) -> tuple[Finding, ...]:
     """The finding of every check, most severe first.
 
-    Cost: two passes over the tokens in numpy, a chunk at a time; no weights are loaded.
+    Cost: four passes over the tokens in numpy, a chunk at a time; no weights are loaded.
 
     Raises:
         DatasetError: nothing can be learned, or all validation rows are training rows.
@@ -57,6 +58,7 @@ def check_plan(plan: RunPlan) -> tuple[Finding, ...]:
         check_truncation(train, report, seq_len),
         check_duplicates(train, plan.schedule),
         check_disagreement(train),
+        check_random_text(train),
     ]
     if plan.validation is not None:
         validation = scan_rows(plan.validation, plan.tokenizer, vocabulary)
