@@ -73,6 +73,7 @@ def contradicting_labels(case: Case, share: float) -> Case:
 
 LEAK, LEAKED = (Answer("leaks"),), "validation examples are training examples"
 LABELS = (Answer("prompt_ignored", test="prompt"), Answer("label_disagreement"))
+NOISE = (Answer("label_noise", test="30 random training rows"), *LABELS)
 KINDS = (
     Kind(
         "leak_exact",
@@ -137,7 +138,7 @@ KINDS = (
     Kind("labels_random", "answers of random words", LABELS, random_labels, 0.8, 1.0),
     Kind("labels_shifted", "answers shifted by a row", LABELS, shifted_labels, 3, 1),
     Kind("labels_shuffled", "answers shuffled over all rows", LABELS, shuffled_labels, 0.9, 1.0),
-    Kind("labels_noise", "30 % of the answers are another row's", LABELS[1:], shuffled_labels, 0.5, 0.3, denied_by=()),
+    Kind("labels_noise", "30 % of the answers are another row's", NOISE[:1], shuffled_labels, 0.5, 0.3),
     Kind(
         "labels_contradict",
         "the same prompts with two answers",

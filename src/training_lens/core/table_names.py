@@ -108,5 +108,12 @@ MEASURES: dict[str, dict[str, str]] = {
         "base_loss": "the base model's, at step 0",
         "sample_loss": "of a fixed sample of the rows, validated more often; at step 0 the base model's",
         "sample_error": "the standard error of sample_loss over rows",
+        "swap_gain": "loss of held-out answers given prompts of other rows, minus that given their own; at the end",
+        "swap_error": "the standard error of swap_gain over rows",
+        "base_swap_gain": "the same of the base model",
+        "base_swap_error": "its standard error",
+        "train_swap_gain": "the same of the adapter on training rows",
+        "train_swap_error": "its standard error",
+        "swap_rows": "held-out rows in swap_gain",
     },
 }

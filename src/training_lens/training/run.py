@@ -48,6 +48,7 @@ from training_lens.training.own_estimate import EstimateCallback
 from training_lens.training.plan import RunPlan, plan_run, write_rows_as_files
 from training_lens.training.preflight.check_plan import check_plan, log_findings, write_findings
 from training_lens.training.preflight.first_steps import FirstStepsCheck
+from training_lens.training.prompt_swaps import PromptSwapCheck
 from training_lens.training.resume import (
     check_schedule,
     read_global_batch,
@@ -243,6 +244,8 @@ class TrainingWrapper:
         if progress_bars:
             callbacks.append(ProgressBar(progress_bars))
         if lens := build_capture_callback(plan, run):
+            if plan.config.lens.live or plan.config.lens.stop_on:
+                callbacks.append(PromptSwapCheck(lens.lens))  # before the lens, which closes at the end
             callbacks.append(lens)
             if plan.config.lens.keep_states:
                 callbacks.append(StateKeeper(run.states, plan.config.lens, lens.lens, fingerprint))

@@ -9,6 +9,7 @@ from training_lens.analysis.findings.batch_size import check_batch_size
 from training_lens.analysis.findings.convergence import check_convergence
 from training_lens.analysis.findings.finding import Finding
 from training_lens.analysis.findings.forgetting import check_forgetting
+from training_lens.analysis.findings.label_noise import check_label_noise
 from training_lens.analysis.findings.layer_findings import check_layers
 from training_lens.analysis.findings.memorization import check_memorization
 from training_lens.analysis.findings.nonfinite import check_nonfinite
@@ -36,6 +37,7 @@ CHECKS: tuple[Callable[[Recording], Finding], ...] = (
     check_forgetting,
     check_convergence,
     check_prompt_use,
+    check_label_noise,
 )
 
 

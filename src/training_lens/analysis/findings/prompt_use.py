@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.swap_gain import SwapGain
+from training_lens.analyzers.module_groups import finite_points
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.errors import CheckpointError
 from training_lens.evaluation.comparison_verdict import HARDLY_READ
@@ -20,6 +25,7 @@ RULE = Rule(
     action="check that prompts and answers belong together (labels shifted by a row, shuffled, or of another file), "
     "and that the prompt holds what the answer depends on; else train longer",
 )
+LOST = 3.0  # standard errors by which the base reads its prompts better
 UNKNOWN = "Whether the answers depend on their prompts is not known"
 TITLES = {
     "prompt_ignored": "The answers do not depend on their prompts",
@@ -32,11 +38,7 @@ def check_prompt_use(recording: Recording) -> Finding:
     verdict = read_comparison_verdict(RunFolder(recording.folder))
     remark = _find_remark(verdict) if verdict else None
     if remark is None:
-        return RULE.report_inconclusive(
-            UNKNOWN,
-            "no loss with the prompts of other rows",
-            "training-lens compare, whose control gives each answer the prompt of another row",
-        )
+        return _judge_swaps(recording)
     if remark.code == "prompt_used":
         return RULE.report_fine("The answers depend on their prompts", remark.sentence)
     if remark.code not in TITLES:
@@ -45,6 +47,31 @@ def check_prompt_use(recording: Recording) -> Finding:
             "Whether the answers depend on their prompts is not known", remark.sentence, decide
         )
     return RULE.report_symptom(remark.severity, TITLES[remark.code], remark.sentence, confidence="sure")
+
+
+def _judge_swaps(recording: Recording) -> Finding:
+    """By what the run measured at its end."""
+    held_out, base = (SwapGain.from_recording(recording, of) for of in ("swap", "base_swap"))
+    test = "training-lens compare, whose control gives each answer the prompt of another row"
+    if np.isnan(held_out.gain):
+        return RULE.report_inconclusive(UNKNOWN, "no loss with the prompts of other rows", test)
+    rows = int(finite_points(recording, tables.EVALUATION, "swap_rows")[1][-1])
+    losses = finite_points(recording, tables.EVALUATION, "loss")[1]
+    little = HARDLY_READ * float(losses[-1]) if len(losses) else np.nan
+    measured = (
+        f"at the end, prompts of other rows change the loss of {rows} held-out answers by {held_out} nats per token, "
+        f"and by {base} in the base"
+    )
+    evidence = {"gain": held_out.gain, "error": held_out.error, "base_gain": base.gain, "base_error": base.error}
+    low, high = held_out.bounds
+    if low > 0 and high >= little:
+        return RULE.report_fine("The answers depend on their prompts", measured, "likely", evidence)
+    if high < little and base.bounds[0] > 0 and base.gain - held_out.gain > LOST * np.hypot(base.error, held_out.error):
+        title = "The adapter ignores its prompts, which the base reads"
+        return RULE.report_symptom("warning", title, measured, decide=test, evidence=evidence)
+    return RULE.report_inconclusive(
+        "The answers hardly depend on their prompts" if high < little else UNKNOWN, measured, test, evidence
+    )
 
 
 def _find_remark(verdict: Verdict) -> Remark | None:
