@@ -1,11 +1,12 @@
 """The confusion table of the planted suite, from its finished trials.
 
     python benchmarks/planted/summarize_planted.py [--runs outputs/planted/runs.jsonl] [--commit COMMIT]
-        [--output benchmarks/results/planted.json]
+        [--output benchmarks/results/planted.json] [--keep]
 
-Of each trial the last line counts (of --commit alone, if it is given). Prints what falls short of the goals: at least
-90 % of the planted trials detected, or inconclusive with the deciding test named; no false "fine"; at most 2 % false
-alarms of each finding on the controls. Exits with 1 where one is not reached.
+Of each trial the last line counts (of --commit alone, if it is given). With --keep, trials and controls that have no
+line stay as they are in the output; their commits say when they were measured. Prints what falls short of the goals: at
+least 90 % of the planted trials detected, or inconclusive with the deciding test named; no false "fine"; at most 2 %
+false alarms of each finding on the controls. Exits with 1 where one is not reached.
 """
 
 from __future__ import annotations
@@ -48,22 +49,36 @@ def describe_trial(key: TrialKey, line: dict[str, Any], verdict: Verdict) -> dic
     }
 
 
-def summarize(trials: dict[TrialKey, dict[str, Any]]) -> dict[str, Any]:
-    """Counts by kind and by finding, the controls, and the goals."""
-    planted: dict[str, list[tuple[TrialKey, dict[str, Any], Verdict]]] = {"reported": [], "tuned": []}
-    alarms: dict[str, list[str]] = {}
+def summarize(trials: dict[TrialKey, dict[str, Any]], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Counts by kind and by finding, the controls, and the goals.
+
+    Args:
+        earlier: results whose trials, tuned kinds and controls stay where there is no newer one; empty: none.
+    """
+    described = {TrialKey("reported", t["kind"], t["data_set"], t["seed"]): t for t in earlier.get("trials", ())}
+    alarms: dict[str, list[str]] = {n: codes for n, codes in earlier.get("controls", {}).items() if n in CONTROLS}
+    tuned = []
     for key, line in trials.items():
         if key.part == "controls":
             alarms[key.name] = list_alarms(CONTROLS[key.name], line)
+            continue
+        verdict = judge_trial(KINDS[key.name], line)
+        if key.part == "tuned":
+            tuned.append((key.name, verdict.outcome))
         else:
-            planted[key.part].append((key, line, judge_trial(KINDS[key.name], line)))
-    counts = {part: count_kinds((key.name, verdict) for key, _, verdict in of) for part, of in planted.items()}
+            described[key] = describe_trial(key, line, verdict)
+    described = {key: trial for key, trial in sorted(described.items()) if key.name in KINDS}
+    counts = {
+        "reported": count_kinds((key.name, trial["outcome"]) for key, trial in described.items()),
+        "tuned": {n: of["tuned"] for n, of in earlier.get("kinds", {}).items() if n in KINDS and of["tuned"]}
+        | count_kinds(tuned),
+    }
     return {
         "kinds": {name: _describe_kind(name, counts) for name in KINDS if any(name in of for of in counts.values())},
         "findings": _count_findings(counts["reported"], alarms),
         "controls": alarms,
         "goals": _measure_goals(counts, alarms),
-        "trials": [describe_trial(*each) for each in sorted(planted["reported"], key=lambda each: each[0])],
+        "trials": list(described.values()),
     }
 
 
@@ -136,12 +151,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--commit")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--keep", action="store_true", help="keep earlier results of trials without a line")
     parser.add_argument("--details", action="store_true", help="print what became of each trial")
     args = parser.parse_args()
     trials = select_trials(read_lines(args.runs), args.commit)
     if args.details:
         print_details(trials)
-    summary = summarize(trials)
+    earlier = json.loads(args.output.read_text(encoding="utf-8")) if args.keep and args.output.is_file() else {}
+    summary = summarize(trials, earlier)
     args.output.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(summary["goals"], indent=1))
     shortfalls = list_shortfalls(summary["goals"])

@@ -72,11 +72,11 @@ def list_alarms(control: Control, transcript: Mapping[str, Any]) -> list[str]:
     return sorted(codes | ({"stopped"} if transcript["stopped"] else set()))
 
 
-def count_kinds(verdicts: Iterable[tuple[str, Verdict]]) -> dict[str, dict[str, int]]:
+def count_kinds(outcomes: Iterable[tuple[str, Outcome]]) -> dict[str, dict[str, int]]:
     """For each kind, how many trials had which outcome."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for name, verdict in verdicts:
-        counts[name][verdict.outcome] += 1
+    for name, outcome in outcomes:
+        counts[name][outcome] += 1
     return {name: {outcome: of[outcome] for outcome in OUTCOMES} for name, of in counts.items()}
 
 

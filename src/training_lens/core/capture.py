@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +157,7 @@ class Capture:
         since, total = step - self._last_steps.get(tables.DIVERGENCE, 0), self._facts.total_steps
         return total is not None and since >= max(1, total / MOST_DIVERGENCES)
 
-    def pending_tables(self) -> dict[str, pa.Table]:
+    def pending_tables(self) -> dict[str, Callable[[], pa.Table]]:
         """See `LensWriter.pending_tables`."""
         return self._writer.pending_tables()
 

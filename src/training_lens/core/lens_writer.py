@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -107,9 +108,9 @@ class LensWriter:
         if captured.tensors:
             self._snapshots.add_snapshot(table, step, captured.tensors)
 
-    def pending_tables(self) -> dict[str, pa.Table]:
-        """What the next flush will write of each table; snapshots excepted. Waits for the device once a table."""
-        return {table: build_table(pending) for table, pending in self._pending.items() if pending}
+    def pending_tables(self) -> dict[str, Callable[[], pa.Table]]:
+        """For each table what builds the rows that the next flush will write. Each waits for the device when called."""
+        return {name: partial(build_table, tuple(pending)) for name, pending in self._pending.items() if pending}
 
     def flush_if_due(self, cost: Mapping[str, float] | None = None) -> None:
         """Flush if `lens.flush_seconds` have passed since the last flush, or much is pending; raises as `flush`."""

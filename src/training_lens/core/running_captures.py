@@ -24,10 +24,10 @@ class RunningCaptures(Captures):
 
     Args:
         folder: of the captures.
-        read_pending: gives the tables of what is not flushed yet.
+        read_pending: gives, for each table, what builds the rows that are not flushed yet; see `LensWriter`.
     """
 
-    def __init__(self, folder: Path, read_pending: Callable[[], Mapping[str, pa.Table]]) -> None:
+    def __init__(self, folder: Path, read_pending: Callable[[], Mapping[str, Callable[[], pa.Table]]]) -> None:
         self._store, self._read_pending = LensStore(folder), read_pending
         self.manifest = self._store.manifest
         self._headers: dict[Path, pa.Table] = {}
@@ -38,7 +38,7 @@ class RunningCaptures(Captures):
         """See what was captured since; until the next call, everything stays as it is now."""
         folders = table_folders(self._store.folder)
         self._segments = {folder.name: listed for folder in folders if (listed := list_segments(folder))}
-        self._pending = {name: table for name, table in self._read_pending().items() if table.num_rows}
+        self._pending, self._built = dict(self._read_pending()), dict[str, pa.Table]()
         self._names = tuple(sorted({*self._store.tables(), *self._segments, *self._pending}))
         self._series: dict[tuple[str, str], Series] = {}
         self._whole_headers: dict[str, pa.Table] = {}
@@ -58,7 +58,8 @@ class RunningCaptures(Captures):
             require_measure(header, column)
         wanted = [c for c in header.column_names if columns is None or c in (STEP, MODULE, *columns)]
         parts = [self._read_columns(segment, wanted) for segment in self._segments.get(name, ())]
-        if pending := self._pending.get(name):
+        if name in self._pending:
+            pending = self._build_pending(name)
             parts.append(pending.select([c for c in wanted if c in pending.column_names]))
         return concat_tables([header.select(wanted), *(part for part in parts if part is not None)])
 
@@ -89,9 +90,15 @@ class RunningCaptures(Captures):
                 self._headers[segment.path] = pa.table({}) if found is None else found
             headers.append(self._headers[segment.path])
         if name in self._pending:
-            headers.append(self._pending[name].slice(0, 0))
+            headers.append(self._build_pending(name).slice(0, 0))
         self._whole_headers[name] = concat_tables(headers)
         return self._whole_headers[name]
+
+    def _build_pending(self, name: str) -> pa.Table:
+        """The rows of a table that are not on disk yet; built once between two calls of `refresh`."""
+        if name not in self._built:
+            self._built[name] = self._pending[name]()
+        return self._built[name]
 
     def _read_columns(self, segment: TableSegment, wanted: Sequence[str]) -> pa.Table | None:
         """These columns of a segment, as far as it has them; None if it is damaged."""
