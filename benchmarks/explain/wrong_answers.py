@@ -91,7 +91,7 @@ def list_scores(visits: RowVisits) -> dict[str, np.ndarray]:
     lives = describe_lives(visits.losses, 0.5)
     later = np.nanmean(visits.losses[:, 1:], 1) if visits.losses.shape[1] > 1 else visits.losses[:, 0]
     return {
-        "score of the command": score_wrong_answers(visits.losses, visits.tokens),
+        "score of the command": score_wrong_answers(visits.losses, visits.steps, visits.tokens),
         "mean loss after the first visit": later,
         "mean loss": -lives.log_probability,
         "first loss": lives.first_loss,

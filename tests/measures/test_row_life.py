@@ -61,8 +61,20 @@ def test_rows_that_others_speak_against_score_highest(visits: int) -> None:
     generator = np.random.default_rng(0)
     losses = np.abs(generator.normal(0.3, 0.05, (300, visits)))
     losses[:6] += 2.0
-    scores = score_wrong_answers(losses, generator.integers(5, 30, 300))
+    steps = generator.permutation(300)[:, None] // 4 + 1 + 75 * np.arange(visits)
+    scores = score_wrong_answers(losses, steps, generator.integers(5, 30, 300))
     assert set(np.argsort(-scores)[:6].tolist()) == set(range(6)) and scores[:6].min() > 3.5
+
+
+@pytest.mark.parametrize("visits", [1, 2])
+def test_an_early_row_is_not_wrong_because_the_run_had_not_learned_yet(visits: int) -> None:
+    generator = np.random.default_rng(1)
+    steps = np.arange(320)[:, None] // 8 + 1 + 40 * np.arange(visits)  # 8 rows a step
+    losses = 2 + 9 * np.exp(-steps / 4) + generator.normal(0, 0.2, steps.shape)
+    scores = score_wrong_answers(losses, steps, np.full(320, 10))
+    assert (scores > 3.5).mean() < 0.02, "clean rows are no suspects, though the first have five times the loss"
+    losses[40] += 2.0
+    assert score_wrong_answers(losses, steps, np.full(320, 10)).argmax() == 40
 
 
 def test_components_are_those_of_the_pairs() -> None:

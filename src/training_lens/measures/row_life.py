@@ -8,6 +8,7 @@ import numpy as np
 
 LEARNED = 0.5  # probability per token, above which greedy decoding says a token whatever the others have
 LEAST_LEARNED = 0.2  # share of rows that must reach it at their last visit, else the threshold is their median
+TREND_VISITS = 32  # whose median is the usual loss of a step
 LEAST_GROUP = 200  # rows of like length that a row is compared with
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution (Iglewicz and Hoaglin: How to detect and handle outliers, 1993)
 
@@ -73,21 +74,40 @@ def _mean_and_deviation(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return means, np.where(np.isfinite(values).sum(1) > 1, deviations, np.nan)
 
 
-def score_wrong_answers(losses: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def score_wrong_answers(losses: np.ndarray, steps: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """How much each row looks as if its answer belonged to another one, (rows,): higher is more.
 
     What a run learns of its task lowers the losses of rows that agree with the others; one that does not is learned
-    last, by heart. So the score is the mean loss per token after the first visit (which is near the base's), of a row
-    with one visit that one, in robust standard deviations above rows of like length. `losses` (rows, visits) is NaN
-    where there was no visit, `tokens` (rows,). benchmarks/explain/wrong_answers.py measures how well it finds them.
+    last, by heart. So the score is the mean over a row's visits of its loss per token above the usual one at that step,
+    in robust standard deviations above rows of like length. The first of several visits is left out: it is near the
+    base's. `losses` (rows, visits) is NaN where there was no visit, `steps` (rows, visits), `tokens` (rows,).
+    benchmarks/explain/wrong_answers.py measures how well it finds them.
     """
-    later = (
-        np.where((np.isfinite(losses).sum(1) > 1)[:, None], losses[:, 1:], np.nan) if losses.shape[1] > 1 else losses
-    )
-    means = np.where(
-        np.isfinite(later).any(1), np.nansum(later, 1) / np.maximum(np.isfinite(later).sum(1), 1), losses[:, 0]
-    )
-    return score_outliers(means, group_by_length(tokens, max(1, len(tokens) // LEAST_GROUP)))
+    above = losses - usual_losses(losses, steps)
+    later = above.copy()
+    later[np.isfinite(losses).sum(1) > 1, 0] = np.nan
+    return score_outliers(np.nanmean(later, 1), group_by_length(tokens, max(1, len(tokens) // LEAST_GROUP)))
+
+
+def usual_losses(losses: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """The median loss of the visits around each visit's step, (rows, visits): what a run had learned until then.
+
+    A row that came early has a high loss for that reason alone. The steps around are as many before as after, and hold
+    about 32 visits; fewer at both ends of the run, where the first and the last step stand alone.
+    """
+    seen = np.isfinite(losses)
+    order = np.argsort(steps[seen], kind="stable")
+    values = losses[seen][order]
+    distinct, first = np.unique(steps[seen][order], return_index=True)
+    ends = np.append(first, len(values))
+    reach = max(1, round(TREND_VISITS * len(distinct) / max(1, len(values)) / 2))
+    medians = np.zeros(len(distinct))
+    for i in range(len(distinct)):
+        k = min(reach, i, len(distinct) - 1 - i)
+        medians[i] = np.median(values[ends[i - k] : ends[i + k + 1]])
+    usual = np.full(losses.shape, np.nan)
+    usual[seen] = medians[np.searchsorted(distinct, steps[seen])]
+    return usual
 
 
 def score_outliers(values: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -181,7 +181,7 @@ def explain_visits(
     last = visits.losses[np.arange(len(visits.ids)), np.isfinite(visits.losses).sum(1) - 1]
     threshold = learned or choose_threshold(last)
     lives = describe_lives(visits.losses, threshold)
-    scores = score_wrong_answers(visits.losses, visits.tokens)
+    scores = score_wrong_answers(visits.losses, visits.steps, visits.tokens)
     chosen = _choose_rows(lives, scores, ~is_planted)
     lists = {
         name: tuple(
@@ -225,7 +225,7 @@ def _describe_reason(name: str, i: int, visits: RowVisits, lives: RowLives, scor
     losses = visits.losses[i][: lives.visits[i]]
     series = " → ".join(f"{loss:.2f}" for loss in losses[:4]) + (f" … {losses[-1]:.2f}" if len(losses) > 4 else "")
     if name == WRONG:
-        return f"loss {series}: {scores[i]:.1f} robust deviations above rows of like length"
+        return f"loss {series}: {scores[i]:.1f} robust deviations above what was usual then, among rows of like length"
     if name == FORGOTTEN:
         return f"loss {series}: learned, and not any more at its last visit; lost {lives.forgotten[i]} times"
     if name == LATE:
