@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hub_server import TOKEN, Hub, use_hub  # type: ignore[import-not-found]
 
 # Before torch and transformers are imported: offline, quiet, and two tests at a time do not fight for the cores.
@@ -24,6 +26,31 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now lives until the end, and is passed over where garbage is collected."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_once(name, make)`: a folder of this name that the first of all workers fills by `make(folder)`."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def fill(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = base / name, base / f"{name}.made"
+        with FileLock(base / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return fill
 
 
 @pytest.fixture(scope="session")
@@ -68,17 +95,19 @@ def embedded_tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def few_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+def few_rows(make_once: Callable[..., Path]) -> dict[str, list[str]]:
     """The first short rows of the embedded set, of all its domains, as a data section: read and judged at once."""
+    folder = make_once("rows", lambda folder: _write_short_rows(folder, train=240, validation=24))
+    return {split: [str(folder / f"{split}.jsonl")] for split in ("train", "validation")}
+
+
+def _write_short_rows(folder: Path, **counts: int) -> None:
     from training_lens import embedded
 
-    folder, few = tmp_path_factory.mktemp("rows"), {}
-    for split, name, rows in (("train", embedded.TRAIN, 240), ("validation", embedded.HELDOUT, 24)):
+    for split, name in (("train", embedded.TRAIN), ("validation", embedded.HELDOUT)):
         lines = embedded.PATHS[name].read_text(encoding="utf-8").splitlines(keepends=True)
         short = [line for line in lines if len(line) <= 240]
-        (folder / f"{split}.jsonl").write_text("".join(short[:rows]), encoding="utf-8")
-        few[split] = [str(folder / f"{split}.jsonl")]
-    return few
+        (folder / f"{split}.jsonl").write_text("".join(short[: counts[split]]), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -116,35 +145,37 @@ def small_config(tmp_path: Path, small_config_in: Callable[..., Any]) -> Callabl
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def finished_run(make_once: Callable[..., Path]) -> Any:
     """The folder of a short finished run of the embedded default, with its three domains; for reading alone."""
-    from training_lens import TrainingConfig, TrainingWrapper
-    from training_lens.runs.run_folder import RunFolder
-
-    values = {
-        "data": {"max_examples": 64},
-        "training": {"epochs": 1},
-        "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))},
-    }
-    return _share(RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir)))
+    folder = make_once("finished", lambda folder: _train(folder, data={"max_examples": 64}, training={"epochs": 1}))
+    return _share(_only_run(folder))
 
 
 @pytest.fixture(scope="session")
-def text_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def text_run(make_once: Callable[..., Path]) -> Any:
     """The folder of a short finished run on plain texts alone, with the domains a and b; for reading alone."""
+
+    def make(folder: Path) -> None:
+        rows = [{"text": f"The cat {i} sat on the mat.", "domain": "ab"[i % 2]} for i in range(16)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = {"train": [str(folder / "rows.jsonl")]}
+        _train(folder, data=data, training={"epochs": 1}, tracking={"tensorboard": False})
+
+    return _share(_only_run(make_once("texts", make)))
+
+
+def _train(folder: Path, **sections: dict[str, Any]) -> None:
     from training_lens import TrainingConfig, TrainingWrapper
+
+    output = {"base_output_dir": str(folder / "outputs")}
+    TrainingWrapper(TrainingConfig.model_validate({**sections, "output": output})).train()
+
+
+def _only_run(folder: Path) -> Any:
     from training_lens.runs.run_folder import RunFolder
 
-    folder = tmp_path_factory.mktemp("texts")
-    rows = [{"text": f"The cat {i} sat on the mat.", "domain": "ab"[i % 2]} for i in range(16)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {
-        "data": {"train": [str(folder / "rows.jsonl")]},
-        "training": {"epochs": 1},
-        "tracking": {"tensorboard": False},
-        "output": {"base_output_dir": str(folder / "outputs")},
-    }
-    return _share(RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir)))
+    (root,) = (folder / "outputs/experiments/default/runs").iterdir()
+    return RunFolder(root)
 
 
 @pytest.fixture(scope="session")

@@ -142,6 +142,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
     from training_lens.training.loop.lr_schedule import lr_at
     from training_lens.training.plan import plan_run
 
+    outputs = tmp_path_factory.mktemp("outputs")  # of all of them: the rows are tokenized once
+
     def run(
         lr: float = 3e-3,
         rows: int = 160,
@@ -155,7 +157,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
             "data": {"max_examples": rows},
             "training": {"epochs": epochs, "batch_size": 4, "lr": lr},
             "peft": {"r": 8, **peft},
-            "output": {"base_output_dir": str(folder)},
+            "output": {"base_output_dir": str(outputs)},
         })  # fmt: skip
         plan = plan_run(config, Progress())
         torch.manual_seed(0)
