@@ -6,6 +6,8 @@ import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -222,6 +224,19 @@ def _share(run: Any) -> Any:
 def _list_files(root: Path) -> set[tuple[Path, int, int]]:
     stats = [(path, path.stat()) for path in root.rglob("*") if path.is_file()]
     return {(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats}
+
+
+@pytest.fixture
+def forked_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python processes that a command starts and waits for are forks of this one; see `forked`."""
+    from forked import run_python  # type: ignore[import-not-found]
+
+    run = subprocess.run
+
+    def run_or_fork(command: Any, **options: Any) -> Any:
+        return run_python(command) if command[0] == sys.executable else run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run_or_fork)
 
 
 @pytest.fixture

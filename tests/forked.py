@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -32,11 +36,27 @@ def fork_command(folder: Path, *arguments: str, redirect: Callable[[], None] | N
     return fork(_run_command, folder, arguments, redirect or redirect_to_files)
 
 
-def redirect_to_files(stdin: int | None = None) -> None:
+def fork_script(folder: Path, script: Path, *arguments: str) -> BaseProcess:
+    """Start `python SCRIPT ARGUMENTS` in a folder; for what it prints see `redirect_to_files`."""
+    return fork(_run_script, folder, script, arguments, redirect_to_files)
+
+
+def run_python(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """What `subprocess.run` gives of `python -m training_lens ARGUMENTS` or `python -P SCRIPT ARGUMENTS`."""
+    _, option, name, *arguments = command
+    with tempfile.TemporaryDirectory() as place:
+        files = [Path(place) / kind for kind in ("stdout.txt", "stderr.txt")]
+        action = partial(_run_command, Path.cwd()) if option == "-m" else partial(_run_script, Path.cwd(), Path(name))
+        process = fork(action, tuple(arguments), partial(redirect_to_files, folder=Path(place)))
+        process.join()
+        return subprocess.CompletedProcess(command, process.exitcode or 0, *(file.read_text() for file in files))
+
+
+def redirect_to_files(stdin: int | None = None, folder: Path = Path()) -> None:
     """Standard output and error go to `stdout.txt` and `stderr.txt`; the input is an open descriptor, or nothing."""
     os.dup2(os.open(os.devnull, os.O_RDONLY) if stdin is None else stdin, 0)
     for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
 
 
 def _act(action: Callable[..., Any], given: tuple[Any, ...], environment: dict[str, str]) -> None:
@@ -48,11 +68,22 @@ def _act(action: Callable[..., Any], given: tuple[Any, ...], environment: dict[s
 def _run_command(folder: Path, arguments: tuple[str, ...], redirect: Callable[[], None]) -> None:
     from training_lens.cli import main
 
+    _enter(folder, redirect)
+    sys.argv = ["training-lens", *arguments]
+    main()
+
+
+def _run_script(folder: Path, script: Path, arguments: tuple[str, ...], redirect: Callable[[], None]) -> None:
+    _enter(folder, redirect)
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _enter(folder: Path, redirect: Callable[[], None]) -> None:
     os.chdir(folder)
     redirect()
     sys.stdin, sys.stdout, sys.stderr = (_open_stream(number) for number in range(3))
-    sys.argv = ["training-lens", *arguments]
-    main()
 
 
 def _open_stream(number: int) -> Any:

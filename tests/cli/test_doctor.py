@@ -107,7 +107,12 @@ def test_a_damaged_token_cache_is_made_anew(call: Call, finished_run: RunFolder,
     assert cached.read_bytes() == content
 
 
-def test_a_resume_is_verified_on_this_machine(call: Call, few_rows: dict[str, list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("python", ["forked", pytest.param("fresh", marks=pytest.mark.slow)])
+def test_a_resume_is_verified_on_this_machine(
+    call: Call, few_rows: dict[str, list[str]], tmp_path: Path, python: str, request: pytest.FixtureRequest
+) -> None:
+    if python == "forked":
+        request.getfixturevalue("forked_python")
     rows = [f"data.{split}={files}" for split, files in few_rows.items()]
     more = ("data.max_examples=16", "training.batch_size=2", "peft.lora_dropout=0.1", "peft.r=2")
     result = call("train", "--verify-resume", "--json", *rows, *more)

@@ -43,6 +43,7 @@ def test_a_killed_run_is_not_resumed_with_other_rows(call: Call, runs: Path, tmp
     assert result.exit_code == 1 and "is no longer what it was" in result.output
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_a_finished_run_is_read_by_every_command(call: Call, runs: Path) -> None:
     for command in (
         ("analyze", "finished"),
@@ -51,7 +52,7 @@ def test_a_finished_run_is_read_by_every_command(call: Call, runs: Path) -> None
         ("experiment", "show", "finished"),
         ("export", "finished", "--data-type", "adapter_gradients"),
         ("infer", "--run", "finished", "How many pears has 3?", "inference.max_new_tokens=3"),
-        ("compare", "--run", "finished"),
+        ("compare", "--run", "finished", "evaluation.max_new_tokens=4"),
         ("merge", "--run", "finished"),
     ):
         result = call(*command)

@@ -26,6 +26,7 @@ def run(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
     return RunFolder(Path(shutil.copytree(finished_run.root, tmp_path / "run")))
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_the_measures_are_printed_and_a_second_merge_is_refused(call: Call, run: RunFolder) -> None:
     result = call("merge", "--run", str(run.root), "--json")
     assert result.exit_code == 0, result.stderr

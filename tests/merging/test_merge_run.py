@@ -86,6 +86,7 @@ def test_a_merged_run_is_the_adapter_as_a_plain_folder(run: RunFolder) -> None:
     assert tokenizer.chat_template == session.tokenizer.chat_template
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_a_corrupted_merge_is_removed_and_what_was_there_stays(run: RunFolder, few: dict[str, Any]) -> None:
     run.merged_model.mkdir()
     write_json(run.merged_model / "merge.json", EARLIER)
@@ -103,6 +104,7 @@ def test_a_number_type_too_coarse_for_the_update_is_refused(run: RunFolder, few:
         merge_adapter(config(run.root, **few), MergeOptions(scale=0.01, dtype="bf16"))
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_a_merge_that_cannot_be_loaded_is_removed(run: RunFolder, few: dict[str, Any]) -> None:
     with pytest.raises(MergeError, match=r"cannot be loaded by AutoModelForCausalLM"):
         merge_adapter(
@@ -111,6 +113,7 @@ def test_a_merge_that_cannot_be_loaded_is_removed(run: RunFolder, few: dict[str,
     assert "cannot be loaded" in read_json(run.reports / "merge.json")["error"] and not run.merged_model.exists()
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_the_readme_of_a_bare_adapters_delta_makes_the_adapter(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: dict[str, Any]
 ) -> None:
@@ -272,6 +275,7 @@ def test_wrong_options_are_refused(
         merge_adapter(validate_values({"inference": {"adapter": adapter}}), MergeOptions(**options))
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_a_quantized_run_merges_whole_alone(run: RunFolder, few: dict[str, Any]) -> None:
     pytest.importorskip("bitsandbytes")
     settings = read_json(run.metadata / "config.json")
