@@ -28,6 +28,7 @@ Call = Callable[..., Result]
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(32)]
 SHORT = ("training.max_steps=1", "training.epochs=1", "tracking.tensorboard=false", "lens.enabled=false")
 PLACES = ("output.base_output_dir", "output.mirror", "tracking.mlflow.uri", "prepare.output", "sweep.storage")
+BRIEF = "evaluation.max_new_tokens=4"
 CODE = ("model.trust_remote_code", "tracking.custom", "evaluation.metrics", "evaluation.task_path")
 
 
@@ -172,8 +173,9 @@ def test_a_prepared_folder_from_elsewhere_runs_no_code_and_writes_nowhere_else(
     train, held_out = f"data.train={prepared}/train.jsonl", f"data.validation={prepared}/validation.jsonl"
     assert call("train", train, held_out, *SHORT).exit_code == 0
     for words in (
-        ["validate", train, held_out], ["compare", held_out, "evaluation.controls=false"], ["evaluate", held_out],
-        ["infer", "--input", f"{prepared}/validation.jsonl", "--output", "answers.jsonl"],
+        ["validate", train, held_out], ["compare", held_out, "evaluation.controls=false", BRIEF],
+        ["evaluate", held_out, BRIEF],
+        ["infer", "--input", f"{prepared}/validation.jsonl", "--output", "answers.jsonl", "inference.max_new_tokens=4"],
         ["prepare", train, "prepare.output=again"], ["train", f"data.train={prepared}", *SHORT],
         ["sweep", train, held_out, *SHORT, "sweep.space.training.lr=[1e-3]", "sweep.trials=1"],
         ["prepare", own[0], "prepare.output=prepared", "--force"],
@@ -218,7 +220,8 @@ def test_an_adapter_from_elsewhere_runs_no_code(
     run, held = ["--run", *places["--run"]], places["held"]
     for words in (
         ["train", *own, f"peft.from_adapter={adapter}"], ["validate", *own, f"peft.from_adapter={adapter}"],
-        ["infer", "hi", *run], ["compare", *run, *held, "evaluation.controls=false"], ["evaluate", *run, *held],
+        ["infer", "hi", *run], ["compare", *run, *held, "evaluation.controls=false", BRIEF],
+        ["evaluate", *run, *held, BRIEF],
         ["merge", *run, "--output", "merged", "--same-base"], ["analyze", str(adapter)],
         ["benchmark", *run, *own[:2], "benchmark.batch_sizes=[1]", "benchmark.prompt_lengths=[8]",
          "benchmark.repetitions=1", "benchmark.new_tokens=2"],

@@ -20,6 +20,7 @@ from training_lens.data.source_file import SourceFile
 from training_lens.utils.integrity import read_sealed
 
 Call = Callable[..., Result]
+EMBEDDED = embedded.PATHS[embedded.TRAIN]
 ROWS = [
     {"question": f"Where is box {i} of the {i * i} boxes?", "answer": f"In hall {i * 7}.", "user": f"u{i % 9}"}
     for i in range(60)
@@ -42,11 +43,17 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return [dict(row.values) for row in read_file_rows(SourceFile(folder / name))]
 
 
-def test_the_default_splits_the_embedded_set_and_train_starts_from_its_cache(call: Call, tmp_path: Path) -> None:
-    report = report_of(call("prepare", "--json"))
-    assert report["rows_read"] == 2100 and report["form"] == "as_read"
-    assert {name: split["rows"] for name, split in report["splits"].items()} == {"train": 1890, "validation": 210}
-    source = [json.loads(line) for line in embedded.PATHS[embedded.TRAIN].read_text().splitlines()]
+@pytest.mark.parametrize("count", [240, pytest.param(2100, marks=pytest.mark.slow)])
+def test_the_default_splits_a_tenth_off_and_train_starts_from_its_cache(
+    call: Call, few_rows: dict[str, list[str]], tmp_path: Path, count: int
+) -> None:
+    """The first short rows of the embedded set, and by default all of it."""
+    file, given = (few_rows["train"][0], [f"data.train={few_rows['train']}"]) if count == 240 else (EMBEDDED, [])
+    report = report_of(call("prepare", *given, "--json"))
+    assert report["rows_read"] == count and report["form"] == "as_read"
+    parts = {"train": count * 9 // 10, "validation": count // 10}
+    assert {name: split["rows"] for name, split in report["splits"].items()} == parts
+    source = [json.loads(line) for line in Path(file).read_text().splitlines()]
     written = [
         row for name in ("train", "validation") for row in rows_of(tmp_path, f"outputs/data/default/{name}.jsonl")
     ]
@@ -57,7 +64,7 @@ def test_the_default_splits_the_embedded_set_and_train_starts_from_its_cache(cal
     program, order, *words = shlex.split(report["train"])
     assert (program, order) == ("training-lens", "train")
     plan = report_of(call("validate", *words, "--json"))
-    assert (plan["train_examples"], plan["validation_examples"]) == (1890, 210)
+    assert {name: plan[f"{name}_examples"] for name in parts} == parts
     assert set((tmp_path / "outputs/cache").iterdir()) == caches
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import socket
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +199,17 @@ def test_missing_data_files_and_folders_are_said(session: Session, write_task: C
         run_tasks(session, ["gone"], TaskOptions(include_path="nowhere"))
 
 
-def test_unknown_tasks_are_said_with_the_nearest(session: Session, write_task: Callable[..., str]) -> None:
+def test_unknown_tasks_are_said_with_the_nearest(
+    session: Session,
+    write_task: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of lm-eval's own tasks, one folder stands for all, which take seconds to read."""
+    manager = import_module("lm_eval.tasks.manager")
+    own = tmp_path_factory.mktemp("own")
+    shutil.copytree(Path(manager.__file__ or "").parent / "hellaswag", own / "hellaswag")
+    monkeypatch.setattr(manager, "__file__", str(own / "manager.py"))
     folder = write_task("choose", CHOICE, QUESTIONS)
     with pytest.raises(ConfigurationError) as caught:
         run_tasks(session, ["chose", "hellaswagg"], TaskOptions(include_path=folder))

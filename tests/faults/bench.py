@@ -186,12 +186,16 @@ class Bench:
         return files_of(self._make_state(state))
 
     def _kill_at_step(self, folder: Path) -> None:
-        for at in range(44, 400, 4):
+        """Halves the renames among which is one between the checkpoints of steps 2 and 4."""
+        low, high, steps = 1, 400, list[str]()
+        while low < high:
+            at = (low + high) // 2
             shutil.rmtree(folder / "outputs", ignore_errors=True)
             self.server.run(TRAIN, folder, kinds=RENAME, at=at, action=KILL)
             steps = [path.name for path in (folder / FOLDER / "checkpoints").glob("step-*")]
             if steps == ["step-00000002"]:
                 return
+            low, high = (low, at) if steps else (at + 1, high)
         raise RuntimeError(f"no kill left step 2 alone: {steps}")
 
     def _kill_in_second_trial(self, folder: Path) -> None:

@@ -88,11 +88,13 @@ def fill_often(bench: Bench, name: str, times: int, draw: random.Random) -> Tall
     return tally
 
 
-def damage_all(bench: Bench, state: str, kinds: Sequence[str], draw: random.Random, most: int = 0) -> Tally:
-    """Damage every file of a state, the ways in turn; each time every command that reads the state."""
+def damage_all(
+    bench: Bench, state: str, kinds: Sequence[str], draw: random.Random, most: int = 0, readers: Sequence[str] = ()
+) -> Tally:
+    """Damage every file of a state, the ways in turn; each time every command that reads the state, or some."""
     tally, files = Tally(), bench.files(state)
     for number, name in enumerate(draw.sample(files, min(most, len(files))) if most else files):
-        for place, reader in enumerate(READERS[state]):
+        for place, reader in enumerate(readers or READERS[state]):
             tally.add(bench.damage(CASES[reader], name, kinds[(number + place) % len(kinds)], draw))
     return tally
 

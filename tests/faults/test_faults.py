@@ -61,5 +61,6 @@ def test_little_memory_no_threads_and_a_clock_that_goes_back_change_no_result(be
 
 
 def test_a_damaged_file_changes_no_result_in_silence(bench: Bench) -> None:
-    require_good([damage_all(bench, "finished", ["flip", "cut", "delete"], random.Random(7), most=1)], at_least=1)
+    ways, readers = ["flip", "cut", "delete"], ("infer", "export", "show", "tag")
+    require_good([damage_all(bench, "finished", ways, random.Random(7), most=1, readers=readers)], at_least=1)
     require_good([damage_all(bench, "interrupted", ["flip"], random.Random(7), most=1)], at_least=0)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def alone(session: Session, prompt: Sequence[int]) -> list[int]:
     return said[:-1] if said[-1] in session.stop_ids else said
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize(
+    ("folder", "rows"), [*product(MODELS, (3, 16)), ("llama", 1), ("gpt2, absolute positions", 1)], indirect=["folder"]
+)
 def test_batches_say_what_generate_says_to_each_prompt(
     session: Session, wanted: dict[bool, Ids], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +156,7 @@ def test_merged_says_what_the_adapter_says(session: Session, wanted: dict[bool, 
     assert answer_ids(merged, PROMPTS, settings(16)) == wanted[False]
 
 
-@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize(("folder", "rows"), list(zip(MODELS, cycle((3, 16)))), indirect=["folder"])
 def test_rows_stop_each_at_its_own_step(session: Session, wanted: dict[bool, Ids], rows: int) -> None:
     stops = frozenset(row[i % len(row)] for i, row in enumerate(wanted[False]) if i % 3 == 0)
     ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in wanted[False]]

@@ -37,7 +37,7 @@ def train(small_config_in: Callable[..., Any], tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def slow_rate(train: Callable[..., RunFolder]) -> RunFolder:
     """A run at a tenth of a good rate."""
-    return train(training={"lr": 3e-4, "epochs": 3})
+    return train(training={"lr": 3e-4, "epochs": 2})
 
 
 def ask(run: RunFolder, question: Any, steps: int | None = None) -> Intervention:
@@ -106,8 +106,8 @@ def test_a_plan_says_what_it_costs(slow_rate: RunFolder) -> None:
     tests = RunTests(slow_rate)
     whole, short = tests.plan("rate"), tests.plan("rate", 5)
     assert (whole.runs, short.steps, short.seeds) == (6, 5, (0, 1))
-    assert "6 runs of 5 of 36 steps (training.lr=0.0009, training.lr=0.0001)" in short.describe_cost()
-    assert short.tokens == pytest.approx(whole.tokens * 5 / 36, rel=0.01) and 0 < short.seconds < whole.seconds
+    assert "6 runs of 5 of 24 steps (training.lr=0.0009, training.lr=0.0001)" in short.describe_cost()
+    assert short.tokens == pytest.approx(whole.tokens * 5 / 24, rel=0.01) and 0 < short.seconds < whole.seconds
 
 
 def test_a_run_that_does_not_repeat_is_not_tested(own_run: RunFolder) -> None:

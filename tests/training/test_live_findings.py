@@ -22,6 +22,7 @@ from training_lens.training.run import TrainingWrapper
 
 Config = Callable[..., TrainingConfig]
 LONG = {"epochs": 4, "batch_size": 4, "eval_steps": 12}  # 48 steps, four validations
+SHORT = {"epochs": 2, "batch_size": 4, "eval_steps": 6}  # 24 steps, as many validations
 
 
 def journal(run: RunFolder) -> list[dict[str, Any]]:
@@ -55,24 +56,23 @@ def test_the_codes_that_may_stop_a_run_are_those_of_the_live_findings() -> None:
     assert set(typing.get_args(FindingCode)) == checks | set(SPIKES) | answers | {"nonfinite"}
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_sound_run_raises_nothing(small_config: Config, seed: int) -> None:
     run = train(small_config(training={**LONG, "seed": seed}, lens={}))
     assert [line["code"] for line in journal(run)] == []
 
 
 def test_live_findings_change_no_bit_of_the_adapter(small_config: Config, poisoned_rows: dict[str, list[str]]) -> None:
-    training = {"epochs": 6, "batch_size": 4}
-    runs = [train(small_config(data=poisoned_rows, training=training, lens={"live": live})) for live in (True, False)]
+    runs = [train(small_config(data=poisoned_rows, training=SHORT, lens={"live": live})) for live in (True, False)]
     first, second = ((run.adapter / "adapter_model.safetensors").read_bytes() for run in runs)
     assert first == second and not runs[1].findings_file.exists()
 
 
 def test_stop_on_stops_the_run_and_saves_it(small_config: Config) -> None:
-    config = small_config(training={**LONG, "lr": 0.5}, lens={"stop_on": ["rate_high"]})
+    config = small_config(training={**SHORT, "lr": 0.5}, lens={"stop_on": ["rate_high"]})
     summary = TrainingWrapper(config).train()
     run = RunFolder(Path(summary.run_dir))
-    assert (summary.status, summary.stopped_by) == ("finished", "rate_high") and summary.steps < 48
+    assert (summary.status, summary.stopped_by) == ("finished", "rate_high") and summary.steps < 24
     assert (run.adapter / "adapter_model.safetensors").is_file() and summary.adapter_step <= summary.steps
     assert journal(run)[-1]["event"] == "raised"
 
@@ -80,10 +80,10 @@ def test_stop_on_stops_the_run_and_saves_it(small_config: Config) -> None:
 def test_a_resumed_run_has_the_lines_of_one_that_did_not_stop(small_config: Config) -> None:
     class Fail(Callback):
         def on_step_end(self, trainer: Any, report: Any) -> None:
-            if report.step == 30:
+            if report.step == 15:
                 raise RuntimeError
 
-    training, lens = {**LONG, "lr": 0.5}, {"scalars_every": 1, "probe_every": 4, "spectra_every": 8}
+    training, lens = {**SHORT, "lr": 0.5}, {"scalars_every": 1, "probe_every": 4, "spectra_every": 8}
     whole = train(small_config(training=training, lens=lens, output={"run_id": "whole"}))
     cut = small_config(training=training, lens=lens, output={"run_id": "cut"})
     with pytest.raises(RuntimeError):
@@ -96,7 +96,7 @@ def test_a_resumed_run_has_the_lines_of_one_that_did_not_stop(small_config: Conf
 def test_the_command_says_that_a_finding_stopped_it_by_its_exit_code(few_rows: dict[str, Any], tmp_path: Path) -> None:
     keys = {
         "data.train": few_rows["train"], "data.validation": few_rows["validation"], "data.max_examples": 48,
-        "training.lr": 0.5, "training.epochs": 4, "training.batch_size": 4, "training.eval_steps": 12, "peft.r": 4,
+        "training.lr": 0.5, "training.epochs": 2, "training.batch_size": 4, "training.eval_steps": 6, "peft.r": 4,
         "lens.stop_on": "[rate_high]", "lens.report": False, "tracking.tensorboard": False, "tracking.samples": 0,
         "output.base_output_dir": tmp_path,
     }  # fmt: skip
