@@ -26,7 +26,7 @@ class ExplainGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in COMMANDS and self.commands[cmd_name] is None:
             module = import_module(f"training_lens.cli.explain_{cmd_name}")
-            self.commands[cmd_name] = build_command(getattr(module, f"explain_{cmd_name}"), "Explain")
+            self.commands[cmd_name] = build_command(getattr(module, f"explain_{cmd_name}"), "Explain", cmd_name)
         return self.commands.get(cmd_name)
 
 

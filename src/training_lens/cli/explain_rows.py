@@ -77,8 +77,9 @@ def _explain(
         shown = [[row.id, row.reason, _cut(row.prompt), _cut(row.answer)] for row in listed[:SHOWN]]
         if shown:
             show_table(screen.console, f"{name}: {len(listed):,} rows", ["row", "why", "prompt", "answer"], shown)
+    path = run.reports / "explain-rows-suspects.txt"
+    path.unlink(missing_ok=True)  # of an earlier call
     if found.suspects:
-        path = run.reports / "explain-rows-suspects.txt"
         report.write_suspects(path, found.suspects)
         screen.print_line(f"the {len(found.suspects)} suspects: {path}; to train without them: data.exclude={path}")
     return found

@@ -197,12 +197,17 @@ def add_command(app: typer.Typer, name: str | None = None, panel: str | None = N
     return add
 
 
-def build_command(definition: Function | typer.Typer, panel: str) -> Any:
-    """The command of a function, or of an app with commands of its own; `panel`: its heading in the help."""
+def build_command(definition: Function | typer.Typer, panel: str, name: str | None = None) -> Any:
+    """The command of a function, or of an app with commands of its own.
+
+    Args:
+        panel: its heading in the help.
+        name: of the command; None: the function's.
+    """
     if isinstance(definition, typer.Typer):
         group: Any = typer.main.get_command(definition)
         group.rich_help_panel = panel
         return group
     app = typer.Typer(add_completion=False)
-    add_command(app, panel=panel)(definition)
+    add_command(app, name, panel)(definition)
     return typer.main.get_command(app)

@@ -211,7 +211,7 @@ def _choose_rows(lives: RowLives, scores: np.ndarray, allowed: np.ndarray) -> di
     is_late = (lives.visits > 2) & (lives.first_learned == last)
     masks = {
         WRONG: (scores >= SUSPICIOUS, -scores),
-        NEVER: (lives.first_learned < 0, -lives.last_loss),
+        NEVER: ((lives.visits > 1) & (lives.first_learned < 0), -lives.last_loss),
         FORGOTTEN: ((lives.forgotten > 0) & ~lives.is_learned, -lives.last_loss),
         LATE: (is_late, -lives.first_loss),
     }

@@ -23,6 +23,7 @@ from training_lens.display.html import BulletList, Part, SvgPicture, Table
 from training_lens.display.svg import Dots, render_dots
 from training_lens.measures.row_life import LEARNED
 from training_lens.utils.files import write_text
+from training_lens.utils.formatting import pluralize
 
 BLUE, RED, GREEN, PINK, ORANGE = COLOURS[:5]
 SHOWN, SHOWN_FAMILIES = 40, 20  # rows of a list, and families, that the page shows; the CSV has all rows
@@ -44,24 +45,24 @@ MEANING = {
 def describe_rows(found: RowsExplanation) -> Iterator[str]:
     """What the numbers say, a sentence each."""
     lives, fewest, most = found.lives, int(found.lives.visits.min()), int(found.lives.visits.max())
-    visits = f"{fewest} to {most}" if fewest < most else f"{most}"
+    visits = f"{fewest} to {most} visits" if fewest < most else pluralize(most, "visit")
     share = f" (one row in {found.visits.every} was recorded)" if found.visits.every > 1 else ""
-    yield (
-        f"{len(found.ids):,} training rows{share}, {visits} visits each: {int(lives.is_learned.sum()):,} are learned "
-        f"at their last visit, from a probability of {found.threshold:.2f} per token."
-    )
-    if found.is_own_median:
-        yield (
-            f"Few rows reach a probability of {LEARNED:g} per token, so a row counts as learned from the median of the "
-            "last visits: half of the rows, by definition."
-        )
+    rows = f"{len(found.ids):,} training rows{share}, {visits} each"
+    suspects = f"{len(found.suspects):,} rows are {WRONG}, by a score of {SUSPICIOUS} and above"
     if most == 1:
-        yield (
-            "There was one visit to each row: nothing that was forgotten or learned late could be seen, and the scores "
-            "rest on a single loss. A second epoch would decide."
-        )
-    others = ", ".join(f"{len(found.lists[name]):,} {name}" for name in (NEVER, FORGOTTEN, LATE))
-    yield f"{len(found.suspects):,} rows are {WRONG}, by a score of {SUSPICIOUS} and above; {others}."
+        yield f"{rows}: what was learned, forgotten or learned late cannot be seen. A second epoch would decide."
+        yield f"{suspects}; each score rests on a single loss."
+    else:
+        learned = int(lives.is_learned.sum())
+        since = f"from a probability of {found.threshold:.2f} per token"
+        yield f"{rows}: {learned:,} are learned at their last visit, {since}."
+        if found.is_own_median:
+            yield (
+                f"Few rows reach a probability of {LEARNED:g} per token, so a row counts as learned from the median of "
+                "the last visits: half of the rows, by definition."
+            )
+        others = ", ".join(f"{len(found.lists[name]):,} {name}" for name in (NEVER, FORGOTTEN, LATE))
+        yield f"{suspects}; {others}."
     if found.families:
         yield (
             f"{sum(map(len, found.families)):,} rows stand in {len(found.families):,} families of near repeats, the "
@@ -171,8 +172,13 @@ def draw_map(found: RowsExplanation) -> SvgPicture:
             "step of its only visit" if is_single else "variability: standard deviation over visits",
             "probability per token",
         ),
-        "Each dot is a training row; hover over it to see the row. High and left: easy from the start. Right: learned "
-        "on the way. Low and left: never explained by the others, where wrong answers gather."
+        "Each dot is a training row; hover over it to see the row. "
+        + (
+            "Far below the other dots of its step: a row that the others do not explain."
+            if is_single
+            else "High and left: easy from the start. Right: learned on the way. Low and left: never explained by the "
+            "others, where wrong answers gather."
+        )
         + (f" {left:,} rows are not drawn." if left else ""),
     )
 
@@ -197,8 +203,8 @@ HOW = (
     "The losses are those that the training computed at each visit anyway, before the step's update, in nats per "
     "supervised token; no pass was added. Probability is the mean over visits of exp(-loss per token), variability its "
     "standard deviation (arXiv 2009.10795); a row is forgotten where it was learned at one visit and not at the next "
-    "(arXiv 1812.05159). The score compares the mean loss after the first visit with rows of like length, in robust "
-    "standard deviations: how well it finds wrong answers is in docs/lens/explain.md."
+    "(arXiv 1812.05159). The score is the mean loss after the first visit above the usual one at that step, in robust "
+    "standard deviations over rows of like length: how well it finds wrong answers is in docs/lens/explain.md."
 )
 
 
