@@ -11,6 +11,7 @@ from training_lens.cli.common import OF_ANY_RUN, Screen, command, load_config, r
 from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.truncate_rank import RunArgument
+from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from training_lens.analysis.explanations.row_explanation import RowsExplanation
@@ -27,6 +28,20 @@ Learned = Annotated[
         metavar="P", help="A row counts as learned from this probability per token; else 0.5, if many reach it."
     ),
 ]
+Retrain = Annotated[
+    bool,
+    typer.Option(
+        "--retrain",
+        help="Train twice more, without the suspects and without as many random rows of like length, and measure both "
+        "on the validation rows.",
+    ),
+]
+Exclude = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="With --retrain: the rows to leave out, instead of all suspects; as data.exclude reads it."
+    ),
+]
 USED = ("output.", *OF_ANY_RUN)
 SHOWN = 8  # rows of a list on the screen
 WIDEST = 60  # characters of a text on the screen
@@ -36,14 +51,16 @@ def explain_rows(
     run: RunArgument = "latest",
     base: Base = False,
     learned: Learned = None,
+    retrain: Retrain = False,
+    exclude: Exclude = None,
     *,
     options: CommandOptions,
 ) -> None:
     """Show the life of each training row: when it was learned, what was forgotten, and which answers may be wrong.
 
-    Reads the losses that the run recorded while it trained; --base measures more.
+    Reads the losses that the run recorded while it trained; --base and --retrain measure more.
 
-    Examples: training-lens explain rows; training-lens explain rows RUN --base
+    Examples: training-lens explain rows; training-lens explain rows RUN --base; training-lens explain rows --retrain
     """
     with command(options) as screen:
         if "=" in run and not Path(run).exists():
@@ -51,13 +68,18 @@ def explain_rows(
             run = "latest"
         settings = load_config(options)
         refuse_unused(options.words, USED, "explain rows reads what the run recorded.")
-        found = locate_run(run, settings.output, finished=True if base else None)
+        if exclude is not None and not retrain:
+            raise ConfigurationError("--exclude FILE says what --retrain leaves out; give both.")
+        found = locate_run(run, settings.output, finished=True if base or retrain else None)
         explained = _explain(screen, found, base, learned, settings)
+        notes, result = list[str](), explained.as_json()
+        if retrain:
+            notes, result["retrained"] = _retrain(screen, found, explained, exclude, settings)
         from training_lens.analysis.explanations.rows_report import build_rows_report, rows_table
 
-        build_rows_report(explained).write_all(found.reports, "explain-rows", rows_table(explained))
+        build_rows_report(explained, notes).write_all(found.reports, "explain-rows", rows_table(explained))
         screen.print_line(f"saved as {found.reports / 'explain-rows'}.{{json,md,csv,html}}")
-        screen.print_result(explained.as_json())
+        screen.print_result(result)
 
 
 def _explain(
@@ -87,3 +109,24 @@ def _explain(
 
 def _cut(text: str) -> str:
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
+
+
+def _retrain(
+    screen: Screen, run: RunFolder, found: RowsExplanation, exclude: str | None, settings: TrainingConfig
+) -> tuple[list[str], dict[str, object]]:
+    """Train without the suspects and without random rows; gives lines for people, and values."""
+    from training_lens.data.row_list import read_row_list
+    from training_lens.display.progress import Progress
+    from training_lens.training.row_retraining import RetrainingWithoutRows
+
+    left_out = [row.id for row in found.suspects]
+    if exclude is not None:
+        left_out = [f"{source}:{number}" for source, number in read_row_list(exclude).lines]
+    if not left_out:
+        raise ConfigurationError("--retrain: there are no suspects to leave out. Name rows with --exclude FILE.")
+    retraining = RetrainingWithoutRows(run, left_out, Progress(screen.console), settings.explicit_values())
+    screen.print_line(retraining.describe_cost())
+    measured = retraining.measure()
+    for line in measured.describe():
+        screen.print_line(line)
+    return list(measured.describe()), measured.as_json()
