@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
-from training_lens.analysis.explanations.influence import read_gradient, score_by_gradients, score_by_representations
+from training_lens.analysis.explanations.influence import read_gradient, score_by_gradients
 from training_lens.config.schema import PeftSection
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
@@ -119,16 +118,3 @@ def test_scores_are_cosines_and_a_masked_row_scores_0(engine: Engine) -> None:
     one, two = read_gradient(engine, build_text(7), "fp32"), read_gradient(engine, build_text(2, 30), "fp32")
     assert found[0, 0] == pytest.approx(1.0) and found[0, 2] == found[1, 2] == 0
     assert found[1, 1] == pytest.approx(float(one @ two / (one.norm() * two.norm())))
-    states = score_by_representations(engine, rows, queries, "fp32")
-    assert states[0, 0] == pytest.approx(1.0, abs=1e-6) and states[0, 2] == states[1, 2] == 0
-    assert np.abs(states).max() <= 1 + 1e-6
-
-
-def test_the_state_is_that_from_which_the_last_supervised_token_is_predicted(engine: Engine) -> None:
-    """What comes after it, and the last token itself, do not matter."""
-    text = build_text(5)
-    other: Any = text.input_ids.copy()
-    other[-1] = (other[-1] + 1) % 90
-    changed = TokenizedExample("rows", 6, other, text.loss_mask, None, 6)
-    found = score_by_representations(*(engine, *(TokenDataset.from_examples([e]) for e in (text, changed))), "fp32")
-    assert found[0, 0] == pytest.approx(1.0, abs=1e-6)

@@ -84,10 +84,10 @@ def test_the_rows_of_an_answer_join_its_report(call: Call, small_config: Callabl
     result = call("explain", "answer", str(run), "Where is the key?", "--rows", "inference.max_new_tokens=4", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["rows"]
-    assert len(found["rankings"]["gradients"]) == len(found["rankings"]["representations"]) == 10
+    assert len(found["ranking"]) == 10
     assert found["verification"] is None and "forward and backward passes of single rows at" in result.stderr
     page = (run / "reports/explain-answer.html").read_text()
-    assert "Which training rows made it" in page and "Not measured: these are rankings" in page
+    assert "Which training rows made it" in page and "Not measured: this is a ranking" in page
     refused = call("explain", "answer", str(run), "Where is the key?", "--lds", "3")
     assert refused.exit_code == 2 and "at least 16 random subsets" in refused.stderr.replace("\n", " ")
 

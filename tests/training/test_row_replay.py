@@ -24,9 +24,9 @@ from training_lens.runs.run_folder import RunFolder
 from training_lens.training.answer_rows import RowQuestions, explain_answer_rows
 from training_lens.training.row_ranking import (
     draw_controls,
-    measure_datamodeling,
     rank_rows,
     read_adam_direction,
+    require_enough_subsets,
     verify_rows,
 )
 from training_lens.training.row_replay import RowReplay
@@ -107,7 +107,7 @@ def test_without_states_a_replay_begins_at_the_start(run: RunFolder, tmp_path: P
     rows = replay.find_rows([replay.rows.example_id(5)])
     assert rows.tolist() == [5] and "2 replays of 20 of 20 steps" in replay.describe_cost(2)
     ranked = rank_rows(replay, replay.rows.select(rows))
-    assert "the states after steps 20;" in ranked[0].detail, "the checkpoint of the adapter has moments, too"
+    assert "the states after steps 20;" in ranked.detail, "the checkpoint of the adapter has moments, too"
     with pytest.raises(ConfigurationError, match=r"nothing.jsonl:1 is no training row"):
         replay.find_rows(["nothing.jsonl:1"])
 
@@ -125,16 +125,15 @@ def test_changed_data_is_refused(small_config_in: Build, write_rows: Callable[..
 def test_a_copy_of_a_row_is_made_by_that_row(replay: RowReplay) -> None:
     """The query is a row that was trained on: it ranks first, and without it, it is less likely."""
     positions = np.array([11, 40])
-    queries = replay.rows.select(positions)
-    by_gradients, by_states = rank_rows(replay, queries)
+    ranking = rank_rows(replay, replay.rows.select(positions))
     for query, position in enumerate(positions):
         twins = np.flatnonzero(replay.rows.digests == replay.rows.digests[position])
-        assert by_states.top_rows(1, query)[0] in twins and by_gradients.top_rows(1, query)[0] in twins
-    found = verify_rows(replay, by_states, replay.rows.select(positions[:1]), 3)
+        assert ranking.top_rows(1, query)[0] in twins
+    found = verify_rows(replay, ranking, replay.rows.select(positions[:1]), 3)
     assert found.change < 0 and len(found.control_changes) == 3 == len(found.rows)
     assert found.is_confirmed == (found.change < min(found.control_changes))
     with pytest.raises(ConfigurationError, match="--verify 41: the run has 80 training rows"):
-        verify_rows(replay, by_states, replay.rows.select(positions[:1]), 41)
+        verify_rows(replay, ranking, replay.rows.select(positions[:1]), 41)
 
 
 def test_controls_are_other_rows_of_like_length_that_come_as_late(replay: RowReplay) -> None:
@@ -175,20 +174,20 @@ def test_the_rows_of_an_answer_are_ranked_measured_and_shown_as_text(replay: Row
     answer, told = replay.rows[17], list[str]()
     found = explain_answer_rows(replay, answer, RowQuestions(shown=4, verify=2, subsets=16), tell=told.append)
     assert "at most 22 replays of 20 of 20 steps" in told[0] and "324 forward and backward passes" in told[1]
-    assert {method: len(rows) for method, rows in found.rankings.items()} == {"gradients": 4, "representations": 4}
-    first = found.rankings["representations"][0]
+    assert len(found.ranking) == 4
+    first = found.ranking[0]
     assert first.id == replay.rows.example_id(17) and first.first_step == replay.first_uses()[17]
     assert found.verification and found.log_probability == pytest.approx(float(found.verification.replayed.whole[0]))
     values = found.as_json()
     assert json.loads(json.dumps(values)) == values and values["datamodeling"]["subsets"] == 16
     assert found.datamodeling and found.datamodeling.changes.shape == (16, 1) and found.datamodeling.changes.std() > 0
     with pytest.raises(ConfigurationError, match="at least 16 random subsets"):
-        measure_datamodeling(replay, replay.rows.select(np.array([17])), [], 15)
+        require_enough_subsets(15)
     hostile = replace(first, prompt="<script>alert(1)</script>", answer="<img src=x onerror=alert(2)>")
     page = tmp_path / "page.html"
-    write_page(page, "rows", build_row_parts(replace(found, rankings={"representations": (hostile,)})))
+    write_page(page, "rows", build_row_parts(replace(found, ranking=(hostile,))))
     text = page.read_text()
     assert "<script>alert(1)" not in text and "<img src=x" not in text and "&lt;img src=x" in text
-    assert "Linear datamodeling score by hidden states" in text and "without 2 random rows of like length" in text
+    assert "Linear datamodeling score" in text and "without 2 random rows of like length" in text
     bare = explain_answer_rows(replay, answer, RowQuestions(shown=1))
-    assert "not measured: these are rankings" in describe_row_check(bare) and bare.as_json()["verification"] is None
+    assert "not measured: this is a ranking" in describe_row_check(bare) and bare.as_json()["verification"] is None

@@ -19,7 +19,7 @@ Rows = Annotated[
     typer.Option(
         "--rows",
         help="Also rank the training rows that made the answer: by gradients at the states that the run kept, a "
-        "backward pass for each row and state, and by hidden states.",
+        "forward and a backward pass for each row and state.",
     ),
 ]
 Verify = Annotated[
@@ -37,7 +37,7 @@ Subsets = Annotated[
         "--lds",
         metavar="N",
         min=0,
-        help="With the rows: how far the rankings can be trusted, by N replays of the run without a random half of its "
+        help="With the rows: how far the ranking can be trusted, by N replays of the run without a random half of its "
         "rows; at least 16. For small runs.",
     ),
 ]
@@ -63,8 +63,8 @@ def explain_rows(
     progress, questions = Progress(screen.console), RowQuestions(verify=verify, subsets=subsets)
     replay = RowReplay(run, progress, settings.explicit_values())
     found = explain_answer_rows(replay, answer, questions, progress, screen.print_line)
-    for table in report.ranking_tables(found):
-        show_table(screen.console, table.caption, table.columns, table.rows, right=set(table.columns[1:4]))
+    table = report.ranking_table(found)
+    show_table(screen.console, table.caption, table.columns, table.rows, right=set(table.columns[1:4]))
     for line in (report.describe_row_check(found), *report.describe_rows(found)):
         screen.print_line(line)
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training_lens.analysis.explanations.row_evidence import AnswerRows, Method, RankedRow, RowRanking
+from training_lens.analysis.explanations.row_evidence import AnswerRows, RankedRow, RowRanking
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.display.progress import Progress
@@ -23,7 +23,6 @@ from training_lens.training.row_ranking import (
 )
 from training_lens.training.row_replay import RowReplay
 
-VERIFIED_BY: Method = "representations"
 Tell = Callable[[str], object]
 
 
@@ -31,8 +30,8 @@ Tell = Callable[[str], object]
 class RowQuestions:
     """What is asked of the rows behind an answer.
 
-    `shown` rows of each ranking; `verify` top rows are left out of a replay, 0: none; `subsets` replays without a
-    random half of the rows, at least 16, 0: none.
+    `shown` rows of the ranking, the highest; `verify` top rows are left out of a replay, 0: none; `subsets` replays
+    without a random half of the rows, at least 16, 0: none.
     """
 
     shown: int = 10
@@ -66,18 +65,17 @@ def explain_answer_rows(
         replays = (CONTROLS + 2 if questions.verify else 0) + (questions.subsets + 1 if questions.subsets else 0)
         tell(f"rows: at most {replay.describe_cost(replays)}")
     tell(f"rows: {describe_ranking_cost(replay)}")
-    rankings = rank_rows(replay, query, progress)
-    chosen = next(ranking for ranking in rankings if ranking.method == VERIFIED_BY)
-    check = verify_rows(replay, chosen, query, questions.verify) if questions.verify else None
-    score = measure_datamodeling(replay, query, rankings, questions.subsets) if questions.subsets else None
+    ranking = rank_rows(replay, query, progress)
+    check = verify_rows(replay, ranking, query, questions.verify) if questions.verify else None
+    score = measure_datamodeling(replay, query, ranking, questions.subsets) if questions.subsets else None
     return AnswerRows(
         rows=len(replay.rows),
         steps=tuple(find_moments(replay)),
-        log_probability=replay.measure_adapter(query)[0],
-        rankings={r.method: describe_top_rows(replay, r, r.top_rows(questions.shown)) for r in rankings},
-        details={ranking.method: ranking.detail for ranking in rankings},
+        log_probability=float(replay.measure_adapter(query)[0]),
+        ranking=describe_top_rows(replay, ranking, ranking.top_rows(questions.shown)),
+        detail=ranking.detail,
         verification=check,
-        removed=describe_top_rows(replay, chosen, np.array(check.rows)) if check else (),
+        removed=describe_top_rows(replay, ranking, np.array(check.rows)) if check else (),
         datamodeling=score,
     )
 

@@ -1,8 +1,7 @@
-"""Which training rows made an answer: rankings, and what replays of the run without rows say of them."""
+"""Which training rows made an answer: a ranking, and what replays of the run without rows say of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training_lens.analysis.explanations.influence import Advance, score_by_gradients, score_by_representations
+from training_lens.analysis.explanations.influence import Advance, score_by_gradients
 from training_lens.analysis.explanations.row_evidence import DatamodelingScore, RowRanking, RowVerification
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.display.progress import Progress
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.measures.row_influence import adam_direction, rank_correlation
-from training_lens.models.adapters import restore_adapter
 from training_lens.runs.checkpoint_format import checkpoint_folder, verify_checkpoint
 from training_lens.training.loop.checkpoint_manager import load_checkpoint
 from training_lens.training.loop.trainer import Trainer
@@ -35,8 +33,8 @@ def describe_ranking_cost(replay: RowReplay, queries: int = 1) -> str:
     return f"{format_count(states * rows)} forward and backward passes of single rows at {states} states of the run"
 
 
-def rank_rows(replay: RowReplay, queries: TokenDataset, progress: Progress | None = None) -> tuple[RowRanking, ...]:
-    """The run's training rows ranked for each query, by gradients and by representations.
+def rank_rows(replay: RowReplay, queries: TokenDataset, progress: Progress | None = None) -> RowRanking:
+    """The run's training rows ranked for each query, by gradients.
 
     Args:
         queries: texts whose supervised tokens are what the rows are ranked for, such as an answer.
@@ -49,13 +47,8 @@ def rank_rows(replay: RowReplay, queries: TokenDataset, progress: Progress | Non
     """
     states, progress = find_moments(replay), progress or Progress()
     texts = len(replay.rows) + len(queries)
-    with replay.open_trainer() as trainer, progress.task("ranking rows", texts * (len(states) + 1)) as advance:
-        by_gradients = _rank_by_gradients(replay, trainer, queries, states, advance)
-        restore_adapter(trainer.model, replay.run.adapter)
-        precision = replay.plan.precision
-        similar = score_by_representations(trainer.engine, replay.rows, queries, precision, advance)
-    detail = "cosine of the last hidden states of query and row in the adapter"
-    return by_gradients, RowRanking("representations", similar, detail)
+    with replay.open_trainer() as trainer, progress.task("ranking rows", texts * len(states)) as advance:
+        return _rank_by_gradients(replay, trainer, queries, states, advance)
 
 
 def find_moments(replay: RowReplay) -> dict[int, Path]:
@@ -93,7 +86,6 @@ def _rank_by_gradients(
     steps = ", ".join(map(str, states))
     numbers = sum(parameter.numel() for parameter in trainer.parameters)
     return RowRanking(
-        "gradients",
         scores,
         "learning rate times cosine of the query's gradient with the row's Adam update, summed over the states after "
         f"steps {steps}; {format_count(numbers)} numbers, unprojected",
@@ -160,7 +152,7 @@ def verify_rows(
     controls = [draw_controls(replay, rows, start, generator) for _ in range(CONTROLS)]
     replayed = replay.measure(query, [rows, *controls], start)
     sets = tuple(tuple(int(row) for row in control) for control in controls)
-    return RowVerification(ranking.method, tuple(int(row) for row in rows), sets, replayed)
+    return RowVerification(tuple(int(row) for row in rows), sets, replayed)
 
 
 def require_enough_rows(replay: RowReplay, count: int) -> None:
@@ -205,9 +197,9 @@ def require_enough_subsets(subsets: int) -> None:
 
 
 def measure_datamodeling(
-    replay: RowReplay, queries: TokenDataset, rankings: Sequence[RowRanking], subsets: int, seed: int = 0
+    replay: RowReplay, queries: TokenDataset, ranking: RowRanking, subsets: int, seed: int = 0
 ) -> DatamodelingScore:
-    """The linear datamodeling score of each ranking (arXiv 2303.14186): each subset is a random half of the rows.
+    """The linear datamodeling score of a ranking (arXiv 2303.14186): each subset is a random half of the rows.
 
     Predicted is minus the sum of the scores of the rows that are left out, measured the change of the query's
     log-probability after a replay of the whole run without them.
@@ -222,11 +214,6 @@ def measure_datamodeling(
     generator, count = np.random.default_rng(seed), len(replay.rows)
     without = [generator.permutation(count)[: round(LEFT_OUT * count)] for _ in range(subsets)]
     changes = replay.measure(queries, without).changes
-    correlations = {
-        ranking.method: tuple(
-            rank_correlation(predicted, measured)
-            for predicted, measured in zip(ranking.predict_changes(without).T, changes.T, strict=True)
-        )
-        for ranking in rankings
-    }
+    pairs = zip(ranking.predict_changes(without).T, changes.T, strict=True)
+    correlations = tuple(rank_correlation(predicted, measured) for predicted, measured in pairs)
     return DatamodelingScore(subsets, changes, correlations)

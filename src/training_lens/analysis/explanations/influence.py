@@ -1,4 +1,4 @@
-"""Scores of training rows for queries: by gradients at states of the run, and by hidden states in the adapter."""
+"""Scores of training rows for queries, by gradients at a state of the run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from training_lens.data.batching import collate, pack_examples
-from training_lens.data.examples import Batch, TokenizedExample
+from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.measures.row_influence import cosine_with
 from training_lens.models.adapters import trainable_parameters
 from training_lens.models.fast.engine import Engine
-from training_lens.models.model_classes import decoder_of, evaluation_mode
-from training_lens.models.rotary import padded_positions
+from training_lens.models.model_classes import evaluation_mode
 from training_lens.utils.devices import Precision, autocast
 
 Advance = Callable[[float], None]
@@ -71,33 +70,3 @@ def read_gradient(engine: Engine, text: TokenizedExample, precision: Precision) 
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     pairs = zip(found, parameters, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
-
-
-def score_by_representations(
-    engine: Engine, rows: TokenDataset, queries: TokenDataset, precision: Precision, advance: Advance = lambda _: None
-) -> np.ndarray:
-    """The cosine of each query's with each row's last hidden state in the adapter, (queries, rows) float64.
-
-    A text's state is the last layer's at the position from which its last supervised token is predicted: it has read
-    the prompt and the answer (as in arXiv 2409.19998). A row without supervised tokens scores 0.
-
-    Cost: a forward pass of each text.
-    """
-    of_queries, of_rows = (_read_states(engine, texts, precision, advance) for texts in (queries, rows))
-    return (of_queries @ of_rows.T).double().cpu().numpy()
-
-
-def _read_states(engine: Engine, texts: TokenDataset, precision: Precision, advance: Advance) -> Tensor:
-    """Each text's state, (texts, hidden) float32 of length 1; 0 for a text without supervised tokens."""
-    found, decoder = [], decoder_of(engine.model)
-    device = next(decoder.parameters()).device
-    with evaluation_mode(engine.model), torch.inference_mode(), autocast(device, precision):
-        for position in range(len(texts)):
-            batch: Batch = collate([texts[position]], fill_id=0).move_to(device)
-            places = padded_positions(decoder, batch.lengths, batch.input_ids.shape[1], device)
-            states = decoder(input_ids=batch.input_ids, use_cache=False, **places)[0][0].float()  # (width, hidden)
-            targets = batch.loss_mask[0, 1:].nonzero()[:, 0]
-            state = states[targets[-1]] if len(targets) else torch.zeros_like(states[0])
-            found.append(torch.nn.functional.normalize(state, dim=0))
-            advance(1)
-    return torch.stack(found)

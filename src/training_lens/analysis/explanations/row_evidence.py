@@ -1,26 +1,23 @@
-"""Which training rows made an answer: the rankings, and what replays without rows measured, as values."""
+"""Which training rows made an answer: their ranking, and what replays without rows measured, as values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from training_lens.measures.row_influence import RankCorrelation
 
-Method = Literal["gradients", "representations"]
-
 
 @dataclass(frozen=True)
 class RowRanking:
-    """Training rows by what they did to queries: above 0 raised the query's log-probability, as `method` has it.
+    """Training rows by what they did to queries: above 0 raised the query's log-probability, as gradients have it.
 
     `scores` is (queries, rows); `detail` says what they are.
     """
 
-    method: Method
     scores: np.ndarray
     detail: str
 
@@ -60,7 +57,6 @@ class RowVerification:
     `controls` are sets of as many random rows of like length; `changes` (nats) begin with that of the top rows.
     """
 
-    method: Method
     rows: tuple[int, ...]
     controls: tuple[tuple[int, ...], ...]
     replayed: ReplayedRows
@@ -83,14 +79,14 @@ class RowVerification:
 
 @dataclass(frozen=True)
 class DatamodelingScore:
-    """How well rankings predict what replays measure: Spearman's correlation over random subsets of rows.
+    """How well a ranking predicts what replays measure: Spearman's correlation over random subsets of rows, by query.
 
-    `correlations` has, for each ranking by its method, that of each query; `changes` (subsets, queries) is measured.
+    `changes` (subsets, queries) is measured.
     """
 
     subsets: int
     changes: np.ndarray
-    correlations: dict[Method, tuple[RankCorrelation, ...]]
+    correlations: tuple[RankCorrelation, ...]
 
 
 @dataclass(frozen=True)
@@ -109,15 +105,15 @@ class RankedRow:
 class AnswerRows:
     """Which training rows made one answer.
 
-    `log_probability` is the run's adapter's, of the answer's supervised tokens, in nats. `rankings` has, by method, the
-    rows of the highest scores, of `rows` in all, and `details` what the scores are. `steps` are those of the states.
+    `log_probability` is the run's adapter's, of the answer's supervised tokens, in nats. `ranking` are the rows of
+    the highest scores, of `rows` in all, and `detail` says what a score is. `steps` are those of the states.
     """
 
     rows: int
     steps: tuple[int, ...]
     log_probability: float
-    rankings: dict[Method, tuple[RankedRow, ...]]
-    details: dict[Method, str]
+    ranking: tuple[RankedRow, ...]
+    detail: str
     verification: RowVerification | None = None
     removed: tuple[RankedRow, ...] = ()
     datamodeling: DatamodelingScore | None = None
@@ -129,11 +125,10 @@ class AnswerRows:
             "rows": self.rows,
             "steps": list(self.steps),
             "log_probability": self.log_probability,
-            "rankings": {method: [asdict(row) for row in rows] for method, rows in self.rankings.items()},
-            "details": self.details,
+            "ranking": [asdict(row) for row in self.ranking],
+            "detail": self.detail,
             "verification": check
             and {
-                "method": check.method,
                 "rows": [row.id for row in self.removed],
                 "start": check.replayed.start,
                 "end": check.replayed.end,
@@ -144,6 +139,6 @@ class AnswerRows:
             "datamodeling": score
             and {
                 "subsets": score.subsets,
-                "correlations": {method: asdict(found[0]) for method, found in score.correlations.items()},
+                **asdict(score.correlations[0]),
             },
         }

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from training_lens.analysis.explanations.row_evidence import AnswerRows, Method, RankedRow
+from training_lens.analysis.explanations.row_evidence import AnswerRows, RankedRow
 from training_lens.display.html import BulletList, Callout, Part, Table
 from training_lens.utils.formatting import pluralize
 
 SHOWN_CHARACTERS = 160  # of a row's prompt and of its answer in a table; the JSON has them whole
-NAMES: dict[Method, str] = {"gradients": "by gradients", "representations": "by hidden states"}
 HOW = (
-    "A score says how a row looks, and not what it did: only a replay of the run without rows measures that. The score "
-    "by gradients is LESS (arXiv 2402.04333) with the run's own Adam moments, that by hidden states the cosine of the "
-    "last layer's states. Scores of the two are not comparable."
+    "A score says how a row looks, and not what it did: only a replay of the run without rows measures that. It is "
+    "LESS (arXiv 2402.04333) with the run's own Adam moments."
 )
 TO_VERIFY = "--verify 10 measures it: the run is replayed without the top 10, and without 10 random rows of like length"
 
 
 def build_row_parts(found: AnswerRows) -> list[Part]:
-    """The section of a page without its heading: what was measured, the rankings, how."""
+    """The section of a page without its heading: what was measured, the ranking, how."""
     parts: list[Part] = [_check_callout(found), BulletList(list(describe_rows(found)))]
-    return [*parts, *ranking_tables(found), f"{HOW} {_describe_states(found)}"]
+    return [*parts, ranking_table(found), f"{HOW} {_describe_states(found)}"]
 
 
 def describe_rows(found: AnswerRows) -> Iterator[str]:
@@ -30,24 +28,24 @@ def describe_rows(found: AnswerRows) -> Iterator[str]:
         count, steps = len(check.rows), f"from step {check.replayed.start} to {check.replayed.end}"
         randoms = ", ".join(f"{change:+.3f}" for change in check.control_changes)
         yield (
-            f"Replayed {steps} without the top {pluralize(count, 'row')} {NAMES[check.method]}, the answer's "
+            f"Replayed {steps} without the top {pluralize(count, 'row')}, the answer's "
             f"log-probability is {check.change:+.3f} nats from {found.log_probability:.3f}; without {count} random "
             f"rows of like length, {len(check.controls)} times: {randoms}."
         )
     if score := found.datamodeling:
-        for method, (correlation, *_) in score.correlations.items():
-            yield (
-                f"Linear datamodeling score {NAMES[method]}: {correlation.rho:+.2f} (95 %: {correlation.low:+.2f} to "
-                f"{correlation.high:+.2f}), the rank correlation of predicted and measured change over {score.subsets} "
-                "replays without a random half of the rows."
-            )
+        correlation = score.correlations[0]
+        yield (
+            f"Linear datamodeling score: {correlation.rho:+.2f} (95 %: {correlation.low:+.2f} to "
+            f"{correlation.high:+.2f}), the rank correlation of predicted and measured change over {score.subsets} "
+            "replays without a random half of the rows."
+        )
 
 
 def describe_row_check(found: AnswerRows) -> str:
     """Whether the ranking is confirmed, in one line."""
     check = found.verification
     if check is None:
-        return f"not measured: these are rankings. {TO_VERIFY}"
+        return f"not measured: this is a ranking. {TO_VERIFY}"
     if check.is_confirmed:
         return (
             f"measured: without the top {len(check.rows)} rows the answer loses more than without each of "
@@ -72,14 +70,11 @@ def _describe_states(found: AnswerRows) -> str:
     )
 
 
-def ranking_tables(found: AnswerRows) -> list[Table]:
-    """The highest rows of each method."""
+def ranking_table(found: AnswerRows) -> Table:
+    """The rows of the highest scores."""
     columns = ("row", "score", "first step", "tokens", "prompt", "answer")
-    tables = []
-    for method, rows in found.rankings.items():
-        cells = [[*_cells(row), _shorten(row.prompt), _shorten(row.answer)] for row in rows]
-        tables.append(Table(f"the rows that made it, {NAMES[method]}: {found.details[method]}", columns, cells))
-    return tables
+    cells = [[*_cells(row), _shorten(row.prompt), _shorten(row.answer)] for row in found.ranking]
+    return Table(f"the rows that made it: {found.detail}", columns, cells)
 
 
 def _cells(row: RankedRow) -> list[str]:
