@@ -1,6 +1,6 @@
 """What recording the losses of rows costs: CPU seconds of its parts as a share of a step's, and bytes on disk.
 
-    python benchmarks/explain/row_losses.py [--steps 60] [--output benchmarks/results/explain_row_losses.json]
+    python benchmarks/explain/row_losses.py [--shapes demo 125m] [--output benchmarks/results/explain_row_losses.json]
 
 Two runs under the lens as it comes: the embedded demo, and the 125 M shape of train_speed.py with random weights on
 GSM8K rows. Timed is, within ordinary steps, all that exists for the rows' losses: the number of targets of each
@@ -103,22 +103,30 @@ def measure(values: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--shapes", nargs="+", choices=["demo", "125m"], default=["demo", "125m"])
     parser.add_argument("--demo-steps", type=int, default=780)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/explain_row_losses.json"))
     options = parser.parse_args()
-    found: dict[str, Any] = {"machine": described()}
+    known = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    found: dict[str, Any] = {**known, "machine": described()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        found["demo"] = measure({"training": {"epochs": 3}}, options.demo_steps, folder / "demo")
-        write_model(folder / "model", "125m", SHARED / "tokenizers/phi3")
-        large = {
-            "model": {"id": str(folder / "model"), "seq_len": 512},
-            "data": {"train": [str(SHARED / "data/gsm8k/train.jsonl")]},
-            "training": {"epochs": 1, "batch_size": 8, "lr": 1e-4, "precision": "bf16"},
-        }
-        found["125m"] = measure(large, options.steps, folder / "large")
+        if "demo" in options.shapes:
+            found["demo"] = measure({"training": {"epochs": 3}}, options.demo_steps, folder / "demo")
+        if "125m" in options.shapes:
+            found["125m"] = measure_large(folder, options.steps)
     options.output.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
+
+
+def measure_large(folder: Path, steps: int) -> dict[str, Any]:
+    write_model(folder / "model", "125m", SHARED / "tokenizers/phi3")
+    large = {
+        "model": {"id": str(folder / "model"), "seq_len": 512},
+        "data": {"train": [str(SHARED / "data/gsm8k/train.jsonl")]},
+        "training": {"epochs": 1, "batch_size": 8, "lr": 1e-4, "precision": "bf16"},
+    }
+    return measure(large, steps, folder / "large")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 
 from training_lens.core.types import Captured
 
-BYTES_PER_VISIT = 12  # on disk, as benchmarks/explain/row_losses.py measures it, and more for short runs
+BYTES_PER_VISIT = 14  # on disk, as benchmarks/explain/row_losses.py measures it in a short run
 MEGABYTE = 1_000_000
 
 
@@ -36,7 +36,7 @@ def choose_interval(visits: int, megabytes: int) -> int:
 
     Example:
         >>> choose_interval(visits=200_000, megabytes=64), choose_interval(visits=20_000_000, megabytes=64)
-        (1, 4)
+        (1, 5)
     """
     return max(1, math.ceil(visits * BYTES_PER_VISIT / (megabytes * MEGABYTE))) if megabytes else 0
 
