@@ -64,9 +64,9 @@ def test_the_ends_are_the_base_and_the_adapter_to_the_bit(section: dict[str, Any
     multipliers, trained = ModuleMultipliers(model), logits(model)
     with base_only(model):
         base = logits(model)
-    with multipliers.scaled([0.0] * len(multipliers.names)):
+    with multipliers.apply_values([0.0] * len(multipliers.names)):
         assert torch.equal(logits(model), base)
-    with multipliers.scaled([1.0] * len(multipliers.names)):
+    with multipliers.apply_values([1.0] * len(multipliers.names)):
         assert torch.equal(logits(model), trained)
     assert torch.equal(logits(model), trained) and not torch.equal(base, trained)
 
@@ -77,7 +77,7 @@ def test_one_multiplier_for_all_is_the_adapter_at_this_scale(section: dict[str, 
     multipliers = ModuleMultipliers(model)
     with scaled_adapter(model, 0.6):
         expected = logits(model)
-    with multipliers.scaled([0.6] * len(multipliers.names)):
+    with multipliers.apply_values([0.6] * len(multipliers.names)):
         assert (logits(model) - expected).abs().max() < 1e-10
 
 
@@ -94,10 +94,10 @@ def test_gradients_are_finite_differences_of_each_row(section: dict[str, Any], a
         for sign in (-1, 1):
             values = [alpha] * len(multipliers.names)
             values[i] += sign * step
-            with multipliers.scaled(values):
+            with multipliers.apply_values(values):
                 ends.append(row_losses(model))
         assert (found[:, i] - (ends[1] - ends[0]) / (2 * step)).abs().max() < 1e-6 * (1 + found.abs().max())
-    with multipliers.scaled([alpha] * len(multipliers.names)):
+    with multipliers.apply_values([alpha] * len(multipliers.names)):
         assert float(nll.sum()) == pytest.approx(float(row_losses(model).sum()), rel=1e-12)
 
 

@@ -73,7 +73,8 @@ def explain_answer(run: Words = None, prompt: Prompt = None, *, asked: AnswerOpt
         refuse_unused(words, USED, "explain answers with the run's own config.")
         from training_lens.analysis.explanations.answer_question import AnswerQuestion
 
-        question = AnswerQuestion(text, asked.row, asked.answer, asked.own_answer, asked.domain)
+        place = None if asked.token is None else asked.token - 1
+        question = AnswerQuestion(text, asked.row, asked.answer, asked.own_answer, asked.domain, place)
         question.check()
         found = locate_run(reference, settings.output, finished=True)
         found.require_adapter()
@@ -84,12 +85,10 @@ def explain_answer(run: Words = None, prompt: Prompt = None, *, asked: AnswerOpt
         device = None if settings.model.device == "auto" else settings.model.device
         session = open_run(found, device, given=settings.explicit_values())
         others = [str(source) for source in settings.data.validation or ()]
-        place = None if asked.token is None else asked.token - 1
         progress = Progress(screen.console)
         change = measure(
-            found, session, question, settings.inference, place, others=others, progress=progress,
-            announce=screen.print_line,
-        )  # fmt: skip
+            found, session, question, settings.inference, others=others, progress=progress, announce=screen.print_line
+        )
         _show(screen, change)
         rows = explain_rows(screen, found, change.text, asked.verify, asked.lds, settings) if asked.has_rows else None
         change = replace(change, rows=rows.as_json()) if rows else change

@@ -87,7 +87,7 @@ class ShadedToken:
     is_marked: bool = False
 
     @property
-    def shown(self) -> str:
+    def visible_text(self) -> str:
         """The text with a sign for each line end, and one for a token without a text."""
         return self.text.replace("\n", "\u23ce\n") or "\u00b7"
 

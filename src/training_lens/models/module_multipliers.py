@@ -34,7 +34,7 @@ class ModuleMultipliers:
 
     Example:
         multipliers = ModuleMultipliers(session.model)
-        with multipliers.scaled([0.0] * len(multipliers.names)):
+        with multipliers.apply_values([0.0] * len(multipliers.names)):
             ...  # the model computes as its base
     """
 
@@ -54,10 +54,10 @@ class ModuleMultipliers:
         self._places: Tensor | None = None  # the row of each position, where rows were flattened
 
     @contextmanager
-    def scaled(self, values: Sequence[float]) -> Iterator[None]:
+    def apply_values(self, values: Sequence[float]) -> Iterator[None]:
         """Within the block module i's update is multiplied by `values[i]`; at 0 and 1 no bit differs from the ends."""
         assert len(values) == len(self.names)
-        with self._installed(list(values)):
+        with self._install_hooks(list(values)):
             yield
 
     def compute_gradients(
@@ -78,12 +78,12 @@ class ModuleMultipliers:
         dtype = torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
         shape = len(input_ids), len(self.names)
         values = torch.full(shape, alpha, dtype=dtype, device=input_ids.device, requires_grad=True)
-        with torch.enable_grad(), self._installed(values):
-            nll = backward_nll(self.model, input_ids, loss_mask, lengths, self._flattened)
+        with torch.enable_grad(), self._install_hooks(values):
+            nll = backward_nll(self.model, input_ids, loss_mask, lengths, self._mark_rows)
         return (torch.zeros_like(values) if values.grad is None else values.grad), nll
 
     @contextmanager
-    def _installed(self, values: Tensor | Sequence[float]) -> Iterator[None]:
+    def _install_hooks(self, values: Tensor | Sequence[float]) -> Iterator[None]:
         handles = []
         try:
             self._values = values
@@ -97,7 +97,7 @@ class ModuleMultipliers:
                 handle.remove()
 
     @contextmanager
-    def _flattened(self, places: Int[Tensor, positions]) -> Iterator[None]:
+    def _mark_rows(self, places: Int[Tensor, positions]) -> Iterator[None]:
         """Within the block outputs are (1, positions, ...), each position of the row that `places` says."""
         self._places = places
         try:

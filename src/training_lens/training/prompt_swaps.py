@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from training_lens.analysis.findings.swap_gain import SwapGain
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
@@ -22,13 +23,6 @@ from training_lens.utils.logging import get_logger
 logger = get_logger(__name__)
 LEAST_ROWS, MOST_ROWS = 16, 64
 TOKEN_SHARE, PASSES = 0.05, 5  # of the run's training tokens, in forward passes alone
-
-
-class SwapGain(NamedTuple):
-    """How much lower the loss per token is given the right prompts, in nats, with its standard error over rows."""
-
-    gain: float
-    error: float
 
 
 class PromptSwapCheck(Callback):

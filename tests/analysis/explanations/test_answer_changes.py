@@ -79,7 +79,7 @@ def test_module_shares_sum_to_the_change_of_the_token_and_of_the_answer(change: 
 
 def test_a_given_answer_and_a_row_are_explained_as_training_has_them(finished_run: Any) -> None:
     run = Run(finished_run.root)
-    given = run.explain.answer(AnswerQuestion(PROMPT, answer="In the box."), token=1, max_new_tokens=4)
+    given = run.explain.answer(AnswerQuestion(PROMPT, answer="In the box.", token=1), max_new_tokens=4)
     assert given.source == "given" and given.token == 1
     assert "".join(token.text for token in given.tokens).startswith("In the box.")
     session = open_run(finished_run)
@@ -130,7 +130,7 @@ def test_what_cannot_be_explained_is_refused(finished_run: Any, question: Answer
 
 def test_a_token_that_is_none_is_refused(finished_run: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"--token 99: the answer has \d+ tokens"):
-        Run(finished_run.root).explain.answer(PROMPT, token=98, max_new_tokens=2)
+        Run(finished_run.root).explain.answer(AnswerQuestion(PROMPT, token=98), max_new_tokens=2)
 
 
 def test_base_and_adapter_part_where_the_divergence_stays() -> None:

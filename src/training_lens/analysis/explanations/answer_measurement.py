@@ -41,7 +41,6 @@ def explain_answer(
     session: Session,
     question: AnswerQuestion,
     settings: InferenceSection,
-    token: int | None = None,
     *,
     others: Sequence[str] = (),
     progress: Progress | None = None,
@@ -51,7 +50,6 @@ def explain_answer(
 
     Args:
         settings: of the greedy answers, `max_new_tokens`.
-        token: which of the answer's tokens is looked at, from 0; None: the one with the largest change.
         others: sources of rows that `question` may name, besides those of the run.
         announce: called with the cost in passes and tokens, before they are made.
 
@@ -62,6 +60,7 @@ def explain_answer(
         AdapterError: the adapter has modules that cannot be multiplied.
     """
     question.check()
+    token = question.token
     example = find_row(run, session, question.row, others) if question.row is not None else None
     text = build_answer(session, question, example, settings)
     if token is not None and not 0 <= token < len(text.places):

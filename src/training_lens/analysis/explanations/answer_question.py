@@ -31,7 +31,8 @@ SHOWN = 3  # ids of rows in an error
 class AnswerQuestion:
     """What is explained: `prompt`, or the prompt of the row `row` (FILE:NUMBER, as in all reports).
 
-    `answer` is a given text; None: the adapter's greedy answer, or with `own_answer` the row's own.
+    `answer` is a given text; None: the adapter's greedy answer, or with `own_answer` the row's own. `token` is the one
+    of the answer that is looked at, from 0; None: the one with the largest change.
     """
 
     prompt: str | None = None
@@ -39,6 +40,7 @@ class AnswerQuestion:
     answer: str | None = None
     own_answer: bool = False
     domain: str | None = None
+    token: int | None = None
 
     def check(self) -> None:
         """Refuse what contradicts itself.

@@ -131,7 +131,7 @@ def _write_files(source: Path, folder: Path, dropped: Collection[str], adapted: 
         if not any(name.removeprefix(PREFIX).startswith(f"{path}.") for path in dropped)
     }
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    settings = _without(read_config(source), dropped, adapted)
+    settings = _leave_out(read_config(source), dropped, adapted)
     if not settings["target_modules"]:
         raise ConfigurationError(
             "--drop: only modules trained whole would be left, which PEFT cannot load. Name fewer."
@@ -140,7 +140,7 @@ def _write_files(source: Path, folder: Path, dropped: Collection[str], adapted: 
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def _without(settings: Mapping[str, Any], dropped: Collection[str], adapted: Sequence[str]) -> dict[str, Any]:
+def _leave_out(settings: Mapping[str, Any], dropped: Collection[str], adapted: Sequence[str]) -> dict[str, Any]:
     """The configuration whose targets are the modules that stay.
 
     Names that only mean modules that stay are kept; others become these modules' whole paths.

@@ -68,12 +68,11 @@ class Explainer:
         self.run.require_adapter()
         return explain_memory(self.run, options)
 
-    def answer(self, question: AnswerQuestion | str, *, token: int | None = None, **settings: Any) -> AnswerChange:
+    def answer(self, question: AnswerQuestion | str, **settings: Any) -> AnswerChange:
         """Why an answer changed, by token, layer and module, see `explain_answer`.
 
         Args:
-            question: a prompt, or an `AnswerQuestion` with a given answer, a domain, or a row of the run's data.
-            token: which of the answer's tokens is looked at, from 0; None: the one with the largest change.
+            question: a prompt, or an `AnswerQuestion` with a given answer, token or domain, or a row of the run's data.
             settings: keys of `inference.`, such as `max_new_tokens=64`.
 
         Raises:
@@ -88,4 +87,4 @@ class Explainer:
         asked = AnswerQuestion(question) if isinstance(question, str) else question
         asked.check()
         session = open_run(self.run)
-        return explain_answer(self.run, session, asked, InferenceSection(**settings), token)
+        return explain_answer(self.run, session, asked, InferenceSection(**settings))

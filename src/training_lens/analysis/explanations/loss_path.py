@@ -63,7 +63,7 @@ class LossPath:
         Raises:
             EvaluationError: the model failed, or a loss is not finite.
         """
-        with self._progress.task(title, len(self.dataset)) as advance, self.multipliers.scaled(values):
+        with self._progress.task(title, len(self.dataset)) as advance, self.multipliers.apply_values(values):
             processes, precision = Processes(self.session.device), self.session.precision
             options = EvaluationOptions(processes, precision, self._batch_tokens, self.session.pad_id, advance)
             nll = token_sums(self.session.model, self.dataset, options).nll

@@ -156,7 +156,7 @@ def explain_memory(
         f"{len(sets)} rows among {options.candidates:,} candidates each, {continuing} rows continued: "
         f"{format_count(tokens)} tokens"
     )
-    measured = _Measurement(session, progress)
+    measured = _MemoryMeasurement(session, progress)
     return MemoryExplanation(
         str(run.root),
         options.candidates,
@@ -236,7 +236,7 @@ def _find_answer(example: TokenizedExample) -> int | None:
     return start if start and example.loss_mask[start:].all() else None
 
 
-class _Measurement:
+class _MemoryMeasurement:
     """The passes of one session."""
 
     def __init__(self, session: Session, progress: Progress) -> None:

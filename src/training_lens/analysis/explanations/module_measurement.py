@@ -56,12 +56,12 @@ def measure_modules(
         EvaluationError: the model failed on the rows.
     """
     path = LossPath(session, rows.dataset, settings.batch_tokens, progress or Progress())
-    measurement = _Measurement(path, settings)
+    measurement = _ModuleMeasurement(path, settings)
     announce(measurement.describe_cost())
     return measurement.measure()
 
 
-class _Measurement:
+class _ModuleMeasurement:
     """The losses and shares of one adapter on the same rows, and their sums over groups."""
 
     def __init__(self, path: LossPath, settings: EvaluationSection) -> None:

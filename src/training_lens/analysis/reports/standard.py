@@ -103,7 +103,7 @@ def _render_parts(parts: Iterable[Part]) -> Iterable[str]:
             columns, *rows = ([escape_markdown(cell) for cell in row] for row in (part.columns, *part.rows))
             yield f"**{escape_markdown(part.caption)}**\n\n{markdown_table(columns, rows)}"
         elif isinstance(part, ShadedText):
-            text = escape_markdown("".join(token.shown for token in part.tokens))
+            text = escape_markdown("".join(token.visible_text for token in part.tokens))
             yield f"**{escape_markdown(part.caption)}**\n\n{text}"
         elif isinstance(part, Callout):
             facts = [f"> - {escape_markdown(name)}: {escape_markdown(value)}" for name, value in part.facts]
