@@ -102,3 +102,5 @@ def test_modules_of_an_adapter_without_a_run(call: Call, run: Path, few_rows: di
     assert list(Path("outputs/experiments/default/explanations").rglob("explain-modules.html"))
     refused = call(*words, "data.train=nowhere.jsonl")
     assert refused.exit_code == 1 and "nowhere.jsonl" in refused.stderr
+    without_base = call(*words, "model.id=no/where", f"data.validation={few_rows['validation'][0]}")
+    assert without_base.exit_code != 0 and "no/where" in without_base.stderr

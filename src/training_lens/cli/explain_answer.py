@@ -34,6 +34,7 @@ Token = Annotated[
     int | None, typer.Option(metavar="N", help="The token to look at, from 1; else the one with the largest change.")
 ]
 Domain = Annotated[str | None, typer.Option(metavar="NAME", help="One of the domains that the run was trained on.")]
+MOST_TOKENS = 16  # on the screen; the reports have all
 USED = ("data.validation", "inference.max_new_tokens", "output.", *OF_ANY_RUN)
 
 
@@ -121,7 +122,7 @@ def _split_words(
 def _show(screen: Screen, change: AnswerChange) -> None:
     from training_lens.analysis.explanations import answer_report as report
 
-    answers, tokens = report.answers_table(change), report.token_table(change)
+    answers, tokens = report.answers_table(change), report.token_table(change, MOST_TOKENS)
     show_table(screen.console, answers.caption, answers.columns, answers.rows)
     show_table(screen.console, tokens.caption, tokens.columns, tokens.rows, right=set(tokens.columns[2:6]))
     by_layer = report.group_table(change, "layer")

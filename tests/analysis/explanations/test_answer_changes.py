@@ -180,6 +180,8 @@ def test_the_page_shows_hostile_text_as_text_in_every_form(change: AnswerChange,
     assert "<script" not in (tmp_path / "explain-answer.md").read_text()
     assert json.loads((tmp_path / "explain-answer.json").read_text())["rows"] is None
     assert len((tmp_path / "explain-answer.csv").read_text().splitlines()) == len(change.tokens) + 1
+    largest = token_table(shown, 1)
+    assert [row[0] for row in largest.rows] == [str(change.token + 1)] and "1 largest" in largest.caption
     assert any("log-probability by" in line for line in describe_answer(change))
 
 

@@ -117,8 +117,12 @@ def shade_tokens(change: AnswerChange) -> ShadedText:
     return ShadedText(caption, tokens)
 
 
-def token_table(change: AnswerChange) -> Table:
-    """A row for each token."""
+def token_table(change: AnswerChange, most: int | None = None) -> Table:
+    """A row for each token, or for so many of the largest change."""
+    ranked = sorted(range(len(change.tokens)), key=lambda i: -abs(change.tokens[i].change))
+    shown, caption = sorted(ranked[:most]), "teacher-forced on the same tokens, nats"
+    if len(shown) < len(change.tokens):
+        caption += f"; the {len(shown)} largest changes of {len(change.tokens)} tokens"
     columns = (
         "token",
         "text",
@@ -129,13 +133,12 @@ def token_table(change: AnswerChange) -> Table:
         "base's likeliest",
         "adapter's likeliest",
     )
-    return Table("teacher-forced on the same tokens, nats", columns, list(_list_rows(change.tokens)))
+    return Table(caption, columns, [_describe_token(i, change.tokens[i]) for i in shown])
 
 
-def _list_rows(tokens: Sequence[TokenChange]) -> Iterator[list[str]]:
-    for i, token in enumerate(tokens):
-        numbers = [f"{token.base_logp:.3f}", f"{token.adapter_logp:.3f}", f"{token.change:+.3f}", f"{token.kl:.3f}"]
-        yield [str(i + 1), _quote(token.text), *numbers, _quote(token.base_top), _quote(token.adapter_top)]
+def _describe_token(place: int, token: TokenChange) -> list[str]:
+    numbers = [f"{token.base_logp:.3f}", f"{token.adapter_logp:.3f}", f"{token.change:+.3f}", f"{token.kl:.3f}"]
+    return [str(place + 1), _quote(token.text), *numbers, _quote(token.base_top), _quote(token.adapter_top)]
 
 
 def _draw_layers(change: AnswerChange) -> Iterator[Part]:
