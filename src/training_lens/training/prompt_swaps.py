@@ -28,8 +28,9 @@ TOKEN_SHARE, PASSES = 0.05, 5  # of the run's training tokens, in forward passes
 class PromptSwapCheck(Callback):
     """Measures it on held-out rows, of the adapter and of the base, and on training rows; into the lens's captures.
 
-    The right prompts' losses of held-out rows are those of the last validation. Cost: five forward passes over 16 to 64
-    rows. A failure is logged and does not end the run; nothing that training reads changes.
+    The right prompts' losses of held-out rows are those of the last validation, or measured anew in a run that was
+    killed after it. Cost: five or six forward passes over 16 to 64 rows. A failure is logged and does not end the run;
+    nothing that training reads changes.
     """
 
     def __init__(self, lens: TrainingLensFramework) -> None:
@@ -44,7 +45,9 @@ class PromptSwapCheck(Callback):
     def on_train_end(self, trainer: Any) -> None:
         started = time.perf_counter()
         try:
-            if trainer.processes.count == 1 and 0 < self._step == trainer.state.step:
+            step = trainer.state.step
+            is_validated = step in (self._step, trainer.schedule.total_steps) and trainer.validation is not None
+            if trainer.processes.count == 1 and is_validated and step:
                 self._record_gains(trainer)
         except Exception as error:
             logger.warning("whether answers depend on their prompts was not measured: %s", describe_error(error))
@@ -56,10 +59,11 @@ class PromptSwapCheck(Callback):
         held_out = swap_prompts(trainer.validation, count)
         if len(held_out.positions) < LEAST_ROWS // 2:
             return
-        own = self._losses[held_out.positions]
+        is_known = self._step == trainer.state.step
+        own = self._losses[held_out.positions] if is_known else self._measure_own(trainer, held_out.positions)
         gains = {"swap": compare_losses(own, _sum_losses(trainer, held_out.dataset))}
         with base_only(trainer.model):
-            own = _sum_losses(trainer, trainer.validation.select(held_out.positions)).nll
+            own = self._measure_own(trainer, held_out.positions)
             gains["base_swap"] = compare_losses(own, _sum_losses(trainer, held_out.dataset))
         train = swap_prompts(trainer.dataset, count)
         if len(train.positions) >= LEAST_ROWS // 2:
@@ -68,6 +72,10 @@ class PromptSwapCheck(Callback):
         values = {f"{of}_{name}": value for of, gain in gains.items() for name, value in gain._asdict().items()}
         rows = float(len(held_out.positions))
         self._lens.record_evaluation(trainer.state.step, None, sample={**values, "swap_rows": rows})
+
+    def _measure_own(self, trainer: Any, positions: np.ndarray) -> np.ndarray:
+        """The summed losses of held-out rows with their own prompts."""
+        return _sum_losses(trainer, trainer.validation.select(positions)).nll
 
 
 class SwappedRows(NamedTuple):
