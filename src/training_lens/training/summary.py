@@ -21,7 +21,6 @@ class TrainingSummary:
     `micro_batch_tokens`: most tokens in one pass at the end, as configured or as memory held.
     `validation_loss`: of the saved adapter, the best validated one, of step `adapter_step`.
     `stopped_by`: the code of the finding that stopped the run (lens.stop_on), or null.
-    `lens_seconds`: spent on capturing; `estimate`: the prediction made before the run, or null.
     `lens_seconds`: spent on capturing; `estimate`: what the run expected of all its steps after
     the fifth (see `OwnEstimate`), to be compared with `seconds` and `peak_bytes`; null for shorter runs.
     """
