@@ -136,8 +136,8 @@ KINDS = (
         earliest="before",
     ),
     Kind("labels_random", "answers of random words", LABELS, random_labels, 0.8, 1.0),
-    Kind("labels_shifted", "answers shifted by a row", LABELS, shifted_labels, 3, 1),
-    Kind("labels_shuffled", "answers shuffled over all rows", LABELS, shuffled_labels, 0.9, 1.0),
+    Kind("labels_shifted", "answers shifted by a row", NOISE, shifted_labels, 3, 1),
+    Kind("labels_shuffled", "answers shuffled over all rows", NOISE, shuffled_labels, 0.9, 1.0),
     Kind("labels_noise", "30 % of the answers are another row's", NOISE[:1], shuffled_labels, 0.5, 0.3),
     Kind(
         "labels_contradict",
