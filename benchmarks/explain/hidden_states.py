@@ -24,7 +24,7 @@ def score_by_states(replay: RowReplay, queries: TokenDataset) -> dict[str, np.nd
     with replay.open_trainer() as trainer:
         restore_adapter(trainer.model, replay.run.adapter)
         (last, mean), (of_rows, mean_of_rows) = (
-            read_states(trainer, texts, replay.plan.precision) for texts in (queries, replay.rows)
+            read_states(trainer, texts, replay.plan.precision) for texts in (queries, replay.training_rows)
         )
     scores = {"representations": last @ of_rows.T, "hidden states, mean over the answer": mean @ mean_of_rows.T}
     return {method: values.double().numpy() for method, values in scores.items()}

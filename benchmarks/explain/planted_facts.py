@@ -90,7 +90,7 @@ def main() -> None:
     run = RunFolder(Path(pieces.compute("run", lambda: train(folder))))
     replay = RowReplay(run)
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    number_of = np.array([int(replay.rows.example_id(i).rpartition(":")[2]) - 1 for i in range(len(replay.rows))])
+    number_of = replay.training_rows.row_numbers - 1
     facts = np.array([lines[number].get("fact", -1) for number in number_of])  # (rows,): which fact, or -1
     config = replay.plan.config
     examples = list(read_examples([str(folder / "queries.jsonl")], "data.validation", config.data))
@@ -128,7 +128,7 @@ def main() -> None:
     random_rows = measured[VERIFIED:, :VERIFIED]  # (controls, facts)
     learned = (whole - base)[:VERIFIED]
     result = {
-        "machine": described(), "rows": len(replay.rows), "steps": replay.end, "states": list(replay.states),
+        "machine": described(), "rows": len(replay.training_rows), "steps": replay.end, "states": list(replay.states),
         "facts": FACTS, "top": TOP, "rows_found_in_top": found,
         "traced": {m: float(np.mean([n == 3 for n in counts])) for m, counts in found.items()},
         "ranking_seconds": ranked["seconds"], "verified_with": best,

@@ -85,7 +85,7 @@ def read_queries(replay: RowReplay, folder: Path) -> TokenDataset:
 
 def score_others(replay: RowReplay, queries: TokenDataset) -> dict[str, np.ndarray]:
     """The scores of the methods that `explain answer` does not have, (queries, rows) each."""
-    rows, rates, precision = replay.rows, replay.read_rates(), replay.plan.precision
+    rows, rates, precision = replay.training_rows, replay.read_rates(), replay.plan.precision
     names = ("cosine of gradients", "product of gradients", "product with the change of Adam's update")
     found = {name: np.zeros((len(queries), len(rows))) for name in names}
     with replay.open_trainer() as trainer:
@@ -115,7 +115,7 @@ def measure(name: str, pieces: Pieces, folder: Path) -> dict[str, Any]:
     """The row of the table for one run."""
     run = RunFolder(Path(pieces.compute(f"{name}: run", lambda: train(folder, RUNS[name]))))
     replay = RowReplay(run)
-    queries, count = read_queries(replay, folder), len(replay.rows)
+    queries, count = read_queries(replay, folder), len(replay.training_rows)
 
     def score() -> dict[str, Any]:
         found = {"gradients": rank_rows(replay, queries).scores, **score_by_states(replay, queries)}

@@ -69,7 +69,7 @@ def test_a_replay_ends_where_the_run_ended_and_its_state_does_not_matter(replay:
     """From each state and from the start, with dropout, without the same rows: one result, to the last bit."""
     late = np.flatnonzero(replay.first_uses() > 8)[:3]
     assert list(replay.states) == [3, 8, 13, 18] and replay.find_start(late) == 8 and replay.end == 20
-    query = replay.rows.select(late)
+    query = replay.training_rows.select(late)
     from_start, from_state = (replay.measure(query, [late, late[:1], []], start) for start in (0, 8))
     np.testing.assert_array_equal(from_start.without, from_state.without)
     np.testing.assert_array_equal(from_start.without[2], from_start.whole)  # no row is left out: no bit changes
@@ -77,7 +77,7 @@ def test_a_replay_ends_where_the_run_ended_and_its_state_does_not_matter(replay:
 
 
 def test_rows_leave_their_steps_and_the_rest_is_as_it_was(replay: RowReplay) -> None:
-    is_out = np.zeros(len(replay.rows), dtype=bool)
+    is_out = np.zeros(len(replay.training_rows), dtype=bool)
     first, *_ = replay._iterate_steps(0)
     is_out[first.examples] = True
     is_out[next(iter(replay._iterate_steps(1))).examples[:2]] = True
@@ -96,7 +96,7 @@ def test_an_adapter_that_does_not_come_out_again_is_refused(run: RunFolder, tmp_
     record_hashes(other.root, [other.adapter / WEIGHTS])
     replay = RowReplay(other)
     with pytest.raises(TrainingError, match=r"does not repeat: replayed from step 18.*in 1 of"):
-        replay.measure(replay.rows.select(np.array([0])), [], 18)
+        replay.measure(replay.training_rows.select(np.array([0])), [], 18)
 
 
 def test_without_states_a_replay_begins_at_the_start(run: RunFolder, tmp_path: Path) -> None:
@@ -104,9 +104,9 @@ def test_without_states_a_replay_begins_at_the_start(run: RunFolder, tmp_path: P
     shutil.rmtree(bare.states)
     replay = RowReplay(bare)
     assert not replay.states and replay.find_start([int(replay.first_uses().argmax())]) == 0
-    rows = replay.find_rows([replay.rows.example_id(5)])
+    rows = replay.find_rows([replay.training_rows.example_id(5)])
     assert rows.tolist() == [5] and "2 replays of 20 of 20 steps" in replay.describe_cost(2)
-    ranked = rank_rows(replay, replay.rows.select(rows))
+    ranked = rank_rows(replay, replay.training_rows.select(rows))
     assert "the states after steps 20;" in ranked.detail, "the checkpoint of the adapter has moments, too"
     with pytest.raises(ConfigurationError, match=r"nothing.jsonl:1 is no training row"):
         replay.find_rows(["nothing.jsonl:1"])
@@ -125,24 +125,24 @@ def test_changed_data_is_refused(small_config_in: Build, write_rows: Callable[..
 def test_a_copy_of_a_row_is_made_by_that_row(replay: RowReplay) -> None:
     """The query is a row that was trained on: it ranks first, and without it, it is less likely."""
     positions = np.array([11, 40])
-    ranking = rank_rows(replay, replay.rows.select(positions))
+    ranking = rank_rows(replay, replay.training_rows.select(positions))
     for query, position in enumerate(positions):
-        twins = np.flatnonzero(replay.rows.digests == replay.rows.digests[position])
+        twins = np.flatnonzero(replay.training_rows.digests == replay.training_rows.digests[position])
         assert ranking.top_rows(1, query)[0] in twins
-    found = verify_rows(replay, ranking, replay.rows.select(positions[:1]), 3)
+    found = verify_rows(replay, ranking, replay.training_rows.select(positions[:1]), 3)
     assert found.change < 0 and len(found.control_changes) == 3 == len(found.rows)
     assert found.is_confirmed == (found.change < min(found.control_changes))
     with pytest.raises(ConfigurationError, match="--verify 41: the run has 80 training rows"):
-        verify_rows(replay, ranking, replay.rows.select(positions[:1]), 41)
+        verify_rows(replay, ranking, replay.training_rows.select(positions[:1]), 41)
 
 
 def test_controls_are_other_rows_of_like_length_that_come_as_late(replay: RowReplay) -> None:
     rows = np.flatnonzero(replay.first_uses() > 3)[:5]
     drawn = draw_controls(replay, rows, 3, np.random.default_rng(0))
     assert len(set(drawn)) == 5 and not set(drawn) & set(rows) and (replay.first_uses()[drawn] > 3).all()
-    assert not set(replay.rows.digests[drawn]) & set(replay.rows.digests[rows])
-    off = np.abs(replay.rows.lengths[drawn] - replay.rows.lengths[rows])
-    assert off.mean() < np.abs(replay.rows.lengths[:, None] - replay.rows.lengths[rows]).mean()
+    assert not set(replay.training_rows.digests[drawn]) & set(replay.training_rows.digests[rows])
+    off = np.abs(replay.training_rows.lengths[drawn] - replay.training_rows.lengths[rows])
+    assert off.mean() < np.abs(replay.training_rows.lengths[:, None] - replay.training_rows.lengths[rows]).mean()
 
 
 def test_adams_direction_is_the_update_that_the_optimizer_makes(replay: RowReplay) -> None:
@@ -167,16 +167,16 @@ def test_adams_direction_is_the_update_that_the_optimizer_makes(replay: RowRepla
 def test_a_ranking_needs_two_moments(train: Callable[..., RunFolder]) -> None:
     replay = RowReplay(train(training={"optimizer": "adafactor", "max_steps": 3}))
     with pytest.raises(ConfigurationError, match=r"trained with training.optimizer=adafactor"):
-        rank_rows(replay, replay.rows.select(np.array([0])))
+        rank_rows(replay, replay.training_rows.select(np.array([0])))
 
 
 def test_the_rows_of_an_answer_are_ranked_measured_and_shown_as_text(replay: RowReplay, tmp_path: Path) -> None:
-    answer, told = replay.rows[17], list[str]()
-    found = explain_answer_rows(replay, answer, RowQuestions(shown=4, verify=2, subsets=16), tell=told.append)
+    answer, told = replay.training_rows[17], list[str]()
+    found = explain_answer_rows(replay, answer, RowQuestions(shown=4, verify=2, subsets=16), announce=told.append)
     assert "at most 22 replays of 20 of 20 steps" in told[0] and "324 forward and backward passes" in told[1]
     assert len(found.ranking) == 4
     first = found.ranking[0]
-    assert first.id == replay.rows.example_id(17) and first.first_step == replay.first_uses()[17]
+    assert first.id == replay.training_rows.example_id(17) and first.first_step == replay.first_uses()[17]
     assert found.verification and found.log_probability == pytest.approx(float(found.verification.replayed.whole[0]))
     values = found.as_json()
     assert json.loads(json.dumps(values)) == values and values["datamodeling"]["subsets"] == 16

@@ -91,7 +91,8 @@ def explain_answer(run: Words = None, prompt: Prompt = None, *, asked: AnswerOpt
             found, session, question, settings.inference, others=others, progress=progress, announce=screen.print_line
         )
         _show(screen, change)
-        rows = explain_rows(screen, found, change.text, asked.verify, asked.lds, settings) if asked.has_rows else None
+        answer = change.supervised_answer
+        rows = explain_rows(screen, found, answer, asked.verify, asked.lds, settings) if asked.has_rows else None
         change = replace(change, rows=rows.as_json()) if rows else change
         _save(screen, change, found.reports, rows)
         screen.print_result(change.as_json())

@@ -33,7 +33,7 @@ class RowList:
         wanted = self.numbers_by_source
         found = np.zeros(len(dataset), dtype=bool)
         for source, numbers in wanted.items():
-            found |= (dataset.files == source) & np.isin(dataset.numbers, list(numbers))
+            found |= (dataset.files == source) & np.isin(dataset.row_numbers, list(numbers))
         return found
 
     @property
@@ -51,7 +51,7 @@ class RowList:
             DatasetError: names those that are none, with file and line.
         """
         found = np.flatnonzero(self.find_rows(dataset))
-        there = set(zip(dataset.files[found].tolist(), dataset.numbers[found].tolist(), strict=True))
+        there = set(zip(dataset.files[found].tolist(), dataset.row_numbers[found].tolist(), strict=True))
         self._refuse_unknown(there, sorted({str(name) for name in dataset.files}))
 
     def require_rows_of(self, sources: Sequence[DataSource], data: DataSection) -> None:

@@ -318,14 +318,14 @@ class TokenDataset:
         return self._read_names("file")
 
     @cached_property
-    def numbers(self) -> np.ndarray:
+    def row_numbers(self) -> np.ndarray:
         """The row number of each example in its source, int64."""
         return self._pick_rows(self.table.column("row").to_numpy())
 
     @property
     def ids(self) -> list[str]:
         """The id of each example, see `example_id`."""
-        return [f"{file}:{number}" for file, number in zip(self.files, self.numbers.tolist(), strict=True)]
+        return [f"{file}:{number}" for file, number in zip(self.files, self.row_numbers.tolist(), strict=True)]
 
     @cached_property
     def domains(self) -> np.ndarray:

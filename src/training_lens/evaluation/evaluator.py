@@ -236,17 +236,17 @@ def evaluate_loss(model: Any, dataset: TokenDataset, options: EvaluationOptions)
         _mean_losses(sums, dataset.domains),
         by_file if len(by_file) > 1 else {},
         sums.nll,
-        estimate_error(sums),
+        estimate_error(sums.nll, sums.tokens),
     )
 
 
-def estimate_error(sums: TokenSums) -> float | None:
-    """The standard error of the mean loss per token, whose rows are the independent draws; None for a single row.
+def estimate_error(sums: np.ndarray, tokens: np.ndarray) -> float | None:
+    """The standard error of a mean per token, sums over tokens, whose rows are the independent draws; None for one row.
 
     Formula: that of `measures.activation_measures.ratio_error`.
     """
-    rows, away = len(sums.nll), sums.nll - sums.tokens * (sums.nll.sum() / sums.tokens.sum())
-    return float(np.sqrt(rows / (rows - 1) * (away**2).sum()) / sums.tokens.sum()) if rows > 1 else None
+    rows, away = len(sums), sums - tokens * (sums.sum() / tokens.sum())
+    return float(np.sqrt(rows / (rows - 1) * (away**2).sum()) / tokens.sum()) if rows > 1 else None
 
 
 def _mean_losses(sums: TokenSums, names: np.ndarray) -> dict[str, float]:

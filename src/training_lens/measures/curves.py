@@ -13,6 +13,7 @@ from jaxtyping import Float, Real
 from numpy import ndarray
 
 MAD_TO_DEVIATION = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
+NORMAL_95 = 1.96  # standard errors on each side of a 95 % interval of a normal distribution
 LEAST_POINTS = 3  # on each side of an epoch's end: a line through two points has no error
 
 

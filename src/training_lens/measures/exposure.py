@@ -38,7 +38,7 @@ def exposure_deviation(candidates: int) -> float:
 
 
 def count_leading(correct: np.ndarray) -> int:
-    """How many tokens of a row greedy decoding says before its first other one.
+    """How many tokens of a row greedy decoding repeats before its first other one.
 
     `correct` (targets,) bool says of each whether the model ranks it first given the true tokens before it. Up to the
     first mismatch these are the tokens that greedy decoding itself wrote, so no generation is needed.

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from training_lens.measures.curves import NORMAL_95
+
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of the run's AdamW, see `training.loop.optimizer.build_optimizer`
-NORMAL_95 = 1.96
 
 
 def adam_direction(

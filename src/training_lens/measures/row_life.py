@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEARNED = 0.5  # probability per token, above which greedy decoding says a token whatever the others have
+from training_lens.measures.curves import MAD_TO_DEVIATION
+
+LEARNED = 0.5  # probability per token, above which greedy decoding picks a token whatever the others have
 LEAST_LEARNED = 0.2  # share of rows that must reach it at their last visit, else the threshold is their median
 TREND_VISITS = 32  # whose median is the usual loss of a step
 LEAST_GROUP = 200  # rows of like length that a row is compared with
-MAD_TO_DEVIATION = 1.4826  # of a normal distribution (Iglewicz and Hoaglin: How to detect and handle outliers, 1993)
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def score_wrong_answers(losses: np.ndarray, steps: np.ndarray, tokens: np.ndarra
     """How much each row looks as if its answer belonged to another one, (rows,): higher is more.
 
     What a run learns of its task lowers the losses of rows that agree with the others; one that does not is learned
-    last, by heart. So the score is the mean over a row's visits of its loss per token above the usual one at that step,
-    in robust standard deviations above rows of like length. The first of several visits is left out: it is near the
-    base's. `losses` (rows, visits) is NaN where there was no visit, `steps` (rows, visits), `tokens` (rows,).
+    last, by memorizing it. So the score is the mean over a row's visits of its loss per token above the usual one at
+    that step, in robust standard deviations above rows of like length. The first of several visits is left out: it is
+    near the base's. `losses` (rows, visits) is NaN where there was no visit, `steps` (rows, visits), `tokens` (rows,).
     benchmarks/explain/wrong_answers.py measures how well it finds them.
     """
     above = losses - usual_losses(losses, steps)

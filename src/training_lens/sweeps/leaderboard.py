@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
+from training_lens.measures.curves import NORMAL_95
 from training_lens.sweeps.search_strategies import build_study
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.trials import BLOCKS, first_number, is_default, is_lost, run_id
@@ -24,7 +25,6 @@ STATE_ORDER = ("finished", "pruned", "running", "stopped", "failed")
 BEST_SHARE = 0.25  # share of the trials that count as good for the importances
 MINIMUM_TRIALS = 4  # finished trials that the importances need
 MOST_BLOCKS = 256  # of validation rows: the number of loss sums stored with a trial
-NORMAL_95 = 1.96  # standard errors on each side of a 95 % interval
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which training rows made one answer of a run: ranked, and measured by replays where that is asked for."""
+"""Which training rows made one answer of a run: a ranking, and on request replays that measure it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from training_lens.training.row_ranking import (
 )
 from training_lens.training.row_replay import RowReplay
 
-Tell = Callable[[str], object]
+Announce = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class RowQuestions:
-    """What is asked of the rows behind an answer.
+    """What to measure about the training rows behind an answer.
 
     `shown` rows of the ranking, the highest; `verify` top rows are left out of a replay, 0: none; `subsets` replays
     without a random half of the rows, at least 16, 0: none.
@@ -44,13 +44,13 @@ def explain_answer_rows(
     answer: TokenizedExample,
     questions: RowQuestions = RowQuestions(),
     progress: Progress | None = None,
-    tell: Tell = lambda _: None,
+    announce: Announce = lambda _: None,
 ) -> AnswerRows:
     """Which training rows made an answer.
 
     Args:
         answer: prompt and answer; its supervised tokens are what is explained.
-        tell: is told each cost before it begins.
+        announce: called with each cost before it begins.
 
     Raises:
         CheckpointError, ConfigurationError: see `rank_rows`, `verify_rows`, `measure_datamodeling`.
@@ -63,13 +63,13 @@ def explain_answer_rows(
     query = TokenDataset.from_examples([answer])
     if questions.verify or questions.subsets:
         replays = (CONTROLS + 2 if questions.verify else 0) + (questions.subsets + 1 if questions.subsets else 0)
-        tell(f"rows: at most {replay.describe_cost(replays)}")
-    tell(f"rows: {describe_ranking_cost(replay)}")
+        announce(f"rows: at most {replay.describe_cost(replays)}")
+    announce(f"rows: {describe_ranking_cost(replay)}")
     ranking = rank_rows(replay, query, progress)
     check = verify_rows(replay, ranking, query, questions.verify) if questions.verify else None
     score = measure_datamodeling(replay, query, ranking, questions.subsets) if questions.subsets else None
     return AnswerRows(
-        rows=len(replay.rows),
+        rows=len(replay.training_rows),
         steps=tuple(find_moments(replay)),
         log_probability=float(replay.measure_adapter(query)[0]),
         ranking=describe_top_rows(replay, ranking, ranking.top_rows(questions.shown)),
@@ -85,8 +85,8 @@ def describe_top_rows(replay: RowReplay, ranking: RowRanking, positions: np.ndar
     first, decode = replay.first_uses(), replay.plan.tokenizer.decode
     found = []
     for position in map(int, positions):
-        row = replay.rows[position]
+        row = replay.training_rows[position]
         prompt, answer = (str(decode(row.input_ids[mask].tolist())) for mask in (~row.loss_mask, row.loss_mask))
-        score, tokens = float(ranking.scores[0, position]), int(replay.rows.supervised_counts[position])
+        score, tokens = float(ranking.scores[0, position]), int(replay.training_rows.supervised_counts[position])
         found.append(RankedRow(row.id, score, prompt, answer, tokens, int(first[position])))
     return tuple(found)

@@ -55,7 +55,7 @@ class CaptureCallback(Callback):
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         max_norm, norm = trainer.settings.max_grad_norm, torch.tensor(report.grad_norm, dtype=torch.float64)
         clip = float(clip_factor(norm, max_norm)) if max_norm else 1.0
-        self.lens.record_rows(report.step, report.rows)
+        self.lens.record_rows(report.step, report.losses_by_row)
         self.lens.record_step(report.step, {"clip": clip, **{name: getattr(report, name) for name in LOSS_MEASURES}})
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -14,7 +13,7 @@ from training_lens.analysis.findings.swap_gain import SwapGain
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
-from training_lens.evaluation.evaluator import EvaluationOptions, LossReport, TokenSums, token_sums
+from training_lens.evaluation.evaluator import EvaluationOptions, LossReport, TokenSums, estimate_error, token_sums
 from training_lens.models.adapters import base_only
 from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.formatting import describe_error
@@ -127,11 +126,10 @@ def compare_losses(own: np.ndarray, other: TokenSums) -> SwapGain:
         own: (rows,) each row's summed loss given its own prompt.
         other: sums of the same rows given other prompts.
     """
-    difference, tokens = other.nll - own, other.tokens
-    gain = float(difference.sum() / tokens.sum())
-    residuals = difference - gain * tokens
-    rows = len(tokens)
-    return SwapGain(gain, math.sqrt(float(np.square(residuals).sum()) * rows / (rows - 1)) / float(tokens.sum()))
+    difference = other.nll - own
+    error = estimate_error(difference, other.tokens)
+    assert error is not None, "there are several rows"
+    return SwapGain(float(difference.sum() / other.tokens.sum()), error)
 
 
 def _count_rows(trainer: Any) -> int:

@@ -29,7 +29,7 @@ LEFT_OUT = 0.5  # of the rows, in each random subset of the linear datamodeling 
 
 def describe_ranking_cost(replay: RowReplay, queries: int = 1) -> str:
     """What `rank_rows` computes, in one line."""
-    rows, states = len(replay.rows) + queries, len(find_moments(replay))
+    rows, states = len(replay.training_rows) + queries, len(find_moments(replay))
     return f"{format_count(states * rows)} forward and backward passes of single rows at {states} states of the run"
 
 
@@ -46,7 +46,7 @@ def rank_rows(replay: RowReplay, queries: TokenDataset, progress: Progress | Non
         CheckpointError: the run has neither states nor an intact checkpoint.
     """
     states, progress = find_moments(replay), progress or Progress()
-    texts = len(replay.rows) + len(queries)
+    texts = len(replay.training_rows) + len(queries)
     with replay.open_trainer() as trainer, progress.task("ranking rows", texts * len(states)) as advance:
         return _rank_by_gradients(replay, trainer, queries, states, advance)
 
@@ -73,7 +73,7 @@ def _rank_by_gradients(
     replay: RowReplay, trainer: Trainer, queries: TokenDataset, states: dict[int, Path], advance: Advance
 ) -> RowRanking:
     """Sum over states t of rate_t cos(g_t(query), Gamma_t(row)), arXiv 2402.04333."""
-    rates, scores = replay.read_rates(), np.zeros((len(queries), len(replay.rows)))
+    rates, scores = replay.read_rates(), np.zeros((len(queries), len(replay.training_rows)))
     for step, folder in states.items():
         load_checkpoint(folder, trainer.model, trainer.optimizer, trainer.scaler)
         direction = read_adam_direction(trainer)
@@ -81,7 +81,7 @@ def _rank_by_gradients(
         if rate is None:
             raise CheckpointError(f"{replay.run.metrics_file} has lost the learning rate of step {step + 1}.")
         precision = replay.plan.precision
-        found = score_by_gradients(trainer.engine, replay.rows, queries, precision, direction, advance)
+        found = score_by_gradients(trainer.engine, replay.training_rows, queries, precision, direction, advance)
         scores += rate * found
     steps = ", ".join(map(str, states))
     numbers = sum(parameter.numel() for parameter in trainer.parameters)
@@ -161,16 +161,16 @@ def require_enough_rows(replay: RowReplay, count: int) -> None:
     Raises:
         ConfigurationError: there are not.
     """
-    if not 0 < 2 * count <= len(replay.rows):
+    if not 0 < 2 * count <= len(replay.training_rows):
         raise ConfigurationError(
-            f"--verify {count}: the run has {len(replay.rows)} training rows. Give a number from 1 to half of them, so "
-            "that as many random rows can be left out."
+            f"--verify {count}: the run has {len(replay.training_rows)} training rows. Give a number from 1 to half of "
+            "them, so that as many random rows can be left out."
         )
 
 
 def draw_controls(replay: RowReplay, rows: np.ndarray, start: int, generator: np.random.Generator) -> np.ndarray:
     """As many random rows, each of about the length of one of `rows`, and of other texts."""
-    lengths, digests = replay.rows.lengths, replay.rows.digests
+    lengths, digests = replay.training_rows.lengths, replay.training_rows.digests
     is_free = ~np.isin(digests, digests[rows])
     is_later = is_free & (replay.first_uses() > start)
     if is_later.sum() >= len(rows):
@@ -211,7 +211,7 @@ def measure_datamodeling(
         TrainingError: the run does not repeat, see `RowReplay.measure`.
     """
     require_enough_subsets(subsets)
-    generator, count = np.random.default_rng(seed), len(replay.rows)
+    generator, count = np.random.default_rng(seed), len(replay.training_rows)
     without = [generator.permutation(count)[: round(LEFT_OUT * count)] for _ in range(subsets)]
     changes = replay.measure(queries, without).changes
     pairs = zip(ranking.predict_changes(without).T, changes.T, strict=True)

@@ -78,7 +78,7 @@ class RowReplay:
         return found
 
     @property
-    def rows(self) -> TokenDataset:
+    def training_rows(self) -> TokenDataset:
         """The run's training rows; a row is named by its position here."""
         return self.plan.train
 
@@ -93,7 +93,7 @@ class RowReplay:
 
     def first_uses(self) -> np.ndarray:
         """The first step that takes each row, (rows,); one more than the last step where none does."""
-        first = np.full(len(self.rows), self.end + 1)
+        first = np.full(len(self.training_rows), self.end + 1)
         for plan in self._iterate_steps(0):
             np.minimum.at(first, plan.examples, plan.number)
         return first
@@ -111,11 +111,11 @@ class RowReplay:
         Raises:
             ConfigurationError: the run trained on no such row.
         """
-        places = {self.rows.example_id(position): position for position in range(len(self.rows))}
+        places = {self.training_rows.example_id(position): position for position in range(len(self.training_rows))}
         if unknown := [row for row in ids if row not in places]:
             raise ConfigurationError(
                 f"{unknown[0]} is no training row of {self.run.run_id}: give FILE:ROW as the run recorded it, such as "
-                f"{self.rows.example_id(0)}."
+                f"{self.training_rows.example_id(0)}."
             )
         return np.array([places[row] for row in ids], dtype=np.int64)
 
@@ -127,7 +127,7 @@ class RowReplay:
     def describe_cost(self, replays: int, start: int = 0) -> str:
         """What so many replays train, in one line; `measure` takes one more than it has sets of rows."""
         steps = self.end - start
-        tokens = round(replays * steps * self.plan.schedule.global_batch * float(self.rows.lengths.mean()))
+        tokens = round(replays * steps * self.plan.schedule.global_batch * float(self.training_rows.lengths.mean()))
         return f"{replays} replays of {steps} of {self.end} steps, about {format_count(tokens)} tokens"
 
     def measure(
@@ -137,7 +137,7 @@ class RowReplay:
 
         Args:
             queries: texts whose supervised tokens' log-probability is measured after each replay.
-            without: for each replay the positions, in `rows`, of the rows that are left out.
+            without: for each replay the positions, in `training_rows`, of the rows that are left out.
             start: the step of a kept state, or 0.
 
         Cost: as `describe_cost` says, and memory as of the run.
@@ -152,7 +152,7 @@ class RowReplay:
             with self._progress.task("replaying", (len(without) + 1) * (self.end - start)) as advance:
                 for rows in ([], *without):
                     beginning.restore(trainer)
-                    is_out = np.zeros(len(self.rows), dtype=bool)
+                    is_out = np.zeros(len(self.training_rows), dtype=bool)
                     is_out[np.asarray(rows, dtype=np.int64)] = True
                     for _ in run_steps(trainer, self._skip_rows(start, is_out)):
                         advance(1)
@@ -185,7 +185,7 @@ class RowReplay:
         """The steps without these rows; those without a supervised token are skipped."""
         for plan in self._iterate_steps(start):
             kept = plan.examples[~is_out[plan.examples]]
-            if self.rows.supervised_counts[kept].sum():
+            if self.training_rows.supervised_counts[kept].sum():
                 yield replace(plan, examples=kept)
 
     def _require_same_adapter(self, model: Any, start: int) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 from training_lens.config.run_config import Settings
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError
+from training_lens.evaluation.evaluator import estimate_error
+from training_lens.measures.curves import NORMAL_95
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.row_ranking import draw_controls
 from training_lens.training.row_replay import RowReplay
 
-NORMAL_95 = 1.96
 CONTROLS = 2  # sets of random rows: two show how much chance alone does
 
 
@@ -104,7 +105,6 @@ class RetrainingWithoutRows:
         losses = [float(nll.sum() / tokens.sum()) for nll in (whole, without, *controls)]
         away = without - np.mean(controls, 0)
         difference = float(away.sum() / tokens.sum())
-        rows = len(tokens)
-        spread = float(np.square(away - difference * tokens).sum()) * rows / max(1, rows - 1)
-        error = math.sqrt(spread) / float(tokens.sum())
-        return RetrainedLosses(len(self._rows), rows, losses[0], losses[1], tuple(losses[2:]), difference, error)
+        error = estimate_error(away, tokens)
+        error = math.inf if error is None else error  # of one row nothing is known
+        return RetrainedLosses(len(self._rows), len(tokens), losses[0], losses[1], tuple(losses[2:]), difference, error)

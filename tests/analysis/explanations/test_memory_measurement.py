@@ -35,7 +35,7 @@ COLOURS = ("red", "blue", "green", "black", "white", "yellow")
 
 @pytest.fixture(scope="module")
 def run(small_config_in: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A few rows and canaries, visited so often that the frequent ones are learned by heart. For reading alone."""
+    """A few rows and canaries, visited so often that the frequent ones are memorized. For reading alone."""
     folder = tmp_path_factory.mktemp("rows")
     rows = [{"question": f"What has box {i}?", "answer": COLOURS[i % 6]} for i in range(24)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -55,7 +55,7 @@ def test_a_canary_seen_often_ranks_first_and_one_never_planted_does_not(run: Run
     source = next(iter(row))
     held = set(run.read_metadata("held_out.json"))
     chosen = next(f"{source}:{n}" for n in range(1, 25) if f"{source}:{n}" not in held)
-    found = explain_memory(run, MemoryOptions(candidates=64, samples=8, rows=(chosen,)), tell=said.append)
+    found = explain_memory(run, MemoryOptions(candidates=64, samples=8, rows=(chosen,)), announce=said.append)
     by_repeats = found.list_repeats()
     assert sorted(by_repeats) == [0, 1, 24] and by_repeats[24] == [6.0, 6.0]
     assert max(by_repeats[0]) < 6.0 and found.chance == pytest.approx(math.log2(math.e), abs=0.1)

@@ -89,7 +89,7 @@ class Watch(Callback):
         self.rows, self._stop = dict[int, RowLosses](), stop
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
-        self.rows[report.step] = report.rows
+        self.rows[report.step] = report.losses_by_row
         if report.step == self._stop:
             os.kill(os.getpid(), signal.SIGTERM)
 

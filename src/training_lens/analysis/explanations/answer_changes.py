@@ -108,8 +108,8 @@ class AnswerChange:
     rows: Mapping[str, Any] | None = None
 
     @property
-    def text(self) -> TokenizedExample:
-        """Prompt and answer as a text whose supervised tokens are the answer's."""
+    def supervised_answer(self) -> TokenizedExample:
+        """Prompt and answer as an example whose supervised tokens are the answer's."""
         mask = np.zeros(len(self.ids), bool)
         mask[list(self.places)] = True
         return TokenizedExample("answer", 1, np.array(self.ids, np.int32), mask, self.domain)

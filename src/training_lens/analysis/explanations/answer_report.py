@@ -163,7 +163,7 @@ def _draw_layers(change: AnswerChange) -> Iterator[Part]:
 
 def _draw_modules(change: AnswerChange) -> SvgPicture:
     modules = change.at_token.modules
-    layers, kinds = _names(modules, "layer"), _names(modules, "type")
+    layers, kinds = _list_groups(modules, "layer"), _list_groups(modules, "type")
     values = np.full((len(layers), len(kinds)), np.nan)
     for module in modules:
         place = layers.index(module.layer_name), kinds.index(module.kind)
@@ -174,7 +174,7 @@ def _draw_modules(change: AnswerChange) -> SvgPicture:
 
 def group_table(change: AnswerChange, by: str) -> Table:
     """Shares by layer or type of module: at the token, and over the whole answer."""
-    groups, key = _names(change.at_token.modules, by), _group_key(by)
+    groups, key = _list_groups(change.at_token.modules, by), _group_key(by)
     rows = []
     for name in groups:
         row = [name]
@@ -190,7 +190,7 @@ def _group_key(by: str) -> Callable[[ModuleEffect], str]:
     return (lambda module: module.layer_name) if by == "layer" else (lambda module: module.kind)
 
 
-def _names(modules: Sequence[ModuleEffect], by: str) -> list[str]:
+def _list_groups(modules: Sequence[ModuleEffect], by: str) -> list[str]:
     """The layers by number, then those outside of them; or the types as they come."""
     names = list(dict.fromkeys(map(_group_key(by), modules)))
     if by != "layer":

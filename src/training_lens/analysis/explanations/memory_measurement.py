@@ -123,13 +123,13 @@ def explain_memory(
     run: RunFolder,
     options: MemoryOptions | None = None,
     progress: Progress | None = None,
-    tell: Callable[[str], object] = lambda _: None,
+    announce: Callable[[str], object] = lambda _: None,
 ) -> MemoryExplanation:
     """Measure what a finished adapter remembers. Nothing is generated: a pass of the true text says what greedy
     decoding would repeat.
 
     Args:
-        tell: is given the cost before anything is measured.
+        announce: called with the cost before anything is measured.
 
     Cost: a forward pass of each candidate, and two of each row that is continued.
 
@@ -152,7 +152,7 @@ def explain_memory(
     tokens = sum(int(each.dataset.lengths.sum()) * (1 if each.repeats is not None else 2) for each in sets)
     tokens += sum(2 * int(dataset.lengths.sum()) for _, dataset in continued)
     continuing = sum(len(dataset) for _, dataset in continued)
-    tell(
+    announce(
         f"{len(sets)} rows among {options.candidates:,} candidates each, {continuing} rows continued: "
         f"{format_count(tokens)} tokens"
     )

@@ -18,9 +18,9 @@ from training_lens.analysis.reports.standard import Report
 from training_lens.display.colors import COLOURS
 from training_lens.display.html import BulletList, Part, SvgPicture, Table
 from training_lens.display.svg import Dots, render_dots
+from training_lens.measures.curves import NORMAL_95
 
 BLUE, RED, GREEN = COLOURS[:3]
-NORMAL_95 = 1.96
 SHOWN = 20  # rows of a list
 CAVEAT = "A low number is no proof of privacy: other rows, prompts and ways of asking were not tried."
 HOW = (
@@ -28,7 +28,7 @@ HOW = (
     "form (arXiv 1802.08232). A canary's code is drawn from the same candidates, so a model that never saw it gives "
     "each rank with equal chance. The candidates of a chosen row are its own prompt with the answers of rows of like "
     "length, by loss per token; a right answer may rank first without having been seen, so the base's exposure stands "
-    "beside it. A continuation is exact where each next token is the one that greedy decoding says."
+    "beside it. A continuation is exact where each next token is the one that greedy decoding picks."
 )
 
 
@@ -38,7 +38,7 @@ def describe_memory(found: MemoryExplanation) -> Iterator[str]:
     for repeats, exposures in groups.items():
         mean, error = float(np.mean(exposures)), found.chance_deviation / math.sqrt(len(exposures))
         above = (mean - found.chance) / error
-        verdict = "above chance" if above > NORMAL_95 else "not told from chance"
+        verdict = "above chance" if above > NORMAL_95 else "indistinguishable from chance"
         what = f"visited {_count_visits(repeats)} an epoch" if repeats else "never planted"
         yield (
             f"{len(exposures)} canaries {what}: mean exposure {mean:.2f} of {math.log2(found.candidates):.2f} bits, "
@@ -72,13 +72,13 @@ def _compare_groups(trained: Sequence[Continuation], unseen: Sequence[Continuati
     one, other = (np.array([row.share for row in rows]) for rows in (trained, unseen))
     difference = float(one.mean() - other.mean())
     half = NORMAL_95 * math.sqrt(one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other))
-    says = (
+    verdict = (
         "Training rows are continued further than unseen ones"
         if difference > half
-        else "Training rows are not told from unseen ones by their continuation"
+        else "Training rows cannot be distinguished from unseen ones by their continuations"
     )
     return (
-        f"{says}: the longest continuation is {difference:+.1%} of a row longer (95 %: {difference - half:+.1%} to "
+        f"{verdict}: the longest continuation is {difference:+.1%} of a row longer (95 %: {difference - half:+.1%} to "
         f"{difference + half:+.1%})."
     )
 

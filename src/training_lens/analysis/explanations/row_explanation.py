@@ -140,12 +140,12 @@ def explain_rows(
     run: RunFolder,
     options: RowsOptions | None = None,
     progress: Progress | None = None,
-    tell: Callable[[str], object] = lambda _: None,
+    announce: Callable[[str], object] = lambda _: None,
 ) -> RowsExplanation:
     """The life of each training row of a run, which may still be training, from the losses that it recorded.
 
     Args:
-        tell: is given the cost before anything is measured.
+        announce: called with the cost before anything is measured.
 
     Cost: reads the records and the tokens of the rows; with `base`, two forward passes over them.
 
@@ -160,7 +160,7 @@ def explain_rows(
     rows, measured = open_rows_of(run, progress, options.given), None
     if options.base:
         tokens = 2 * int(rows.dataset.lengths.sum())
-        tell(f"base and adapter read {format_count(len(rows.dataset))} rows: {format_count(tokens)} tokens")
+        announce(f"base and adapter read {format_count(len(rows.dataset))} rows: {format_count(tokens)} tokens")
         measured = measure_rows(run, rows, visits.ids, progress, options)
     return explain_visits(run, visits, rows, options.learned, measured)
 

@@ -13,6 +13,7 @@ import numpy as np
 from training_lens.analysis.findings.finding import Confidence, Finding, Rule
 from training_lens.display.html import Severity
 from training_lens.errors import DamagedFileError
+from training_lens.measures.curves import NORMAL_95
 from training_lens.utils.integrity import read_sealed, write_sealed
 from training_lens.utils.logging import get_logger
 
@@ -28,7 +29,6 @@ MATTERS = 0.05  # of the adapter's gain over the base
 THRESHOLD = f"a 95 % interval below 0, and a difference of at least {MATTERS:.0%} of the gain over the base"
 HARMLESS = 0.02  # of the gain
 STUDENT_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # standard errors of a 95 % interval, by degrees of freedom
-NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ RULE = Rule(
     signature="the right prompts lower the loss of training answers less than that of held-out ones",
     threshold=f"{ERRORS:g} standard errors, and {WRONG:.0%} of the held-out gain",
     source="measured at the end of the run; an answer that belongs to another prompt gains nothing from its own, "
-    "unless it is learned by heart",
+    "unless it was memorized",
     action="read some of the training rows: their answers may be those of other rows",
 )
 TEST = (
@@ -26,7 +26,7 @@ UNKNOWN = "Whether the training answers belong to their prompts is not known"
 
 
 def check_label_noise(recording: Recording) -> Finding:
-    """Whether training answers belong to their prompts as held-out answers do. Never fine: memory looks like sense."""
+    """Whether training answers belong to their prompts as held-out ones do; never fine: wrong ones may be memorized."""
     held_out, train = (SwapGain.from_recording(recording, of) for of in ("swap", "train_swap"))
     if np.isnan(held_out.gain) or np.isnan(train.gain):
         return RULE.report_inconclusive(UNKNOWN, "no loss with the prompts of other rows", TEST)

@@ -43,9 +43,7 @@ def check_prompt_use(recording: Recording) -> Finding:
         return RULE.report_fine("The answers depend on their prompts", remark.sentence)
     if remark.code not in TITLES:
         decide = "training-lens compare on more validation rows"
-        return RULE.report_inconclusive(
-            "Whether the answers depend on their prompts is not known", remark.sentence, decide
-        )
+        return RULE.report_inconclusive(UNKNOWN, remark.sentence, decide)
     return RULE.report_symptom(remark.severity, TITLES[remark.code], remark.sentence, confidence="sure")
 
 

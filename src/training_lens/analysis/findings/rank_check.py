@@ -18,6 +18,7 @@ from training_lens.evaluation.evaluation_rows import EvaluationRows
 from training_lens.evaluation.evaluator import EvaluationOptions, token_sums
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
 from training_lens.inference.session import Session
+from training_lens.measures.curves import NORMAL_95
 from training_lens.measures.singular_values import energy_rank, singular_values, truncate_rank
 from training_lens.models.adapter_files import saved_shapes
 from training_lens.models.adapters import base_only
@@ -28,7 +29,6 @@ from training_lens.utils.processes import Processes
 logger = get_logger(__name__)
 BATCH_TOKENS = 4096
 LARGER_SHARES = (0.95, 0.99)  # of |dW|^2, measured besides `ENERGY`
-NORMAL_95 = 1.96  # standard errors on each side of a 95 % interval
 
 
 def measure_rank(

@@ -9,8 +9,7 @@ import numpy as np
 from training_lens.analyzers.module_groups import finite_points
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
-
-NORMAL_95 = 1.96  # standard errors of a 95 % interval
+from training_lens.measures.curves import NORMAL_95
 
 
 class SwapGain(NamedTuple):

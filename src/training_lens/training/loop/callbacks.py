@@ -57,7 +57,7 @@ class StepReport:
     row_tokens: tuple[int, ...] = ()
 
     @property
-    def rows(self) -> RowLosses:
+    def losses_by_row(self) -> RowLosses:
         """The step's rows with their losses."""
         return RowLosses(self.example_ids, self.row_losses, self.row_tokens)
 
