@@ -1,4 +1,4 @@
-"""Canaries: made-up rows with a random secret, planted a known number of times to measure what a run memorises."""
+"""Canaries: made-up rows with a random secret, planted a known number of times to measure what a run memorizes."""
 
 from __future__ import annotations
 

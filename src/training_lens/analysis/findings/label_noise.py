@@ -12,7 +12,7 @@ ERRORS = 3.0  # standard errors
 WRONG = 0.1  # share of the training rows with wrong answers, at least
 RULE = Rule(
     code="label_noise",
-    signature="the right prompts lower the loss of training answers less than that of held-out ones",
+    signature="swapping prompts between rows raises the loss of training answers less than that of held-out answers",
     threshold=f"{ERRORS:g} standard errors, and {WRONG:.0%} of the held-out gain",
     source="measured at the end of the run; an answer that belongs to another prompt gains nothing from its own, "
     "unless it was memorized",
