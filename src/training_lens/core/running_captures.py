@@ -19,8 +19,8 @@ from training_lens.errors import LensError
 class RunningCaptures(Captures):
     """What `LensStore` gives after a flush, without one: what is not on disk yet comes from memory.
 
-    Reads each column of a segment once, and extracts each series once between two calls of `refresh`. Memory: the
-    columns that were asked for.
+    Reads a segment once (its vectors when they are asked for), and extracts each series once between two calls of
+    `refresh`. Memory: the numbers of the tables that were asked for.
 
     Args:
         folder: of the captures.
@@ -42,6 +42,7 @@ class RunningCaptures(Captures):
         self._names = tuple(sorted({*self._store.tables(), *self._segments, *self._pending}))
         self._series: dict[tuple[str, str], Series] = {}
         self._whole_headers: dict[str, pa.Table] = {}
+        self._measures: dict[str, tuple[str, ...]] = {}
         live = {segment.path for listed in self._segments.values() for segment in listed}
         for path in self._columns.keys() - live:  # merged into another one
             del self._columns[path]
@@ -50,7 +51,10 @@ class RunningCaptures(Captures):
         return self._names
 
     def measures(self, name: str) -> tuple[str, ...]:
-        return tuple(column for column in self._read_header(name).column_names if column not in (STEP, MODULE))
+        if name not in self._measures:
+            columns = self._read_header(name).column_names
+            self._measures[name] = tuple(column for column in columns if column not in (STEP, MODULE))
+        return self._measures[name]
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         header = self._read_header(name)
@@ -101,10 +105,16 @@ class RunningCaptures(Captures):
         return self._built[name]
 
     def _read_columns(self, segment: TableSegment, wanted: Sequence[str]) -> pa.Table | None:
-        """These columns of a segment, as far as it has them; None if it is damaged."""
+        """These columns of a segment, as far as it has them; None if it is damaged.
+
+        The first reading takes all numbers of the segment, as opening a file costs more than reading it.
+        """
         known = self._columns.setdefault(segment.path, {})
-        asked = [c for c in wanted if c in self._headers[segment.path].column_names]
-        if missing := [c for c in asked if c not in known]:
+        schema = self._headers[segment.path].schema
+        asked = [c for c in wanted if c in schema.names]
+        if not known.keys() >= set(asked):
+            numbers = [field.name for field in schema if not pa.types.is_list(field.type)]
+            missing = [c for c in dict.fromkeys((*numbers, *asked)) if c not in known]
             found = self._store.read_or_skip(segment, lambda s: read_segment(s, missing))
             if found is None:
                 return None

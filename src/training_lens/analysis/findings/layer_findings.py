@@ -68,7 +68,9 @@ def check_layers(recording: Recording) -> Finding:
             f"captures of at least {2 * LEAST_STEPS} steps, and {LEAST_SIBLINGS} modules of one type: a model with "
             "fewer layers has too little to compare",
         )
-    found = [a for name, series in seen.items() for kind in kinds[name] for a in _find_outliers(name, series, kind)]
+    found = [
+        apart for name, series in seen.items() if kinds[name] for apart in _find_outliers(name, series, kinds[name])
+    ]
     if not any(apart.is_certain for apart in found) and found:
         return _report_suspects(found)
     found = [apart for apart in found if apart.is_certain]
@@ -108,28 +110,38 @@ def _split_steps(series: Series) -> list[np.ndarray]:
     return np.array_split(places, min(SEGMENTS, len(places) // LEAST_STEPS)) if len(places) >= LEAST_STEPS else []
 
 
-def _find_outliers(measure: str, series: Series, kind: list[str]) -> list[_Outlier]:
-    """The modules of a type that depart from it, each with the first segment in which it does."""
-    segments = _split_steps(series)
-    values = series.values[:, [series.names.index(name) for name in kind]]
+def _find_outliers(measure: str, series: Series, kinds: Sequence[Sequence[str]]) -> list[_Outlier]:
+    """The modules that depart from their type, by type, each with the first segment in which it does.
+
+    All types at once, and z only of what has departed far enough: live findings ask this many times in a run.
+    """
+    segments, columns = _split_steps(series), {name: i for i, name in enumerate(series.names)}
+    names = [name for kind in kinds for name in kind]
+    kind_of = np.repeat(np.arange(len(kinds)), [len(kind) for kind in kinds])  # (modules,)
+    members = [kind_of == kind for kind in range(len(kinds))]
+    values = series.values[:, [columns[name] for name in names]]
     values = np.where(np.isfinite(values), values, 0.0)
-    least = values[values > 0].min() / FACTOR**2  # replaces values that became 0
+    smallest = np.where(values > 0, values, np.inf).min(0)  # (modules,)
+    least = np.array([smallest[own].min() for own in members])[kind_of] / FACTOR**2  # replaces values that became 0
     # (segments, modules)
     levels = np.log([np.median(np.maximum(values[places], least), axis=0) for places in segments])
-    away = levels - np.median(levels, axis=1, keepdims=True)
-    found: dict[str, _Outlier] = {}
+    away = levels - np.stack([np.median(levels[:, own], axis=1) for own in members], 1)[:, kind_of]
+    found: dict[int, _Outlier] = {}
     for i in range(1, len(segments)):
         moved = away[i] - np.median(away[:i], axis=0)
         change = levels[i] - np.median(levels[:i], axis=0)
-        own, z = change * np.sign(away[i]), robust_z(change)
-        factor = np.minimum(np.abs(away[i]), np.abs(moved))
-        far = (factor > np.log(SUSPECT_FACTOR)) & (np.abs(z) > SUSPECT_Z)
-        for j in np.flatnonzero(far & (np.sign(away[i]) == np.sign(moved)) & (own > np.log(OWN_FACTOR))):
+        side, factor = np.sign(away[i]), np.minimum(np.abs(away[i]), np.abs(moved))
+        far = (factor > np.log(SUSPECT_FACTOR)) & (side == np.sign(moved)) & (change * side > np.log(OWN_FACTOR))
+        for j in np.flatnonzero(far).tolist():
+            own = members[kind_of[j]]
+            z = float(robust_z(change[own])[own[:j].sum()])
+            if abs(z) <= SUSPECT_Z:
+                continue
             step = int(series.steps[segments[i][0]])
-            apart = _Outlier(kind[j], measure, step, float(np.exp(away[i, j])), float(np.exp(moved[j])), float(z[j]))
-            if kind[j] not in found or (apart.is_certain and not found[kind[j]].is_certain):
-                found[kind[j]] = apart
-    return list(found.values())
+            apart = _Outlier(names[j], measure, step, float(np.exp(away[i, j])), float(np.exp(moved[j])), z)
+            if j not in found or (apart.is_certain and not found[j].is_certain):
+                found[j] = apart
+    return sorted(found.values(), key=lambda apart: kind_of[names.index(apart.module)])
 
 
 def _report_suspects(found: list[_Outlier]) -> Finding:

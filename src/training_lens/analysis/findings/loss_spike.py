@@ -79,13 +79,13 @@ class SpikeDetector:
             norm: of the step's gradient, before clipping.
         """
         spike = None
-        if len(self._usual) >= EARLY_STEPS:
+        most = max((usual for usual, _ in self._usual), default=0.0)
+        if len(self._usual) >= EARLY_STEPS and loss > ABOVE_MOST * most:  # first, as hardly a step gets further
             losses, norms = np.array(self._usual).T
             compare = _compare_logarithms if len(losses) >= LEAST_STEPS else _compare_changes
             level, z = compare(loss, losses)
-            is_far = z > ROBUST_Z or (z > BOTH_Z and compare(norm, norms)[1] > BOTH_Z)
-            if is_far and loss > ABOVE_MOST * losses.max():
-                spike = LossSpike(step, loss, level, z, float(losses.max()))
+            if z > ROBUST_Z or (z > BOTH_Z and compare(norm, norms)[1] > BOTH_Z):
+                spike = LossSpike(step, loss, level, z, most)
         if np.isfinite(loss) and np.isfinite(norm):
             self._spiking.append((loss, norm))
         if spike is None:
