@@ -64,3 +64,9 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     found = axis_ticks(low, high)
     assert 2 <= len(found) <= 6 and low <= found[0] and found[-1] <= high
     assert np.allclose(np.diff(found), found[1] - found[0])
+
+
+def test_marked_points_are_rings_without_a_line() -> None:
+    svg = render_chart([curve([1, 2, 3]), curve([np.nan, 2, np.nan], "chosen", is_marked=True)], "step", "loss")
+    rings = [e for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("circle")]
+    assert len(lines_of(svg)) == 1 and len(rings) == 2  # at the point and in the legend

@@ -98,7 +98,7 @@ def _draw_pictures(knob: Knob) -> Iterator[SvgPicture]:
 def _draw_against_scale(
     scales: Sequence[KnobPoint], offered: Sequence[KnobPoint], lines: Sequence[tuple[str, str, str]]
 ) -> str:
-    """A curve for each (name, colour, field), with its interval dashed, and a dot at the offered scale."""
+    """A curve for each (name, colour, field), with its interval dashed, and a ring at the offered scale."""
     x, curves = _collect(scales, "scale"), []
     for name, colour, field in lines:
         curves.append(Curve(name, x, _collect(scales, field), colour, dots=True))
@@ -108,17 +108,17 @@ def _draw_against_scale(
     for point in offered:
         values = [gapped for _, _, field in lines for gapped in (getattr(point, field), np.nan)]
         at = np.full(len(values), point.scale or 0.0)
-        curves.append(Curve(f"offered: scale {point.name}", at, np.array(values), PINK, dots=True))
+        curves.append(Curve(f"offered: scale {point.name}", at, np.array(values), PINK, is_marked=True))
     return render_chart(curves, "scale of the update", "nats per token")
 
 
 def _draw_exchange(knob: Knob, scales: Sequence[KnobPoint], offered: Sequence[KnobPoint]) -> str:
-    groups = [("scales of the update", scales, BLUE)]
-    groups += [(f"checkpoint, {point.name}", [point], RED) for point in knob.points if point.step is not None]
-    groups += [(f"offered: scale {point.name}", [point], PINK) for point in offered]
+    groups = [("scales of the update", scales, BLUE, False)]
+    groups += [(f"checkpoint, {point.name}", [point], RED, False) for point in knob.points if point.step is not None]
+    groups += [(f"offered: scale {point.name}", [point], PINK, True) for point in offered]
     curves = [
-        Curve(name, _collect(points, "kl"), _collect(points, "loss"), colour, dots=True)
-        for name, points, colour in groups
+        Curve(name, _collect(points, "kl"), _collect(points, "loss"), colour, dots=True, is_marked=is_marked)
+        for name, points, colour, is_marked in groups
     ]
     return render_chart(curves, "KL to the base, nats per token", "task loss")
 

@@ -20,7 +20,7 @@ TICKS = 5  # about as many on an axis at most
 
 @dataclass(frozen=True)
 class Curve:
-    """A line with its name in the legend. `dots` marks each point, for short curves.
+    """A line with its name in the legend. `dots` marks each point, for short curves; `is_marked` rings them instead.
 
     `steps` and `values` are (points,). The line has a gap where a value is not finite.
     """
@@ -31,6 +31,7 @@ class Curve:
     colour: str
     dots: bool = False
     dashed: bool = False
+    is_marked: bool = False  # rings around points of other curves, without a line
 
 
 def render_chart(curves: Sequence[Curve], x: str, y: str, *, log_x: bool = False) -> str:
@@ -48,7 +49,8 @@ def render_chart(curves: Sequence[Curve], x: str, y: str, *, log_x: bool = False
     for row, curve in enumerate(shown):
         down = PLOT_HEIGHT + 4 + LINE_HEIGHT * row
         line = f'<path d="M{LEFT} {down}h24" stroke="{curve.colour}" stroke-width="2"{_dashes(curve)}/>'
-        parts += [line, _render_text(LEFT + 32, down + 4, curve.name, "start")]
+        mark = _render_ring(LEFT + 12, down, curve.colour) if curve.is_marked else line
+        parts += [mark, _render_text(LEFT + 32, down + 4, curve.name, "start")]
     return _render_drawing(parts, len(shown))
 
 
@@ -164,17 +166,24 @@ def axis_ticks(low: float, high: float) -> list[float]:
 
 def _render_curve(curve: Curve, axes: _Axes) -> str:
     steps, values = thin_line(curve.steps, curve.values, MOST_POINTS)
-    path, dots, pen = "", [], "M"
+    path, points, pen = "", [], "M"
     for step, value in zip(steps, values, strict=True):
         if not np.isfinite(value):
             pen = "M"
             continue
         across, down = axes.to_pixels(step, value)
         path += f"{pen}{across:.1f} {down:.1f}"
-        dots.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{curve.colour}"/>')
+        points.append((across, down))
         pen = "L"
+    if curve.is_marked:
+        return "".join(_render_ring(across, down, curve.colour) for across, down in points)
     line = f'<path d="{path}" fill="none" stroke="{curve.colour}" stroke-width="1.6"{_dashes(curve)}/>'
+    dots = [f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{curve.colour}"/>' for across, down in points]
     return line + "".join(dots) if curve.dots or len(dots) == 1 else line
+
+
+def _render_ring(across: float, down: float, colour: str) -> str:
+    return f'<circle cx="{across:.1f}" cy="{down:.1f}" r="6" fill="none" stroke="{colour}" stroke-width="2"/>'
 
 
 def _dashes(curve: Curve) -> str:
