@@ -12,11 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from training_lens.analysis.findings import Finding
+from training_lens.analysis.findings.live_checks import CHECKS
 from training_lens.cli import cli
 from training_lens.config.lens_section import FindingCode
 from training_lens.config.schema import TrainingConfig
 from training_lens.runs.run_folder import RunFolder
-from training_lens.training.live_findings import CHECKS, SPIKES
+from training_lens.training.live_findings import SPIKES
 from training_lens.training.loop.callbacks import Callback
 from training_lens.training.run import TrainingWrapper
 

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.analysis.reports.standard": ("Report", "StandardReports"),
         "training_lens.analysis.run_reader": ("Run",),
         "training_lens.analysis.run_card": ("RunComparison",),
+        "training_lens.analysis.trainer_findings": ("build_findings_callback",),
         "training_lens.analyzers.activation_analyzer": ("ActivationAnalyzer",),
         "training_lens.analyzers.lora_analyzer": ("GradientAnalyzer", "LoRAAnalyzer"),
         "training_lens.collectors.layer_activations": ("ActivationExtractor",),

@@ -8,7 +8,8 @@ from training_lens.config.section import Section, setting
 
 FindingCode = Literal[
     "untrained", "nonfinite", "self_check", "layers", "rate_high", "rate_low", "batch_large", "memorization",
-    "forgetting", "converged", "loss_spike", "poisoned_batch", "repetition", "endless_answers", "prompt_ignored",
+    "forgetting", "converged", "rank", "loss_spike", "poisoned_batch", "repetition", "endless_answers",
+    "prompt_ignored",
 ]  # fmt: skip
 
 

@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from training_lens.analysis.findings.answer_findings import END_RULE, LOOP_RULE, PROMPT_RULE, check_answers
-from training_lens.analysis.findings.batch_size import check_batch_size
-from training_lens.analysis.findings.convergence import check_convergence
 from training_lens.analysis.findings.evidence import median_over_modules
 from training_lens.analysis.findings.finding import Finding
-from training_lens.analysis.findings.forgetting import check_forgetting
-from training_lens.analysis.findings.layer_findings import check_layers
+from training_lens.analysis.findings.live_checks import CHECKS_IN_A_RUN, LATE, ActiveFindings, check_captures
 from training_lens.analysis.findings.loss_spike import BATCH_RULE, SPIKE_RULE, LossSpike, SpikeDetector, report_spike
-from training_lens.analysis.findings.memorization import check_memorization
 from training_lens.analysis.findings.nonfinite import check_nonfinite
-from training_lens.analysis.findings.rate_high import check_rate_high
-from training_lens.analysis.findings.rate_low import check_rate_low
-from training_lens.analysis.findings.self_check import check_gradients
-from training_lens.analysis.findings.untrained import check_untrained
 from training_lens.core import table_names as tables
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.recording import Recording
@@ -43,30 +34,14 @@ from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-CHECKS_IN_A_RUN = 20  # at most: each reads the captures so far
 MOST_ROW_PASSES = 5  # spikes of which the rows are measured: a forward pass over the step's rows each
-LATE = 0.5  # of the run: before it, good runs show some symptoms as well
-# check -> the share of the run after which it runs
-CHECKS: Mapping[Callable[[Recording], Finding], float] = {
-    check_untrained: 0.0,
-    check_gradients: 0.0,
-    check_rate_high: 0.0,
-    check_layers: 0.0,
-    check_batch_size: LATE / 2,
-    check_rate_low: LATE,
-    check_memorization: 0.0,
-    check_forgetting: 0.0,
-    check_convergence: LATE,
-}
-NOTES = ("batch_large", "memorization", "forgetting")  # shown as notes, too, where they are not inconclusive
 SPIKES = (SPIKE_RULE.code, BATCH_RULE.code)
 
 
 class LiveFindings(JournalCallback):
     """Writes logs/findings.jsonl, logs a line when a finding arises or clears, and tells the callbacks.
 
-    A line is `{"step", "event": "raised" or "cleared", "code", "severity", "title", "measured", "action", ...}`. A
-    check that fails is logged, and the run goes on without live findings.
+    See `ActiveFindings` for its lines. A check that fails is logged, and the run goes on without live findings.
 
     Args:
         run: its captures are read, and its journals when it resumes.
@@ -77,7 +52,7 @@ class LiveFindings(JournalCallback):
     def __init__(self, run: RunFolder, lens: TrainingLensFramework, stop_on: Collection[str] = ()) -> None:
         super().__init__(run.findings_file)
         self._run, self._lens, self._stop_on = run, lens, frozenset(stop_on)
-        self._active: dict[str, str] = {}  # code -> title
+        self._active = ActiveFindings(self._journal.write)
         self._spikes, self._row_passes = SpikeDetector(), 0
         self._base_answers: Sequence[Mapping[str, Any]] = ()
         self._captures: RunningCaptures | None = None
@@ -92,11 +67,11 @@ class LiveFindings(JournalCallback):
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         with self._guard():
             spike = self._spikes.observe(report.step, report.loss, report.grad_norm)
-            is_active = bool(self._active.keys() & set(SPIKES))
+            is_active = not set(SPIKES).isdisjoint(self._active.codes)
             if spike and not is_active and (finding := self._explain_spike(trainer, spike)):
-                self._compare_findings(trainer, report.step, (), [finding])
+                self._update(trainer, report.step, (), [finding])
             elif is_active and not spike:
-                self._compare_findings(trainer, report.step, SPIKES, ())
+                self._update(trainer, report.step, SPIKES, ())
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         if not base:
@@ -112,13 +87,13 @@ class LiveFindings(JournalCallback):
                 return
             if step >= LATE * trainer.schedule.total_steps:
                 codes = [rule.code for rule in (LOOP_RULE, END_RULE, PROMPT_RULE)]
-                self._compare_findings(trainer, step, codes, check_answers(answers, self._base_answers))
+                self._update(trainer, step, codes, check_answers(answers, self._base_answers))
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
         with self._guard():
             finding = check_nonfinite(self._open_recording())
             if finding.severity == "problem":
-                self._compare_findings(trainer, trainer.state.step + 1, (finding.code,), [finding])
+                self._update(trainer, trainer.state.step + 1, (finding.code,), [finding])
         super().on_exception(trainer, error)
 
     @contextmanager
@@ -143,12 +118,9 @@ class LiveFindings(JournalCallback):
             if line.get("kind") == "step" and line["step"] <= step:
                 loss, norm = (math.nan if line[key] is None else line[key] for key in ("loss", "grad_norm"))
                 self._spikes.observe(line["step"], loss, norm)
-        for line in read_metrics(self.path, 0):
-            if line["event"] == "raised":
-                self._active[line["code"]] = line["title"]
-                self._row_passes += line["code"] in SPIKES
-            else:
-                self._active.pop(line["code"], None)
+        events = read_metrics(self.path, 0)
+        self._active.restore(events)
+        self._row_passes += sum(line["event"] == "raised" and line["code"] in SPIKES for line in events)
         if self._run.samples_file.is_file():
             lines = [line for line in read_metrics(self._run.samples_file, 0) if line.get("base")]
             self._base_answers = lines[0]["samples"] if lines else ()
@@ -161,15 +133,10 @@ class LiveFindings(JournalCallback):
         return Recording(self._run.run_id, self._run.root, self._captures.manifest, self._captures, "running")
 
     def _check_captures(self, trainer: Any, step: int) -> None:
-        total = trainer.schedule.total_steps
         if self._is_off or not is_check_due(trainer, step):
             return
         with self._guard():
-            recording = self._open_recording()
-            findings = [check(recording) for check, after in CHECKS.items() if step >= after * total]
-            if any(finding.severity == "problem" for finding in findings):  # notes on a broken run share its cause
-                findings = [finding for finding in findings if finding.severity != "note"]
-            self._compare_findings(trainer, step, [f.code for f in findings], list(filter(is_shown_live, findings)))
+            self._update(trainer, step, *check_captures(self._open_recording(), step / trainer.schedule.total_steps))
 
     def _explain_spike(self, trainer: Any, spike: LossSpike) -> Finding | None:
         recording = self._open_recording()
@@ -183,29 +150,11 @@ class LiveFindings(JournalCallback):
             rows = name_spike_rows(trainer, spike.step)
         return report_spike(spike, rows, rms, is_exact)
 
-    def _compare_findings(self, trainer: Any, step: int, codes: Collection[str], found: Sequence[Finding]) -> None:
-        """Show those of `found` that are new, and those of the codes that were looked for and are gone."""
-        now = {finding.code: finding for finding in found}
-        for code in [code for code in codes if code in self._active and code not in now]:
-            title = self._active.pop(code)
-            self._journal.write({"step": step, "event": "cleared", "code": code, "title": title})
-            logger.info("step %d: no longer: %s [%s]", step, title, code)
-        for code, finding in now.items():
-            if code not in self._active:
-                self._active[code] = finding.title
-                self._show(trainer, step, finding)
-
-    def _show(self, trainer: Any, step: int, finding: Finding) -> None:
-        values = {name: value for name, value in asdict(finding).items() if name != "evidence"}
-        rows = {name: finding.evidence[name] for name in ("rows", "modules") if name in finding.evidence}
-        self._journal.write({"step": step, "event": "raised", **values, **rows})
-        advice = finding.action or finding.decide
-        logger.warning(
-            "step %d: %s [%s]: %s. What to do: %s", step, finding.title, finding.code, finding.measured, advice
-        )
-        trainer.notify_callbacks("on_finding", finding)
-        if finding.code in self._stop_on:
-            trainer.request_stop(finding.code)
+    def _update(self, trainer: Any, step: int, codes: Collection[str], found: Sequence[Finding]) -> None:
+        for finding in self._active.update(step, codes, found):
+            trainer.notify_callbacks("on_finding", finding)
+            if finding.code in self._stop_on:
+                trainer.request_stop(finding.code)
 
 
 def is_check_due(trainer: Any, step: int) -> bool:
@@ -214,11 +163,3 @@ def is_check_due(trainer: Any, step: int) -> bool:
     earlier = range(max(1, step - step % width), step)
     is_first = not any(trainer.is_validation_due(other) or trainer.is_sample_due(other) for other in earlier)
     return is_first or step == trainer.schedule.total_steps
-
-
-def is_shown_live(finding: Finding) -> bool:
-    """Whether a finding is worth a line while the run trains: symptoms, and that it has converged."""
-    if finding.severity in ("problem", "warning"):
-        return True
-    is_known = finding.severity == "note" and finding.confidence != "inconclusive"
-    return is_known and (finding.code in NOTES or finding.title == "Converged")

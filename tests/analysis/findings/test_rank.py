@@ -186,3 +186,19 @@ def test_a_truncation_that_was_not_measured_is_refused() -> None:
 
     with pytest.raises(ConfigurationError, match="give one of 90%, 1, 4"):
         find_truncation(CHECK, "2")
+
+
+@pytest.mark.parametrize(("tokens", "title"), [(600, "The rank may be too small"), (700, "The rank may be saturated")])
+def test_a_full_rank_is_saturated_where_an_epoch_holds_over_two_bits_a_parameter(
+    finding: Find, healthy: Any, tokens: int, title: str
+) -> None:
+    healthy.values("spectra", "energy_rank")[:] = 16
+    healthy.values("loss", "loss")[:] = np.log(2)  # a bit for each token, in 100 steps of an epoch
+    healthy.tables["loss"][1]["supervised_tokens"] = np.full(200, tokens)
+    found = finding("rank", healthy)
+    assert (found.title, found.confidence) == (
+        title,
+        "inconclusive",
+    )  # 16 modules of rank 16, 64 wide: 32,768 parameters
+    assert found.decide.startswith("training-lens analyze RUN --test rank")
+    assert found.evidence.get("bits_per_parameter", 0) == pytest.approx(100 * tokens / 32768 if tokens == 700 else 0)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from training_lens.analysis.findings.evidence import read_curve
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.interventions import (
     Claim,
@@ -29,14 +30,18 @@ TOLERANCE = 0.01  # of the adapter's gain over the base
 ENERGY = 0.9  # the share of |dW|_F^2 in an energy rank
 FAR_UNDER, FULL = 0.25, 0.9  # energy rank over rank
 MOST = 0.5  # of the modules
+CAPACITY = 2.0  # bits in a parameter
+SATURATED = "The rank may be saturated"
 RULE = Rule(
     code="rank",
     signature="few directions hold 90 % of |dW|^2 in most modules, and truncating to them does not change the "
     "validation loss",
     threshold=f"at most {FAR_UNDER:g} r directions in over {MOST:.0%} of the modules, and a loss increase below "
     f"{TOLERANCE:.0%} of the adapter's gain over the base (upper end of the 95 % interval); a rank used to over "
-    f"{FULL:g} in the median may be too small",
-    source="LoRA paper, section 7 (arXiv 2106.09685); the loss is measured on this run's validation rows",
+    f"{FULL:g} in the median may be too small, and saturated where the rows of an epoch also hold over {CAPACITY:g} "
+    "bits for each parameter, by the losses before their first visit",
+    source="LoRA paper, section 7 (arXiv 2106.09685); the loss is measured on this run's validation rows. The summed "
+    "loss of a first visit bounds what there is to learn (LoRA Without Regret); 2 bits: arXiv 2404.05405",
     action="train with a lower peft.r or this peft.rank_pattern: fewer parameters at the same expected loss",
 )
 LARGER = Claim(
@@ -176,7 +181,7 @@ def _decide_halved(test: Intervention, halved: SettingChange, finding: Finding) 
 
 def _check_spectra(recording: Recording) -> Finding:
     """The spectrum alone is no proof: weak directions may matter for the loss."""
-    used = _measure_rank_use(recording)
+    used, modules = _measure_rank_use(recording), recording.modules
     if used is None:
         return RULE.report_inconclusive(
             "Not enough data on the rank",
@@ -190,7 +195,11 @@ def _check_spectra(recording: Recording) -> Finding:
     evidence: dict[str, object] = {"low": used.low, "modules": used.known, "median_share": used.share}
     if used.share > FULL:
         decide = "a run with the same seed at twice the rank: its loss is lower if this rank is too small"
-        return RULE.report_inconclusive("The rank may be too small", measured, decide, evidence)
+        bits = _measure_description(recording) / sum(m.rank * (m.in_features + m.out_features) for m in modules)
+        if bits <= CAPACITY or np.isnan(bits):
+            return RULE.report_inconclusive(LARGER.open, measured, decide, evidence)
+        measured += f"; the rows of an epoch hold up to {bits:.3g} bits for each parameter of the adapter"
+        return RULE.report_inconclusive(SATURATED, measured, decide, {**evidence, "bits_per_parameter": bits})
     if used.low <= MOST * used.known:
         return RULE.report_fine("The rank is used", measured, evidence=evidence)
     check = read_rank_check(recording.folder)
@@ -213,6 +222,20 @@ def _measure_rank_use(recording: Recording) -> _RankUse | None:
     at = int(np.flatnonzero(there.any(1))[-1])
     known = shares[at][there[at]]
     return _RankUse(int(series.steps[at]), int((known <= FAR_UNDER).sum()), len(known), float(np.median(known)))
+
+
+def _measure_description(recording: Recording) -> float:
+    """The bits of the supervised tokens of an epoch, by the losses of its steps; NaN where they were not captured.
+
+    The loss of rows that come for the first time, summed, is the length of a code for them.
+    """
+    steps, losses = read_curve(recording, tables.LOSS, "loss")
+    counted, tokens = read_curve(recording, tables.LOSS, "supervised_tokens")
+    epoch = min(recording.settings.get("steps_per_epoch") or 0, steps[-1] if len(steps) else 0)
+    if not epoch or not np.array_equal(steps, counted):
+        return np.nan
+    first = steps <= max(epoch, steps[0])
+    return float((losses * tokens)[first].mean() * epoch / np.log(2))
 
 
 def _report_check(check: RankCheck, spectrum: str, evidence: dict[str, object]) -> Finding:

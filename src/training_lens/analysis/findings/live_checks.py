@@ -1,0 +1,111 @@
+"""Findings of a run that trains: the checks of its captures so far, and which of them have arisen and cleared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from training_lens.analysis.advice import translate_finding
+from training_lens.analysis.findings.batch_size import check_batch_size
+from training_lens.analysis.findings.convergence import check_convergence
+from training_lens.analysis.findings.finding import Finding
+from training_lens.analysis.findings.forgetting import check_forgetting
+from training_lens.analysis.findings.layer_findings import check_layers
+from training_lens.analysis.findings.memorization import check_memorization
+from training_lens.analysis.findings.rank import SATURATED, check_rank
+from training_lens.analysis.findings.rate_high import check_rate_high
+from training_lens.analysis.findings.rate_low import check_rate_low
+from training_lens.analysis.findings.self_check import check_gradients
+from training_lens.analysis.findings.untrained import check_untrained
+from training_lens.core.recording import Recording
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+CHECKS_IN_A_RUN = 20  # at most: each reads the captures so far
+LATE = 0.5  # of the run: before it, good runs show some symptoms as well
+# check -> the share of the run after which it runs
+CHECKS: Mapping[Callable[[Recording], Finding], float] = {
+    check_untrained: 0.0,
+    check_gradients: 0.0,
+    check_rate_high: 0.0,
+    check_layers: 0.0,
+    check_batch_size: LATE / 2,
+    check_rate_low: LATE,
+    check_rank: LATE,
+    check_memorization: 0.0,
+    check_forgetting: 0.0,
+    check_convergence: LATE,
+}
+NOTES = ("batch_large", "memorization", "forgetting")  # shown as notes, too, where they are not inconclusive
+
+
+def check_captures(recording: Recording, share: float) -> tuple[list[str], list[Finding]]:
+    """The codes of the checks that were made, and the findings that are worth a line while the run trains.
+
+    Args:
+        share: of the run that is over, 0 to 1.
+    """
+    findings = [check(recording) for check, after in CHECKS.items() if share >= after]
+    codes = [finding.code for finding in findings]
+    if any(finding.severity == "problem" for finding in findings):  # notes on a broken run share its cause
+        findings = [finding for finding in findings if finding.severity != "note"]
+    return codes, [translate_finding(each, recording.manifest.origin) for each in findings if is_shown_live(each)]
+
+
+def is_shown_live(finding: Finding) -> bool:
+    """Whether a finding is worth a line while the run trains: symptoms, and that it has converged."""
+    if finding.severity in ("problem", "warning"):
+        return True
+    if finding.severity != "note":
+        return False
+    is_known = finding.confidence != "inconclusive"
+    return finding.title == SATURATED or (is_known and (finding.code in NOTES or finding.title == "Converged"))
+
+
+class ActiveFindings:
+    """The findings that have arisen and not cleared; logs and writes each once when it arises and when it clears.
+
+    A line is `{"step", "event": "raised" or "cleared", "code", "severity", "title", "measured", "action", ...}`.
+
+    Args:
+        write: takes a line, such as `Journal.write`.
+    """
+
+    def __init__(self, write: Callable[[Mapping[str, Any]], None]) -> None:
+        self._write = write
+        self._titles: dict[str, str] = {}  # by code
+
+    @property
+    def codes(self) -> Collection[str]:
+        return self._titles.keys()
+
+    def restore(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Those that are active after these lines, in the order in which they were written."""
+        for line in lines:
+            if line["event"] == "raised":
+                self._titles[line["code"]] = line["title"]
+            else:
+                self._titles.pop(line["code"], None)
+
+    def update(self, step: int, codes: Collection[str], found: Sequence[Finding]) -> list[Finding]:
+        """Show those of `found` that are new, which are returned, and those of the codes that are gone."""
+        now = {finding.code: finding for finding in found}
+        for code in [code for code in codes if code in self._titles and code not in now]:
+            title = self._titles.pop(code)
+            self._write({"step": step, "event": "cleared", "code": code, "title": title})
+            logger.info("step %d: no longer: %s [%s]", step, title, code)
+        new = [finding for code, finding in now.items() if code not in self._titles]
+        for finding in new:
+            self._titles[finding.code] = finding.title
+            self._show(step, finding)
+        return new
+
+    def _show(self, step: int, finding: Finding) -> None:
+        values = {name: value for name, value in asdict(finding).items() if name != "evidence"}
+        rows = {name: finding.evidence[name] for name in ("rows", "modules") if name in finding.evidence}
+        self._write({"step": step, "event": "raised", **values, **rows})
+        advice = finding.action or finding.decide
+        logger.warning(
+            "step %d: %s [%s]: %s. What to do: %s", step, finding.title, finding.code, finding.measured, advice
+        )
