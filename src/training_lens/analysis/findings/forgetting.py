@@ -43,11 +43,12 @@ def check_forgetting(recording: Recording) -> Finding:
     held_out = read_held_out(recording)
     direction = held_out.find_direction()
     if direction == "unknown" or len(steps) < LEAST:
+        losses = f"at least {LEAST} held-out losses: set data.validation or data.val_ratio, and training.eval_steps"
+        kl_steps = f"KL at {LEAST} steps at least: lens.probe_every=1 measures it after each"
         return RULE.report_inconclusive(
             "Not enough data on forgetting",
             f"KL to the base at {len(steps)} steps, {len(held_out.steps)} held-out losses",
-            f"a probe set, and at least {LEAST} held-out losses: set data.validation or data.val_ratio, and "
-            "training.eval_steps",
+            f"a probe set, and {losses}" if not len(steps) else losses if direction == "unknown" else kl_steps,
         )
     found = _measure_climb(steps, kl, held_out)
     base = median_or_nan(read_curve(recording, tables.DIVERGENCE, "base_loss")[1])
