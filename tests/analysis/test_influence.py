@@ -10,7 +10,12 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
-from training_lens.analysis.explanations.influence import read_gradient, score_by_gradients
+from training_lens.analysis.explanations.influence import (
+    PassOptions,
+    read_gradient,
+    read_packed_gradients,
+    score_by_gradients,
+)
 from training_lens.config.schema import PeftSection
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
@@ -114,7 +119,28 @@ def test_k_sgd_steps_approach_the_sum_of_products_as_the_rate_falls(engine: Engi
 def test_scores_are_cosines_and_a_masked_row_scores_0(engine: Engine) -> None:
     rows = TokenDataset.from_examples([build_text(1), build_text(2, 30), build_text(3, supervised=False)])
     queries = TokenDataset.from_examples([build_text(1), build_text(7)])
-    found = score_by_gradients(engine, rows, queries, "fp32", lambda gradient: gradient)
+    found = score_by_gradients(engine, rows, queries, PassOptions(), lambda gradient: gradient)
     one, two = read_gradient(engine, build_text(7), "fp32"), read_gradient(engine, build_text(2, 30), "fp32")
     assert found[0, 0] == pytest.approx(1.0) and found[0, 2] == found[1, 2] == 0
     assert found[1, 1] == pytest.approx(float(one @ two / (one.norm() * two.norm())))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_packed_texts_have_the_gradients_that_they_have_alone(use_dora: bool) -> None:
+    """One pass gives each text's; of DoRA, whose magnitudes are no factors, single passes do."""
+    model = attach(tiny_model(), PeftSection(r=2, lora_alpha=4, use_dora=use_dora))
+    generator = torch.Generator().manual_seed(1)
+    for _, parameter in trainable_parameters(model):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    engine = Engine(model)
+    assert engine.can_pack
+    texts = [build_text(1), build_text(2, 30), build_text(3, supervised=False), build_text(4, 7)]
+    alone = torch.stack([read_gradient(engine, text, "fp32") for text in texts])
+    packed = read_packed_gradients(engine, texts, "fp32")
+    assert (packed is None) == use_dora
+    if packed is not None:
+        torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-6)
+        assert not any(parameter.grad is not None for parameter in model.parameters())
+    rows = TokenDataset.from_examples(texts)
+    one, many = (score_by_gradients(engine, rows, rows, PassOptions(tokens=n), lambda g: g) for n in (1, 50))
+    np.testing.assert_allclose(many, one, atol=1e-5)

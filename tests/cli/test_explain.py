@@ -85,7 +85,7 @@ def test_the_rows_of_an_answer_join_its_report(call: Call, small_config: Callabl
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["rows"]
     assert len(found["ranking"]) == 10
-    assert found["verification"] is None and "forward and backward passes of single rows at" in result.stderr
+    assert found["verification"] is None and "forward and backward passes over" in result.stderr
     page = (run / "reports/explain-answer.html").read_text()
     assert "Which training rows made it" in page and "Not measured: this is a ranking" in page
     refused = call("explain", "answer", str(run), "Where is the key?", "--lds", "3")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training_lens.analysis.explanations.influence import Advance, score_by_gradients
+from training_lens.analysis.explanations.influence import Advance, PassOptions, score_by_gradients
 from training_lens.analysis.explanations.row_evidence import DatamodelingScore, RowRanking, RowVerification
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.display.progress import Progress
@@ -19,7 +19,7 @@ from training_lens.runs.checkpoint_format import checkpoint_folder, verify_check
 from training_lens.training.loop.checkpoint_manager import load_checkpoint
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.row_replay import RowReplay
-from training_lens.utils.formatting import format_count
+from training_lens.utils.formatting import format_count, pluralize
 
 CONTROLS = 3  # sets of random rows beside the top ones
 LIKE_LENGTH = 20  # a control is drawn among so many rows of the nearest length
@@ -27,10 +27,13 @@ LEAST_SUBSETS = 16  # as few replays say nothing of a rank correlation
 LEFT_OUT = 0.5  # of the rows, in each random subset of the linear datamodeling score
 
 
-def describe_ranking_cost(replay: RowReplay, queries: int = 1) -> str:
+def describe_ranking_cost(replay: RowReplay) -> str:
     """What `rank_rows` computes, in one line."""
-    rows, states = len(replay.training_rows) + queries, len(find_moments(replay))
-    return f"{format_count(states * rows)} forward and backward passes of single rows at {states} states of the run"
+    rows, states = replay.training_rows, len(find_moments(replay))
+    return (
+        f"the gradient of each of {len(rows):,} rows at {pluralize(states, 'state')} of the run: forward and backward "
+        f"passes over {format_count(states * int(rows.lengths.sum()))} tokens"
+    )
 
 
 def rank_rows(replay: RowReplay, queries: TokenDataset, progress: Progress | None = None) -> RowRanking:
@@ -80,8 +83,8 @@ def _rank_by_gradients(
         rate = rates.get(step + 1, rates.get(step))
         if rate is None:
             raise CheckpointError(f"{replay.run.metrics_file} has lost the learning rate of step {step + 1}.")
-        precision = replay.plan.precision
-        found = score_by_gradients(trainer.engine, replay.training_rows, queries, precision, direction, advance)
+        options = PassOptions(replay.plan.precision, trainer.micro_batch_tokens)
+        found = score_by_gradients(trainer.engine, replay.training_rows, queries, options, direction, advance)
         scores += rate * found
     steps = ", ".join(map(str, states))
     numbers = sum(parameter.numel() for parameter in trainer.parameters)

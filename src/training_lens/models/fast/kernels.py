@@ -6,7 +6,7 @@ CPU with a C compiler, everything but matrix products is one pass over memory (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, linear, silu
 
+from training_lens.models.fast.example_gradients import active_collection
 from training_lens.models.fast.native import training_kernels as native
 from training_lens.models.fast.native.library import are_heads_adjacent, can_compute, sum_dtype
 
@@ -52,7 +53,8 @@ def lora_linear(
 
     The rows of `weight` are those of all W_i, one below the other. The branch is added into the base product, and its
     input is shared; no gradient of W is formed. Kept for the backward pass: x and A x. Gradients, summed over tokens:
-    dB = s dy^T (A x), dA = (s dy B)^T x, dx = dy W + (s dy B) A (arXiv 2106.09685, eq. 3).
+    dB = s dy^T (A x), dA = (s dy B)^T x, dx = dy W + (s dy B) A (arXiv 2106.09685, eq. 3). Within
+    `ExampleGradients.collect` the sums over each example's tokens go there instead.
 
     Args:
         weight: or a function that forms it, called again for the backward pass.
@@ -84,6 +86,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.form_weight = weight if callable(weight) else None
         ctx.save_for_backward(given, None if ctx.form_weight else weight, down, low, *scaled)
         ctx.scales, ctx.dropped = scales, dropped is not None
+        ctx.examples, ctx.factors = active_collection(), tuple(map(id, factors))
         ctx.dtypes = [factor.dtype for factor in factors]
         return y
 
@@ -98,12 +101,25 @@ class _LoRALinear(torch.autograd.Function):
         dropped = dlow @ down if ctx.dropped else None
         if dx is not None and dropped is None:
             dx.addmm_(dlow, down)
-        downs = (dlow.T @ given).split(ranks)
-        parts = zip(dys, low.split(ranks, 1), ctx.scales, strict=True)
-        dups = ((seen.T @ part).T.mul_(scale) for part, seen, scale in parts)  # in this order the product is faster
-        pairs = zip(downs, dups, strict=True)
-        grads = zip((grad for pair in pairs for grad in pair), ctx.dtypes, ctx.needs_input_grad[5:], strict=True)
+        if ctx.examples is not None:
+            if ctx.examples.fits(len(dy)):
+                for i, (start, end) in enumerate(ctx.examples.spans):
+                    parts = (given[start:end], low[start:end], dlow[start:end], [part[start:end] for part in dys])
+                    ctx.examples.add(i, ctx.factors, _factor_gradients(*parts, ctx.scales, ranks))
+            return dx, dropped, None, None, None, *[None] * len(ctx.factors)
+        found = _factor_gradients(given, low, dlow, dys, ctx.scales, ranks)
+        grads = zip(found, ctx.dtypes, ctx.needs_input_grad[5:], strict=True)
         return dx, dropped, None, None, None, *(grad.to(dtype) if needed else None for grad, dtype, needed in grads)
+
+
+def _factor_gradients(
+    given: Tensor, low: Tensor, dlow: Tensor, dys: Sequence[Tensor], scales: Sequence[float], ranks: list[int]
+) -> Iterator[Tensor]:
+    """dA and dB of each branch in turn, summed over the tokens."""
+    downs = (dlow.T @ given).split(ranks)
+    for down, part, seen, scale in zip(downs, dys, low.split(ranks, 1), scales, strict=True):
+        yield down
+        yield (seen.T @ part).T.mul_(scale)  # in this order the product is faster
 
 
 def _branch_sizes(ups: Sequence[Tensor]) -> tuple[list[int], list[int]]:
