@@ -12,6 +12,7 @@ import pytest
 from rich.table import Table
 
 import training_lens
+from training_lens.cli.common import Screen, show_table
 from training_lens.display.progress import Progress
 from training_lens.utils.logging import plain_console
 
@@ -25,6 +26,16 @@ def test_texts_titles_and_cells_are_shown_as_they_are() -> None:
     console.print(WORDS)
     console.print(table)
     assert console.file.getvalue().count(WORDS) == 4  # type: ignore[attr-defined]
+
+
+def test_no_text_of_data_commands_the_terminal() -> None:
+    """A row with control characters, as a line and as a cell: a terminal gets their pictures."""
+    evil = "a\x1b[2J\x07b\x9b1mc\r\x00\x08"
+    console = plain_console(file=io.StringIO(), width=200)
+    Screen(console, False, io.StringIO()).print_line(evil)
+    show_table(console, "", ["row"], [[evil]])
+    assert console.file.getvalue().count("a␛[2J␇b\ufffd1mc␍␀␈") == 2  # type: ignore[attr-defined]
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", console.file.getvalue())  # type: ignore[attr-defined]
 
 
 def test_a_bar_has_its_title_as_it_is() -> None:

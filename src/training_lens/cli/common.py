@@ -22,6 +22,7 @@ from training_lens.cli.missing_files import check_own_model
 from training_lens.cli.options import CommandOptions, ConfigOptions, OutputOptions
 from training_lens.errors import ConfigurationError, OutputError, TrainingLensError
 from training_lens.utils.files import replace_non_finite
+from training_lens.utils.formatting import reveal_controls
 from training_lens.utils.resource_errors import describe_shortage
 from training_lens.utils.streams import lost_output
 
@@ -54,8 +55,8 @@ class Screen:
     output: TextIO
 
     def print_line(self, text: str, style: str | None = None) -> None:
-        """Print a line as it is: no markup, and folded by the terminal alone."""
-        self.console.print(text, style=style, markup=False, soft_wrap=True)
+        """Print a line as it is: no markup, control characters as pictures, and folded by the terminal alone."""
+        self.console.print(reveal_controls(text), style=style, markup=False, soft_wrap=True)
 
     def write_text(self, text: str) -> None:
         """Print a piece of streamed text as it is."""
@@ -80,7 +81,7 @@ def show_table(
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(reveal_controls(cell)) for cell in row))
     print_table(console, table)
 
 

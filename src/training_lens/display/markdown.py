@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from training_lens.utils.formatting import reveal_controls
+
 SYNTAX = re.compile(r"[&<>\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")  # `_` inside a word is no markup
 BLOCK_START = re.compile(r"^(#|[-+](?=\s|[-+])|=|\d+(?=[.)](?:\s|$)))")
-CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 
 
 def escape_markdown(text: str) -> str:
@@ -19,7 +20,7 @@ def escape_markdown(text: str) -> str:
         >>> escape_markdown("2 * 3 < 7" + chr(10) + "|x|")
         '2 &#42; 3 &#60; 7<br>&#124;x&#124;'
     """
-    lines = text.replace("\r\n", "\n").translate(CONTROL).expandtabs(4).split("\n")
+    lines = reveal_controls(text).expandtabs(4).split("\n")
     escaped = [SYNTAX.sub(lambda found: f"&#{ord(found[0])};", line) for line in lines]
     # A number that would start a list keeps its digits but for the last.
     literal = [BLOCK_START.sub(lambda found: f"{found[0][:-1]}&#{ord(found[0][-1])};", line) for line in escaped]

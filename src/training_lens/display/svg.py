@@ -11,6 +11,7 @@ import numpy as np
 
 from training_lens.display.colors import GRID, INK
 from training_lens.display.downsampling import thin_line
+from training_lens.utils.formatting import reveal_controls
 
 WIDTH, PLOT_HEIGHT, LINE_HEIGHT = 640, 220, 18  # pixels of the drawing; it shrinks with its column
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40  # margins of the plot
@@ -90,15 +91,15 @@ def _render_dots(group: Dots, axes: _Axes) -> Iterator[str]:
         across, down = axes.to_pixels(x, y)
         yield (
             f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{group.colour}" fill-opacity="0.6">'
-            f"<title>{escape(title)}</title></circle>"
+            f"<title>{escape(reveal_controls(title))}</title></circle>"
         )
 
 
 def _render_drawing(parts: Sequence[str], legend_lines: int) -> str:
     height = PLOT_HEIGHT + LINE_HEIGHT * legend_lines
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" style="max-width: 100%; height: auto" role="img" '
-        f'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12">{"".join(parts)}</svg>'
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" style="max-width: 100%; height: auto" '
+        f'role="img" xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12">{"".join(parts)}</svg>'
     )
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from training_lens.utils.secrets import redact_text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+CONTROL_PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # of C1's there are no pictures
+CONTROL_PICTURES |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)  # they reorder what follows
 
 
 def format_size(size_bytes: float) -> str:
@@ -108,6 +111,19 @@ def describe_error(error: BaseException, limit: int = 400) -> str:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     text = text if len(text) < limit else f"{text[: limit - 3]}..."
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def reveal_controls(text: str) -> str:
+    """A text whose control characters are their Unicode pictures, so that no terminal or page obeys them.
+
+    Those that override the direction of the text behind them become U+FFFD. Line breaks and tabs stay; '\\r\\n' becomes
+    a line break.
+
+    Example:
+        >>> reveal_controls("a" + chr(27) + "[2Jb")
+        'a␛[2Jb'
+    """
+    return text.replace("\r\n", "\n").translate(CONTROL_PICTURES)
 
 
 def strip_full_stop(sentence: str) -> str:
