@@ -6,7 +6,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from training_lens.display.html import BulletList, Callout, Picture, PictureGrid, Table, write_page
+from training_lens.display.html import BulletList, Callout, Picture, PictureGrid, ShortenedCell, Table, write_page
 
 EVIL = "<script>alert('x')</script>"
 
@@ -64,3 +64,21 @@ def test_a_column_of_prose_is_aligned_left_and_one_of_numbers_is_not(tmp_path: P
     write_page(tmp_path / "page.html", "Prose", [Table("A table", ["a", "b", "c"], rows)])
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert '<td class="words">short</td>' in text and "<td>2.5</td>" in text and '<th class="words">c</th>' in text
+
+
+def test_a_shortened_cell_is_whole_on_hover_and_escaped_in_both(tmp_path: Path) -> None:
+    cell = ShortenedCell(f'/home/"x"/{EVIL}.jsonl:7', f"{EVIL}:7")
+    write_page(tmp_path / "page.html", "Rows", [Table("A table", ["row", "loss"], [[cell, "1.5"]])])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert cell == f'/home/"x"/{EVIL}.jsonl:7' and EVIL not in text
+    assert (
+        'title="/home/&#34;x&#34;/&lt;script&gt;' in text
+        and ">&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;:7<" in text
+    )
+
+
+def test_cells_of_several_prose_columns_name_their_column_for_phones(tmp_path: Path) -> None:
+    row = ["17", "a question that is longer than a number", "an answer that is longer than one"]
+    write_page(tmp_path / "page.html", "Rows", [Table("A table", ["row", "prompt", "answer"], [row])])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<table class="stacked">' in text and 'data-column="answer">an answer' in text

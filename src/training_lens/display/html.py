@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from training_lens.display.colors import ALARM, COLOURS
 from training_lens.utils.files import redact_for_file, write_text
+from training_lens.utils.formatting import reveal_controls
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -24,9 +25,24 @@ LONGEST_NUMBER = 24  # characters; a column with a longer cell is prose
 Severity = Literal["problem", "warning", "note", "fine"]
 
 
+class ShortenedCell(str):
+    """A cell of a table of which a page shows `short`, and the whole text on hover; elsewhere it is the whole text."""
+
+    __slots__ = ("short",)
+    short: str
+
+    def __new__(cls, text: str, short: str) -> ShortenedCell:
+        cell = super().__new__(cls, text)
+        cell.short = short
+        return cell
+
+
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column names, with a caption. The first column and prose align left, numbers right."""
+    """Rows of text under column names, with a caption. The first column and prose align left, numbers right.
+
+    On a phone a table with several columns of prose has a line for each cell, with its column's name.
+    """
 
     caption: str
     columns: Sequence[str]
@@ -34,7 +50,10 @@ class Table:
 
     def prose_columns(self) -> list[bool]:
         """Which columns are prose: those with a cell that is longer than any number."""
-        return [any(len(row[i]) > LONGEST_NUMBER for row in self.rows) for i in range(len(self.columns))]
+        return [
+            any(len(getattr(row[i], "short", row[i])) > LONGEST_NUMBER for row in self.rows)
+            for i in range(len(self.columns))
+        ]
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,11 @@ def render_card(title: str, parts: Sequence[Part]) -> str:
     return str(_load_template().render_card(title, parts))
 
 
+def _reveal(value: Any) -> Any:
+    """A text of data without control characters; what is HTML already stays as it is."""
+    return value if hasattr(value, "__html__") or not isinstance(value, str) else reveal_controls(value)
+
+
 @cache
 def _load_template() -> Any:
     """The macros of `page.html.jinja`, which escape what they are given."""
@@ -146,6 +170,6 @@ def _load_template() -> Any:
         return str(figure.to_html(full_html=False, include_plotlyjs=False, validate=False, config=options))
 
     loader = PackageLoader("training_lens.display", ".")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_reveal)
     environment.filters |= {"kind": lambda part: type(part).__name__, "plot": plot}
     return environment.get_template(TEMPLATE).module

@@ -15,7 +15,7 @@ from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.analysis.explanations.row_explanation import LATE, NEVER, explain_visits, measure_rows
 from training_lens.analysis.explanations.row_visits import RowVisits, read_visits
 from training_lens.analysis.explanations.rows_report import build_rows_report, rows_table, write_suspects
-from training_lens.analysis.explanations.training_rows import open_rows_of
+from training_lens.analysis.explanations.training_rows import label_rows, open_rows_of, suggest_row
 from training_lens.core.arrow import arrow_table
 from training_lens.core.types import Captured
 from training_lens.data.row_list import read_row_list
@@ -24,7 +24,7 @@ from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.run_folder import RunFolder
 
 Config = Callable[..., TrainingConfig]
-HOSTILE = "<script>alert(1)</script> & ]]> \"' </title><img src=x onerror=alert(2)>"
+HOSTILE = "\x1b[2J\x00<script>alert(1)</script> & ]]> \"' </title><img src=x onerror=alert(2)>"
 
 
 def test_visits_are_by_row_in_the_order_of_steps() -> None:
@@ -67,6 +67,7 @@ def test_every_row_has_its_life_and_the_page_escapes_their_texts(run: RunFolder,
     build_rows_report(found).write_all(tmp_path, "explain-rows", rows_table(found))
     page = (tmp_path / "explain-rows.html").read_text()
     assert "<script>alert" not in page and "<img src=x" not in page and "&lt;img src=x" in page
+    assert "\x1b" not in page and "\x00" not in page
     assert page.count("<circle") >= 67 and len((tmp_path / "explain-rows.csv").read_text().splitlines()) == 68
     with pytest.raises(ConfigurationError, match=r"rows\.jsonl:99' is none of the 67 rows"):
         rows.require_place(rows.dataset.ids[0].replace(":1", ":99"))
@@ -102,3 +103,16 @@ def test_rows_that_changed_since_are_refused(small_config: Config, write_rows: C
     path.write_text(path.read_text().replace("hall 3", "hall 4"))
     with pytest.raises(CheckpointError, match=r"rows\.jsonl has changed since .* Put the old files back"):
         open_rows_of(run, Progress())
+
+
+def test_a_row_is_labelled_by_the_name_of_its_file_where_no_other_has_it() -> None:
+    found = label_rows(["/data/a/train.jsonl:7", "/data/b/train.jsonl:7", "/data/b/test.jsonl:3", "canary:1"])
+    assert [cell.short for cell in found.values()] == [*list(found)[:2], "test.jsonl:3", "canary:1"]
+    assert all(str(cell) == row_id for row_id, cell in found.items())
+
+
+def test_an_unknown_row_is_answered_with_the_one_that_is_meant() -> None:
+    ids = ["/data/train.jsonl:1", "/data/train.jsonl:2", "/data/old/test.jsonl:1"]
+    assert suggest_row("train.jsonl:2", ids) == " Did you mean '/data/train.jsonl:2'?"
+    assert suggest_row("/data/old/tset.jsonl:9", ids) == " For example: /data/old/test.jsonl:1."
+    assert suggest_row("7", ids) == " For example: /data/train.jsonl:1."

@@ -105,7 +105,7 @@ def layer_table(gains: ModuleGains) -> Table:
         row += [f"{test.alone:+.4f}", format_interval(test.alone_interval), f"{test.interaction:+.4f}"]
         rows.append(row)
     columns = ("layer", "modules", "share", "of change", "off", "interval", "alone", "interval", "interaction")
-    return Table("by layer", columns, rows)
+    return Table("by layer, in nats per token", columns, rows)
 
 
 def kind_table(gains: ModuleGains) -> Table:
@@ -114,7 +114,7 @@ def kind_table(gains: ModuleGains) -> Table:
         [g.name, str(g.modules), f"{g.share:+.4f}", format_interval(g.interval), _format_share(g.fraction)]
         for g in gains.by_kind
     ]
-    return Table("by type of module", ("type", "modules", "share", "interval", "of change"), rows)
+    return Table("by type of module, in nats per token", ("type", "modules", "share", "interval", "of change"), rows)
 
 
 def row_tables(gains: ModuleGains) -> Iterator[Table]:
@@ -130,7 +130,9 @@ def row_tables(gains: ModuleGains) -> Iterator[Table]:
             shares = [group.by_kind[kind] / group.change if group.change else None for kind in kinds]
             rows.append([*row, *map(_format_share, shares)])
         columns = (by, "rows", "change", "interval", *kinds)
-        yield Table(f"{title}: the change of the loss, and the share of each type in it", columns, rows)
+        yield Table(
+            f"{title}: the change of the loss in nats per token, and the share of each type in it", columns, rows
+        )
 
 
 def drop_table(gains: ModuleGains) -> Table:
@@ -141,7 +143,7 @@ def drop_table(gains: ModuleGains) -> Table:
         kept = f"{1 - drop.cost / -gains.change:.1%}" if gains.change < 0 else "-"
         row = [name, f"{drop.parameters:,}", f"{drop.loss:.4f}", f"{drop.cost:+.4f}"]
         rows.append([*row, format_interval(drop.interval), kept])
-    title = f"without modules, those of the least gain first, of {len(gains.modules)}"
+    title = f"without modules, those of the least gain first, of {len(gains.modules)}; losses in nats per token"
     return Table(title, ("dropped", "parameters", "loss", "change", "interval", "gain kept"), rows)
 
 

@@ -26,7 +26,7 @@ from training_lens.measures.row_life import (
 )
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.formatting import format_count
+from training_lens.utils.formatting import format_count, pluralize
 from training_lens.utils.processes import Processes
 
 WRONG, NEVER, FORGOTTEN, LATE = "likely mislabelled", "never learned", "forgotten", "learned only at the end"
@@ -157,10 +157,13 @@ def explain_rows(
     if options.learned is not None and not 0 < options.learned < 1:
         raise ConfigurationError(f"--learned {options.learned:g}: give a probability between 0 and 1.")
     visits = read_visits(run)
+    announce(f"reads what the run recorded of {pluralize(len(visits.ids), 'training row')}; no model runs for it")
     rows, measured = open_rows_of(run, progress, options.given), None
     if options.base:
         tokens = 2 * int(rows.dataset.lengths.sum())
-        announce(f"base and adapter read {format_count(len(rows.dataset))} rows: {format_count(tokens)} tokens")
+        announce(
+            f"base and adapter: 2 forward passes over the {len(rows.dataset):,} rows, {format_count(tokens)} tokens"
+        )
         measured = measure_rows(run, rows, visits.ids, progress, options)
     return explain_visits(run, visits, rows, options.learned, measured)
 
@@ -224,13 +227,14 @@ def _choose_rows(lives: RowLives, scores: np.ndarray, allowed: np.ndarray) -> di
 def _describe_reason(name: str, i: int, visits: RowVisits, lives: RowLives, scores: np.ndarray) -> str:
     losses = visits.losses[i][: lives.visits[i]]
     series = " → ".join(f"{loss:.2f}" for loss in losses[:4]) + (f" … {losses[-1]:.2f}" if len(losses) > 4 else "")
+    series = f"{series} nats per token"
     if name == WRONG:
         return f"loss {series}: {scores[i]:.1f} robust deviations above what was usual then, among rows of like length"
     if name == FORGOTTEN:
         return f"loss {series}: learned, and not any more at its last visit; lost {lives.forgotten[i]} times"
     if name == LATE:
         return f"loss {series}: first learned at step {visits.steps[i][lives.first_learned[i]]}, its last visit"
-    return f"loss {series}: at no visit learned"
+    return f"loss {series}: learned at no visit"
 
 
 def find_families(rows: TrainingRows) -> tuple[tuple[str, ...], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,10 @@ from training_lens.analysis.explanations.row_explanation import (
     RowsExplanation,
 )
 from training_lens.analysis.explanations.row_visits import RowVisits
+from training_lens.analysis.explanations.training_rows import label_rows
 from training_lens.analysis.reports.standard import Report
 from training_lens.display.colors import COLOURS
-from training_lens.display.html import BulletList, Part, SvgPicture, Table
+from training_lens.display.html import BulletList, Part, ShortenedCell, SvgPicture, Table
 from training_lens.display.svg import Dots, render_dots
 from training_lens.measures.row_life import LEARNED
 from training_lens.utils.files import write_text
@@ -65,17 +66,18 @@ def describe_rows(found: RowsExplanation) -> Iterator[str]:
         yield f"{suspects}; {others}."
     if found.families:
         yield (
-            f"{sum(map(len, found.families)):,} rows stand in {len(found.families):,} families of near repeats, the "
-            f"largest of {len(found.families[0])}."
+            f"{sum(map(len, found.families)):,} rows stand in {len(found.families):,} "
+            f"{'family' if len(found.families) == 1 else 'families'} of near repeats, the largest of "
+            f"{len(found.families[0])}."
         )
     if found.held_out is not None and found.held_out.losses.shape[1] > 1:
         yield _describe_held_out(found.held_out)
     if found.measured is not None:
         worse = int((found.measured.gain < 0).sum())
         yield (
-            f"Measured on these rows now, the base's mean loss is {np.nanmean(found.measured.base):.3f} per token and "
-            f"the adapter's {np.nanmean(found.measured.adapter):.3f}; on {worse:,} rows the adapter is worse than its "
-            "base."
+            f"Measured on these rows now, the base's mean loss is {np.nanmean(found.measured.base):.3f} nats per "
+            f"token and the adapter's {np.nanmean(found.measured.adapter):.3f}; on {worse:,} rows the adapter is worse "
+            "than its base."
         )
 
 
@@ -85,8 +87,8 @@ def _describe_held_out(visits: RowVisits) -> str:
     first, last = visits.losses[rows, 0], visits.losses[rows, seen.sum(1)[rows] - 1]
     return (
         f"{len(rows):,} validation rows were measured up to {visits.losses.shape[1]} times, from the base on: their "
-        f"mean loss per token went from {first.mean():.3f} to {last.mean():.3f}, and {int((last > first).sum()):,} of "
-        "them ended worse than by the base."
+        f"mean loss went from {first.mean():.3f} to {last.mean():.3f} nats per token, and "
+        f"{int((last > first).sum()):,} of them ended worse than by the base."
     )
 
 
@@ -95,12 +97,13 @@ def held_out_table(visits: RowVisits) -> Table:
     seen = np.isfinite(visits.losses)
     last = visits.losses[np.arange(len(visits.ids)), seen.sum(1) - 1]
     change = last - visits.losses[:, 0]
+    label = label_rows(visits.ids)
     lines = [
-        [visits.ids[i], f"{visits.losses[i, 0]:.3f}", f"{last[i]:.3f}", f"{change[i]:+.3f}", f"{seen[i].sum()}"]
+        [label[visits.ids[i]], f"{visits.losses[i, 0]:.3f}", f"{last[i]:.3f}", f"{change[i]:+.3f}", f"{seen[i].sum()}"]
         for i in np.argsort(-change, kind="stable")[:SHOWN].tolist()
     ]
-    caption = "validation rows by the change of their loss per token, the worst first"
-    return Table(caption, ["row", "base", "last", "change", "measured"], lines)
+    caption = "validation rows by the change of their loss in nats per token, the worst first"
+    return Table(caption, ["row", "base", "last", "change", "times measured"], lines)
 
 
 def rows_table(found: RowsExplanation) -> Table:
@@ -130,29 +133,32 @@ def _format_number(value: float) -> str:
 
 def list_tables(found: RowsExplanation) -> list[Table]:
     """The lists that have rows, the first of each, then the families."""
-    tables = []
+    tables, label = [], label_rows(found.ids)
     for name, rows in found.lists.items():
         if rows:
             shown = f", the first {SHOWN}" if len(rows) > SHOWN else ""
-            lines = [[row.id, row.reason, row.prompt, row.answer] for row in rows[:SHOWN]]
+            lines = [[label[row.id], row.reason, row.prompt, row.answer] for row in rows[:SHOWN]]
             caption = f"{name}: {len(rows):,} rows{shown}. {MEANING[name]}"
             tables.append(Table(caption, ["row", "why", "prompt", "answer"], lines))
     if found.families:
         caption = f"near repeats: {len(found.families):,} families of rows that share 80 % of their 5-token pieces"
-        lines = [_describe_family(family, found) for family in found.families[:SHOWN_FAMILIES]]
+        lines = [_describe_family(family, found, label) for family in found.families[:SHOWN_FAMILIES]]
         tables.append(Table(caption, ["rows", "size", "prompt of the first", "answer"], lines))
     return tables
 
 
-def _describe_family(family: Sequence[str], found: RowsExplanation) -> list[str]:
+def _describe_family(family: Sequence[str], found: RowsExplanation, label: Mapping[str, ShortenedCell]) -> list[str]:
     more = f" and {len(family) - NAMED} more" if len(family) > NAMED else ""
-    return [", ".join(family[:NAMED]) + more, f"{len(family)}", *found.texts(family[0])]
+    whole, short = (
+        ", ".join(names) + more for names in zip(*((i, label[i].short) for i in family[:NAMED]), strict=True)
+    )
+    return [ShortenedCell(whole, short), f"{len(family)}", *found.texts(family[0])]
 
 
 def draw_map(found: RowsExplanation) -> SvgPicture:
     """Every row as a dot, the mean probability per token against its spread over visits; hovering shows the row."""
     lives, names = found.lives, found.kinds_of()
-    is_single = int(lives.visits.max()) == 1
+    is_single = float(np.median(lives.visits)) == 1  # canaries come several times an epoch
     x = found.visits.steps[:, 0].astype(float) if is_single else np.nan_to_num(lives.variability)
     kinds = np.array([names.get(row_id, [""])[0] for row_id in found.ids])
     others = np.flatnonzero(kinds == "")
@@ -169,7 +175,7 @@ def draw_map(found: RowsExplanation) -> SvgPicture:
     return SvgPicture(
         render_dots(
             dots,
-            "step of its only visit" if is_single else "variability: standard deviation over visits",
+            "step of its first visit" if is_single else "variability: standard deviation over visits",
             "probability per token",
         ),
         "Each dot is a training row; hover over it to see the row. "

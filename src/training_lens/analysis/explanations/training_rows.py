@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from training_lens.config.run_config import MODEL_CODE, open_run_config
@@ -14,12 +16,13 @@ from training_lens.data.templates import build_renderer, resolve_date
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.data.token_pipeline import Preparation, tokenizer_hash
 from training_lens.data.tokenization import TextEncoder
+from training_lens.display.html import ShortenedCell
 from training_lens.display.progress import Progress
 from training_lens.errors import CheckpointError, ConfigurationError, TrainingLensError
 from training_lens.evaluation.trained_rows import open_training_rows
 from training_lens.models.factory import load_tokenizer
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.formatting import did_you_mean
+from training_lens.utils.formatting import nearest_name
 
 LONGEST = 160  # characters of a prompt or an answer that a list shows
 
@@ -43,14 +46,13 @@ class TrainingRows:
         """The position of a row.
 
         Raises:
-            ConfigurationError: there is no such training row; names the nearest ids.
+            ConfigurationError: there is no such training row; names the one that is meant.
         """
         if row_id in self.places:
             return self.places[row_id]
-        hint = did_you_mean(row_id, list(self.places), otherwise=f" The first is {next(iter(self.places))}.")
         raise ConfigurationError(
-            f"'{row_id}' is none of the {len(self.places)} rows that this run trained on. An id is a source and a row "
-            f"number.{hint}"
+            f"'{row_id}' is none of the {len(self.places):,} rows that this run trained on. An id is a file as the run "
+            f"recorded it and a row number.{suggest_row(row_id, self.dataset.ids)}"
         )
 
     def read_text(self, row_id: str) -> tuple[str, str]:
@@ -64,6 +66,32 @@ class TrainingRows:
         parts = (example.input_ids[~example.loss_mask], example.input_ids[example.loss_mask])
         prompt, answer = (str(self.tokenizer.decode(part.tolist(), skip_special_tokens=True)) for part in parts)
         return shorten_text(prompt), shorten_text(answer)
+
+
+def suggest_row(given: str, ids: Sequence[str]) -> str:
+    """The id that is meant, as the end of a message: that of this file's name and number, or of a like name."""
+    matches = [row_id for row_id in ids if Path(row_id).name == Path(given).name]
+    if len(matches) == 1:
+        return f" Did you mean '{matches[0]}'?"
+    sources = list(dict.fromkeys(row_id.rpartition(":")[0] for row_id in ids))
+    nearest = nearest_name(given.rpartition(":")[0] or given, sources) or sources[0]
+    return f" For example: {next(row_id for row_id in ids if row_id.rpartition(':')[0] == nearest)}."
+
+
+def label_rows(ids: Iterable[str]) -> dict[str, ShortenedCell]:
+    """A table's cell for each id, of which a page shows the file's name and the number: 'train.jsonl:17'.
+
+    Ids of files of one name in several folders stay whole.
+    """
+    ids = list(ids)
+    names = {source: Path(source).name for source in {row_id.rpartition(":")[0] for row_id in ids}}
+    counts = Counter(names.values())
+    found = {}
+    for row_id in ids:
+        source, _, number = row_id.rpartition(":")
+        name = names[source] if counts[names[source]] == 1 else source
+        found[row_id] = ShortenedCell(row_id, f"{name}:{number}")
+    return found
 
 
 def shorten_text(text: str, most: int = LONGEST) -> str:
