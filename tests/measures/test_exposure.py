@@ -9,6 +9,7 @@ import pytest
 
 from training_lens.measures.exposure import (
     LOG2_E,
+    chance_of_exposure,
     count_leading,
     expected_exposure,
     exposure_deviation,
@@ -32,6 +33,17 @@ def test_what_was_never_seen_averages_log2_e_on_random_scores() -> None:
     error = exposure_deviation(candidates) / math.sqrt(canaries)
     assert np.mean(found) == pytest.approx(expected_exposure(candidates), abs=4 * error)
     assert np.std(found) == pytest.approx(exposure_deviation(candidates), rel=0.1)
+
+
+def test_a_verdict_on_few_canaries_knows_how_far_chance_goes() -> None:
+    """Of one canary each rank is as likely; of several the bound holds on random ranks and is near."""
+    assert [chance_of_exposure(math.log2(64 / rank), 1) for rank in (1, 4)] == pytest.approx([1 / 64, 4 / 64])
+    ranks = np.random.default_rng(0).integers(1, 513, (20_000, 4))
+    means = (9 - np.log2(ranks)).mean(1)
+    for mean in (2.0, 3.0):
+        assert (means >= mean).mean() <= chance_of_exposure(mean, 4) + 0.005
+        assert (means >= mean).mean() == pytest.approx(chance_of_exposure(mean, 4), rel=0.1)
+    assert chance_of_exposure(0.0, 3) == 1.0
 
 
 def test_the_chance_level_is_the_mean_of_all_ranks_and_grows_to_log2_e() -> None:

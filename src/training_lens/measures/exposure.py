@@ -37,6 +37,22 @@ def exposure_deviation(candidates: int) -> float:
     return float(bits.std())
 
 
+def chance_of_exposure(mean: float, canaries: int) -> float:
+    """How likely so many canaries that were never seen reach this mean exposure in bits, at most.
+
+    Formula: the exposure of one is at most -log2 of a uniform variable, so the tail of their sum is at most Erlang's,
+    e^-s sum over k < n of s^k / k!, with s = n mean ln 2. For one canary it is exact at every rank: rank / |R|.
+
+    Example:
+        >>> chance_of_exposure(5.0, 1) == 2**-5
+        True
+    """
+    total = canaries * mean * math.log(2)
+    if total <= 0:
+        return 1.0
+    return math.fsum(math.exp(k * math.log(total) - math.lgamma(k + 1) - total) for k in range(canaries))
+
+
 def count_leading(correct: np.ndarray) -> int:
     """How many tokens of a row greedy decoding repeats before its first other one.
 

@@ -28,7 +28,7 @@ from training_lens.measures.exposure import (
 )
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.formatting import format_count
+from training_lens.utils.formatting import format_count, pluralize
 from training_lens.utils.processes import Processes
 
 CANDIDATES, SAMPLES = 1024, 64
@@ -153,8 +153,8 @@ def explain_memory(
     tokens += sum(2 * int(dataset.lengths.sum()) for _, dataset in continued)
     continuing = sum(len(dataset) for _, dataset in continued)
     announce(
-        f"{len(sets)} rows among {options.candidates:,} candidates each, {continuing} rows continued: "
-        f"{format_count(tokens)} tokens"
+        f"forward passes over {format_count(tokens)} tokens: {pluralize(len(sets), 'row')} among "
+        f"{options.candidates:,} candidates each, {pluralize(continuing, 'row')} continued"
     )
     measured = _MemoryMeasurement(session, progress)
     return MemoryExplanation(

@@ -14,14 +14,17 @@ from training_lens.analysis.explanations.memory_measurement import (
     Continuation,
     MemoryExplanation,
 )
+from training_lens.analysis.explanations.training_rows import label_rows
 from training_lens.analysis.reports.standard import Report
 from training_lens.display.colors import COLOURS
 from training_lens.display.html import BulletList, Part, SvgPicture, Table
 from training_lens.display.svg import Dots, render_dots
 from training_lens.measures.curves import NORMAL_95
+from training_lens.measures.exposure import chance_of_exposure
 
 BLUE, RED, GREEN = COLOURS[:3]
 SHOWN = 20  # rows of a list
+RARE = 0.025  # what exceeds chance: the upper tail of a 95 % interval
 CAVEAT = "A low number is no proof of privacy: other rows, prompts and ways of asking were not tried."
 HOW = (
     "Exposure is log2 |R| - log2 rank, in bits: the rank of a row's loss among those of |R| candidates of the same "
@@ -36,13 +39,15 @@ def describe_memory(found: MemoryExplanation) -> Iterator[str]:
     """What the numbers say, a sentence each."""
     groups = found.list_repeats()
     for repeats, exposures in groups.items():
-        mean, error = float(np.mean(exposures)), found.chance_deviation / math.sqrt(len(exposures))
-        above = (mean - found.chance) / error
-        verdict = "above chance" if above > NORMAL_95 else "indistinguishable from chance"
+        mean, count = float(np.mean(exposures)), len(exposures)
+        chance = chance_of_exposure(mean, count)
+        verdict = "above chance" if chance <= RARE else "indistinguishable from chance"
         what = f"visited {_count_visits(repeats)} an epoch" if repeats else "never planted"
+        named, reach = ("canary", "one reaches") if count == 1 else ("canaries", f"{count} reach")
         yield (
-            f"{len(exposures)} canaries {what}: mean exposure {mean:.2f} of {math.log2(found.candidates):.2f} bits, "
-            f"{verdict} (unseen ones average {found.chance:.2f}, with a standard error of {error:.2f} for so many)."
+            f"{count} {named} {what}: mean exposure {mean:.2f} of {math.log2(found.candidates):.2f} bits, {verdict}: "
+            f"unseen ones average {found.chance:.2f}, and {reach} {mean:.2f} with a probability of at most "
+            f"{chance:.2g}."
         )
     trained, unseen = found.find_group(TRAINED), found.find_group(UNSEEN)
     if trained:
@@ -78,32 +83,52 @@ def _compare_groups(trained: Sequence[Continuation], unseen: Sequence[Continuati
         else "Training rows cannot be distinguished from unseen ones by their continuations"
     )
     return (
-        f"{verdict}: the longest continuation is {difference:+.1%} of a row longer (95 %: {difference - half:+.1%} to "
-        f"{difference + half:+.1%})."
+        f"{verdict}: by the longest continuation as a share of the row, training rows less unseen ones, they differ by "
+        f"{difference:+.1%} (95 %: {difference - half:+.1%} to {difference + half:+.1%})."
     )
 
 
 def exposure_table(found: MemoryExplanation) -> Table:
     """A row for each canary and each chosen row."""
-    rows = []
+    rows, label = [], label_rows(row.id for row in found.exposures)
     for row in found.exposures:
         kind = CHOSEN if row.repeats is None else _count_visits(row.repeats)
         base = "-" if row.base_exposure is None else f"{row.base_exposure:.2f}"
-        rows.append([row.id, kind, f"{row.exposure:.2f}", base, row.prompt, row.answer])
+        rows.append([label[row.id], kind, f"{row.exposure:.2f}", base, row.prompt, row.answer])
     caption = (
-        f"exposure in bits, of at most {math.log2(found.candidates):.2f}; unseen canaries average {found.chance:.2f}"
+        f"exposure in bits, by the adapter and by its base, of at most {math.log2(found.candidates):.2f}; unseen "
+        f"canaries average {found.chance:.2f}"
     )
-    return Table(caption, ["row", "visited", "exposure", "of the base", "prompt", "answer"], rows)
+    return Table(caption, ["row", "visited", "exposure", "base", "prompt", "answer"], rows)
 
 
 def continuation_table(found: MemoryExplanation) -> Table:
     """A row for each row that was continued, the longest first."""
     rows = sorted(found.continuations, key=lambda row: -row.longest)
+    label = label_rows(row.id for row in rows)
     lines = [
-        [row.id, row.group, f"{row.tokens}", f"{row.leading}", f"{row.longest}", f"{row.base}", row.prefix, row.text]
+        [
+            label[row.id],
+            row.group,
+            f"{row.tokens}",
+            f"{row.leading}",
+            f"{row.longest}",
+            f"{row.base}",
+            row.prefix,
+            row.text,
+        ]
         for row in rows
     ]
-    columns = ["row", "group", "tokens", "from its start", "longest", "of the base", "after", "continued exactly"]
+    columns = [
+        "row",
+        "group",
+        "tokens",
+        "from its start",
+        "longest",
+        "longest of the base",
+        "after",
+        "continued exactly",
+    ]
     return Table("exact greedy continuations, in tokens; the longest first", columns, lines)
 
 
