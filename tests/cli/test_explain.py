@@ -104,3 +104,15 @@ def test_modules_of_an_adapter_without_a_run(call: Call, run: Path, few_rows: di
     assert refused.exit_code == 1 and "nowhere.jsonl" in refused.stderr
     without_base = call(*words, "model.id=no/where", f"data.validation={few_rows['validation'][0]}")
     assert without_base.exit_code != 0 and "no/where" in without_base.stderr
+
+
+def test_an_answer_of_an_adapter_without_a_run_and_what_is_refused_there(call: Call, run: Path) -> None:
+    shutil.copytree(run / "artifacts/adapter", "foreign")
+    words = ["explain", "answer", "foreign", "Where = here?", "inference.max_new_tokens=4"]
+    found = json.loads(call(*words, "--json").stdout)
+    assert found["run"] == "foreign" and found["tokens"] and found["rows"] is None
+    assert list(Path("outputs/experiments/default/explanations").rglob("explain-answer.html"))
+    for others in ([*words, "--rows"], ["explain", "rows", "foreign"], ["explain", "memory", "foreign"]):
+        refused = call(*others)
+        said = " ".join(refused.stderr.split())
+        assert refused.exit_code == 2 and "foreign is an adapter without its run" in said and "model.id=BASE" in said

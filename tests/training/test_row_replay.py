@@ -21,7 +21,7 @@ from training_lens.display.html import write_page
 from training_lens.errors import CheckpointError, ConfigurationError, TrainingError
 from training_lens.models.adapter_files import WEIGHTS
 from training_lens.runs.run_folder import RunFolder
-from training_lens.training.answer_rows import RowQuestions, explain_answer_rows
+from training_lens.training.answer_rows import RowQuestions, describe_row_costs, explain_answer_rows
 from training_lens.training.row_ranking import (
     draw_controls,
     rank_rows,
@@ -171,9 +171,12 @@ def test_a_ranking_needs_two_moments(train: Callable[..., RunFolder]) -> None:
 
 
 def test_the_rows_of_an_answer_are_ranked_measured_and_shown_as_text(replay: RowReplay, tmp_path: Path) -> None:
-    answer, told = replay.training_rows[17], list[str]()
-    found = explain_answer_rows(replay, answer, RowQuestions(shown=4, verify=2, subsets=16), announce=told.append)
-    assert "at most 22 replays of 20 of 20 steps" in told[0] and "324 forward and backward passes" in told[1]
+    answer, questions = replay.training_rows[17], RowQuestions(shown=4, verify=2, subsets=16)
+    ranking, replays = describe_row_costs(replay, questions)
+    assert (
+        "the gradient of each of 80 rows at 4 states" in ranking and "at most 22 replays of 20 of 20 steps" in replays
+    )
+    found = explain_answer_rows(replay, answer, questions)
     assert len(found.ranking) == 4
     first = found.ranking[0]
     assert first.id == replay.training_rows.example_id(17) and first.first_step == replay.first_uses()[17]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
     from training_lens.data.examples import TokenizedExample
     from training_lens.runs.run_folder import RunFolder
+    from training_lens.training.answer_rows import RowQuestions
+    from training_lens.training.row_replay import RowReplay
 
 Rows = Annotated[
     bool,
@@ -43,26 +45,35 @@ Subsets = Annotated[
 ]
 
 
-def explain_rows(
-    screen: Screen, run: RunFolder, answer: TokenizedExample, verify: int, subsets: int, settings: TrainingConfig
-) -> AnswerRows:
+def open_replay(screen: Screen, run: RunFolder, questions: RowQuestions, settings: TrainingConfig) -> RowReplay:
+    """The replays of a run, after a check of what is asked of them; prints what it will cost.
+
+    Args:
+        settings: what the user gave, with the consent to code of the run's model.
+    """
+    from training_lens.display.progress import Progress
+    from training_lens.training.answer_rows import describe_row_costs
+    from training_lens.training.row_replay import RowReplay
+
+    replay = RowReplay(run, Progress(screen.console), settings.explicit_values())
+    for line in describe_row_costs(replay, questions):
+        screen.print_line(line)
+    return replay
+
+
+def explain_rows(screen: Screen, replay: RowReplay, answer: TokenizedExample, questions: RowQuestions) -> AnswerRows:
     """Measure and print which training rows made an answer.
 
     Args:
         answer: prompt and answer; its supervised tokens are what is explained.
-        verify, subsets: see `RowQuestions`.
-        settings: what the user gave, with the consent to code of the run's model.
     """
     from training_lens.analysis.explanations import row_evidence_report as report
     from training_lens.display.progress import Progress
-    from training_lens.training.answer_rows import RowQuestions, explain_answer_rows
-    from training_lens.training.row_replay import RowReplay
+    from training_lens.training.answer_rows import explain_answer_rows
 
-    if run.adapter_scale != 1:
+    if replay.run.adapter_scale != 1:
         screen.print_line("rows: of the adapter as it was trained, at scale 1")
-    progress, questions = Progress(screen.console), RowQuestions(verify=verify, subsets=subsets)
-    replay = RowReplay(run, progress, settings.explicit_values())
-    found = explain_answer_rows(replay, answer, questions, progress, screen.print_line)
+    found = explain_answer_rows(replay, answer, questions, Progress(screen.console))
     table = report.ranking_table(found)
     show_table(screen.console, table.caption, table.columns, table.rows, right=set(table.columns[1:4]))
     for line in (report.describe_row_check(found), *report.describe_rows(found)):

@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.answer_rows_output import Rows, Subsets, Verify, explain_rows
+from training_lens.cli.answer_rows_output import Rows, Subsets, Verify, explain_rows, open_replay
 from training_lens.cli.common import OF_ANY_RUN, Screen, command, load_config, refuse_unused, show_table
-from training_lens.cli.find_runs import locate_run
+from training_lens.cli.find_runs import is_adapter_folder, locate_run, refuse_adapter_folder
 from training_lens.cli.options import CommandOptions
 from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from training_lens.analysis.explanations.answer_changes import AnswerChange
+    from training_lens.analysis.explanations.answer_question import AnswerQuestion
     from training_lens.analysis.explanations.row_evidence import AnswerRows
+    from training_lens.config.schema import TrainingConfig
+    from training_lens.inference.session import Session
+    from training_lens.runs.run_folder import RunFolder
 
 Words = Annotated[
     str | None,
@@ -66,36 +70,78 @@ def explain_answer(run: Words = None, prompt: Prompt = None, *, asked: AnswerOpt
 
     Examples: training-lens explain answer RUN "A prompt"; training-lens explain answer latest "A prompt" --answer No;
     training-lens explain answer RUN --row data/train.jsonl:17 --own-answer --token 3;
-    training-lens explain answer RUN "A prompt" --verify 10
+    training-lens explain answer RUN "A prompt" --verify 10;
+    training-lens explain answer ADAPTER "A prompt" model.id=BASE
     """
     with command(options) as screen:
         reference, text, words = _split_words(run, prompt, options.words, asked.row is not None)
         settings = load_config(options.with_words(words))
-        refuse_unused(words, USED, "explain answers with the run's own config.")
         from training_lens.analysis.explanations.answer_question import AnswerQuestion
 
         place = None if asked.token is None else asked.token - 1
         question = AnswerQuestion(text, asked.row, asked.answer, asked.own_answer, asked.domain, place)
         question.check()
+        if is_adapter_folder(reference):
+            _explain_folder(screen, reference, question, asked, words, settings)
+            return
+        refuse_unused(words, USED, "explain answers with the run's own config.")
         found = locate_run(reference, settings.output, finished=True)
         found.require_adapter()
-        from training_lens.analysis.explanations.answer_measurement import explain_answer as measure
-        from training_lens.display.progress import Progress
         from training_lens.inference.session import open_run
+        from training_lens.training.answer_rows import RowQuestions
+        from training_lens.utils.devices import free_memory
 
+        questions = RowQuestions(verify=asked.verify, subsets=asked.lds)
+        replay = open_replay(screen, found, questions, settings) if asked.has_rows else None
         device = None if settings.model.device == "auto" else settings.model.device
         session = open_run(found, device, given=settings.explicit_values())
-        others = [str(source) for source in settings.data.validation or ()]
-        progress = Progress(screen.console)
-        change = measure(
-            found, session, question, settings.inference, others=others, progress=progress, announce=screen.print_line
-        )
-        _show(screen, change)
-        answer = change.supervised_answer
-        rows = explain_rows(screen, found, answer, asked.verify, asked.lds, settings) if asked.has_rows else None
+        change = _measure(screen, found, session, question, settings)
+        del session
+        free_memory()  # rows are ranked around a base of their own
+        rows = explain_rows(screen, replay, change.supervised_answer, questions) if replay else None
         change = replace(change, rows=rows.as_json()) if rows else change
         _save(screen, change, found.reports, rows)
         screen.print_result(change.as_json())
+
+
+def _explain_folder(
+    screen: Screen,
+    reference: str,
+    question: AnswerQuestion,
+    asked: AnswerOptions,
+    words: list[str],
+    settings: TrainingConfig,
+) -> None:
+    """Explain an answer of an adapter without its run, on the config's base."""
+    if asked.has_rows:
+        refuse_adapter_folder(reference, "rows are ranked and replayed by the rows and states that a run keeps")
+    refuse_unused(words, (*USED, "model.", "data."), "explain trains nothing.")
+    own = settings.replace_keys(inference={"adapter": reference})
+    from training_lens.cli.missing_files import check_base
+
+    check_base(own)
+    from training_lens.analysis.explanations.explained_adapter import ExplainedAdapter
+    from training_lens.inference.session import open_session
+
+    reports = ExplainedAdapter.from_folder(own).reports
+    change = _measure(screen, None, open_session(own), question, settings)
+    _save(screen, change, reports, None)
+    screen.print_result(change.as_json())
+
+
+def _measure(
+    screen: Screen, run: RunFolder | None, session: Session, question: AnswerQuestion, settings: TrainingConfig
+) -> AnswerChange:
+    from training_lens.analysis.explanations.answer_measurement import explain_answer as measure
+    from training_lens.display.progress import Progress
+
+    others = [str(source) for source in settings.data.validation or ()] if run else ()
+    progress = Progress(screen.console)
+    change = measure(
+        run, session, question, settings.inference, others=others, progress=progress, announce=screen.print_line
+    )
+    _show(screen, change)
+    return change
 
 
 def _split_words(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from training_lens.cli.common import OF_ANY_RUN, command, load_config, refuse_unused, show_table
-from training_lens.cli.find_runs import locate_run
+from training_lens.cli.find_runs import locate_run, refuse_adapter_folder
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.truncate_rank import RunArgument
 
@@ -43,6 +43,7 @@ def explain_memory(
             run = "latest"
         settings = load_config(options)
         refuse_unused(options.words, USED, "explain memory measures with the run's own config.")
+        refuse_adapter_folder(run, "explain memory needs to know the rows that it was trained on")
         found = locate_run(run, settings.output, finished=True)
         found.require_adapter()
         from training_lens.analysis.explanations import memory_report as report

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import OF_ANY_RUN, Screen, command, load_config, refuse_unused, show_table
-from training_lens.cli.find_runs import locate_run
+from training_lens.cli.find_runs import is_adapter_folder, locate_run
 from training_lens.cli.missing_files import check_own_model
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.truncate_rank import RunArgument
@@ -76,9 +76,7 @@ def open_explained(reference: str, words: list[str], settings: TrainingConfig) -
     Raises:
         ConfigurationError: a setting that is not used.
     """
-    from training_lens.runs.run_lookup import uses_own_model
-
-    if uses_own_model(reference) and reference != "none":
+    if is_adapter_folder(reference):
         refuse_unused(words, (*USED, "model.", "data."), "explain trains nothing.")
         own = settings.replace_keys(inference={"adapter": reference})
         check_own_model(own)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import OF_ANY_RUN, Screen, command, load_config, refuse_unused, show_table
-from training_lens.cli.find_runs import locate_run
+from training_lens.cli.find_runs import locate_run, refuse_adapter_folder
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.truncate_rank import RunArgument
 from training_lens.errors import ConfigurationError
@@ -70,6 +70,7 @@ def explain_rows(
         refuse_unused(options.words, USED, "explain rows reads what the run recorded.")
         if exclude is not None and not retrain:
             raise ConfigurationError("--exclude FILE says what --retrain leaves out; give both.")
+        refuse_adapter_folder(run, "explain rows reads the losses of rows that a run recorded")
         found = locate_run(run, settings.output, finished=True if base or retrain else None)
         explained = _explain(screen, found, base, learned, settings)
         notes, result = list[str](), explained.as_json()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from training_lens.errors import ConfigurationError
 from training_lens.utils.names import require_contained
 
 if TYPE_CHECKING:
@@ -49,6 +50,27 @@ def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
     run = find_adapter_run(adapter, output.base_output_dir, output.named_experiment)
     announce_run(run)
     return settings.replace_keys(inference={"adapter": str(run.root)})
+
+
+def is_adapter_folder(reference: str) -> bool:
+    """Whether a reference is an adapter without its run."""
+    from training_lens.runs.run_lookup import BASE_ALONE, uses_own_model
+
+    return reference != BASE_ALONE and uses_own_model(reference)
+
+
+def refuse_adapter_folder(reference: str, need: str) -> None:
+    """Refuse an adapter without its run where an explanation needs what only a run has, and name what is possible.
+
+    Raises:
+        ConfigurationError: the reference is an adapter folder.
+    """
+    if is_adapter_folder(reference):
+        raise ConfigurationError(
+            f"{reference} is an adapter without its run, and {need}. Of an adapter on its base (model.id=BASE), "
+            "explain modules, with data.validation=ROWS, shows where its gain lives, and explain answer which tokens, "
+            "layers and modules changed an answer. Training with training-lens train keeps the rest."
+        )
 
 
 def announce_run(run: RunFolder) -> None:

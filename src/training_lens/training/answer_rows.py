@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,8 +24,6 @@ from training_lens.training.row_ranking import (
 )
 from training_lens.training.row_replay import RowReplay
 
-Announce = Callable[[str], object]
-
 
 @dataclass(frozen=True)
 class RowQuestions:
@@ -39,32 +38,39 @@ class RowQuestions:
     subsets: int = 0
 
 
+def describe_row_costs(replay: RowReplay, questions: RowQuestions) -> Iterator[str]:
+    """What `explain_answer_rows` computes, a line for each part.
+
+    Raises:
+        ConfigurationError: see `require_enough_rows` and `require_enough_subsets`.
+        CheckpointError: see `find_moments`.
+    """
+    _check_questions(replay, questions)
+    yield f"rows: {describe_ranking_cost(replay)}"
+    if questions.verify or questions.subsets:
+        replays = (CONTROLS + 2 if questions.verify else 0) + (questions.subsets + 1 if questions.subsets else 0)
+        yield f"rows: at most {replay.describe_cost(replays)}"
+
+
 def explain_answer_rows(
     replay: RowReplay,
     answer: TokenizedExample,
     questions: RowQuestions = RowQuestions(),
     progress: Progress | None = None,
-    announce: Announce = lambda _: None,
 ) -> AnswerRows:
     """Which training rows made an answer.
 
     Args:
         answer: prompt and answer; its supervised tokens are what is explained.
-        announce: called with each cost before it begins.
+
+    Cost: as `describe_row_costs` says.
 
     Raises:
         CheckpointError, ConfigurationError: see `rank_rows`, `verify_rows`, `measure_datamodeling`.
         TrainingError: the run does not repeat, see `RowReplay.measure`.
     """
-    if questions.verify:
-        require_enough_rows(replay, questions.verify)
-    if questions.subsets:
-        require_enough_subsets(questions.subsets)
+    _check_questions(replay, questions)
     query = TokenDataset.from_examples([answer])
-    if questions.verify or questions.subsets:
-        replays = (CONTROLS + 2 if questions.verify else 0) + (questions.subsets + 1 if questions.subsets else 0)
-        announce(f"rows: at most {replay.describe_cost(replays)}")
-    announce(f"rows: {describe_ranking_cost(replay)}")
     ranking = rank_rows(replay, query, progress)
     check = verify_rows(replay, ranking, query, questions.verify) if questions.verify else None
     score = measure_datamodeling(replay, query, ranking, questions.subsets) if questions.subsets else None
@@ -80,9 +86,16 @@ def explain_answer_rows(
     )
 
 
+def _check_questions(replay: RowReplay, questions: RowQuestions) -> None:
+    if questions.verify:
+        require_enough_rows(replay, questions.verify)
+    if questions.subsets:
+        require_enough_subsets(questions.subsets)
+
+
 def describe_top_rows(replay: RowReplay, ranking: RowRanking, positions: np.ndarray) -> tuple[RankedRow, ...]:
     """These rows as they were trained on, with their scores for the ranking's first query."""
-    first, decode = replay.first_uses(), replay.plan.tokenizer.decode
+    first, decode = replay.first_uses(), partial(replay.plan.tokenizer.decode, skip_special_tokens=True)
     found = []
     for position in map(int, positions):
         row = replay.training_rows[position]

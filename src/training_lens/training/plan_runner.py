@@ -25,6 +25,7 @@ from training_lens.training.plan import RunPlan, plan_run
 from training_lens.training.resume import read_global_batch, require_same_tokens
 from training_lens.training.run import build_trainer
 from training_lens.utils.heap import keep_freed_memory
+from training_lens.utils.logging import hide_screen_notes
 
 
 def plan_recorded_run(run: RunFolder, progress: Progress | None = None, given: Settings | None = None) -> RunPlan:
@@ -41,7 +42,8 @@ def plan_recorded_run(run: RunFolder, progress: Progress | None = None, given: S
     if tokens := run.read_metadata("summary.json").get("micro_batch_tokens"):
         config = config.replace_keys(training={"micro_batch_tokens": tokens})  # the same ones give the same bits
     config = config.replace_keys(output={"base_output_dir": str(locate_outputs(run))})
-    plan = plan_run(config, progress or Progress(), read_global_batch(run))
+    with hide_screen_notes():
+        plan = plan_run(config, progress or Progress(), read_global_batch(run))
     require_same_tokens(run, plan)
     return plan
 

@@ -93,6 +93,19 @@ def _screen_handlers() -> list[ScreenHandler]:
 
 
 @contextmanager
+def hide_screen_notes() -> Iterator[None]:
+    """In the block, screens show errors alone: what is done again as a run did it, the run has told already."""
+    levels = {handler: handler.level for handler in _screen_handlers()}
+    for handler in levels:
+        handler.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)
+
+
+@contextmanager
 def hide_progress_bars() -> Iterator[None]:
     """In the block, transformers draws no progress bars."""
     from transformers.utils import logging as library

@@ -97,7 +97,7 @@ def row_id(run: Any) -> str:
     with pytest.raises(ConfigurationError) as refused:
         find_row(run, session, "nothing.jsonl:1")
     assert "no row of the run is called so" in str(refused.value)
-    return str(refused.value).split("such as ")[1].split(",")[0].split(" ")[0]
+    return str(refused.value).split("For example: ")[1].split(",")[0].split(" ")[0]
 
 
 def test_a_plain_text_is_explained_whole(text_run: Any) -> None:

@@ -37,7 +37,7 @@ from training_lens.runs.run_folder import RunFolder
 
 
 def explain_answer(
-    run: RunFolder,
+    run: RunFolder | None,
     session: Session,
     question: AnswerQuestion,
     settings: InferenceSection,
@@ -49,6 +49,7 @@ def explain_answer(
     """Explain what the adapter changed about an answer.
 
     Args:
+        run: that the session is of; None: an adapter without its run.
         settings: of the greedy answers, `max_new_tokens`.
         others: sources of rows that `question` may name, besides those of the run.
         announce: called with the cost in passes and tokens, before they are made.
@@ -75,7 +76,7 @@ def explain_answer(
     at_token = _share_tokens(session, text, chosen, progress)
     generated = {"base": text.base, "adapter": text.adapter}
     return AnswerChange(
-        run=str(run.root),
+        run=str(run.root) if run else session.source,
         prompt=text.prompt,
         row=text.row,
         domain=text.domain,

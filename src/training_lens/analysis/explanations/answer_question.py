@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -77,24 +78,28 @@ class AnswerText:
     adapter: GeneratedAnswer | None
 
 
-def find_row(run: RunFolder, session: Session, row_id: str, others: Iterable[object] = ()) -> Example:
-    """The row with an id (FILE:NUMBER) among the run's validation and training rows, and those of `others`.
+def find_row(run: RunFolder | None, session: Session, row_id: str, others: Iterable[object] = ()) -> Example:
+    """The row with an id (FILE:NUMBER) among a run's or config's validation and training rows, and those of `others`.
 
     Raises:
         ConfigurationError: there is none; shows how ids look.
     """
-    data, seen = session.config.data, list[str]()
+    data, seen, alike = session.config.data, list[str](), list[str]()
     specs = [("data.validation", list(others)), ("data.validation", data.validation_sources or [])]
     for key, sources in (*specs, ("data.train", data.train)):
         for example in read_examples(sources, key, data) if sources else ():
             if example.id == row_id:
-                _warn_of_change(run, data.train if key == "data.train" else sources, key, example)
+                if run:
+                    _warn_of_change(run, data.train if key == "data.train" else sources, key, example)
                 return example
             if len(seen) < SHOWN or example.row == 1:
                 seen.append(example.id)
+            if Path(example.id).name == Path(row_id).name:
+                alike.append(example.id)
+    meant = f"Did you mean '{alike[0]}'?" if len(alike) == 1 else f"For example: {list_names(alike or seen, SHOWN)}."
     raise ConfigurationError(
-        f"--row {row_id}: no row of the run is called so. A row's id is its file and number, such as "
-        f"{list_names(seen, SHOWN)}; add data.validation=FILE for rows of another file."
+        f"--row {row_id}: no row of the run is called so. A row's id is its file, as the run recorded it, and its "
+        f"number. {meant} Add data.validation=FILE for rows of another file."
     )
 
 

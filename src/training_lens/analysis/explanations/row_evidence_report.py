@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from training_lens.analysis.explanations.row_evidence import AnswerRows, RankedRow
+from training_lens.analysis.explanations.training_rows import label_rows
 from training_lens.display.html import BulletList, Callout, Part, Table
 from training_lens.utils.formatting import pluralize
 
@@ -29,8 +30,8 @@ def describe_rows(found: AnswerRows) -> Iterator[str]:
         randoms = ", ".join(f"{change:+.3f}" for change in check.control_changes)
         yield (
             f"Replayed {steps} without the top {pluralize(count, 'row')}, the answer's "
-            f"log-probability is {check.change:+.3f} nats from {found.log_probability:.3f}; without {count} random "
-            f"rows of like length, {len(check.controls)} times: {randoms}."
+            f"log-probability changes by {check.change:+.3f} nats, from {found.log_probability:.3f}; without {count} "
+            f"random rows of like length, {len(check.controls)} times: by {randoms}."
         )
     if score := found.datamodeling:
         correlation = score.correlations[0]
@@ -73,12 +74,13 @@ def _describe_states(found: AnswerRows) -> str:
 def ranking_table(found: AnswerRows) -> Table:
     """The rows of the highest scores."""
     columns = ("row", "score", "first step", "tokens", "prompt", "answer")
-    cells = [[*_cells(row), _shorten(row.prompt), _shorten(row.answer)] for row in found.ranking]
-    return Table(f"the rows that made it: {found.detail}", columns, cells)
+    label = label_rows(row.id for row in found.ranking)
+    cells = [[label[row.id], *_cells(row), _shorten(row.prompt), _shorten(row.answer)] for row in found.ranking]
+    return Table(f"the highest scores: {found.detail}", columns, cells)
 
 
 def _cells(row: RankedRow) -> list[str]:
-    return [row.id, f"{row.score:.4g}", str(row.first_step), str(row.supervised_tokens)]
+    return [f"{row.score:.4g}", str(row.first_step), str(row.supervised_tokens)]
 
 
 def _shorten(text: str) -> str:
