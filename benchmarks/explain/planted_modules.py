@@ -1,7 +1,7 @@
-"""What `explain modules` finds where the truth is planted, whether its order of modules is a good one, and its cost.
+"""What `explain modules` finds where the truth is planted, and whether its order of modules is a good one.
 
     python benchmarks/explain/planted_modules.py train [--output benchmarks/results/explain_modules.json]
-    python benchmarks/explain/planted_modules.py single | randomised | order | cost | large
+    python benchmarks/explain/planted_modules.py single | randomised | order
 
 `train` makes the demo's run of 120 steps under --runs, which the others need. Each part adds its results to the file.
 
@@ -10,8 +10,6 @@
 - randomised: one layer's factors B are shuffled, entries and all, so that its update has the norm it had and no sense.
   That layer's share must be the worst of all, and the loss must fall without it. Each layer in turn.
 - order: the loss without the n modules of the least gain by share, by norm of the update, and in 8 random orders.
-- cost: seconds and peak memory, beside one epoch of the run's training.
-- large: the same by token on the 125 M shape, after a run of 5 steps of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +41,6 @@ from training_lens.display.progress import Progress
 from training_lens.measures.singular_values import update_norm
 from training_lens.merging.weight_update import LowRankUpdate, load_updates
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.devices import peak_bytes, reset_process_peak
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = EvaluationSection(resamples=200)
@@ -181,89 +177,20 @@ def measure_order(run: RunFolder) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_cost(run: RunFolder) -> dict[str, Any]:
-    """Seconds and peak memory of the whole command's work, and the seconds of one epoch of the run's training."""
-    session, rows = open_rows(run, RowOptions())
-    reset_process_peak()
-    started = time.perf_counter()
-    gains = measure_modules(session, rows, EvaluationSection())
-    seconds = time.perf_counter() - started
-    lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
-    steps = [line for line in lines if line.get("kind") == "step"]
-    per_epoch = sum(line["seconds"] for line in steps) / max(line["epoch"] for line in steps)
-    return {
-        "seconds": seconds, "peak_bytes": peak_bytes(session.device), "epoch_seconds": per_epoch,
-        "share_of_epoch": seconds / per_epoch, "rows": gains.rows, "tokens": gains.tokens, "passes": gains.passes,
-        "gradient_passes": gains.gradient_passes, "points": gains.points, "residual": gains.residual,
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
-
-
-def measure_large(runs: Path) -> dict[str, Any]:
-    """Milliseconds per token of a training step, a gradient pass and a forward pass, on the 125 M shape in float32.
-
-    Of a short run on GSM8K rows: what the command costs beside an epoch follows from the tokens of both.
-    """
-    from training_lens.config.compose import validate_values
-    from training_lens.measures.integrated_gradients import POINTS
-    from training_lens.training.run import TrainingWrapper
-
-    shared = ROOT.parent / "shared"
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from training_jobs import write_model
-
-    folder = runs / "125m"
-    parameters = write_model(folder / "model", "125m", shared / "tokenizers/phi3")
-    values = {
-        "model": {"id": str(folder / "model"), "seq_len": 512},
-        "data": {"train": [str(shared / "data/gsm8k/train.jsonl")], "max_examples": 64, "val_ratio": 0.25},
-        "training": {"max_steps": 5, "batch_size": 8, "precision": "fp32"},
-        "lens": {"enabled": False},
-        "tracking": {"tensorboard": False, "samples": 0},
-        "output": {"base_output_dir": str(folder), "experiment_name": "large"},
-    }
-    run = RunFolder(Path(TrainingWrapper(validate_values(values)).train().run_dir))
-    lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
-    steps = [line["seconds"] / line["tokens"] for line in lines if line.get("kind") == "step"]
-    session, rows = open_rows(run, RowOptions(max_examples=6))
-    path = LossPath(session, rows.dataset, 8192, Progress())
-    tokens, seconds = int(path.dataset.lengths.sum()), []
-    whole, change = [1.0] * len(path.multipliers.names), np.zeros(len(path.dataset))
-    reset_process_peak()
-    for work in (lambda: path.measure_losses(whole, "forward"), lambda: path.share_change(change, (1,))):
-        started = time.perf_counter()
-        work()
-        seconds.append((time.perf_counter() - started) / tokens)
-    step, layers = float(np.median(steps)), 30
-    forward = 2 + 2 * layers + len(SHARES)
-    return {
-        "parameters": parameters, "modules": len(path.multipliers.names), "tokens": tokens,
-        "step_ms_per_token": 1e3 * step, "forward_ms_per_token": 1e3 * seconds[0],
-        "gradient_ms_per_token": 1e3 * seconds[1], "peak_bytes": peak_bytes(session.device),
-        "forward_passes": forward, "gradient_passes": POINTS[0],
-        "trainings_of_the_measured_rows": (forward * seconds[0] + POINTS[0] * seconds[1]) / step,
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
-
-
 PARTS: dict[str, Callable[[RunFolder], dict[str, Any]]] = {
     "single": measure_single,
     "randomised": measure_randomised,
     "order": measure_order,
-    "cost": measure_cost,
 }
-
-
-WITHOUT_RUN: dict[str, Callable[[Path], dict[str, Any]]] = {"train": train_demo, "large": measure_large}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=(*WITHOUT_RUN, *PARTS))
+    parser.add_argument("part", choices=("train", *PARTS))
     parser.add_argument("--runs", type=Path, default=ROOT / "outputs/explain")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/explain_modules.json")
     args = parser.parse_args()
-    found = WITHOUT_RUN[args.part](args.runs) if args.part in WITHOUT_RUN else PARTS[args.part](find_demo(args.runs))
+    found = train_demo(args.runs) if args.part == "train" else PARTS[args.part](find_demo(args.runs))
     results = json.loads(args.output.read_text()) if args.output.is_file() else {}
     results[args.part] = found
     args.output.write_text(json.dumps(results, indent=2) + "\n")
