@@ -689,7 +689,7 @@ def test_captures_of_a_running_process_are_those_of_the_store_after_a_flush(fold
             one.add("weights", step, Captured({"late": torch.ones(1)}, rows=ROWS[:1]))
             running.refresh()
             seen = running.series("weights", "norm"), running.series("weights", "late"), running.series("loss", "loss")
-            measures = running.measures("weights")
+            measures, points = running.measures("weights"), running.finite_points("loss", "loss")
             one.flush()
             store = LensStore(folder)
             assert measures == store.measures("weights") and running.tables() == store.tables() == ("loss", "weights")
@@ -699,6 +699,7 @@ def test_captures_of_a_running_process_are_those_of_the_store_after_a_flush(fold
                 wanted = store.series(table, name)
                 assert found.names == wanted.names and np.array_equal(found.steps, wanted.steps)
                 np.testing.assert_array_equal(found.values, wanted.values)
+            np.testing.assert_array_equal(points, store.finite_points("loss", "loss"))
         elif step % 2:
             one.flush()
     with pytest.raises(LensError, match=r"no table 'weight'\. Did you mean 'weights'"):

@@ -149,11 +149,10 @@ def spread_indices(count: int, most: int) -> np.ndarray:
 
 
 def finite_points(recording: Recording, table: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
-    """The steps at which a measure of the whole run is finite, and its values there, (points,) each."""
-    series = recording.series(table, measure)
-    values = series.values.ravel()
-    kept = np.isfinite(values)
-    return series.steps[kept], values[kept]
+    """The steps at which a measure of the whole run is finite, and its values, (points,) each; none if not captured."""
+    if not recording.has(table, measure):
+        return np.zeros(0, np.int64), np.zeros(0)
+    return recording.captures.finite_points(table, measure)
 
 
 def json_number(value: Any) -> float | None:

@@ -170,6 +170,23 @@ def extract_series(table: pa.Table, measure: str) -> Series:
     return Series(steps, names, values)
 
 
+def extract_complete_series(table: pa.Table) -> dict[str, Series]:
+    """Each scalar measure that no row lacks, by name: as `extract_series` gives it, at the cost of about one."""
+    numbers = [field.name for field in table.schema if field.name not in (STEP, MODULE)]
+    numbers = [
+        m for m in numbers if not pa.types.is_list(table.schema.field(m).type) and not table.column(m).null_count
+    ]
+    if not numbers:
+        return {}
+    _, steps, names, rows, columns = _locate_values(table, numbers[0])
+    found = {}
+    for measure in numbers:
+        values = np.full((len(steps), len(names)), np.nan)
+        values[rows, columns] = table.column(measure).to_numpy()
+        found[measure] = Series(steps, names, values)
+    return found
+
+
 def extract_vectors(table: pa.Table, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """A vector measure over time, such as the singular values.
 

@@ -34,6 +34,13 @@ class Captures(ABC):
         """A scalar measure over time (see `extract_series`)."""
         return extract_series(self.table(table, [measure]), measure)
 
+    def finite_points(self, table: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
+        """The steps at which a measure of the whole run is finite, and its values there, (points,) each."""
+        series = self.series(table, measure)
+        values = series.values.ravel()
+        kept = np.isfinite(values)
+        return series.steps[kept], values[kept]
+
     def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """A vector measure over time: steps, and by module (steps, its longest), padded (see `extract_vectors`)."""
         return extract_vectors(self.table(table, [measure]), measure)

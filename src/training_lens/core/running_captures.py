@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from training_lens.core.arrow import MODULE, STEP, concat_tables, extract_series, require_measure, suggest_name
+from training_lens.core.arrow import (
+    MODULE,
+    STEP,
+    concat_tables,
+    extract_complete_series,
+    extract_series,
+    require_measure,
+    suggest_name,
+)
 from training_lens.core.lens_store import LensStore, table_folders
 from training_lens.core.recording import Captures
 from training_lens.core.segments import TableSegment, list_segments, read_schema, read_segment
@@ -40,7 +49,8 @@ class RunningCaptures(Captures):
         self._segments = {folder.name: listed for folder in folders if (listed := list_segments(folder))}
         self._pending, self._built = dict(self._read_pending()), dict[str, pa.Table]()
         self._names = tuple(sorted({*self._store.tables(), *self._segments, *self._pending}))
-        self._series: dict[tuple[str, str], Series] = {}
+        self._series: dict[str, dict[str, Series]] = {}
+        self._points: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._whole_headers: dict[str, pa.Table] = {}
         self._measures: dict[str, tuple[str, ...]] = {}
         live = {segment.path for listed in self._segments.values() for segment in listed}
@@ -68,9 +78,22 @@ class RunningCaptures(Captures):
         return concat_tables([header.select(wanted), *(part for part in parts if part is not None)])
 
     def series(self, table: str, measure: str) -> Series:
-        if (table, measure) not in self._series:
-            self._series[table, measure] = extract_series(self.table(table, [measure]), measure)
-        return self._series[table, measure]
+        if table not in self._series:
+            self._series[table] = extract_complete_series(self.table(table, self._list_numbers(table)))
+        known = self._series[table]
+        if measure not in known:
+            known[measure] = extract_series(self.table(table, [measure]), measure)
+        return known[measure]
+
+    def _list_numbers(self, name: str) -> list[str]:
+        """The measures of a table that are not vectors."""
+        schema = self._read_header(name).schema
+        return [measure for measure in self.measures(name) if not pa.types.is_list(schema.field(measure).type)]
+
+    def finite_points(self, table: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
+        if (table, measure) not in self._points:
+            self._points[table, measure] = super().finite_points(table, measure)
+        return self._points[table, measure]
 
     def snapshot_steps(self, table: str) -> list[int]:
         return self._store.snapshot_steps(table)
