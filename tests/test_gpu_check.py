@@ -48,6 +48,7 @@ def assert_kernels_are_exact(cells: Any, kinds: int) -> None:
             assert max(cell[path]["loss"], cell[path]["worst_gradient"]) <= cell["tolerance"], (name, cell)
 
 
+@pytest.mark.slow
 def test_signatures_and_kernels_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of one kind of model, whose norms, activation and windows are the most unusual."""
     monkeypatch.syspath_prepend(SCRIPT.parent)

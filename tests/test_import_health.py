@@ -202,6 +202,7 @@ def trained_bare(
     return folder, json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "extra"), [("wandb", "wandb"), ("mlflow", "mlflow"), ("trackio", "trackio"), ("mirror", "s3")]
 )
@@ -216,6 +217,7 @@ def test_without_extras_a_run_trains_and_what_is_missing_is_one_line(
     assert " ".join(train["out"].split()).count(f"pip install 'training-lens[{extra}]'") == 1
 
 
+@pytest.mark.slow
 def test_without_extras_every_command_that_needs_none_works(trained_bare: tuple[Path, list[dict[str, Any]]]) -> None:
     _, told = trained_bare
     assert [one["call"] for one in told if one["code"]] == [], told

@@ -28,7 +28,9 @@ def run_one(part: str, name: str, folder: Path, data_set: str = "gsm8k") -> dict
     return json.loads(json.dumps(asdict(run_trial(build_case(TrialKey(part, name, data_set, 0), folder)))))
 
 
-@pytest.mark.parametrize("name", ["leak_exact", "adapter_half_frozen", "rate_high_100"])
+@pytest.mark.parametrize(
+    "name", ["adapter_half_frozen", *(pytest.param(n, marks=pytest.mark.slow) for n in ("leak_exact", "rate_high_100"))]
+)
 def test_a_planted_failure_is_found(name: str, shared: Path, tmp_path: Path) -> None:
     from planted_suite import KINDS  # type: ignore[import-not-found]
     from verdicts import judge_trial  # type: ignore[import-not-found]

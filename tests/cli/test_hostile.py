@@ -189,6 +189,7 @@ def test_the_user_allows_it_on_the_command_line(call: Call, hostile: RunFolder, 
     assert call("infer", "hi", "--run", str(hostile.root)).exit_code == 2, "it was for that command alone"
 
 
+@pytest.mark.slow
 def test_what_the_user_trains_with_goes_on_and_what_changed_does_not(
     call: Call, small_config: Callable[..., Any], mark: Path, tmp_path: Path
 ) -> None:

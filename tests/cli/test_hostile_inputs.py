@@ -270,6 +270,7 @@ def test_a_run_from_elsewhere_is_sent_nowhere_until_the_user_says_so(
         require_consent(own_run.root, read_run_config(own_run), other, "output.mirror")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_trained_here_goes_on_sending_and_a_copy_of_it_asks(
     call: Call, small_config: Callable[..., Any], mark: Path, tmp_path: Path
 ) -> None:

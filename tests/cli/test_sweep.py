@@ -27,6 +27,7 @@ def settings(write_rows: Callable[..., Path], tmp_path: Path) -> list[str]:
     return [f"data.train={train}", f"data.validation={held_out}", folder, "sweep.trials=1", *TRIALS]
 
 
+@pytest.mark.slow
 def test_json_says_what_was_found_and_where(call: Call, settings: list[str]) -> None:
     result = call("sweep", *settings, "--json")
     assert result.stderr.count("embedded demo model") == 1  # of the rehearsal, and not of each trial again

@@ -38,6 +38,7 @@ def test_everything_is_shown_and_no_run_is_made(folder: Path) -> None:
     assert not (folder / "outputs/experiments").exists()
 
 
+@pytest.mark.slow
 def test_json_has_the_same_and_train_agrees(folder: Path) -> None:
     settings = ["data.train=train.jsonl", "data.validation=held.jsonl", "training.epochs=1"]
     result = CliRunner().invoke(cli, ["validate", *settings, "--json"])

@@ -158,7 +158,7 @@ WAYS = {"hf_trainer": by_hf_trainer, "sft_trainer": by_sft_trainer, "by_hand": b
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["hf_trainer", "by_hand", pytest.param("sft_trainer", marks=pytest.mark.slow)])
 def test_every_loop_captures_the_same_gradients_steps_and_losses(own: OwnRun, way: str, tmp_path: Path) -> None:
     lens = TrainingLensFramework(tmp_path / "lens", LensSection(spectra_every=1, probe_every=2), probe=own.rows[:4])
     WAYS[way](own, lens, tmp_path)

@@ -102,6 +102,7 @@ def test_multiple_choice_is_the_ranking_of_our_own_forward(
     assert found["choose"]["acc_stderr"] == pytest.approx((share * (1 - share) / (len(right) - 1)) ** 0.5)
 
 
+@pytest.mark.slow
 def test_a_model_with_modules_trained_whole_is_scored(
     small_config: Callable[..., Any], write_task: Callable[..., str]
 ) -> None:

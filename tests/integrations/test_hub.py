@@ -254,6 +254,7 @@ def test_a_checkpoint_thinned_while_it_is_sent_is_no_trouble(hub: Hub, own_run: 
     assert not hub.requests("/commit/")
 
 
+@pytest.mark.slow
 def test_the_courier_pushes_while_the_run_trains(hub: Hub, small_config: Callable[..., Any], tmp_path: Path) -> None:
     tracking = {"hub": {"repo": REPO, "checkpoints": True}, "wait_seconds": 60, "send_seconds": 0.2}
     config = small_config(tracking=tracking, training={"save_steps": 2})

@@ -60,6 +60,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_run_is_there_while_it_trains_and_whole_at_its_end(
     sent_run: RunFolder, client_of: Callable[[RunFolder], Any], tmp_path: Path
 ) -> None:

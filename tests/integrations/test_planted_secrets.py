@@ -141,6 +141,7 @@ def test_an_error_in_python_does_not_show_the_config(planted: Path) -> None:
     assert "password-1" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_no_file_of_a_run_that_goes_everywhere_holds_a_secret(small_config: Callable[..., Any], planted: Path) -> None:
     config = small_config(
         tracking={

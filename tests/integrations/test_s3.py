@@ -135,6 +135,7 @@ def test_a_server_that_dies_and_comes_back_empty_gets_everything(s3: Server, pla
     check_read_back(run, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_dead_server_missed_goes_out_by_sync(s3: Server, plain: str, tmp_path: Path) -> None:
     config = mirrored(tmp_path / "outputs", wait_seconds=1)
     run = RunFolder(Path(TrainingWrapper(config, callbacks=(At(step1=s3.kill),)).train().run_dir))

@@ -113,6 +113,7 @@ def test_a_class_in_python_is_served_beside_the_loop(small_config: Callable[...,
     check_complete(run, got)
 
 
+@pytest.mark.slow
 def test_what_was_not_sent_goes_out_by_sync_once(small_config: Callable[..., Any], own: Path) -> None:
     (own / "closed").touch()
     run = RunFolder(Path(TrainingWrapper(config_of(small_config, own)).train().run_dir))
@@ -151,6 +152,7 @@ def test_a_class_that_is_none_is_found_before_anything_starts(
     assert not (own / "outputs" / "experiments").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_courier_changes_no_bit_and_is_said(
     small_config: Callable[..., Any], own: Path, couriers_of: Callable[..., list[int]]
 ) -> None:

@@ -200,6 +200,7 @@ def test_nothing_of_the_machine_or_its_user_is_written(sent: RunFolder) -> None:
     assert not (file.parent / "files" / "wandb-metadata.json").exists()
 
 
+@pytest.mark.slow
 def test_what_came_late_goes_under_the_same_id_and_nothing_twice(run: RunFolder) -> None:
     lines, samples = run.metrics_file.read_text().splitlines(keepends=True), run.samples_file.read_text()
     run.metrics_file.write_text("".join(lines[:-1]))  # a run that died in its last validation

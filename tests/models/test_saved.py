@@ -197,6 +197,7 @@ def test_another_name_with_fitting_shapes_is_a_warning(tmp_path: Path, caplog: p
     assert "was trained on 'some-org/base'; its shapes fit" in caplog.text
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_runs_loss_and_lowers_it(small_config: Config, tmp_path: Path) -> None:
     first = TrainingWrapper(small_config()).train()
     config = small_config(peft={"from_adapter": first.run_dir, "r": 4}, training={"lr": 1e-3})

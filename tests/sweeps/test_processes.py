@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from training_lens.config.schema import TrainingConfig
@@ -37,6 +38,7 @@ def run_sweep(config: TrainingConfig, ended: Path, hang_in: int | None = None) -
         Sweep(config, on_trial=lambda row: print(row.trial, row.state, row.params, row.error, file=file)).run()
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_by_two_processes_nothing_is_repeated(
     sweep_config: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:

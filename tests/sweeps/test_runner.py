@@ -107,6 +107,7 @@ def test_where_the_first_trials_all_fail_the_sweep_ends_with_the_reason(
     assert [row.state for row in shown] == ["failed"] * 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_is_gone_on_with(sweep_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in its second trial and started again, the sweep ends as the one that was left in peace."""
     peaceful = Sweep(sweep_config(name="peaceful", trials=2)).run().leaderboard
@@ -210,6 +211,7 @@ def test_a_run_that_another_process_holds_is_no_failure(sweep_config: Config, mo
     assert [row.state for row in Sweep(config).run().leaderboard.rows] == ["finished"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_no_failure_of_a_trial(sweep_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_trainer: Trainer, _plan: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -50,6 +50,7 @@ def find(run: RunFolder, code: str) -> Finding:
     return next(found for found in CheckpointAnalyzer(run.root).analyze().findings if found.code == code)
 
 
+@pytest.mark.slow
 def test_a_rate_ten_times_too_low_is_to_be_raised(slow_rate: RunFolder) -> None:
     before = {path: path.read_bytes() for path in slow_rate.root.rglob("*") if path.is_file()}
     found = ask(slow_rate, "rate")

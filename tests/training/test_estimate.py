@@ -45,6 +45,7 @@ def test_an_estimate_has_all_its_parts_and_writes_nothing(small_config: Callable
     assert 0 <= estimate.seconds_low < estimate.seconds < estimate.seconds_high
 
 
+@pytest.mark.slow
 def test_more_steps_are_estimated_to_take_longer(small_config: Callable[..., Any]) -> None:
     once, often = (estimate_run(TrainingWrapper(small_config(training={"epochs": e})).plan()) for e in (1, 20))
     assert once is not None and often is not None and often.seconds > 4 * once.seconds
@@ -79,6 +80,7 @@ def test_a_saved_adapter_of_a_large_model_is_measured_thin(
     assert estimate is not None and estimate.seconds > 0
 
 
+@pytest.mark.slow
 def test_a_first_step_that_is_not_finite_stops_the_estimate_as_the_run(
     small_config: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -189,6 +191,7 @@ class ValidationCounter(Callback):
         self.samples += int(trainer.validation.lengths[trainer.validation_sample.positions].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "training", [{"epochs": 2, "max_steps": 8}, {"eval_steps": 3, "max_steps": 4}], ids=["with a sample", "without"]
 )

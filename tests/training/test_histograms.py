@@ -110,6 +110,7 @@ def plain(name: str) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_the_adapter_is_that_of_a_run_without_them_to_the_bit(small_config: Config) -> None:
     """With samples, too, and a dropout that draws."""
     shown = {"tensorboard": True, "histograms_every": 2, "samples": 2, "sample_tokens": 4}

@@ -48,7 +48,7 @@ def test_a_report_that_fails_ends_no_run(
     assert "the lens has no report of this run: no picture today" in caplog.text
 
 
-@pytest.mark.parametrize("tokens", [64, 0])
+@pytest.mark.parametrize("tokens", [64, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_probe_set_is_as_large_as_asked_for(small_config: Config, tokens: int) -> None:
     summary = TrainingWrapper(small_config(lens={"report": False, "probe_tokens": tokens})).train()
     store = LensStore(RunFolder(Path(summary.run_dir)).lens)

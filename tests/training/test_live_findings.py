@@ -78,6 +78,7 @@ def test_stop_on_stops_the_run_and_saves_it(small_config: Config) -> None:
     assert journal(run)[-1]["event"] == "raised"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_lines_of_one_that_did_not_stop(small_config: Config) -> None:
     class Fail(Callback):
         def on_step_end(self, trainer: Any, report: Any) -> None:

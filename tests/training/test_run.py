@@ -97,6 +97,7 @@ def test_a_run_leaves_everything_in_its_folder(whole: RunFolder) -> None:
     assert data["domains"] == ["forest", "hill", "lake"] and data["train_examples"] == 48
 
 
+@pytest.mark.slow
 def test_the_model_is_freed_when_the_run_has_ended(small_config: Config) -> None:
     held = list[weakref.ref[torch.nn.Module]]()
 
@@ -133,6 +134,7 @@ def test_same_seed_same_run(small_config: Config) -> None:
     assert steps_of(other) != steps_of(runs[0])
 
 
+@pytest.mark.slow
 def test_rows_in_memory_train_like_the_same_rows_in_a_file(
     small_config: Config, write_rows: Callable[..., Path]
 ) -> None:
@@ -148,6 +150,7 @@ def test_the_public_api_trains_on_lists_of_dicts(tmp_path: Path) -> None:
     assert summary.steps == 2 and summary.validation_loss is None and summary.adapter_step == 2
 
 
+@pytest.mark.slow
 def test_dora_trains(small_config: Config) -> None:
     summary = TrainingWrapper(small_config(peft={"use_dora": True}, training={"max_steps": 3, "epochs": 1})).train()
     adapter = load_file(Path(summary.run_dir) / "artifacts/adapter/adapter_model.safetensors")
@@ -163,6 +166,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_data_is_prepared(small_c
     assert not list(Path(config.output.base_output_dir).rglob("*.arrow"))
 
 
+@pytest.mark.slow
 def test_bf16_trains_with_float32_adapters(small_config: Config) -> None:
     training = {"precision": "bf16", "max_steps": 3, "batch_size": 6}
     config = small_config(data={"val_ratio": 0.25, "max_examples": 24}, training=training)
@@ -199,6 +203,7 @@ def interrupted(config: TrainingConfig, step: int, number: int = signal.SIGTERM)
     return RunFolder(Path(config.output.base_output_dir) / "experiments/default/runs/cut")
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_exits_and_the_resumed_run_is_undisturbed(small_config: Config, whole: RunFolder) -> None:
     """SIGINT here, SIGTERM in the other tests."""
     cut = interrupted(small_config(), 3, signal.SIGINT)
@@ -326,6 +331,7 @@ def assert_same_losses(a: RunFolder, b: RunFolder) -> None:
     assert validation[0] == pytest.approx(validation[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_adapter_as_one(small_config: Config) -> None:
     """Half the batch each gives the whole batch's run."""
     alone = train(small_config(training={"max_steps": 2}, lens={}))

@@ -96,6 +96,7 @@ def test_a_replaced_base_is_refused_and_may_be_accepted(small_config: Config, tm
     assert open_run(run, given={"model": {"accept_changed_base": True}}).has_adapter
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_file_makes_room(small_config: Config, tmp_path: Path) -> None:
     config = small_config(training={"max_steps": 2}, lens={"enabled": False}, output={"run_id": "mine"})
     run = RunFolder(Path(config.output.base_output_dir) / "experiments/default/runs/mine")
@@ -132,6 +133,7 @@ class Exit(Callback):
             os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_kill_after_the_last_checkpoint_leaves_no_gap_and_no_step_twice_in_the_lens(small_config: Config) -> None:
     every = dict.fromkeys(("spectra_every", "snapshot_every", "probe_every"), 2)
     sections = {"training": {"max_steps": 5}, "lens": {"report": False, "scalars_every": 1, **every}}

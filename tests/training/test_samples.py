@@ -78,6 +78,7 @@ def test_samples_are_what_the_saved_adapter_and_its_base_answer(small_config: Co
         assert after["expected"] == row["answer"]
 
 
+@pytest.mark.slow
 def test_without_validation_training_rows_answer_where_it_would_be(small_config: Config) -> None:
     run = run_of(small_config(data={"train": ROWS}, training={**SHORT, "epochs": 2, "max_steps": 8}, tracking=SHOWN))
     assert [(line["step"], line["base"]) for line in lines(run)] == [(0, True), (6, False), (8, False)]
@@ -92,6 +93,7 @@ def test_plain_texts_are_gone_on_with(small_config: Config) -> None:
         assert sample["prompt"] and sample["expected"] and sample["generated"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_each_validation_once(small_config: Config) -> None:
     class Stop(Callback):
         def on_step_end(self, trainer: Any, report: Any) -> None:

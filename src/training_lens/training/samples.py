@@ -31,7 +31,7 @@ OPENING = 8  # tokens of a text without a prompt that the model is given to cont
 TOKEN_SHARE = 0.05  # of the run's training tokens, as of the validation sample: all answers together
 PASS_SHARE = 1 / 3  # of a training token's cost: a forward pass without a backward one, which is twice as long
 LEAST_TOKENS = 2048  # that all answers together may always take: some runs are shorter than their answers
-TIME_SHARE, LEAST_SECONDS = 0.02, 1.0  # of the time since the start; what may always be spent
+TIME_SHARE, LEAST_SECONDS = 0.02, 5.0  # of the time since the start; what may always be spent
 
 
 @dataclass(frozen=True)

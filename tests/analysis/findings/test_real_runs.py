@@ -34,6 +34,7 @@ def test_a_sound_run_is_not_accused(sound: dict[str, Finding]) -> None:
     assert decided >= {"untrained", "nonfinite", "layers", "rate_high", "rate_low", "rank"}
 
 
+@pytest.mark.slow
 def test_a_rate_a_hundred_times_too_high(train: Train) -> None:
     found = by_code(train(lr=0.3, rows=140))["rate_high"]
     # Whether the loss comes back below its start, which makes it a warning, depends on the processor's last bits.
@@ -59,6 +60,7 @@ def test_a_layer_that_is_frozen_is_named(train: Train, peft: dict[str, Any]) -> 
     assert found.evidence["modules"] == [m.name for m in recording.modules if m.layer == 2]
 
 
+@pytest.mark.slow
 def test_a_layer_that_breaks_is_named(train: Train) -> None:
     def swell(model: Any, step: int) -> None:
         if step == 10:

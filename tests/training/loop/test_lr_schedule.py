@@ -69,6 +69,7 @@ def test_any_number_of_processes_shares_the_same_global_batch(processes: int) ->
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.slow
 def test_a_run_beyond_its_epochs_validates_and_saves_at_its_end(small_config: Config) -> None:
     config = small_config(training={"epochs": 0.5, "max_steps": 7, "eval_steps": 50, "save_steps": 50})
     summary = TrainingWrapper(config).train()

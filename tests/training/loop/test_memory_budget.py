@@ -129,6 +129,7 @@ def test_processes_on_a_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert plan_token_budget(needs, CUDA, 4) == 2048
 
 
+@pytest.mark.slow
 def test_a_run_records_its_budget_and_an_explicit_number_is_taken_as_it_is(
     small_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -68,6 +68,7 @@ def test_other_output_layers_report_the_same(head: str, small_config: Config, tm
     assert report.row_losses == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_validation_rows_are_recorded_at_each_validation_from_the_base_on(small_config: Config) -> None:
     """At no further pass, in the order in which they are measured; their sums are the validation losses."""
     run = RunFolder(Path(TrainingWrapper(small_config(training={"eval_steps": 3}, lens=SCALARS_ONLY)).train().run_dir))

@@ -59,7 +59,9 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(small_config: Config, tmp_pa
             assert (a - b).abs().max().item() <= 1e-5 * scale
 
 
-@pytest.mark.parametrize("section", [{"use_dora": True}, {"lora_dropout": 0.2}], ids=str)
+@pytest.mark.parametrize(
+    "section", [{"lora_dropout": 0.2}, pytest.param({"use_dora": True}, marks=pytest.mark.slow)], ids=str
+)
 def test_gradient_checkpointing_changes_no_loss_and_no_gradient(
     section: dict[str, Any], small_config: Config, tmp_path: Path
 ) -> None:
@@ -199,6 +201,7 @@ def test_a_non_finite_step_stops_before_the_update(small_config: Config, tmp_pat
         assert torch.equal(torch.nan_to_num(parameter), torch.nan_to_num(before))
 
 
+@pytest.mark.slow
 def test_a_resumed_early_stop_stays_stopped(small_config: Config, tmp_path: Path) -> None:
     config = small_config(training={"epochs": 5, "eval_steps": 1, "early_stopping_patience": 1})
     first = assembled(config, tmp_path)
@@ -255,6 +258,7 @@ def too_large_for(model: Any, tokens: int) -> None:
     model.get_base_model().get_decoder().register_forward_pre_hook(refuse, with_kwargs=True)
 
 
+@pytest.mark.slow
 def test_a_step_without_enough_memory_is_taken_again_in_smaller_parts(
     small_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -287,6 +291,7 @@ def test_no_micro_batch_waits_for_the_device(small_config: Config, tmp_path: Pat
     assert float(sums[0]) > 0
 
 
+@pytest.mark.slow
 def test_one_example_that_does_not_fit_ends_the_run(small_config: Config, tmp_path: Path) -> None:
     trainer = assembled(small_config(training={"batch_size": 4}), tmp_path, "none")
     too_large_for(trainer.model, 1)

@@ -72,20 +72,21 @@ def test_a_switched_off_adapter_stops_the_run(small_config: Config) -> None:
         train(small_config(training={"max_steps": 3}), ChangeModel(lambda trainer: freeze(trainer, "lora_")))
 
 
+PASSING: list[dict[str, Any]] = [
+    {"peft": {"use_dora": True}},
+    {"peft": {"modules_to_save": ["lm_head"]}},
+    {"training": {"max_steps": 1}},
+    {},
+    {"peft": {"init": "pissa"}},
+    {"peft": {"variant": "rslora", "lora_plus_ratio": 8.0}},
+    {"training": {"max_steps": 2, "warmup_steps": 50, "lr": 1e-7}},
+    {"training": {"max_steps": 2, "optimizer": "adafactor"}},
+    {"training": {"max_steps": 2, "gradient_checkpointing": True, "precision": "fp32"}},
+]
+
+
 @pytest.mark.parametrize(
-    "sections",
-    [
-        {},
-        {"peft": {"use_dora": True}},
-        {"peft": {"init": "pissa"}},
-        {"peft": {"variant": "rslora", "lora_plus_ratio": 8.0}},
-        {"peft": {"modules_to_save": ["lm_head"]}},
-        {"training": {"max_steps": 1}},
-        {"training": {"max_steps": 2, "warmup_steps": 50, "lr": 1e-7}},
-        {"training": {"max_steps": 2, "optimizer": "adafactor"}},
-        {"training": {"max_steps": 2, "gradient_checkpointing": True, "precision": "fp32"}},
-    ],
-    ids=str,
+    "sections", [*PASSING[:3], *(pytest.param(each, marks=pytest.mark.slow) for each in PASSING[3:])], ids=str
 )
 def test_every_kind_of_adapter_passes(small_config: Config, sections: dict[str, Any]) -> None:
     sections.setdefault("training", {"max_steps": 2})
