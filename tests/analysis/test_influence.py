@@ -144,3 +144,5 @@ def test_packed_texts_have_the_gradients_that_they_have_alone(use_dora: bool) ->
     rows = TokenDataset.from_examples(texts)
     one, many = (score_by_gradients(engine, rows, rows, PassOptions(tokens=n), lambda g: g) for n in (1, 50))
     np.testing.assert_allclose(many, one, atol=1e-5)
+    first_alone = score_by_gradients(engine, rows, rows, PassOptions(tokens=20), lambda g: g)
+    np.testing.assert_allclose(first_alone, one, atol=1e-5)

@@ -66,14 +66,15 @@ def score_by_gradients(
 
 def _iterate_gradients(engine: Engine, texts: TokenDataset, options: PassOptions, advance: Advance) -> Iterator[Tensor]:
     """The gradient of each text's mean loss, (numbers,), in order; of packed texts, where these give the same."""
-    position, can_pack = 0, engine.can_pack
+    position, can_pack, is_shown = 0, engine.can_pack, False
     most = MOST_NUMBERS // sum(parameter.numel() for _, parameter in trainable_parameters(engine.model))
     while position < len(texts):
         count = _count_packed(texts.lengths[position:], options.tokens, most) if can_pack else 1
         pack = [texts[position + i] for i in range(count)]
         found = read_packed_gradients(engine, pack, options.precision) if count > 1 else None
-        if found is not None and position == 0:
-            found = found if _is_own_gradient(engine, pack, found, options.precision) else None
+        if found is not None and not is_shown:
+            is_shown = _is_own_gradient(engine, pack, found, options.precision)
+            found = found if is_shown else None
         if count > 1 and found is None:
             logger.info("gradients are computed one text at a time: of packed texts they differ, or are not known")
             can_pack = False
