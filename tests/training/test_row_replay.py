@@ -16,9 +16,14 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
 from training_lens import TrainingWrapper
-from training_lens.analysis.explanations.row_evidence_report import build_row_parts, describe_row_check
+from training_lens.analysis.explanations.row_evidence_report import (
+    build_row_parts,
+    describe_row_check,
+    describe_rows,
+)
 from training_lens.display.html import write_page
 from training_lens.errors import CheckpointError, ConfigurationError, TrainingError
+from training_lens.measures.row_influence import RankCorrelation
 from training_lens.models.adapter_files import WEIGHTS
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.answer_rows import RowQuestions, describe_row_costs, explain_answer_rows
@@ -192,5 +197,10 @@ def test_the_rows_of_an_answer_are_ranked_measured_and_shown_as_text(replay: Row
     text = page.read_text()
     assert "<script>alert(1)" not in text and "<img src=x" not in text and "&lt;img src=x" in text
     assert "Linear datamodeling score" in text and "without 2 random rows of like length" in text
+    by_subsets = replace(found, verification=None)
+    assert describe_row_check(by_subsets).startswith("measured by random subsets alone. --verify 10 measures it")
+    for low, outcome in ((0.1, "the ranking predicts"), (-0.1, "inconclusive, as the interval holds 0; --lds 64")):
+        score = replace(found.datamodeling, correlations=(RankCorrelation(0.4, low, 0.7, 16),))
+        assert any(outcome in line for line in describe_rows(replace(found, datamodeling=score)))
     bare = explain_answer_rows(replay, answer, RowQuestions(shown=1))
     assert "not measured: this is a ranking" in describe_row_check(bare) and bare.as_json()["verification"] is None

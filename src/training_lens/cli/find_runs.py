@@ -69,7 +69,7 @@ def refuse_adapter_folder(reference: str, need: str) -> None:
         raise ConfigurationError(
             f"{reference} is an adapter without its run, and {need}. Of an adapter on its base (model.id=BASE), "
             "explain modules, with data.validation=ROWS, shows where its gain lives, and explain answer which tokens, "
-            "layers and modules changed an answer. Training with training-lens train keeps the rest."
+            "layers and modules changed an answer. What is missing here, a run of training-lens train keeps."
         )
 
 

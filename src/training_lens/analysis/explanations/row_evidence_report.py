@@ -14,7 +14,7 @@ HOW = (
     "A score says how a row looks, and not what it did: only a replay of the run without rows measures that. It is "
     "LESS (arXiv 2402.04333) with the run's own Adam moments."
 )
-TO_VERIFY = "--verify 10 measures it: the run is replayed without the top 10, and without 10 random rows of like length"
+MOST_VERIFIED = 10  # rows that the advice leaves out
 
 
 def build_row_parts(found: AnswerRows) -> list[Part]:
@@ -35,10 +35,15 @@ def describe_rows(found: AnswerRows) -> Iterator[str]:
         )
     if score := found.datamodeling:
         correlation = score.correlations[0]
+        outcome = (
+            "the ranking predicts what replays measure"
+            if correlation.is_positive
+            else f"inconclusive, as the interval holds 0; --lds {4 * score.subsets} may decide"
+        )
         yield (
             f"Linear datamodeling score: {correlation.rho:+.2f} (95 %: {correlation.low:+.2f} to "
             f"{correlation.high:+.2f}), the rank correlation of predicted and measured change over {score.subsets} "
-            "replays without a random half of the rows."
+            f"replays without a random half of the rows: {outcome}."
         )
 
 
@@ -46,7 +51,12 @@ def describe_row_check(found: AnswerRows) -> str:
     """Whether the ranking is confirmed, in one line."""
     check = found.verification
     if check is None:
-        return f"not measured: this is a ranking. {TO_VERIFY}"
+        known = "measured by random subsets alone" if found.datamodeling else "not measured: this is a ranking"
+        count = min(MOST_VERIFIED, found.rows // 2)
+        return (
+            f"{known}. --verify {count} measures it: the run is replayed without the top {pluralize(count, 'row')}, "
+            f"and without {count} random of like length"
+        )
     if check.is_confirmed:
         return (
             f"measured: without the top {len(check.rows)} rows the answer loses more than without each of "
