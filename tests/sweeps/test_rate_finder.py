@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
 from training_lens.sweeps.rate_advice import RateLosses, advise_rate
 from training_lens.sweeps.rate_finder import RateFinder, RateOptions, RateSearch, is_hopeless
+from training_lens.sweeps.rate_report import describe_search
 
 RATES = (1e-4, 1e-3, 1e-2)
 STEPS = 4
@@ -54,6 +56,13 @@ def test_the_second_seed_starts_and_draws_differently_on_the_same_held_out_rows(
     first, second = ({run.rate: run for run in search.runs if run.seed == seed} for seed in (0, 1))
     assert second and set(second) <= set(first)
     assert all(second[rate].losses[0] != first[rate].losses[0] for rate in second)
+
+
+def test_the_report_names_the_rate_that_the_best_one_is_compared_with(search: RateSearch) -> None:
+    ended = max(run.rate for run in search.runs if run.held_out is not None)
+    tried, between = (" ".join(describe_search(replace(search, default=ended * by))) for by in (1.0, 1.2))
+    assert f"the one in the middle ({ended:g}, from" in tried
+    assert f"{ended:g}, the nearest to {1.2 * ended:g}, from" in between
 
 
 def losses(rates: np.ndarray, curve: np.ndarray, noise: float, rows: int = 400, seeds: int = 2) -> RateLosses:

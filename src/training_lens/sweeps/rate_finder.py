@@ -163,8 +163,9 @@ class RateFinder:
         again = (self._options.seeds - 1) * min(len(rates), 2 * REPEATED + 1)
         tokens = int(plan.train.lengths.mean() * plan.schedule.global_batch)
         self._announce(
-            f"{len(rates)} rates from {rates[0]:g} to {rates[-1]:g}, {steps} steps each (the run has {full}), then "
-            f"{again} runs with other seeds: at most {(len(rates) + again) * steps:,} steps of about {tokens:,} tokens"
+            f"{len(rates)} rates from {rates[0]:g} to {rates[-1]:g}, {steps} steps each (the run has {full})"
+            + (f", then {again} runs with other seeds" if again else "")
+            + f": at most {(len(rates) + again) * steps:,} steps of about {tokens:,} tokens"
         )
         self._announce(
             f"schedule: the run's own ({training.scheduler}), shortened to {steps} steps: a rate that never falls ends "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import cycle
 
@@ -24,25 +25,34 @@ def describe_search(found: RateSearch) -> Iterator[str]:
     """What the runs say, a sentence each; the last one is to copy."""
     advice = found.advice
     noise = "unknown with one seed" if advice.seed_noise is None else f"{advice.seed_noise:.4f} nats"
-    default = f"{found.default:g}, from {found.default_source}"
+    default = _name_default(found)
     if advice.kind == "advised" and advice.interval:
         low, high = advice.interval
         yield f"Advised: {advice.rate:g} (95 %: {low:.2g} to {high:.2g}). The noise of a seed is {noise}."
     else:
         yield f"Inconclusive: {advice.reason}. The noise of a seed is {noise}."
     if not advice.gain_over_default:
-        yield f"The best rate that was tried is the one in the middle ({default})."
+        yield f"The best rate that was tried is {default}."
     elif advice.gain_interval:
         low, high = advice.gain_interval
         better = "better than" if high < 0 else "not measurably better than"
         yield (
-            f"The best rate that was tried, {advice.best:g}, is {better} the one in the middle ({default}): "
+            f"The best rate that was tried, {advice.best:g}, is {better} {default}: "
             f"{advice.gain_over_default:+.4f} nats ({low:+.4f} to {high:+.4f})."
         )
     if found.full_steps > found.steps:
         tried, longer = f"{found.steps} of the run's {found.full_steps} steps were tried", 2 * found.steps
         yield f"{tried}: the best rate of the whole run may be another; --steps {longer} shows whether it moves."
     yield copy_line(found)
+
+
+def _name_default(found: RateSearch) -> str:
+    """What the best rate is compared with: the grid's middle, or of the rates that were given the nearest to it."""
+    ended = {run.rate for run in found.runs if run.held_out is not None}
+    nearest = min(ended, key=lambda rate: abs(math.log(rate / found.default)))
+    source = f"{found.default:g}, from {found.default_source}"
+    is_tried = math.isclose(nearest, found.default, rel_tol=0.05)  # a rate has two digits
+    return f"the one in the middle ({source})" if is_tried else f"{nearest:g}, the nearest to {source}"
 
 
 def copy_line(found: RateSearch) -> str:
