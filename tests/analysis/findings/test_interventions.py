@@ -87,6 +87,16 @@ def test_runs_that_are_too_short_decide_what_their_bias_cannot_explain(
     assert is_decided or "--test-steps 50" in found.decide
 
 
+@pytest.mark.parametrize(("of_rate", "is_decided"), [(-0.3, False), (-0.1, True)])
+def test_a_larger_rank_that_gains_less_than_a_higher_rate_decides_nothing(
+    decide: Any, of_rate: float, is_decided: bool
+) -> None:
+    higher = SettingChange("", "", (of_rate, of_rate), of_rate, of_rate - 0.02, of_rate + 0.02)
+    found = decide("rank", answer("rate", higher=higher), answer("rank", doubled=BETTER, halved=SAME))
+    assert (found.confidence != "inconclusive") is is_decided
+    assert is_decided or (found.title == "The rank may be too small" and "a run with set higher" in found.decide)
+
+
 def test_a_gain_too_small_to_matter_is_fine(decide: Any) -> None:
     small = SettingChange("", "", (-0.02, -0.02), -0.02, -0.021, -0.019)  # of a gain of 1
     assert decide("rate_low", answer("rate", higher=small)).severity == "fine"

@@ -215,6 +215,12 @@ def decide_finding(rule: Rule, finding: Finding, measured: Mapping[Question, Int
         steps = ceil(LONG_ENOUGH * intervention.total_steps)
         decide = f"training-lens analyze RUN --test {claim.question} --test-steps {steps}: these runs are too short"
         return rule.report_inconclusive(claim.open, f"{finding.measured}; {text}", decide, evidence)
+    if is_better and (faster := _find_higher_rate(measured, claim, change)):
+        decide = (
+            f"the same test of a run with {faster.setting}, which gains more ({faster.delta:+.3g}): at a rate that is "
+            "too low, whatever learns faster gains"
+        )
+        return rule.report_inconclusive(claim.open, text, decide, evidence)
     if is_better:
         action = claim.action.format(setting=change.setting)
         confidence = intervention.confidence
@@ -225,6 +231,17 @@ def decide_finding(rule: Rule, finding: Finding, measured: Mapping[Question, Int
         decide = "the same test with more steps (--test-steps), or a run with more validation rows"
         return rule.report_inconclusive(claim.open, f"{finding.measured}; {text}: within the noise", decide, evidence)
     return rule.report_fine(claim.fine, text, intervention.confidence, evidence)
+
+
+def _find_higher_rate(
+    measured: Mapping[Question, Intervention], claim: Claim, change: SettingChange
+) -> SettingChange | None:
+    """The higher rate, if it is better and gains more than a larger rank or more modules, which learn faster, too."""
+    rate = measured.get("rate") if claim.question in ("rank", "targets") else None
+    higher = rate.find_change("higher") if rate else None
+    if rate is None or higher is None or higher.delta is None or change.delta is None or not rate.is_better(higher):
+        return None
+    return higher if higher.delta < change.delta else None
 
 
 def list_open_questions(findings: Sequence[Finding]) -> tuple[Question, ...]:

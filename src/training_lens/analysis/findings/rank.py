@@ -160,8 +160,8 @@ def check_rank(recording: Recording) -> Finding:
     finding, measured = _check_spectra(recording), read_interventions(recording.folder)
     larger = decide_finding(RULE, finding, measured, LARGER)
     test = measured.get("rank")
-    halved = test.find_change("halved") if test else None
-    if test is None or halved is None or larger.severity == "warning":
+    doubled, halved = (test.find_change(name) if test else None for name in ("doubled", "halved"))
+    if test is None or halved is None or (doubled and test.is_better(doubled)):
         return larger
     return _decide_halved(test, halved, finding)
 
