@@ -97,6 +97,20 @@ def test_a_larger_rank_that_gains_less_than_a_higher_rate_decides_nothing(
     assert is_decided or (found.title == "The rank may be too small" and "a run with set higher" in found.decide)
 
 
+@pytest.mark.parametrize(("steps", "change", "title"), [
+    (50, SAME, "The gain from one more epoch is unknown"),
+    (200, SAME, "Converged"),
+    (50, BETTER, "One more epoch lowers the loss"),
+])  # fmt: skip
+def test_a_part_of_an_epoch_does_not_show_that_the_whole_gains_nothing(
+    decide: Any, steps: int, change: SettingChange, title: str
+) -> None:
+    found = decide("converged", answer("epoch", steps, continued=change))
+    assert found.title == title
+    if steps == 50:
+        assert found.confidence == "likely" or "--test epoch --test-steps 200" in found.decide
+
+
 def test_a_gain_too_small_to_matter_is_fine(decide: Any) -> None:
     small = SettingChange("", "", (-0.02, -0.02), -0.02, -0.021, -0.019)  # of a gain of 1
     assert decide("rate_low", answer("rate", higher=small)).severity == "fine"

@@ -39,11 +39,11 @@ CLAIM = Claim(
     question="epoch",
     change="continued",
     better="One more epoch lowers the loss",
-    open="The gain from one more epoch is within the noise",
+    open="The gain from one more epoch is unknown",
     fine="Converged",
     action="train on from this adapter: {setting}",
     trusts_short_gain=True,
-    trusts_short_loss=True,
+    trusts_short_loss=False,  # a part of an epoch gains less than the whole
     severity="note",
 )
 

@@ -82,14 +82,19 @@ class Intervention:
         )
 
     @property
+    def least_steps(self) -> int:
+        """Steps of a test run that can decide: a quarter of the run's, and the whole of an added epoch."""
+        return self.total_steps if self.question == "epoch" else ceil(LONG_ENOUGH * self.total_steps)
+
+    @property
     def is_long_enough(self) -> bool:
-        """Whether the test runs are at least a quarter of the run, or say nothing about its length."""
-        return self.question == "epoch" or self.steps >= LONG_ENOUGH * self.total_steps
+        """Whether the test runs have at least `least_steps`."""
+        return self.steps >= self.least_steps
 
     @property
     def confidence(self) -> Confidence:
-        """Runs as long as the whole one leave nothing to guess."""
-        return "sure" if self.question == "epoch" or self.steps >= self.total_steps else "likely"
+        """Runs as long as the whole one, or as the added epoch, leave nothing to guess."""
+        return "sure" if self.steps >= self.total_steps else "likely"
 
     def find_change(self, name: str) -> SettingChange | None:
         """The change of this name; None if it was not measured."""
@@ -182,8 +187,9 @@ class Claim:
     """What a finding says of a change once it is measured.
 
     `better`, `open` and `fine` are its titles where the change lowers the loss, may lower it, and does not; `action` is
-    what to do in the first case. Test runs shorter than a quarter of the run are biased (a shorter run likes higher
-    rates, smaller ranks and fewer modules): `trusts_short_gain` and `trusts_short_loss` say which outcomes hold anyway.
+    what to do in the first case. Test runs shorter than `Intervention.least_steps` are biased (a shorter run likes
+    higher rates, smaller ranks and fewer modules, and a part of an epoch gains less): `trusts_short_gain` and
+    `trusts_short_loss` say which outcomes hold anyway.
     """
 
     question: Question
@@ -212,8 +218,8 @@ def decide_finding(rule: Rule, finding: Finding, measured: Mapping[Question, Int
     if finding.severity == "problem" and not is_better:
         return replace(finding, measured=f"{finding.measured}; {text}", evidence=evidence)
     if not (intervention.is_long_enough or (claim.trusts_short_gain if is_better else claim.trusts_short_loss)):
-        steps = ceil(LONG_ENOUGH * intervention.total_steps)
-        decide = f"training-lens analyze RUN --test {claim.question} --test-steps {steps}: these runs are too short"
+        steps = f"--test-steps {intervention.least_steps}"
+        decide = f"training-lens analyze RUN --test {claim.question} {steps}: these runs are too short"
         return rule.report_inconclusive(claim.open, f"{finding.measured}; {text}", decide, evidence)
     if is_better and (faster := _find_higher_rate(measured, claim, change)):
         decide = (
