@@ -34,7 +34,7 @@ from training_lens.utils.resource_errors import is_out_of_memory, raise_out_of_m
 logger = get_logger(__name__)
 PROBE_TOKENS = 32  # of a prompt, to verify the decoder on
 DECODED_TOKENS = 3  # of the probe that are decoded one by one
-STACK_ROUNDINGS = 0.01  # how far the same layers may differ when they are called another way
+STACK_ROUNDINGS = 0.1  # how far the same layers may differ when they are called another way: some roundings
 MAX_MERGING_LOSS = 0.01  # share of the adapter's effect on the logits that merging may change
 CPU_MEMORY_FACTOR = 2.5  # times the weights' bytes must be free on a CPU for merged and reordered copies of them
 GPU_MEMORY_FACTOR = 1.2  # on a GPU for merged ones; all else shares their memory
