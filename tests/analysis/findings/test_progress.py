@@ -87,9 +87,12 @@ def test_a_wide_gap_counts_while_the_held_out_loss_falls(
     assert (found.severity, found.confidence) == (severity, confidence) and "of the held-out loss" in found.measured
 
 
-def test_rows_that_were_easier_before_training_are_no_memorization(finding: Find, healthy: Any) -> None:
-    healthy.tables["evaluation"][1]["base_loss"] = np.full(20, 3.2)
-    healthy.values("loss", "loss")[:] = np.linspace(1.6, 0.6, 200)  # and the held-out loss from 3.2 to 1.25
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_rows_that_were_easier_before_training_are_no_memorization(finding: Find, healthy: Any, scale: float) -> None:
+    evaluation = healthy.tables["evaluation"][1]
+    evaluation["base_loss"] = np.full(20, 3.2 * scale)
+    evaluation["loss"] = evaluation["loss"] * scale  # from 3.2 to 1.25, where the scale is 1
+    healthy.values("loss", "loss")[:] = np.linspace(1.6, 0.6, 200) * scale
     assert finding("memorization", healthy, steps_per_epoch=50).severity == "fine"
 
 
