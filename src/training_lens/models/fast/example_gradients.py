@@ -56,8 +56,8 @@ class ExampleGradients:
             and all(gradient is None for gradient in others)
         )
 
-    def fits(self, tokens: int) -> bool:
-        """Whether a layer's input of so many tokens can be the packed row; else the gradients are not complete."""
+    def accept_input(self, tokens: int) -> bool:
+        """Whether a layer's input of so many tokens can be the packed row; if not, the gradients are incomplete."""
         self._has_other_tokens |= tokens < self.spans[-1][1]
         return not self._has_other_tokens
 

@@ -102,7 +102,7 @@ class _LoRALinear(torch.autograd.Function):
         if dx is not None and dropped is None:
             dx.addmm_(dlow, down)
         if ctx.examples is not None:
-            if ctx.examples.fits(len(dy)):
+            if ctx.examples.accept_input(len(dy)):
                 for i, (start, end) in enumerate(ctx.examples.spans):
                     parts = (given[start:end], low[start:end], dlow[start:end], [part[start:end] for part in dys])
                     ctx.examples.add(i, ctx.factors, _factor_gradients(*parts, ctx.scales, ranks))
