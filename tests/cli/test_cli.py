@@ -46,6 +46,7 @@ def trained(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFac
     return folder, json.loads(lines[0])
 
 
+@pytest.mark.slow
 def test_train_json_is_the_summary(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = trained
     assert summary["status"] == "finished" and summary["steps"] == 10

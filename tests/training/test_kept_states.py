@@ -78,6 +78,7 @@ def test_the_steps_are_the_middles_of_equal_parts() -> None:
     assert choose_state_steps(3, 6) == (1, 2, 3) and choose_state_steps(1, 6) == (1,) and not choose_state_steps(9, 0)
 
 
+@pytest.mark.slow
 def test_keeping_states_changes_no_bit_of_the_adapter(build: Build, whole: RunFolder) -> None:
     without = train(build(None))
     names = ["adapter_model.safetensors", "adapter_config.json"]

@@ -63,6 +63,7 @@ def test_a_sound_run_raises_nothing(small_config: Config, seed: int) -> None:
     assert [line["code"] for line in journal(run)] == []
 
 
+@pytest.mark.slow
 def test_live_findings_change_no_bit_of_the_adapter(small_config: Config, poisoned_rows: dict[str, list[str]]) -> None:
     runs = [train(small_config(data=poisoned_rows, training=SHORT, lens={"live": live})) for live in (True, False)]
     first, second = ((run.adapter / "adapter_model.safetensors").read_bytes() for run in runs)

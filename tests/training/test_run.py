@@ -97,6 +97,20 @@ def test_a_run_leaves_everything_in_its_folder(whole: RunFolder) -> None:
     assert data["domains"] == ["forest", "hill", "lake"] and data["train_examples"] == 48
 
 
+def test_whatever_watches_a_run_changes_no_bit_of_its_adapter(small_config: Config, whole: RunFolder) -> None:
+    """Captures, live findings, row losses, kept states, validations, answers and histograms, all at once."""
+    watched = train(
+        small_config(
+            training={"logging_steps": 1, "eval_steps": 2},
+            lens={"enabled": True, "keep_states": 3, "spectra_every": 2, "probe_every": 2},
+            tracking={"tensorboard": True, "samples": 2, "histograms_every": 2},
+        )
+    )
+    assert list(watched.states.iterdir()) and watched.samples_file.is_file(), "it was watched"
+    own, other = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, watched))
+    assert own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+
+
 @pytest.mark.slow
 def test_the_model_is_freed_when_the_run_has_ended(small_config: Config) -> None:
     held = list[weakref.ref[torch.nn.Module]]()

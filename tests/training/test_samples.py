@@ -125,6 +125,7 @@ def test_what_fails_is_said_and_ends_no_run(small_config: Config, caplog: pytest
     assert [line["step"] for line in lines(run)] == [0]
 
 
+@pytest.mark.slow
 def test_modes_and_random_state_are_as_before(small_config: Config, tmp_path: Path) -> None:
     seen: list[tuple[Any, Any]] = []
 

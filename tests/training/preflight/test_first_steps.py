@@ -154,6 +154,7 @@ def test_a_random_base_is_no_language_model(small_config: Config, tmp_path: Path
     assert found["base_model"]["severity"] == "warning" and "ln(" in found["base_model"]["measured"]
 
 
+@pytest.mark.slow
 def test_checking_changes_no_bit_of_the_training(small_config: Config) -> None:
     class KeepLosses(Callback):
         def __init__(self) -> None:
