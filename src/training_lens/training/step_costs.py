@@ -13,8 +13,8 @@ from training_lens.data.batching import StepPlan, shard_positions, split_micro_b
 from training_lens.training.plan import RunPlan
 
 COUNTED_STEPS = 1000  # the tokens of longer runs are scaled up from this many steps
-PEAK_MARGIN = 1.05  # for what comes later in a run: validation of all rows, checkpoints, captures
-LEAST_ERROR = 0.05  # relative: a machine's speed drifts by that much between minutes
+PEAK_MARGIN = 1.1  # for what comes later in a run: validation of all rows, checkpoints, captures, sampled answers
+LEAST_ERROR = 0.2  # relative: runs took 0.90 to 1.21 times as long as was estimated, benchmarks/results/estimates.json
 STUDENT_95 = {1: 12.7, 2: 4.3, 3: 3.2, 4: 2.8, 5: 2.6, 6: 2.4, 7: 2.4}  # by degrees of freedom; above: 2
 
 
@@ -34,7 +34,7 @@ class StepPace:
 def measure_pace(seconds: Sequence[float], tokens: Sequence[int]) -> StepPace:
     """The pace of steps, by the ratio estimator: all their seconds over all their tokens (Cochran 1977, section 6.4).
 
-    The error comes from the spread of the steps around that ratio, and is at least 5 %.
+    The error comes from the spread of the steps around that ratio, and is at least 20 %.
     """
     time, count = np.array(seconds), np.array(tokens, dtype=float)
     pace = float(time.sum() / count.sum())
