@@ -18,11 +18,9 @@ Call = Callable[..., Result]
 
 
 @pytest.fixture
-def place(finished_run: RunFolder, tmp_path: Path) -> str:
-    """A mirror with one finished run; the folder of the run itself stays as it was."""
-    integration = MirrorIntegration(RunRecord(finished_run, {"output": {"mirror": str(tmp_path / "mirror")}}))
-    integration.deliver(ended=True)
-    integration.cursor.path.unlink()
+def place(own_run: RunFolder, tmp_path: Path) -> str:
+    """A mirror with one finished run."""
+    MirrorIntegration(RunRecord(own_run, {"output": {"mirror": str(tmp_path / "mirror")}})).deliver(ended=True)
     return f"file://{tmp_path}/mirror"
 
 
