@@ -1,4 +1,4 @@
-"""A language model of 51 M parameters with sense, from one of 0.7 M: a widening that keeps what the model computes.
+"""A trained language model of 51 M parameters, made from one of 0.7 M by a widening that keeps what it computes.
 
     python benchmarks/widened_model.py FOLDER [--source ../shared/models/tinystories-656k]
 

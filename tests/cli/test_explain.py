@@ -67,7 +67,7 @@ def test_answer_writes_its_reports(call: Call, run: Path) -> None:
     [
         ([], "give a prompt after the run, or --row ID"),
         (["A prompt", "--row", "x:1"], "the prompt 'A prompt' and --row given"),
-        (["--row", "x:1"], "no row of the run is called so"),
+        (["--row", "x:1"], "there is no such row"),
         (["A prompt", "--token", "0"], "count from 1"),
         (["A prompt", "training.lr=1"], "explain answers with the run's own config"),
     ],

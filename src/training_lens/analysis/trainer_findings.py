@@ -6,13 +6,11 @@ from collections.abc import Collection
 from typing import Any, Protocol, get_args
 
 from training_lens.analysis.findings.answer_findings import END_RULE, LOOP_RULE, PROMPT_RULE
-from training_lens.analysis.findings.live_checks import CHECKS_IN_A_RUN, ActiveFindings, check_captures
+from training_lens.analysis.findings.live_checks import CHECKS_IN_A_RUN, ActiveFindings, LiveRecording, check_captures
 from training_lens.analysis.findings.loss_spike import BATCH_RULE, SPIKE_RULE
 from training_lens.analysis.findings.nonfinite import RULE as NONFINITE
 from training_lens.config.lens_section import FindingCode
 from training_lens.core.framework import TrainingLensFramework
-from training_lens.core.recording import Recording
-from training_lens.core.running_captures import RunningCaptures
 from training_lens.errors import ConfigurationError
 from training_lens.runs.journal import Journal
 from training_lens.runs.metrics_log import read_metrics
@@ -59,7 +57,7 @@ def build_findings_callback(lens: TrainingLensFramework, stop_on: Collection[str
         )
 
     class TrainerFindings(TrainerCallback):
-        """Asks for the findings of a run at its steps. With several processes the first one does."""
+        """Checks the captures while a run trains; of several processes, the first does."""
 
         watch: _CaptureWatch | None = None
 
@@ -85,9 +83,8 @@ class _CaptureWatch:
     """The findings of one training, from the captures of its lens."""
 
     def __init__(self, lens: TrainingLensFramework, after_step: int) -> None:
-        self._lens, self._journal = lens, Journal(lens.folder / FILE)
+        self._recording, self._journal = LiveRecording(lens, lens.folder.name, lens.folder), Journal(lens.folder / FILE)
         self._active = ActiveFindings(self._journal.write)
-        self._captures: RunningCaptures | None = None
         self._is_off = False
         try:
             lens.folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +99,7 @@ class _CaptureWatch:
         if self._is_off:
             return set()
         try:
-            codes, found = check_captures(self._open_recording(), share)
+            codes, found = check_captures(self._recording.refresh(), share)
             return {finding.code for finding in self._active.update(step, codes, found)}
         except Exception as error:
             self._switch_off(error)
@@ -110,14 +107,6 @@ class _CaptureWatch:
 
     def close(self) -> None:
         self._journal.close()
-
-    def _open_recording(self) -> Recording:
-        if self._captures is None:
-            self._captures = self._lens.open_captures()
-        else:
-            self._captures.refresh()
-        folder = self._lens.folder
-        return Recording(folder.name, folder, self._captures.manifest, self._captures, "running")
 
     def _switch_off(self, error: Exception) -> None:
         self._is_off = True

@@ -46,7 +46,7 @@ Subsets = Annotated[
 
 
 def open_replay(screen: Screen, run: RunFolder, questions: RowQuestions, settings: TrainingConfig) -> RowReplay:
-    """The replays of a run, after a check of what is asked of them; prints what it will cost.
+    """Check that the run can answer the questions, print what they cost, and open its replays.
 
     Args:
         settings: what the user gave, with the consent to code of the run's model.

@@ -67,9 +67,9 @@ def refuse_adapter_folder(reference: str, need: str) -> None:
     """
     if is_adapter_folder(reference):
         raise ConfigurationError(
-            f"{reference} is an adapter without its run, and {need}. Of an adapter on its base (model.id=BASE), "
-            "explain modules, with data.validation=ROWS, shows where its gain lives, and explain answer which tokens, "
-            "layers and modules changed an answer. What is missing here, a run of training-lens train keeps."
+            f"{reference} is an adapter without its run, and {need}. With model.id=BASE, explain modules (and "
+            "data.validation=ROWS) shows which modules carry its gain, and explain answer which tokens, layers and "
+            "modules changed an answer. Runs of training-lens train keep what the rest needs."
         )
 
 

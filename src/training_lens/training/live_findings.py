@@ -17,13 +17,17 @@ import numpy as np
 from training_lens.analysis.findings.answer_findings import END_RULE, LOOP_RULE, PROMPT_RULE, check_answers
 from training_lens.analysis.findings.evidence import median_over_modules
 from training_lens.analysis.findings.finding import Finding
-from training_lens.analysis.findings.live_checks import CHECKS_IN_A_RUN, LATE, ActiveFindings, check_captures
+from training_lens.analysis.findings.live_checks import (
+    CHECKS_IN_A_RUN,
+    LATE,
+    ActiveFindings,
+    LiveRecording,
+    check_captures,
+)
 from training_lens.analysis.findings.loss_spike import BATCH_RULE, SPIKE_RULE, LossSpike, SpikeDetector, report_spike
 from training_lens.analysis.findings.nonfinite import check_nonfinite
 from training_lens.core import table_names as tables
 from training_lens.core.framework import TrainingLensFramework
-from training_lens.core.recording import Recording
-from training_lens.core.running_captures import RunningCaptures
 from training_lens.core.types import Series
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.runs.metrics_log import read_metrics
@@ -51,11 +55,11 @@ class LiveFindings(JournalCallback):
 
     def __init__(self, run: RunFolder, lens: TrainingLensFramework, stop_on: Collection[str] = ()) -> None:
         super().__init__(run.findings_file)
-        self._run, self._lens, self._stop_on = run, lens, frozenset(stop_on)
+        self._run, self._stop_on = run, frozenset(stop_on)
+        self._recording = LiveRecording(lens, run.run_id, run.root)
         self._active = ActiveFindings(self._journal.write)
         self._spikes, self._row_passes = SpikeDetector(), 0
         self._base_answers: Sequence[Mapping[str, Any]] = ()
-        self._captures: RunningCaptures | None = None
         self._is_off = False
         self.seconds = 0.0
 
@@ -91,7 +95,7 @@ class LiveFindings(JournalCallback):
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
         with self._guard():
-            finding = check_nonfinite(self._open_recording())
+            finding = check_nonfinite(self._recording.refresh())
             if finding.severity == "problem":
                 self._update(trainer, trainer.state.step + 1, (finding.code,), [finding])
         super().on_exception(trainer, error)
@@ -125,21 +129,14 @@ class LiveFindings(JournalCallback):
             lines = [line for line in read_metrics(self._run.samples_file, 0) if line.get("base")]
             self._base_answers = lines[0]["samples"] if lines else ()
 
-    def _open_recording(self) -> Recording:
-        if self._captures is None:
-            self._captures = self._lens.open_captures()
-        else:
-            self._captures.refresh()
-        return Recording(self._run.run_id, self._run.root, self._captures.manifest, self._captures, "running")
-
     def _check_captures(self, trainer: Any, step: int) -> None:
         if self._is_off or not is_check_due(trainer, step):
             return
         with self._guard():
-            self._update(trainer, step, *check_captures(self._open_recording(), step / trainer.schedule.total_steps))
+            self._update(trainer, step, *check_captures(self._recording.refresh(), step / trainer.schedule.total_steps))
 
     def _explain_spike(self, trainer: Any, spike: LossSpike) -> Finding | None:
-        recording = self._open_recording()
+        recording = self._recording.refresh()
         a, b = (recording.series(tables.OPTIMIZER, f"update_rms_{of}") for of in "ab")
         rms = median_over_modules(Series(a.steps, a.names, np.fmax(a.values, b.values)) if a.names == b.names else b)
         is_exact = bool((np.diff(rms[0][rms[0] > spike.step - 10]) == 1).all()) and len(rms[0]) > 0

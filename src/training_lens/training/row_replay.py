@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from training_lens.analysis.explanations.row_evidence import ReplayedRows
+from training_lens.analysis.explanations.training_rows import suggest_row
 from training_lens.config.run_config import Settings
 from training_lens.data.batching import StepPlan
 from training_lens.data.token_dataset import TokenDataset
@@ -114,8 +115,8 @@ class RowReplay:
         places = {self.training_rows.example_id(position): position for position in range(len(self.training_rows))}
         if unknown := [row for row in ids if row not in places]:
             raise ConfigurationError(
-                f"{unknown[0]} is no training row of {self.run.run_id}: give FILE:ROW as the run recorded it, such as "
-                f"{self.training_rows.example_id(0)}."
+                f"{unknown[0]} is no training row of {self.run.run_id}. An id is a file as the run recorded it and a "
+                f"row number.{suggest_row(unknown[0], list(places))}"
             )
         return np.array([places[row] for row in ids], dtype=np.int64)
 

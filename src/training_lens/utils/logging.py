@@ -94,7 +94,7 @@ def _screen_handlers() -> list[ScreenHandler]:
 
 @contextmanager
 def hide_screen_notes() -> Iterator[None]:
-    """In the block, screens show errors alone: what is done again as a run did it, the run has told already."""
+    """Within the block, screens show only errors: planning a recorded run again would repeat the notes of that run."""
     levels = {handler: handler.level for handler in _screen_handlers()}
     for handler in levels:
         handler.setLevel(logging.ERROR)

@@ -96,8 +96,8 @@ def row_id(run: Any) -> str:
     session = open_run(run)
     with pytest.raises(ConfigurationError) as refused:
         find_row(run, session, "nothing.jsonl:1")
-    assert "no row of the run is called so" in str(refused.value)
-    return str(refused.value).split("For example: ")[1].split(",")[0].split(" ")[0]
+    assert "there is no such row" in str(refused.value)
+    return str(refused.value).split("For example: ")[1].split(" ")[0].rstrip(".")
 
 
 def test_a_plain_text_is_explained_whole(text_run: Any) -> None:
@@ -116,7 +116,7 @@ def test_a_plain_text_is_explained_whole(text_run: Any) -> None:
         (AnswerQuestion("a", answer=" "), "--answer is empty"),
         (AnswerQuestion("a", own_answer=True), "--own-answer is the answer of --row"),
         (AnswerQuestion(row="a", domain="b"), "a row has its own domain"),
-        (AnswerQuestion(row="rows.jsonl:0"), "no row of the run is called so"),
+        (AnswerQuestion(row="rows.jsonl:0"), "there is no such row"),
         (AnswerQuestion("a", domain="nowhere"), "domain 'nowhere'"),
         (AnswerQuestion("a" * 20000), "no room to answer"),
         (AnswerQuestion("a", answer="b " * 20000), "Shorten the answer"),

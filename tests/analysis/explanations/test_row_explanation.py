@@ -115,4 +115,4 @@ def test_an_unknown_row_is_answered_with_the_one_that_is_meant() -> None:
     ids = ["/data/train.jsonl:1", "/data/train.jsonl:2", "/data/old/test.jsonl:1"]
     assert suggest_row("train.jsonl:2", ids) == " Did you mean '/data/train.jsonl:2'?"
     assert suggest_row("/data/old/tset.jsonl:9", ids) == " For example: /data/old/test.jsonl:1."
-    assert suggest_row("7", ids) == " For example: /data/train.jsonl:1."
+    assert suggest_row("7", ids) == " For example: /data/train.jsonl:1." and suggest_row("7", []) == ""

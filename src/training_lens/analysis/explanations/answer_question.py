@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from training_lens.analysis.explanations.answer_changes import AnswerSource
+from training_lens.analysis.explanations.training_rows import suggest_row
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Example, Message, TextSegment
 from training_lens.data.source_reader import read_examples
@@ -21,11 +22,9 @@ from training_lens.inference.session import Session
 from training_lens.models.token_scores import last_logits
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.devices import autocast
-from training_lens.utils.formatting import list_names
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-SHOWN = 3  # ids of rows in an error
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ def find_row(run: RunFolder | None, session: Session, row_id: str, others: Itera
     """The row with an id (FILE:NUMBER) among a run's or config's validation and training rows, and those of `others`.
 
     Raises:
-        ConfigurationError: there is none; shows how ids look.
+        ConfigurationError: there is none; names the one that is meant.
     """
-    data, seen, alike = session.config.data, list[str](), list[str]()
+    data, seen = session.config.data, list[str]()
     specs = [("data.validation", list(others)), ("data.validation", data.validation_sources or [])]
     for key, sources in (*specs, ("data.train", data.train)):
         for example in read_examples(sources, key, data) if sources else ():
@@ -92,14 +91,11 @@ def find_row(run: RunFolder | None, session: Session, row_id: str, others: Itera
                 if run:
                     _warn_of_change(run, data.train if key == "data.train" else sources, key, example)
                 return example
-            if len(seen) < SHOWN or example.row == 1:
+            if not seen or example.row == 1 or Path(example.id).name == Path(row_id).name:
                 seen.append(example.id)
-            if Path(example.id).name == Path(row_id).name:
-                alike.append(example.id)
-    meant = f"Did you mean '{alike[0]}'?" if len(alike) == 1 else f"For example: {list_names(alike or seen, SHOWN)}."
     raise ConfigurationError(
-        f"--row {row_id}: no row of the run is called so. A row's id is its file, as the run recorded it, and its "
-        f"number. {meant} Add data.validation=FILE for rows of another file."
+        f"--row {row_id}: there is no such row. An id is a file as the run recorded it and a row number."
+        f"{suggest_row(row_id, seen)} Add data.validation=FILE for rows of another file."
     )
 
 

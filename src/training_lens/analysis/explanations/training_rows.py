@@ -73,6 +73,8 @@ def suggest_row(given: str, ids: Sequence[str]) -> str:
     matches = [row_id for row_id in ids if Path(row_id).name == Path(given).name]
     if len(matches) == 1:
         return f" Did you mean '{matches[0]}'?"
+    if not ids:
+        return ""
     sources = list(dict.fromkeys(row_id.rpartition(":")[0] for row_id in ids))
     nearest = nearest_name(given.rpartition(":")[0] or given, sources) or sources[0]
     return f" For example: {next(row_id for row_id in ids if row_id.rpartition(':')[0] == nearest)}."

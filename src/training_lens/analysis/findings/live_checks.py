@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from training_lens.analysis.advice import translate_finding
@@ -18,7 +19,9 @@ from training_lens.analysis.findings.rate_high import check_rate_high
 from training_lens.analysis.findings.rate_low import check_rate_low
 from training_lens.analysis.findings.self_check import check_gradients
 from training_lens.analysis.findings.untrained import check_untrained
+from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.recording import Recording
+from training_lens.core.running_captures import RunningCaptures
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -61,6 +64,27 @@ def is_shown_live(finding: Finding) -> bool:
         return False
     is_known = finding.confidence != "inconclusive"
     return finding.title == SATURATED or (is_known and (finding.code in NOTES or finding.title == "Converged"))
+
+
+class LiveRecording:
+    """The recording of a run that trains, up to its newest captures.
+
+    Args:
+        lens: writes the captures.
+        run_id, folder: those of the recording.
+    """
+
+    def __init__(self, lens: TrainingLensFramework, run_id: str, folder: Path) -> None:
+        self._lens, self._run_id, self._folder = lens, run_id, folder
+        self._captures: RunningCaptures | None = None
+
+    def refresh(self) -> Recording:
+        """The recording with what was captured since the last call."""
+        if self._captures is None:
+            self._captures = self._lens.open_captures()
+        else:
+            self._captures.refresh()
+        return Recording(self._run_id, self._folder, self._captures.manifest, self._captures, "running")
 
 
 class ActiveFindings:
