@@ -9,10 +9,10 @@ model and adapter of ours.
 
 Printed and stored in `results/architecture_speed.json`: useful tokens per second of training (padding does not count),
 the median over steps without the first two; new tokens per second of the adapter's greedy answers to 1 and 8 prompts of
-64 tokens, reading the prompts included. This checkout and DIR run at the same time, on a core each, as in
-compare_versions.py, then HF alone on one core; speeds are medians over the repeats, ratios to DIR are geometric means.
-What fails has its reason in place of numbers. Needs Linux, two cores, GSM8K rows and Phi-3's tokenizer in ../shared;
-a minute for each architecture and repeat.
+64 tokens, reading the prompts included. This checkout, DIR and HF take turns on one core, in the other order at every
+second repeat; `taskset -c 0` keeps them off a core that is in use. Speeds are medians over the repeats, ratios
+geometric means. What fails has its reason in place of numbers. Needs Linux, GSM8K rows and Phi-3's tokenizer in
+../shared; two minutes for each architecture and repeat.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,11 +167,18 @@ def measure(name: str, sources: dict[str, Path], options: argparse.Namespace) ->
                 source: partial(try_measure, checkout, folders[source], name, model, options.examples)
                 for source, checkout in sources.items()
             }
-            found = run_side_by_side(tasks, repeat)
+            found = run_in_turn(tasks, is_reversed=repeat % 2 == 1)
             adapter = folders["ours"] / "outputs/experiments/default/runs/run/artifacts/adapter"
             hf = partial(call_hf, name, model, adapter, options.examples)
-            repeats.append(found | run_side_by_side({"hf": hf}, repeat))
+            repeats.append(found | run_in_turn({"hf": hf}))
     return {"parameters": parameters, **combine_repeats(repeats)}
+
+
+def run_in_turn(tasks: dict[str, Callable[[], dict[str, Any]]], is_reversed: bool = False) -> dict[str, dict[str, Any]]:
+    """What each task returns, one after the other on one core."""
+    names = list(tasks)[::-1] if is_reversed else list(tasks)
+    found = {name: run_side_by_side({name: tasks[name]}, 0)[name] for name in names}
+    return {name: found[name] for name in tasks}
 
 
 def combine_repeats(repeats: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:

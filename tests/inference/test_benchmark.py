@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from training_lens.config.evaluation_sections import BenchmarkSection
+from training_lens.config.evaluation_sections import BenchmarkSection, InferenceSection
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError
 from training_lens.inference.benchmark_page import build_table, list_skipped_cells, write_benchmark_page
 from training_lens.inference.benchmark_run import Benchmark, Speed, Spread, TimedCall, run_benchmark
+from training_lens.inference.decode_loop import Decoder
+from training_lens.inference.generator import generate_answers, prepare_batch
 from training_lens.inference.session import Session, open_run
 from training_lens.runs.run_folder import RunFolder
 
@@ -38,20 +40,6 @@ def logits(session: Session) -> torch.Tensor:
     with torch.inference_mode():
         result: torch.Tensor = session.model(input_ids=torch.arange(20, 60).view(2, 20)).logits
     return result
-
-
-def watch(session: Session, monkeypatch: pytest.MonkeyPatch, fail_from: int = 10**6) -> list[torch.Tensor]:
-    """Notes what the adapter's `generate` gives; as on a device where batches of `fail_from` rows do not fit."""
-    generate, seen = session.model.generate, []
-
-    def noted(input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        if len(input_ids) >= fail_from:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        seen.append(generate(input_ids=input_ids, **options))
-        return seen[-1]
-
-    monkeypatch.setattr(session.model, "generate", noted)
-    return seen
 
 
 def test_every_cell_is_measured_and_its_numbers_agree(report: Benchmark) -> None:
@@ -83,43 +71,58 @@ def test_a_merged_model_weighs_what_the_base_does(report: Benchmark) -> None:
     assert report.weights_bytes["merged"] == report.weights_bytes["base"] < report.weights_bytes["adapter"]
 
 
-def test_prompts_are_of_the_rows_and_answers_of_one_length(
-    finished_run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Exactly so many tokens, though the model would end before; the same prompts for the same seed."""
-    session = open_run(finished_run)
-    everything_ends = list(range(session.model.config.vocab_size))
-    session.model.generation_config.eos_token_id = everything_ends
-    seen = watch(session, monkeypatch)
+def test_what_is_timed_is_what_infer_runs(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of `generate_answers`, though no token ends them, and not by the model's own `generate`."""
+
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        raise AssertionError("the model's own generate")
+
+    monkeypatch.setattr(session.model, "generate", refuse)
+    prompts = [list(range(20 + i, 40 + i)) for i in range(3)]
+    tokens: list[int] = []
+    answers = prepare_batch(replace(session, stop_ids=frozenset()), prompts, 6, tokens.append)()
+    settings = InferenceSection(max_new_tokens=6)
+    for answer, expected in zip(answers, generate_answers(session, prompts, settings), strict=True):
+        assert list(answer)[: len(expected.token_ids)] == list(expected.token_ids) and len(answer) == 6
+    assert tokens == [answer[step] for step in range(6) for answer in answers]
     settings = SMALL.model_copy(update={"models": ["adapter"], "repetitions": 1})
-    report = run_benchmark(session, settings, Progress())
-    assert [tuple(out.shape) for out in seen] == [(1, 12)] * 2 + [(3, 12)] * 2 + [(1, 45)] * 2 + [(3, 45)] * 2
-    assert report.prompts == "the run's training rows"
-    assert "<|assistant|>" in session.tokenizer.decode(seen[-1][:, :40].flatten().tolist())
-    again = watch(session, monkeypatch)
-    run_benchmark(session, settings, Progress())
-    assert all(torch.equal(a, b) for a, b in zip(seen, again, strict=False))
+    assert all(cell.speed for cell in run_benchmark(session, settings, Progress()).cells)
+
+
+def test_prompts_are_of_the_rows(session: Session) -> None:
+    settings = SMALL.model_copy(update={"models": ["adapter"], "repetitions": 1})
+    assert run_benchmark(session, settings, Progress()).prompts == "the run's training rows"
 
 
 def test_what_does_not_fit_has_a_reason_and_the_rest_goes_on(
     finished_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As on a device where sixteen rows do not fit."""
     session = open_run(finished_run)
-    watch(session, monkeypatch, fail_from=2)
-    settings = BenchmarkSection(batch_sizes=[2, 1], prompt_lengths=[9, 510], new_tokens=4, repetitions=1)
+    compute = Decoder.compute_logits
+
+    def compute_few(decoder: Decoder, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(ids) == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return compute(decoder, ids, *rest)
+
+    monkeypatch.setattr(Decoder, "compute_logits", compute_few)
+    settings = BenchmarkSection(batch_sizes=[16, 1], prompt_lengths=[9, 510], new_tokens=4, repetitions=1)
     report = run_benchmark(session, settings, Progress())
     reasons = {(c.model, c.prompt_length, c.batch_size): c.reason for c in report.cells}
     assert {key for key, reason in reasons.items() if reason is None} == {
-        ("base", 9, 2), ("merged", 9, 2), ("base", 9, 1), ("adapter", 9, 1), ("merged", 9, 1),
-    }  # fmt: skip
+        (model, 9, 1) for model in ("base", "adapter", "merged")
+    }
     assert list_skipped_cells(report) == [
-        "not measured: adapter with prompt 9, batch 2: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.",
-        "not measured: base, adapter, merged with prompt 510, batch 2: 510 + 4 tokens do not fit the model's 512 "
-        "positions",
-        "not measured: base, adapter, merged with prompt 510, batch 1: 510 + 4 tokens do not fit the model's 512 "
-        "positions",
+        "not measured: base, adapter, merged with prompt 9, batch 16: out of memory: CUDA out of memory. Tried to "
+        "allocate 2.00 GiB.",
+        *(
+            f"not measured: base, adapter, merged with prompt 510, batch {rows}: 510 + 4 tokens do not fit the model's "
+            "512 positions"
+            for rows in (16, 1)
+        ),
     ]
-    assert len(build_table(report).rows) == 5
+    assert len(build_table(report).rows) == 3
 
 
 def test_random_tokens_stand_in_for_rows_that_are_gone_and_it_is_said(

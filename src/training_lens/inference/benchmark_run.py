@@ -1,8 +1,8 @@
 """How fast a run answers: base, adapter and merged model side by side, over batch sizes and prompt lengths.
 
-Every call has prompts of one exact length and generates the same number of tokens for each, greedily and without stop
-tokens, so that cells can be compared. Within a repetition the models take turns, so that a slow spell of the machine
-slows them all.
+The calls are those of `infer`: the decode loop, or the model's own `generate` where that answers. Every call has
+prompts of one exact length and generates the same number of tokens for each, greedily and without stop tokens, so that
+cells can be compared. Within a repetition the models take turns, so that a slow spell of the machine slows them all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from training_lens.config.evaluation_sections import BenchmarkSection
 from training_lens.display.progress import Progress
 from training_lens.errors import AdapterError, DatasetError
+from training_lens.inference.generator import prepare_batch
 from training_lens.inference.heldout_examples import read_training_tokens
 from training_lens.inference.session import Session
 from training_lens.models.copies import copy_base, copy_merged
@@ -43,7 +44,7 @@ METHOD = (
 
 @dataclass(frozen=True)
 class TimedCall:
-    """One timed call of `generate`: seconds from its start to each new token of the batch, and to its end."""
+    """One timed batch: seconds from its start until every row has its first, second, ... new token, and to its end."""
 
     token_times: tuple[float, ...]
     latency: float
@@ -126,14 +127,15 @@ class Benchmark:
 def run_benchmark(session: Session, settings: BenchmarkSection, progress: Progress) -> Benchmark:
     """Measure every cell that fits, for a run's session with its adapter; its model is not changed.
 
-    Memory: the adapted layers' weights once more where `merged` is measured. A cell that does not fit the model's
-    positions or the memory has a reason in place of numbers; the others are measured all the same.
+    Memory: the adapted layers' weights once more where `merged` is measured, and what each decoder copies. A cell that
+    does not fit the model's positions or the memory has a reason in place of numbers; the others are measured all the
+    same.
     """
-    models, missing = _build_models(session, settings.models)
+    sessions, missing = _build_sessions(session, settings.models)
     text, prompts = _read_prompt_tokens(session, settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     shapes = [(rows, length) for length in settings.prompt_lengths for rows in settings.batch_sizes]
-    calls = len(models) * (settings.warmup + settings.repetitions)
+    calls = len(sessions) * (settings.warmup + settings.repetitions)
     cells: list[Cell] = []
     with progress.task("measuring", len(shapes) * calls) as advance:
         for rows, length in shapes:
@@ -141,33 +143,34 @@ def run_benchmark(session: Session, settings: BenchmarkSection, progress: Progre
             ids = text[(starts + torch.arange(length)) % len(text)]  # (rows, length); a short text is repeated
             if session.positions is not None and length + settings.new_tokens > session.positions:
                 misfit = f"{length} + {settings.new_tokens} tokens do not fit the model's {session.positions} positions"
-                outcomes: dict[str, Outcome] = dict.fromkeys(models, misfit)
+                outcomes: dict[str, Outcome] = dict.fromkeys(sessions, misfit)
                 advance(calls)
             else:
-                outcomes = _time_models(models, ids.to(session.device), settings, session.pad_id, advance)
+                outcomes = _time_sessions(sessions, ids.tolist(), settings, advance)
             outcomes |= missing
             for name in settings.models:
                 found = outcomes[name]
                 speed, reason = (None, found) if isinstance(found, str) else (Speed.from_calls(found, rows), None)
                 cells.append(Cell(name, rows, length, speed, reason))
+    models = {name: each.model for name, each in sessions.items()}
     weights = {name: [*model.parameters(), *model.buffers()] for name, model in models.items()}  # tied ones once
     sizes = {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in weights.items()}
     return Benchmark(session.source, _describe_machine(session), settings, prompts, sizes, cells)
 
 
-def _build_models(session: Session, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Outcome]]:
-    """The models by name, and for those that cannot be built the reason."""
+def _build_sessions(session: Session, names: Sequence[str]) -> tuple[dict[str, Session], dict[str, Outcome]]:
+    """Sessions of the models by name, whose answers no token ends; and for models that cannot be built the reason."""
     make = {"base": copy_base, "adapter": lambda model: model, "merged": copy_merged}
-    models: dict[str, Any] = {}
+    sessions: dict[str, Session] = {}
     missing: dict[str, Outcome] = {}
     for name in names:
         try:
-            models[name] = make[name](session.model)
+            sessions[name] = replace(session, model=make[name](session.model), stop_ids=frozenset())
         except AdapterError as error:
             missing[name] = describe_error(error)
         except Exception as error:
             missing[name] = _describe_lack_of_memory(error)
-    return models, missing
+    return sessions, missing
 
 
 def _describe_lack_of_memory(error: Exception) -> str:
@@ -189,23 +192,22 @@ def _read_prompt_tokens(session: Session, seed: int) -> tuple[torch.Tensor, str]
     return torch.tensor(tokens), "the run's training rows"
 
 
-def _time_models(
-    models: Mapping[str, Any],
-    ids: torch.Tensor,
+def _time_sessions(
+    sessions: Mapping[str, Session],
+    prompts: Sequence[Sequence[int]],
     settings: BenchmarkSection,
-    pad_id: int,
     advance: Callable[[float], None],
 ) -> dict[str, Outcome]:
     """The timed calls of each model on these prompts, in turns; a reason for a model that runs out of memory."""
-    calls: dict[str, list[TimedCall]] = {name: [] for name in models}
+    calls: dict[str, list[TimedCall]] = {name: [] for name in sessions}
     failed: dict[str, Outcome] = {}
     for repetition in range(-settings.warmup, settings.repetitions):
-        for name, model in models.items():
+        for name, session in sessions.items():
             advance(1)
             if name in failed:
                 continue
             try:
-                call = _time_call(model, ids, settings.new_tokens, pad_id)
+                call = _time_call(session, prompts, settings.new_tokens)
             except Exception as error:
                 failed[name] = _describe_lack_of_memory(error)
                 continue
@@ -214,34 +216,18 @@ def _time_models(
     return {**calls, **failed}
 
 
-def _time_call(model: Any, ids: torch.Tensor, new_tokens: int, pad_id: int) -> TimedCall:
-    """One timed call of `generate`. The device is synchronized after each token."""
-    from transformers import StoppingCriteriaList
-
-    device, times = ids.device, list[float]()
-
-    def record_time(rows: torch.Tensor, _scores: Any, **_options: Any) -> torch.Tensor:
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-        return torch.zeros(len(rows), dtype=torch.bool, device=device)
-
-    reset_peak(device)
-    counted = device.type == "cuda" or reset_process_peak()  # false where the system cannot restart the count
-    synchronize(device)
+def _time_call(session: Session, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedCall:
+    """One timed batch. Each step ends with its tokens on the CPU, so the device has computed them."""
+    moments: list[float] = []  # of each token of each row
+    generate = prepare_batch(session, prompts, new_tokens, lambda _token: moments.append(time.perf_counter()))
+    reset_peak(session.device)
+    counted = session.device.type == "cuda" or reset_process_peak()  # false where the system cannot restart the count
+    synchronize(session.device)
     start = time.perf_counter()
-    with torch.inference_mode():
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            eos_token_id=None,
-            pad_token_id=pad_id,
-            stopping_criteria=StoppingCriteriaList([record_time]),
-        )
-    synchronize(device)
+    generate()
     latency = time.perf_counter() - start
-    return TimedCall(tuple(times), latency, peak_bytes(device) if counted else None)
+    steps = tuple(moment - start for moment in moments[len(prompts) - 1 :: len(prompts)])
+    return TimedCall(steps, latency, peak_bytes(session.device) if counted else None)
 
 
 def _describe_machine(session: Session) -> dict[str, Any]:

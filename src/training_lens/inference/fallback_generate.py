@@ -44,7 +44,7 @@ def generate_padded(
     completions: Sequence[Completion],
     options: dict[str, Any],
     base: bool,
-    on_token: Callable[[int], None] | None,  # called with each token, where there is one completion
+    on_token: Callable[[int], None] | None,  # called with each token, those of a step in order
 ) -> None:
     """Generate the tokens of each completion, up to its stop token, with these options of `generate`."""
     prompts = [list(completion.prompt) for completion in completions]

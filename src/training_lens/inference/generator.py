@@ -164,6 +164,29 @@ def generate_answers(
     return [_make_answer(session, completion) for completion in _complete_prompts(call, prompts, advance)]
 
 
+def prepare_batch(
+    session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: int, on_token: Callable[[int], None]
+) -> Callable[[], list[Sequence[int]]]:
+    """Greedy answers to prompts of one length, all in one batch, as `generate_answers` makes them: to be timed.
+
+    What it returns generates them and gives their tokens; the decoder is built before. Where memory runs out, that is
+    raised.
+
+    Args:
+        on_token: called with each token, those of a step in the order of the prompts.
+    """
+    settings = InferenceSection(max_new_tokens=max_new_tokens, temperature=0.0)
+    call = _plan_call(session, settings, False, prompts[0], on_token)
+
+    def generate() -> list[Sequence[int]]:
+        completions = [Completion(prompt, max_new_tokens) for prompt in prompts]
+        for _ in call.complete_first(completions, len(completions)):
+            pass
+        return [completion.tokens for completion in completions]
+
+    return generate
+
+
 @dataclass(frozen=True)
 class _GenerationCall:
     """What answers the prompts of a call: the decode loop, or without a decoder the model's own `generate`."""
@@ -174,7 +197,7 @@ class _GenerationCall:
     options: dict[str, Any]
     sampler: Sampler
     decoder: Decoder | None
-    on_token: Callable[[int], None] | None  # called with each token, where there is one prompt
+    on_token: Callable[[int], None] | None  # called with each token
 
     def count_rows(self, waiting: Sequence[Completion], budget: int) -> int:
         """How many prompts, the longest first, go together in `budget` tokens; at least one."""
@@ -216,7 +239,7 @@ def _plan_call(
         "do_sample": is_sampled,
         **(sampling if is_sampled else {}),
         "max_new_tokens": settings.max_new_tokens,
-        "eos_token_id": sorted(session.stop_ids),
+        "eos_token_id": sorted(session.stop_ids) or None,
         "pad_token_id": session.pad_id,
     }
     sampler = Sampler(session.model, options, session.device)
