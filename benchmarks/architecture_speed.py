@@ -3,8 +3,8 @@
     python benchmarks/architecture_speed.py [--source DIR] [--only llama phi3] [--repeats 3]
 
 Models of some 20 M random weights, in bf16 where oneDNN computes that and else in float32, with LoRA of rank 16 on all
-linear layers, and a Llama in 4 bits. Ours are the commands `train` and `benchmark` of this checkout and of DIR, in
-processes of their own. HF is a loop over padded batches of the same rows with PEFT and AdamW, and `generate`, on the
+linear layers, and a Llama in 4 bits. Ours are the command `train` and the answers that `infer` gives (decode_speed.py)
+of this checkout and of DIR, in processes of their own. HF is a loop over padded batches of the same rows with PEFT and AdamW, and `generate`, on the
 model and adapter of ours.
 
 Printed and stored in `results/architecture_speed.json`: useful tokens per second of training (padding does not count),
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from machine import PRECISION, described
 from training_jobs import ROOT
 
 RESULTS = Path(__file__).parent / "results" / "architecture_speed.json"
+DECODE = Path(__file__).parent / "decode_speed.py"
 SIZES = {
     "hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 8, "num_attention_heads": 5,
     "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 1024, "tie_word_embeddings": True,
@@ -81,13 +83,16 @@ def measure_ours(checkout: Path, folder: Path, name: str, model: Path, examples:
     run = folder / "outputs/experiments/default/runs/run"
     steps = [json.loads(line) for line in (run / "logs/metrics.jsonl").read_text().splitlines()]
     rates = [step["tokens"] / step["seconds"] for step in steps if step["kind"] == "step"]
-    rows = ",".join(map(str, ROWS_DECODED))
-    run_command(
-        checkout, folder, "benchmark", "--run", "run", "benchmark.models=[adapter]", f"benchmark.batch_sizes=[{rows}]",
-        f"benchmark.prompt_lengths=[{PROMPT}]", f"benchmark.new_tokens={NEW}", "benchmark.repetitions=2",
+    decoding = json.loads(
+        subprocess.run(
+            [
+                *(sys.executable, str(DECODE), str(run), "--rows", *map(str, ROWS_DECODED)),
+                *("--prompt", str(PROMPT), "--new", str(NEW)),
+            ],
+            cwd=folder, check=True, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(checkout / "src")},
+        ).stdout.splitlines()[-1]
     )  # fmt: skip
-    cells = json.loads((run / "reports/benchmark.json").read_text())["cells"]
-    decoding = {f"decode {cell['batch_size']}": cell["speed"]["tokens_per_second"] for cell in cells}
     return {"train": statistics.median(rates[WARM:]), **decoding}
 
 

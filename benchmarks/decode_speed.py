@@ -1,0 +1,55 @@
+"""New tokens per second of a run's adapter, by the version of the package that PYTHONPATH names.
+
+    python benchmarks/decode_speed.py RUN [--rows 1 8] [--prompt 64] [--new 32]
+
+Greedy answers to prompts of random tokens, by what `infer` runs. The median of five calls after two, reading the
+prompts included, as one JSON object. Used by architecture_speed.py for this version and for earlier ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from training_lens.config.compose import compose
+from training_lens.config.evaluation_sections import InferenceSection
+from training_lens.inference.generator import generate_answers
+from training_lens.inference.session import open_session
+
+CALLS, WARM = 7, 2
+NEVER = 10**6  # a stop token that no model says
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=32)
+    options = parser.parse_args()
+    session = replace(
+        open_session(compose(overrides=[f"inference.adapter={options.run}"])), stop_ids=frozenset({NEVER})
+    )
+    settings = InferenceSection(max_new_tokens=options.new)
+    speeds = {}
+    for rows in options.rows:
+        prompts = torch.randint(
+            3, 32_000, (rows, options.prompt), generator=torch.Generator().manual_seed(rows)
+        ).tolist()
+        seconds = []
+        for _ in range(CALLS):
+            begun = time.perf_counter()
+            answers = generate_answers(session, prompts, settings)
+            seconds.append(time.perf_counter() - begun)
+        assert all(len(answer.token_ids) == options.new for answer in answers), "every row says as much"
+        speeds[f"decode {rows}"] = rows * options.new / statistics.median(seconds[WARM:])
+    print(json.dumps(speeds))
+
+
+if __name__ == "__main__":
+    main()
