@@ -3,9 +3,9 @@
     python benchmarks/architecture_speed.py [--source DIR] [--only llama phi3] [--repeats 3]
 
 Models of some 20 M random weights, in bf16 where oneDNN computes that and else in float32, with LoRA of rank 16 on all
-linear layers, and a Llama in 4 bits. Ours are the command `train` and the answers that `infer` gives (decode_speed.py)
-of this checkout and of DIR, in processes of their own. HF is a loop over padded batches of the same rows with PEFT and AdamW, and `generate`, on the
-model and adapter of ours.
+linear layers, and a Llama in 4 bits. Ours are the command `train` and the answers that `infer` gives (decode_speed.py),
+of this checkout and of DIR, in processes of their own. HF is a loop over padded batches of the same rows with PEFT and
+AdamW, and `generate`, on the model and adapter of ours.
 
 Printed and stored in `results/architecture_speed.json`: useful tokens per second of training (padding does not count),
 the median over steps without the first two; new tokens per second of the adapter's greedy answers to 1 and 8 prompts of
@@ -150,7 +150,11 @@ def try_measure(checkout: Path, folder: Path, name: str, model: Path, examples: 
     try:
         return measure_ours(checkout, folder, name, model, examples)
     except subprocess.CalledProcessError as error:
-        return {"failed": error.stderr.decode().strip()[-300:]}
+        return {"failed": _read_text(error.stderr)[-300:]}
+
+
+def _read_text(output: str | bytes) -> str:
+    return (output if isinstance(output, str) else output.decode()).strip()
 
 
 def call_hf(name: str, model: Path, adapter: Path, examples: int) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from dataclasses import replace
 import torch
 
 from training_lens.config.compose import compose
-from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.inference.generator import generate_answers
 from training_lens.inference.session import open_session
 
@@ -32,10 +31,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
     options = parser.parse_args()
-    session = replace(
-        open_session(compose(overrides=[f"inference.adapter={options.run}"])), stop_ids=frozenset({NEVER})
-    )
-    settings = InferenceSection(max_new_tokens=options.new)
+    config = compose(overrides=[f"inference.adapter={options.run}", f"inference.max_new_tokens={options.new}"])
+    session, settings = replace(open_session(config), stop_ids=frozenset({NEVER})), config.inference
     speeds = {}
     for rows in options.rows:
         prompts = torch.randint(
