@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The suite starts a hundred processes, each of which would compile the package anew.
+# The suite starts many processes, each of which would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo docs test test-slow planted fuzz faults wheel-test audit check format peers compat clean

@@ -26,6 +26,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+os.fsync = lambda descriptor: None  # no test cuts the power, and waiting for the disk is a third of a short run
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
@@ -94,6 +96,14 @@ def embedded_tokenizer() -> Any:
     from training_lens.models.factory import load_tokenizer
 
     return load_tokenizer(ModelSection())
+
+
+@pytest.fixture(scope="session")
+def tiny_base(make_once: Callable[..., Path]) -> Path:
+    """A random model with the embedded tokenizer, of which a step takes milliseconds."""
+    from tiny_models import save_tiny_model
+
+    return make_once("tiny_base", lambda folder: save_tiny_model(folder, vocab_size=1024, initializer_range=0.3))
 
 
 @pytest.fixture(scope="session")

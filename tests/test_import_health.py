@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import sysconfig
 import tomllib
 import venv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
+from forked import run_python  # type: ignore[import-not-found]
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -167,25 +169,55 @@ def run(python: Path | str, *arguments: str, cwd: Path) -> subprocess.CompletedP
     return subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=250)
 
 
-def imports(python: Path | str, cwd: Path) -> dict[str, Any]:
-    """What `IMPORTS` finds there."""
+def imports(run_code: Callable[[str], subprocess.CompletedProcess[str]], *names: str) -> dict[str, Any]:
+    """What `IMPORTS` finds where this runs it, and which packages of these names are there."""
     layers = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
     given = {
         "HEAVY": HEAVY,
-        "NAMES": EXTRAS + DEVELOPMENT,
+        "NAMES": names,
         "PUBLIC": PUBLIC,
         "FLOORS": [room for layer in reversed(layers) for room in layer.split(" | ")],
     }
     code = "\n".join(f"{name} = {value!r}" for name, value in given.items()) + IMPORTS
-    result = run(python, "-W", "error::ImportWarning", "-c", code, cwd=cwd)
+    result = run_code(code)
     assert result.returncode == 0, result.stderr
     return dict(json.loads(result.stdout))
 
 
+@pytest.mark.slow
 def test_without_extras_every_module_imports_first_and_every_public_name_resolves(bare: Path, tmp_path: Path) -> None:
-    said = imports(bare, tmp_path)
+
+    def run_bare(code: str) -> subprocess.CompletedProcess[str]:
+        return run(bare, "-W", "error::ImportWarning", "-c", code, cwd=tmp_path)
+
+    said = imports(run_bare, *EXTRAS, *DEVELOPMENT)
     assert (said["there"], said["heavy"], said["broken"]) == ([], [], [])
     assert said["modules"] > 200
+
+
+HIDE = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+for name in [name for name in sys.modules if name.partition(".")[0] in (*HIDDEN, "training_lens")]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def test_every_module_imports_first_and_every_public_name_resolves_where_the_extras_are_hidden(tmp_path: Path) -> None:
+    """In a fork, which has imported what the package requires."""
+
+    def fork_code(code: str) -> subprocess.CompletedProcess[str]:
+        (script := tmp_path / "imports.py").write_text(f"HIDDEN = {EXTRAS!r}\n{HIDE}{code}")
+        return run_python([sys.executable, "-P", str(script)])
+
+    said = imports(fork_code)
+    assert said["broken"] == [] and said["modules"] > 200
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from answer_ids import answer_ids
+from slow_cases import mark_slow, slow_but
 from tiny_models import WANDERING, save_tiny_model
 
 from training_lens import TrainingConfig
@@ -58,27 +60,34 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 660, "n_positions": POSITIONS, "initializer_range": 0.5, "eos_token_id": 5},
     ),
 }
+QUICK = ["llama", "gemma3", "gpt2, absolute positions"]
+STOPPED = list(zip(MODELS, cycle((3, 16))))
 Ids = list[list[int]]
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(tmp_path_factory.mktemp("model"), request.param)
+@dataclass(frozen=True)
+class Subject:
+    """A model of `MODELS` with its adapter, and what `generate` says to each prompt alone, without an early stop."""
+
+    folder: Path
+    session: Session
+    wanted: dict[bool, Ids]  # of the base (True) and of the adapter
 
 
 @pytest.fixture(scope="module")
-def session(folder: Path) -> Session:
-    return opened(folder)
+def prepare(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
+    """Gives the subject of a name, which is made once."""
 
+    @cache
+    def make(name: str) -> Subject:
+        folder = random_model(tmp_path_factory.mktemp("model"), name)
+        session, said = opened(folder), {}
+        for base in (False, True):
+            with base_only(session.model, base):
+                said[base] = [alone(session, prompt) for prompt in PROMPTS]
+        return Subject(folder, session, said)
 
-@pytest.fixture(scope="module")
-def wanted(session: Session) -> dict[bool, Ids]:
-    """What `generate` says to each prompt alone, without an early stop: of the base (True) and of the adapter."""
-    said = {}
-    for base in (False, True):
-        with base_only(session.model, base):
-            said[base] = [alone(session, prompt) for prompt in PROMPTS]
-    return said
+    return make
 
 
 def random_model(path: Path, name: str) -> Path:
@@ -108,6 +117,7 @@ def random_prompts() -> Ids:
 
 
 PROMPTS = random_prompts()
+Prepare = Callable[[str], Subject]
 
 
 def settings(rows: int, longest: int = POSITIONS - NEW) -> InferenceSection:
@@ -138,11 +148,16 @@ def alone(session: Session, prompt: Sequence[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "rows"), [*product(MODELS, (3, 16)), ("llama", 1), ("gpt2, absolute positions", 1)], indirect=["folder"]
+    ("name", "rows"),
+    slow_but(
+        [("llama", 3), ("gemma3", 16), ("gpt2, absolute positions", 1)],
+        [*product(MODELS, (3, 16)), ("llama", 1), ("gpt2, absolute positions", 1)],
+    ),
 )
 def test_batches_say_what_generate_says_to_each_prompt(
-    session: Session, wanted: dict[bool, Ids], rows: int, monkeypatch: pytest.MonkeyPatch
+    prepare: Prepare, name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    session, wanted = prepare(name).session, prepare(name).wanted
     done: list[float] = []
     seen = limit_rows(16, monkeypatch)
     for base in (False, True):
@@ -151,13 +166,16 @@ def test_batches_say_what_generate_says_to_each_prompt(
     assert wanted[True] != wanted[False]
 
 
-def test_merged_says_what_the_adapter_says(session: Session, wanted: dict[bool, Ids]) -> None:
+@pytest.mark.parametrize("name", slow_but(QUICK, MODELS))
+def test_merged_says_what_the_adapter_says(prepare: Prepare, name: str) -> None:
+    session, wanted = prepare(name).session, prepare(name).wanted
     merged = replace(session, model=copy_merged(session.model))
     assert answer_ids(merged, PROMPTS, settings(16)) == wanted[False]
 
 
-@pytest.mark.parametrize(("folder", "rows"), list(zip(MODELS, cycle((3, 16)))), indirect=["folder"])
-def test_rows_stop_each_at_its_own_step(session: Session, wanted: dict[bool, Ids], rows: int) -> None:
+@pytest.mark.parametrize(("name", "rows"), [mark_slow(case) if case[0] not in QUICK else case for case in STOPPED])
+def test_rows_stop_each_at_its_own_step(prepare: Prepare, name: str, rows: int) -> None:
+    session, wanted = prepare(name).session, prepare(name).wanted
     stops = frozenset(row[i % len(row)] for i, row in enumerate(wanted[False]) if i % 3 == 0)
     ends = [next((i for i, token in enumerate(row) if token in stops), len(row)) for row in wanted[False]]
     said = answer_ids(replace(session, stop_ids=stops), PROMPTS, settings(rows))
@@ -165,9 +183,12 @@ def test_rows_stop_each_at_its_own_step(session: Session, wanted: dict[bool, Ids
     assert len(set(ends)) > 4
 
 
-def test_in_bf16_answers_differ_at_ties_alone(folder: Path, record_property: pytest.RecordProperty) -> None:
+@pytest.mark.parametrize("name", slow_but(["llama"], MODELS))
+def test_in_bf16_answers_differ_at_ties_alone(
+    prepare: Prepare, name: str, record_property: pytest.RecordProperty
+) -> None:
     """The first token that differs has, in the model's own words, a logit as high as rounding can tell."""
-    session = opened(folder, "bf16")
+    session = opened(prepare(name).folder, "bf16")
     ties = 0
     for prompt, said in zip(PROMPTS, answer_ids(session, PROMPTS, settings(16)), strict=True):
         expected, logits = generated(session, prompt)
@@ -192,7 +213,7 @@ def trained(finished_run: RunFolder) -> Session:
     return open_run(finished_run)
 
 
-@pytest.mark.parametrize("who", ["base", "adapter", "merged"])
+@pytest.mark.parametrize("who", slow_but(["adapter"], ["base", "adapter", "merged"]))
 def test_a_trained_run_says_what_generate_says(trained: Session, who: str) -> None:
     """Real prompts, the run's own end tokens: rows stop early, each at its own step."""
     asked = [f"What is {i} plus {i % 4}?" + " Mia gave Tom 2 red apples." * (i % 5) for i in range(16)]
@@ -207,7 +228,11 @@ def test_a_trained_run_says_what_generate_says(trained: Session, who: str) -> No
 
 
 @pytest.mark.parametrize(
-    "asked", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}, {"min_length": 11}], ids=str
+    "asked",
+    slow_but(
+        [{"no_repeat_ngram_size": 1}], [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}, {"min_length": 11}]
+    ),
+    ids=str,
 )
 def test_what_a_generation_config_asks_does_not_see_the_padding(tmp_path: Path, asked: dict[str, Any]) -> None:
     """The padding's token is made one that the model likes to say, so that it shows where padding counts as text."""

@@ -58,6 +58,25 @@ def sent_run(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
+def lens_run(few_rows: dict[str, list[str]], make_once: Callable[..., Path]) -> RunFolder:
+    """A short run with its lens and its report, sent nowhere; for reading alone."""
+    from training_lens import TrainingConfig, TrainingWrapper
+
+    def make(folder: Path) -> None:
+        values = {
+            "data": {"max_examples": 48, **few_rows},
+            "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3, "logging_steps": 2},
+            "peft": {"r": 4},
+            "tracking": {"tensorboard": False, "samples": 0, "histograms_every": None},
+            "output": {"base_output_dir": str(folder)},
+        }
+        TrainingWrapper(TrainingConfig.model_validate(values)).train()
+
+    (root,) = make_once("lens_run", make).glob("experiments/default/runs/*")
+    return RunFolder(root)
+
+
+@pytest.fixture(scope="session")
 def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database of MLflow without runs, which takes a second to make."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -70,10 +89,10 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def unsent_run(sent_run: RunFolder, empty_mlflow: Path, tmp_path: Path) -> RunFolder:
-    """The same run elsewhere, with samples and histograms, sent nowhere yet."""
-    place = tmp_path / "outputs" / "experiments" / "again" / "runs" / sent_run.run_id
-    shutil.copytree(sent_run.root, place, ignore=shutil.ignore_patterns("tracking"))
+def unsent_run(lens_run: RunFolder, empty_mlflow: Path, tmp_path: Path) -> RunFolder:
+    """A copy of it, with samples and histograms, sent nowhere yet."""
+    place = tmp_path / "outputs" / "experiments" / "again" / "runs" / lens_run.run_id
+    shutil.copytree(lens_run.root, place)
     shutil.copyfile(empty_mlflow, tmp_path / "outputs" / "mlflow.db")
     run = RunFolder(place)
     for path, lines in ((run.samples_file, SAMPLES), (run.histograms_file, HISTOGRAMS)):

@@ -79,10 +79,15 @@ def test_a_run_is_there_while_it_trains_and_whole_at_its_end(
     assert [state.status for state in read_delivery_states(sent_run, ON)] == ["delivered"]
 
 
+@pytest.mark.slow
 def test_nothing_is_told_of_the_user_or_their_repository(
     sent_run: RunFolder, client_of: Callable[[RunFolder], Any]
 ) -> None:
-    shown = only_run(client_of(sent_run))
+    """By the courier, which is a process of its own."""
+    require_nothing_of_the_user(only_run(client_of(sent_run)))
+
+
+def require_nothing_of_the_user(shown: Any) -> None:
     assert not {"mlflow.user", "mlflow.source.name", "mlflow.source.git.commit"} & set(shown.data.tags)
     assert shown.info.user_id in ("", "unknown")
 
@@ -96,6 +101,7 @@ def test_a_run_that_is_sent_twice_is_shown_once(
     assert [state.status for state in send_run(unsent_run, ON)] == ["delivered"]
     client = client_of(unsent_run)
     shown = only_run(client)
+    require_nothing_of_the_user(shown)
     assert history(client, shown) == due(unsent_run)
     samples = table(client, shown, "samples.json")
     assert list(samples["generated"]) == [line["samples"][0]["generated"] for line in SAMPLES]
@@ -221,6 +227,7 @@ def test_a_password_in_the_address_is_kept_nowhere(unsent_run: RunFolder, monkey
     assert len(files) > 5 and not [path for path in files if b"planted-secret" in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_damaged_adapter_is_sent_to_no_tracker(unsent_run: RunFolder, client_of: Callable[[RunFolder], Any]) -> None:
     weights = unsent_run.adapter / "adapter_model.safetensors"
     content = weights.read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from training_lens.runs.run_folder import RunFolder
 from .conftest import BINS, SAMPLES, due  # type: ignore[import-not-found]
 
 
-@pytest.fixture(scope="module")
-def folder(sent_run: RunFolder) -> Iterator[Path]:
-    """The one trackio folder of this process: trackio reads its place once, when it is imported."""
+@contextmanager
+def trackio_at(place: Path) -> Iterator[Path]:
+    """Within the block trackio is imported anew: it reads its place once, when it is imported."""
 
     def forget() -> None:
         for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
@@ -26,10 +27,15 @@ def folder(sent_run: RunFolder) -> Iterator[Path]:
 
     forget()
     with pytest.MonkeyPatch.context() as patch:
-        place = sent_run.root.parents[3] / "trackio"
         patch.setenv("TRACKIO_DIR", str(place))
         yield place
     forget()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with trackio_at(tmp_path_factory.mktemp("trackio")) as place:
+        yield place
 
 
 @pytest.fixture
@@ -58,13 +64,24 @@ def shown(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def test_a_run_is_there_at_its_end(sent_run: RunFolder, folder: Path) -> None:
+@pytest.mark.slow
+def test_the_courier_sends_a_run_by_its_end(sent_run: RunFolder) -> None:
+    with trackio_at(sent_run.root.parents[3] / "trackio"):
+        check_run(sent_run, "default")
+
+
+def test_a_run_is_there_at_its_end(unsent_run: RunFolder, sending: dict[str, Any]) -> None:
+    send_run(unsent_run, sending)
+    check_run(unsent_run, sending["tracking"]["trackio"]["project"])
+
+
+def check_run(run: RunFolder, project: str) -> None:
     from trackio import Api
 
-    assert shown(logs("default")) == due(sent_run)
-    (run,) = Api().runs("default")
-    assert run.name == sent_run.run_id and run.config["peft.r"] == 4
-    last = logs("default")[-1]
+    assert shown(logs(project)) == due(run)
+    (found,) = Api().runs(project)
+    assert found.name == run.run_id and found.config["peft.r"] == 4
+    last = logs(project)[-1]
     assert last["whole_run/steps"] == 6 and "- status: finished" in last["summary"]["_value"]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_cases import slow_but
 
 from training_lens import TrainingWrapper
 from training_lens.config.compose import validate_values
@@ -53,9 +54,9 @@ def config(folder: Path, rows: dict[str, list[str]], lens: bool = True, **sent: 
 
 
 @pytest.fixture(scope="module")
-def trained(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def trained(lens_run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A finished run that was sent nowhere, with samples and histograms in its journals."""
-    run = RunFolder(Path(TrainingWrapper(config(tmp_path_factory.mktemp("outputs"), few_rows)).train().run_dir))
+    run = RunFolder(Path(shutil.copytree(lens_run.root, tmp_path_factory.mktemp("outputs") / lens_run.run_id)))
     samples = [{"step": step, "base": step == 0, "samples": [SAMPLE]} for step in (0, 6)]
     run.samples_file.write_text("".join(json.dumps(line) + "\n" for line in samples))
     kinds = {kind: {"model.layers.0.q_proj.A": HISTOGRAM} for kind in ("weights", "gradients")}
@@ -289,6 +290,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_found_and_what_it_did_not_take_is_sent_elsewhere(
     run: RunFolder, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +353,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
         server.server_close()
 
 
-@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("status", slow_but([403], [401, 403]))
 def test_a_refused_key_is_not_tried_again(run: RunFolder, answers: Callable[[int], None], status: int) -> None:
     answers(status)
     (state,) = send_run(run, to("online"))
@@ -371,6 +373,7 @@ def test_a_server_that_fails_is_given_up_in_time(
     assert not caught.value.lasting and tracker.outstanding() == "11 lines of its journals, its end"
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_asked_again(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training_lens.integrations.wandb.INIT_SECONDS", 1.0)
     monkeypatch.setattr("training_lens.integrations.delivery.TRIES_AT_THE_END", 2)
@@ -380,6 +383,7 @@ def test_a_server_that_is_not_there_is_asked_again(run: RunFolder, monkeypatch: 
     assert (state.status, state.failures) == ("left", 2) and "connection refused" in state.error
 
 
+@pytest.mark.slow
 def test_trials_of_a_sweep_are_one_group(run: RunFolder, tmp_path: Path) -> None:
     settings = RunRecord(run).settings
     trial = RunFolder(Path(shutil.copytree(run.root, tmp_path / "trial-0003-5f3a")))

@@ -82,6 +82,7 @@ def test_new_rows_are_the_mean_and_old_ones_stay(grown: Path) -> None:
     assert resize_embeddings(model, 5) is model and len(model.get_input_embeddings().weight) == len(weight)
 
 
+@pytest.mark.usefixtures("forked_python")
 @pytest.mark.parametrize("grown", [pytest.param(False, id="apart", marks=pytest.mark.slow), True], indirect=True)
 def test_new_rows_are_trained_saved_loaded_by_plain_peft_and_merged(grown: Path, tmp_path: Path) -> None:
     from peft import PeftModel

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import save_tiny_model
 from typer.testing import CliRunner
 
 from training_lens import TrainingWrapper
@@ -22,12 +21,13 @@ from training_lens.training.counterfactuals import RunTests
 
 
 @pytest.fixture(scope="module")
-def train(small_config_in: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
+def train(
+    small_config_in: Callable[..., Any], tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., RunFolder]:
     """Trains a model so small that a step takes milliseconds: 12 steps of 8 rows an epoch."""
-    model = save_tiny_model(tmp_path_factory.mktemp("model"), vocab_size=1024, initializer_range=0.3)
 
     def run(**sections: dict[str, Any]) -> RunFolder:
-        sections = {"model": {"id": str(model)}, "data": {"max_examples": 96}, **sections}
+        sections = {"model": {"id": str(tiny_base)}, "data": {"max_examples": 96}, **sections}
         config = small_config_in(tmp_path_factory.mktemp("outputs"), lens={}, **sections)
         return RunFolder(Path(TrainingWrapper(config).train().run_dir))
 
@@ -77,6 +77,7 @@ def test_the_unchanged_run_of_a_test_is_the_run_itself(slow_rate: RunFolder) -> 
         assert loss == slow_rate.read_metadata("summary.json")["validation_loss"]
 
 
+@pytest.mark.slow
 def test_modules_too_few_for_the_task_are_found(train: Callable[..., RunFolder]) -> None:
     few = {"data": {"max_examples": 48}, "peft": {"r": 1, "target_modules": ["o_proj"]}}
     run = train(model={"id": "embedded"}, **few)
@@ -87,12 +88,14 @@ def test_modules_too_few_for_the_task_are_found(train: Callable[..., RunFolder])
     assert list(RunTests(run).plan("rank").changes) == ["doubled"]  # there is no half of 1
 
 
+@pytest.mark.slow
 def test_one_more_epoch_starts_from_the_adapter_of_the_run(slow_rate: RunFolder) -> None:
     found = ask(slow_rate, "epoch")
     assert found.loss == pytest.approx(slow_rate.read_metadata("summary.json")["validation_loss"], rel=1e-6)
     assert find(slow_rate, "converged").title == "One more epoch lowers the loss"
 
 
+@pytest.mark.slow
 def test_the_command_says_the_cost_and_the_decided_finding(train: Callable[..., RunFolder]) -> None:
     run = train(training={"epochs": 1}, peft={"target_modules": ["o_proj"]})
     result = CliRunner().invoke(cli, ["analyze", str(run.root), "--test", "--test-steps", "6", "--json"])
@@ -111,6 +114,7 @@ def test_a_plan_says_what_it_costs(slow_rate: RunFolder) -> None:
     assert short.tokens == pytest.approx(whole.tokens * 5 / 24, rel=0.01) and 0 < short.seconds < whole.seconds
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_repeat_is_not_tested(own_run: RunFolder) -> None:
     lines = [json.loads(line) for line in own_run.metrics_file.read_text().splitlines()]
     for line in lines:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import save_tiny_model
 
 from training_lens import TrainingWrapper
 from training_lens.analysis.explanations.row_evidence_report import (
@@ -41,13 +40,14 @@ Build = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def train(small_config_in: Build, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
+def train(
+    small_config_in: Build, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., RunFolder]:
     """Trains a model whose steps take milliseconds for 20 steps of 8 rows, with dropout, twice over 80 rows."""
-    model = save_tiny_model(tmp_path_factory.mktemp("model"), vocab_size=1024, initializer_range=0.3)
 
     def run(**sections: dict[str, Any]) -> RunFolder:
         base: dict[str, Any] = {
-            "model": {"id": str(model)},
+            "model": {"id": str(tiny_base)},
             "data": {"max_examples": 80, "validation": []},
             "peft": {"lora_dropout": 0.1},
             "training": {"epochs": 2, "lr": 1e-2},
@@ -104,6 +104,7 @@ def test_an_adapter_that_does_not_come_out_again_is_refused(run: RunFolder, tmp_
         replay.measure(replay.training_rows.select(np.array([0])), [], 18)
 
 
+@pytest.mark.slow
 def test_without_states_a_replay_begins_at_the_start(run: RunFolder, tmp_path: Path) -> None:
     bare = RunFolder(Path(shutil.copytree(run.root, tmp_path / "experiments/default/runs" / run.run_id)))
     shutil.rmtree(bare.states)
@@ -117,6 +118,7 @@ def test_without_states_a_replay_begins_at_the_start(run: RunFolder, tmp_path: P
         replay.find_rows(["nothing.jsonl:1"])
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused(small_config_in: Build, write_rows: Callable[..., Path], tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(8)]
     file = write_rows(rows)
@@ -127,6 +129,7 @@ def test_changed_data_is_refused(small_config_in: Build, write_rows: Callable[..
         RowReplay(run)
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_row_is_made_by_that_row(replay: RowReplay) -> None:
     """The query is a row that was trained on: it ranks first, and without it, it is less likely."""
     positions = np.array([11, 40])
@@ -169,12 +172,29 @@ def test_adams_direction_is_the_update_that_the_optimizer_makes(replay: RowRepla
     torch.testing.assert_close(before - after, 1e-3 * direction(gradient), rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_ranking_needs_two_moments(train: Callable[..., RunFolder]) -> None:
     replay = RowReplay(train(training={"optimizer": "adafactor", "max_steps": 3}))
     with pytest.raises(ConfigurationError, match=r"trained with training.optimizer=adafactor"):
         rank_rows(replay, replay.training_rows.select(np.array([0])))
 
 
+def test_the_rows_of_an_answer_are_ranked_and_shown_as_text(replay: RowReplay, tmp_path: Path) -> None:
+    found = explain_answer_rows(replay, replay.training_rows[17], RowQuestions(shown=4))
+    first = found.ranking[0]
+    assert len(found.ranking) == 4
+    assert first.id == replay.training_rows.example_id(17) and first.first_step == replay.first_uses()[17]
+    values = found.as_json()
+    assert json.loads(json.dumps(values)) == values and values["verification"] is None
+    assert "not measured: this is a ranking" in describe_row_check(found)
+    hostile = replace(first, prompt="<script>alert(1)</script>", answer="<img src=x onerror=alert(2)>")
+    page = tmp_path / "page.html"
+    write_page(page, "rows", build_row_parts(replace(found, ranking=(hostile,))))
+    text = page.read_text()
+    assert "<script>alert(1)" not in text and "<img src=x" not in text and "&lt;img src=x" in text
+
+
+@pytest.mark.slow
 def test_the_rows_of_an_answer_are_ranked_measured_and_shown_as_text(replay: RowReplay, tmp_path: Path) -> None:
     answer, questions = replay.training_rows[17], RowQuestions(shown=4, verify=2, subsets=16)
     ranking, replays = describe_row_costs(replay, questions)

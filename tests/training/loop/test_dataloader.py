@@ -72,11 +72,11 @@ def test_batches_of_an_old_budget_are_dropped(dataset: TokenDataset) -> None:
         assert sum(len(batch.lengths) for batch in batches) == len(plan.examples)
 
 
-def test_a_run_with_prefetching_is_bit_for_bit_the_same(small_config: Config, tmp_path: Path) -> None:
+def test_a_run_with_prefetching_is_bit_for_bit_the_same(small_config: Config, tiny_base: Path, tmp_path: Path) -> None:
     """With a step that runs out of memory on the way, behind which another was cut already."""
 
     def trained(prefetches: bool) -> tuple[list[torch.Tensor], Trainer]:
-        config = small_config(training={"max_steps": 4}, peft={"lora_dropout": 0.1})
+        config = small_config(model={"id": str(tiny_base)}, training={"max_steps": 4}, peft={"lora_dropout": 0.1})
         wrapper = TrainingWrapper(config)
         trainer = wrapper._build_trainer(RunFolder(tmp_path / str(prefetches)).create(), wrapper.plan())[0]
         trainer.dataloader.prefetches = prefetches
