@@ -81,6 +81,7 @@ def test_a_checkpoint_is_measured_on_the_same_rows(knob: Knob) -> None:
     assert replace(checkpoint, name="0.5", scale=0.5, step=None) == half
 
 
+@pytest.mark.slow
 def test_the_cost_is_said_before_and_is_what_is_made(run: Any, knob: Knob) -> None:
     lines: list[str] = []
     measure_knob(run, ROWS, FEW, KnobOptions((1.0,), checkpoints=False), announce=lines.append)
@@ -137,11 +138,13 @@ def test_a_scale_that_is_none_is_refused(scales: tuple[float, ...]) -> None:
         KnobOptions(scales).list_scales()
 
 
+@pytest.mark.slow
 def test_a_metric_that_there_is_not_is_refused_with_those_that_there_are(run: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"--metric nonsense: there are .*exact_match"):
         measure_knob(run, ROWS, FEW, KnobOptions((1.0,), "nonsense", checkpoints=False))
 
 
+@pytest.mark.slow
 def test_a_chosen_scale_answers_everywhere_and_is_taken_back(own_run: Any, caplog: pytest.LogCaptureFixture) -> None:
     trained = logits(open_run(own_run).model)
     half = merge_weights(open_run(own_run, precision="fp32").model, 0.5)
@@ -156,6 +159,7 @@ def test_a_chosen_scale_answers_everywhere_and_is_taken_back(own_run: Any, caplo
     assert own_run.adapter_scale == 1 and torch.equal(logits(open_run(own_run).model), trained)
 
 
+@pytest.mark.slow
 def test_a_merge_and_a_push_take_the_chosen_scale(own_run: Any, tmp_path: Path) -> None:
     from training_lens.config.compose import validate_values
     from training_lens.integrations.hub_files import PathShortener, build_adapter_files

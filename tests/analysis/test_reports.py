@@ -308,6 +308,7 @@ def test_a_kind_or_format_that_is_not_there_is_refused_with_those_that_are(
         StandardReports(_analysis(recording)).write(tmp_path, "brief", "pdf")
 
 
+@pytest.mark.slow
 def test_a_run_of_100000_steps_makes_a_page_that_opens(record: Record, tmp_path: Path) -> None:
     steps = np.arange(1, 100_001, 20)
     noise = np.random.default_rng(0).lognormal(size=(len(steps), 5))

@@ -125,6 +125,7 @@ class Onlooker(Callback):
             assert f"Run {self.run.run_id}: running" in self.run._repr_html_()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_read_while_it_does(small_config: Callable[..., Any]) -> None:
     config = small_config(data={"max_examples": 24}, lens={})
     onlooker = Onlooker(config.output.base_output_dir)

@@ -28,6 +28,7 @@ def test_a_rate_that_is_far_too_high_stops_the_trainer_once(tmp_path: Path) -> N
     assert "learning_rate" in raised[0]["action"] and "training.lr" not in raised[0]["action"]
 
 
+@pytest.mark.slow
 def test_findings_change_no_bit_of_a_sound_run_and_raise_nothing(tmp_path: Path) -> None:
     weights = []
     for name in ("with", "without"):

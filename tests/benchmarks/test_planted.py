@@ -28,9 +28,8 @@ def run_one(part: str, name: str, folder: Path, data_set: str = "gsm8k") -> dict
     return json.loads(json.dumps(asdict(run_trial(build_case(TrialKey(part, name, data_set, 0), folder)))))
 
 
-@pytest.mark.parametrize(
-    "name", ["adapter_half_frozen", *(pytest.param(n, marks=pytest.mark.slow) for n in ("leak_exact", "rate_high_100"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adapter_half_frozen", "leak_exact", "rate_high_100"])
 def test_a_planted_failure_is_found(name: str, shared: Path, tmp_path: Path) -> None:
     from planted_suite import KINDS  # type: ignore[import-not-found]
     from verdicts import judge_trial  # type: ignore[import-not-found]
@@ -39,6 +38,7 @@ def test_a_planted_failure_is_found(name: str, shared: Path, tmp_path: Path) -> 
     assert verdict.outcome in ("before", "during", "after"), verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gsm8k, 50 steps", "gsm8k, a loop by hand"])
 def test_a_healthy_run_raises_no_alarm(name: str, shared: Path, tmp_path: Path) -> None:
     from planted_suite import CONTROLS

@@ -73,6 +73,7 @@ def test_infer_streams_an_answer(beside: Call) -> None:
     assert answer["answer"] in " ".join(plain.stdout.split())
 
 
+@pytest.mark.slow
 def test_sampling_is_seeded(beside: Call) -> None:
     def sampled(seed: int) -> str:
         settings = ["inference.temperature=2", f"inference.seed={seed}", "inference.max_new_tokens=20"]
@@ -89,6 +90,7 @@ def test_infer_refuses_an_unknown_domain_and_says_which_there_are(beside: Call) 
     assert "choose one with --domain" in beside("infer", "Hi").stdout
 
 
+@pytest.mark.slow
 def test_compare_prints_scores_samples_and_json(trained: tuple[Path, dict[str, Any]], beside: Call) -> None:
     folder, summary = trained
     result = beside("compare", "evaluation.max_examples=9", "--json")
@@ -104,6 +106,7 @@ def test_compare_prints_scores_samples_and_json(trained: tuple[Path, dict[str, A
     assert "wrong domain" in result.stderr and "expected" in result.stderr
 
 
+@pytest.mark.slow
 def test_validate_shows_the_plan_and_trains_nothing(call: Call, few_rows: dict[str, list[str]], tmp_path: Path) -> None:
     result = call("validate", "+experiment=quick_test", *name_rows(few_rows), "--json")
     assert result.exit_code == 0, result.stderr

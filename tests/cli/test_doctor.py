@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from slow_cases import slow_but
 
 from training_lens.core.lens_manifest import read_manifest
 from training_lens.inference.session import open_run
@@ -47,6 +48,7 @@ def test_a_sound_run_is_sound_and_its_whole_base_too(call: Call, own_run: RunFol
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_captures_that_were_deleted_are_named_and_taken_as_lost(call: Call, own_run: RunFolder) -> None:
     segment, listing = next(own_run.lens.glob("loss/*.parquet")), own_run.lens / "files.json"
     segment.unlink()
@@ -60,7 +62,7 @@ def test_captures_that_were_deleted_are_named_and_taken_as_lost(call: Call, own_
     assert checked(call, str(own_run.root), "--repair")["ok"]
 
 
-@pytest.mark.parametrize("damage", [flip, Path.unlink])
+@pytest.mark.parametrize("damage", slow_but([flip], [flip, Path.unlink]))
 def test_what_can_be_made_anew_is_and_answers_as_before(call: Call, own_run: RunFolder, damage: Any) -> None:
     summary, lens = own_run.read_metadata("summary.json"), read_manifest(own_run.lens)
     files = {
@@ -95,6 +97,7 @@ def test_what_cannot_is_named_and_may_be_taken_as_it_is(call: Call, own_run: Run
     assert open_run(own_run).has_adapter
 
 
+@pytest.mark.slow
 def test_a_damaged_token_cache_is_made_anew(call: Call, finished_run: RunFolder, tmp_path: Path) -> None:
     base, name = finished_run.root.parents[3], finished_run.read_metadata("data.json")["fingerprint"][:32]
     run = Path(
@@ -108,7 +111,8 @@ def test_a_damaged_token_cache_is_made_anew(call: Call, finished_run: RunFolder,
     assert cached.read_bytes() == content
 
 
-@pytest.mark.parametrize("python", ["forked", pytest.param("fresh", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["forked", "fresh"])
 def test_a_resume_is_verified_on_this_machine(
     call: Call, few_rows: dict[str, list[str]], tmp_path: Path, python: str, request: pytest.FixtureRequest
 ) -> None:

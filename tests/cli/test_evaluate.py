@@ -42,6 +42,7 @@ def test_evaluate_judges_the_adapter_alone_and_writes_three_files(call: Call, ru
     assert base["base"]["loss"] > report["adapter"]["loss"]
 
 
+@pytest.mark.slow
 def test_evaluate_on_rows_of_the_users_choice(call: Call, run: Path, write_rows: Callable[..., Path]) -> None:
     others = write_rows(ROWS, "others.jsonl")
     report = printed(call("evaluate", "--run", str(run), f"data.validation={others}", *FAST, "--json"))
@@ -62,6 +63,7 @@ def test_baseline_is_the_base_on_the_rows_of_a_config(call: Call, write_rows: Ca
     assert report["rows"] == 4 and report["models"] == {"base": "embedded"}
 
 
+@pytest.mark.slow
 def test_compare_with_another_run_shows_the_table(call: Call, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "other")
     result = call("compare", "--run", str(run), "--against", str(tmp_path / "other"), *FAST)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from slow_cases import mark_slow
 from tiny_models import save_tiny_model
 
 from training_lens import TrainingWrapper
@@ -39,7 +40,7 @@ def test_modules_writes_its_reports_and_the_adapter_without_some(call: Call, run
     [
         (["--drop", "q_proj"], "--drop and --write go together"),
         (["--drop", "q_prj", "--write", "x"], "--drop q_prj: no adapted module is called so. Did you mean 'q_proj'"),
-        (["--drop", "3", "--write", "x"], "--drop 3: was not measured; give one of"),
+        mark_slow((["--drop", "3", "--write", "x"], "--drop 3: was not measured; give one of")),
         (["training.lr=1"], "explain measures with the run's own config"),
     ],
 )
@@ -77,6 +78,7 @@ def test_what_answer_cannot_use_is_refused(call: Call, run: Path, words: list[st
     assert result.exit_code == 2 and problem in result.stderr.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_the_rows_of_an_answer_join_its_report(call: Call, small_config: Callable[..., Any], tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", vocab_size=1024)
     config = small_config(model={"id": str(model)}, data={"max_examples": 24}, lens={"keep_states": 2})
@@ -92,6 +94,7 @@ def test_the_rows_of_an_answer_join_its_report(call: Call, small_config: Callabl
     assert refused.exit_code == 2 and "at least 16 random subsets" in refused.stderr.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_modules_of_an_adapter_without_a_run(call: Call, run: Path, few_rows: dict[str, list[str]]) -> None:
     """Any PEFT folder, where base and rows are given; without rows it says what is missing."""
     shutil.copytree(run / "artifacts/adapter", "foreign")
@@ -106,6 +109,7 @@ def test_modules_of_an_adapter_without_a_run(call: Call, run: Path, few_rows: di
     assert without_base.exit_code != 0 and "no/where" in without_base.stderr
 
 
+@pytest.mark.slow
 def test_an_answer_of_an_adapter_without_a_run_and_what_is_refused_there(call: Call, run: Path) -> None:
     shutil.copytree(run / "artifacts/adapter", "foreign")
     words = ["explain", "answer", "foreign", "Where = here?", "inference.max_new_tokens=4"]

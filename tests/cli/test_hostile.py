@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from planted import TRACKER, pickled, plant_model
+from slow_cases import mark_slow
 
 from training_lens.config.run_config import find_writer, read_run_config, require_consent
 from training_lens.errors import ConfigurationError
@@ -107,6 +108,7 @@ def test_a_run_from_elsewhere_is_not_gone_on_with(call: Call, hostile: RunFolder
     assert not mark.exists() and other.exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_run_from_elsewhere_says_not_where_its_cache_is_written(
     finished_run: RunFolder, tmp_path: Path, mark: Path
 ) -> None:
@@ -138,8 +140,8 @@ def test_nothing_is_written_through_a_link_in_a_run(
 @pytest.mark.parametrize(
     "name",
     [
-        "metadata/summary.json", "logs/metrics.jsonl", "artifacts/adapter/adapter_model.safetensors",
-        "lens/adapters/step-00000001.safetensors", "lens/loss/00000001-00000002.parquet",
+        "metadata/summary.json", "logs/metrics.jsonl", mark_slow("artifacts/adapter/adapter_model.safetensors"),
+        mark_slow("lens/adapters/step-00000001.safetensors"), mark_slow("lens/loss/00000001-00000002.parquet"),
     ],
 )  # fmt: skip
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(call: Call, own_run: RunFolder, name: str) -> None:

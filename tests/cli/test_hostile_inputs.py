@@ -129,6 +129,7 @@ def test_nothing_is_written_through_a_link_in_a_sweep(
     assert look_at(precious) == before
 
 
+@pytest.mark.slow
 def test_what_no_sweep_writes_into_its_study_is_refused(
     call: Call, own: list[str], precious: Path, tmp_path: Path
 ) -> None:
@@ -154,8 +155,9 @@ def test_what_no_sweep_writes_into_its_study_is_refused(
         assert look_at(precious) == before
 
 
+@pytest.mark.parametrize("commands", ["two", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_prepared_folder_from_elsewhere_runs_no_code_and_writes_nowhere_else(
-    call: Call, own: list[str], mark: Path, precious: Path, tmp_path: Path
+    call: Call, own: list[str], mark: Path, precious: Path, tmp_path: Path, commands: str
 ) -> None:
     call("prepare", own[0], "prepare.splits={train:0.8,validation:0.2}", "prepare.output=prepared")
     prepared = tmp_path / "prepared"
@@ -172,14 +174,15 @@ def test_a_prepared_folder_from_elsewhere_runs_no_code_and_writes_nowhere_else(
     before = look_at(precious)
     train, held_out = f"data.train={prepared}/train.jsonl", f"data.validation={prepared}/validation.jsonl"
     assert call("train", train, held_out, *SHORT).exit_code == 0
-    for words in (
+    calls = (
+        ["train", f"data.train={prepared}", *SHORT], ["prepare", own[0], "prepare.output=prepared", "--force"],
         ["validate", train, held_out], ["compare", held_out, "evaluation.controls=false", BRIEF],
         ["evaluate", held_out, BRIEF],
         ["infer", "--input", f"{prepared}/validation.jsonl", "--output", "answers.jsonl", "inference.max_new_tokens=4"],
-        ["prepare", train, "prepare.output=again"], ["train", f"data.train={prepared}", *SHORT],
+        ["prepare", train, "prepare.output=again"],
         ["sweep", train, held_out, *SHORT, "sweep.space.training.lr=[1e-3]", "sweep.trials=1"],
-        ["prepare", own[0], "prepare.output=prepared", "--force"],
-    ):  # fmt: skip
+    )  # fmt: skip
+    for words in calls if commands == "all" else calls[:2]:
         result = call(*words)
         # A folder is no file of rows; one that holds other files than the manifest's own is not replaced.
         expected = 1 if words[1] == f"data.train={prepared}" else 2 if "--force" in words else 0
@@ -188,6 +191,7 @@ def test_a_prepared_folder_from_elsewhere_runs_no_code_and_writes_nowhere_else(
     refuse_file(call, prepared / "best.yaml", mark, precious)
 
 
+@pytest.mark.slow
 def test_rows_that_differ_from_what_prepare_wrote_are_refused(call: Call, own: list[str], tmp_path: Path) -> None:
     call("prepare", own[0], "prepare.splits={train:0.8,validation:0.2}", "prepare.output=prepared")
     rows, manifest = tmp_path / "prepared/train.jsonl", tmp_path / "prepared/manifest.json"

@@ -59,6 +59,7 @@ def test_rank_writes_a_smaller_adapter_that_answers(call: Call, run: Path) -> No
     assert not Path("other").exists()
 
 
+@pytest.mark.slow
 def test_lr_writes_a_report_and_a_line_to_copy(call: Call, few_rows: dict[str, list[str]]) -> None:
     data = [f"data.train={few_rows['train'][0]}", "data.max_examples=24", "lens.enabled=false"]
     result = call("lr", *data, "--steps", "5", "--rates", "3e-4,1e-3,3e-3", "--seeds", "1", "--json")

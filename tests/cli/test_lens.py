@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
+from slow_cases import slow_but
 
 from training_lens.runs.run_folder import RunFolder, runs_folder
 
@@ -74,6 +75,7 @@ def test_analyze_explains_what_it_prints(call: Call, run: Path) -> None:
     assert "findings" in text
 
 
+@pytest.mark.slow
 def test_two_runs_are_looked_for_in_one_place(call: Call, run: Path) -> None:
     shutil.copytree(run, run.parent / "20260102T000000Z-bbbb")
     shutil.move("outputs", "elsewhere")
@@ -105,13 +107,16 @@ def test_tests_are_of_runs_of_ours_and_say_what_they_take(call: Call, run: Path,
     assert "'rates' is none of" in refused(call("analyze", str(run), "--test=rates"), 2)
 
 
-@pytest.mark.parametrize(("format", "suffix"), [("html", "html"), ("md", "md"), ("json", "json")])
+@pytest.mark.parametrize(
+    ("format", "suffix"), slow_but([("md", "md")], [("html", "html"), ("md", "md"), ("json", "json")])
+)
 def test_report_writes_one_file(call: Call, run: Path, format: str, suffix: str) -> None:
     told = printed(call("report", str(run), "--kind", "executive", "--format", format, "--json"))
     report = Path(told["report"])
     assert report.parent == run / "reports" and report.suffix == f".{suffix}" and run.name in report.read_text()
 
 
+@pytest.mark.slow
 def test_report_of_two_runs_goes_where_it_is_told(call: Call, run: Path) -> None:
     told = printed(call("report", str(run), "--against", run.name, "--format", "md", "--output", "there", "--json"))
     assert Path(told["report"]).parent == Path("there") and Path(told["report"]).is_file()

@@ -69,6 +69,7 @@ def hang_up(folder: Path, rows: dict[str, list[str]]) -> BaseProcess:
     return process
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_without_anybody_to_tell(tmp_path: Path, few_rows: dict[str, list[str]]) -> None:
     started = {way.__name__: way(tmp_path / way.__name__, few_rows) for way in (leave, hang_up)}
     for name, process in started.items():

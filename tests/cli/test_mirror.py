@@ -56,6 +56,7 @@ def test_an_adapter_of_a_mirror_answers(call: Call, place: str) -> None:
     assert "/cache/runs/default/" in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_of_a_mirror_is_pushed(call: Call, place: str, hub: Hub) -> None:
     result = call("push", place, "me/tiny", "--dry-run", "--json")
     assert result.exit_code == 0, result.stderr

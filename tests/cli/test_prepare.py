@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from forked import fork_command  # type: ignore[import-not-found]
+from slow_cases import slow_but
 
 from training_lens import embedded
 from training_lens.data.file_readers import read_file_rows
@@ -198,6 +199,7 @@ def test_what_json_cannot_hold_beside_what_is_learned_becomes_null_and_is_said(c
     assert "NaN" not in (tmp_path / "outputs/data/default/train.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_parquet_of_named_fields_trains_from_the_cache_too(call: Call, tmp_path: Path) -> None:
     rows = [{"a": row["question"], "b": row["answer"], "topic": "xy"[i % 2]} for i, row in enumerate(ROWS)]
     write(tmp_path, rows, "my rows.jsonl")
@@ -255,7 +257,7 @@ def test_other_histories_systems_tools_and_masks_are_no_duplicates(call: Call, t
     assert [item["row"] for item in report["duplicates_exact"]["listed"]] == ["rows.jsonl:7"]
 
 
-@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+@pytest.mark.parametrize("file_format", slow_but(["parquet"], ["jsonl", "parquet"]))
 def test_what_tables_and_parquet_hold_trains_as_before(file_format: str, call: Call, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -406,6 +408,7 @@ def test_a_kill_in_the_middle_leaves_no_result_and_the_next_time_works(call: Cal
     assert (tmp_path / "outputs/data/default/manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_two_given_splits_keep_validation_and_lose_the_training_rows_that_it_repeats(
     call: Call, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ Call = Callable[..., Result]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's, of its client
 
 
+@pytest.mark.slow
 def test_what_a_dry_run_lists_is_what_a_push_sends(call: Call, hub: Hub, own_run: RunFolder) -> None:
     listed = json.loads(call("push", str(own_run.root), "me/tiny", "--dry-run", "--json").stdout)
     assert not listed["sent"] and listed["compared"] and not hub.requests("^(POST|PUT)")
@@ -38,7 +39,8 @@ def test_options_say_where_and_what(call: Call, hub: Hub, own_run: RunFolder) ->
     assert any(path.startswith("training_lens_checkpoints/") for path in hub.files("me/open", "trial"))
 
 
-@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dry", [pytest.param((), marks=pytest.mark.slow), ("--dry-run",)])
 def test_a_repository_that_others_see_is_told(call: Call, hub: Hub, own_run: RunFolder, dry: tuple[str, ...]) -> None:
     call("push", str(own_run.root), "me/open", "--public")
     (own_run.reports / "lens.html").write_text("new")

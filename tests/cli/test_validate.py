@@ -65,6 +65,7 @@ def test_json_has_the_same_and_train_agrees(folder: Path) -> None:
     assert [f for f in kept if f["code"] != "base_model"] == report["findings"]
 
 
+@pytest.mark.slow
 def test_several_validation_files_are_reported_each(folder: Path) -> None:
     (folder / "more.jsonl").write_text(json.dumps({"question": "Who?", "answer": "Tom.", "domain": "a"}) + "\n")
     settings = ["data.train=train.jsonl", "data.validation=[held.jsonl,more.jsonl]", "training.max_steps=2"]
@@ -78,6 +79,7 @@ def test_several_validation_files_are_reported_each(folder: Path) -> None:
         assert min(v["by_file"].values()) <= v["loss"] <= max(v["by_file"].values())
 
 
+@pytest.mark.slow
 def test_weights_of_sources_decide_the_steps(folder: Path) -> None:
     settings = ["data.train=[train.jsonl,held.jsonl]", "data.weights=[0.5,4]", "training.batch_size=8", "--json"]
     report = json.loads(CliRunner().invoke(cli, ["validate", *settings]).stdout)

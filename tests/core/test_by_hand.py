@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from slow_cases import slow_but
 
 from training_lens.config.lens_section import LensSection
 from training_lens.config.schema import TrainingConfig
@@ -77,7 +78,7 @@ def test_closure_gradients_are_captured_before_the_update(model: Any, optimizer:
     assert LensStore(tmp_path / "lens").series("adapter_gradients", "self_check").values.max() <= 1e-5
 
 
-@pytest.mark.parametrize("first", ["loss", "update"])
+@pytest.mark.parametrize("first", slow_but(["loss"], ["loss", "update"]))
 def test_a_step_that_the_scaler_skips_does_not_shift_losses(
     model: Any, optimizer: Any, tmp_path: Path, first: str
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_loss_for_each_micro_batch_is_warned_about(
     assert LensStore(tmp_path / "lens").series("loss", "loss").steps.tolist() == [1, 2]
 
 
+@pytest.mark.slow
 def test_without_losses_everything_else_is_captured(model: Any, optimizer: Any, tmp_path: Path) -> None:
     lens = Lens(tmp_path / "lens", LensSection(probe_every=2), probe={"input_ids": ids(0)})
     with lens.watch(model, optimizer):
@@ -125,6 +127,7 @@ def test_without_losses_everything_else_is_captured(model: Any, optimizer: Any, 
     assert "loss" not in store.tables()
 
 
+@pytest.mark.slow
 def test_weights_changed_between_steps_belong_to_the_next_gradients(model: Any, optimizer: Any, tmp_path: Path) -> None:
     lens = Lens(tmp_path / "lens")
     with lens.watch(model, optimizer):
@@ -171,6 +174,7 @@ def test_an_exception_in_the_block_keeps_captures_and_removes_hooks(model: Any, 
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_replaces_the_first_with_a_warning(
     model: Any, optimizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -186,6 +190,7 @@ def test_a_second_run_in_a_folder_replaces_the_first_with_a_warning(
     assert "are replaced" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_failing_batch_ends_the_capture_and_not_the_run(
     model: Any, optimizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -199,7 +204,7 @@ def test_a_failing_batch_ends_the_capture_and_not_the_run(
     assert LensStore(tmp_path / "lens").series("loss", "loss").steps.tolist() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("keep", slow_but([False], [True, False]))
 def test_probe_tokens_are_saved_only_with_keep_probe(
     model: Any, optimizer: Any, tmp_path: Path, keep: bool, loaded: Callable[[Path], dict[str, torch.Tensor]]
 ) -> None:

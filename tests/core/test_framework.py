@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from slow_cases import mark_slow
 
 from training_lens.config.lens_section import LensSection
 from training_lens.config.schema import TrainingConfig
@@ -179,6 +180,7 @@ def test_every_loop_captures_the_same_gradients_steps_and_losses(own: OwnRun, wa
     assert check.max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_lens_changes_no_bit_of_the_adapter(small_config: Config) -> None:
     adapters = []
     for section in ({"enabled": False}, {"spectra_every": 1, "probe_every": 1, "snapshot_every": 1}):
@@ -190,6 +192,7 @@ def test_the_lens_changes_no_bit_of_the_adapter(small_config: Config) -> None:
     assert adapters[0] == adapters[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_captures(small_config: Config) -> None:
     from training_lens.errors import InterruptedRunError
     from training_lens.training.loop.callbacks import Callback
@@ -210,7 +213,9 @@ def test_a_resumed_run_continues_its_captures(small_config: Config) -> None:
     assert store.series("adapter_gradients", "self_check").values.max() <= 1e-5
 
 
-@pytest.mark.parametrize(("section", "steps"), [({}, [1, 2, 3, 4]), ({"scalars_every": 50}, [1, 4])], ids=str)
+@pytest.mark.parametrize(
+    ("section", "steps"), [mark_slow(({}, [1, 2, 3, 4])), ({"scalars_every": 50}, [1, 4])], ids=str
+)
 def test_a_failed_run_keeps_the_captures_of_its_last_step(
     section: dict[str, Any], steps: list[int], small_config: Config
 ) -> None:
@@ -261,6 +266,7 @@ def test_a_failing_collector_is_switched_off_and_the_rest_continue(
     assert "switches off broken after step 2" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_capture_and_not_the_run(
     small_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -367,6 +367,7 @@ def test_missing_files_stay_known_after_a_resume(folder: Path, after_step: int) 
     assert set(LensStore(folder).damaged) == lost
 
 
+@pytest.mark.slow
 def test_merged_thinned_and_dropped_files_do_not_count_as_missing(folder: Path) -> None:
     many = writer(folder)
     for step in range(1, 2 * MAX_SEGMENTS):
@@ -472,6 +473,7 @@ def test_one_flush_over_the_limit_is_thinned_too(folder: Path) -> None:
     assert LensStore(folder).series("weights", "norm").steps.tolist() == [1, *range(4, 601, 4)]
 
 
+@pytest.mark.slow
 def test_thinning_continues_after_a_resume(folder: Path) -> None:
     wide_run(folder, steps=400, megabytes=1, every=7)
     stride = SegmentedTable(folder / "weights", 400).stride
@@ -488,6 +490,7 @@ def test_thinning_continues_after_a_resume(folder: Path) -> None:
     assert SegmentedTable(folder / "weights", 900).stride >= stride
 
 
+@pytest.mark.slow
 def test_many_small_segments_are_merged_and_lose_nothing(folder: Path) -> None:
     captured_run(folder, range(1, 3 * MAX_SEGMENTS), every=1)
     for table in ("weights", "loss"):
@@ -677,6 +680,7 @@ def test_a_long_series_is_read_in_well_under_a_second(folder: Path) -> None:
     assert extract_vectors(arrow_table([(1, Captured(vectors={"s": [torch.ones(2)]}))]), "s")[0].tolist() == [1]
 
 
+@pytest.mark.slow
 def test_captures_of_a_running_process_are_those_of_the_store_after_a_flush(folder: Path) -> None:
     """Also with measures that come later, segments that are merged, and tables without a row on disk."""
     one = writer(folder)

@@ -65,6 +65,7 @@ def test_evaluation_before_training_is_ignored(lens: TrainingLensFramework, tmp_
     assert store.manifest.settings["steps_per_epoch"] == STEPS
 
 
+@pytest.mark.slow
 def test_the_last_snapshot_is_of_the_last_step_not_of_the_best_model(tmp_path: Path) -> None:
     lens = TrainingLensFramework(tmp_path / "lens", LensSection(snapshot_every=2))
     every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -80,6 +81,7 @@ def test_the_last_snapshot_is_of_the_last_step_not_of_the_best_model(tmp_path: P
         assert float(last[f"{name}.b"].norm()) == pytest.approx(norms.column(name)[2], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_trainers_own_loss_is_left_out_with_a_warning(
     lens: TrainingLensFramework, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -90,6 +92,7 @@ def test_a_trainers_own_loss_is_left_out_with_a_warning(
     assert "saw no training loss" in caplog.text
 
 
+@pytest.mark.slow
 def test_after_a_failed_training_nothing_is_captured_twice(lens: TrainingLensFramework, tmp_path: Path) -> None:
     from transformers import TrainerCallback
 

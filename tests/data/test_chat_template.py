@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from jinja2 import TemplateError
+from slow_cases import slow_but
 from trl_templates import TEMPLATES, add_special_tokens
 
 from training_lens.data.chat_template import ChatTemplate, special_token_names
@@ -41,13 +42,14 @@ CALLING = [
 ]
 
 
+QUICK = list(TEMPLATES)[::3]
 # Of a template that trl also has with generation marks, the original alone where these do not matter.
 ORIGINALS = pytest.mark.parametrize(
-    "tokenizer", [name for name in TEMPLATES if not name.endswith("_training")], indirect=True
+    "tokenizer", slow_but(QUICK, [name for name in TEMPLATES if not name.endswith("_training")]), indirect=True
 )
 
 
-@pytest.fixture(params=list(TEMPLATES), scope="module")
+@pytest.fixture(params=slow_but(QUICK, TEMPLATES), scope="module")
 def tokenizer(request: pytest.FixtureRequest, embedded_tokenizer: Any) -> Any:
     tokenizer = copy.deepcopy(embedded_tokenizer)
     tokenizer.chat_template = TEMPLATES[request.param]
@@ -160,7 +162,7 @@ THOUGHTS = [Message("user", "What?"), Message("assistant", "<think>\nhmm\n</thin
 THINKERS = [name for name, source in TEMPLATES.items() if "</think>" in source]
 
 
-@pytest.mark.parametrize("tokenizer", THINKERS, indirect=True)
+@pytest.mark.parametrize("tokenizer", slow_but(THINKERS[::3], THINKERS), indirect=True)
 def test_thoughts_are_learned_behind_the_generation_prompt_or_refused(tokenizer: Any) -> None:
     template = ChatTemplate(tokenizer, thinking=True)
     asked = "".join(s.text for s in template.render_prompt(THOUGHTS[:1], ()))
@@ -176,7 +178,7 @@ def test_thoughts_are_learned_behind_the_generation_prompt_or_refused(tokenizer:
     assert "hmm" in learned and "yes" in learned
 
 
-@pytest.mark.parametrize("tokenizer", THINKERS, indirect=True)
+@pytest.mark.parametrize("tokenizer", slow_but(THINKERS[::3], THINKERS), indirect=True)
 def test_without_thinking_thoughts_are_shown_as_they_are_or_refused(tokenizer: Any, template: ChatTemplate) -> None:
     try:
         segments = template.render_example(THOUGHTS, (), [1])

@@ -7,6 +7,7 @@ from datetime import date
 
 import pytest
 from jinja2.exceptions import TemplateError
+from slow_cases import mark_slow
 
 from training_lens.data import jinja_limits
 from training_lens.data.jinja import JinjaTemplate
@@ -25,7 +26,7 @@ def render(source: str) -> str:
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) %}{{ range(99999)|map('string')|map('upper')|list|length }}{% endfor %}",
+        mark_slow("{% for i in range(99999) %}{{ range(99999)|map('string')|map('upper')|list|length }}{% endfor %}"),
         "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
         "{% for i in [messages] recursive %}{{ loop([messages, messages]) }}{% endfor %}",
         "{% for i in range(99999) %}{% set x = 'a' * 1000000 == 'b' * 1000000 %}{% endfor %}",
@@ -69,8 +70,10 @@ def test_rendering_ends_in_time(source: str, monkeypatch: pytest.MonkeyPatch) ->
         "{{ '\\t'.expandtabs(9999999999) }}",
         "{{ messages|tojson(indent=9999999999) }}",
         "{{ range(9999999999)|list }}",
-        "{% macro m() %}{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}{% endmacro %}{{ m()|length }}",
-        "{% set x %}{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}{% endset %}{{ x|length }}",
+        mark_slow(
+            "{% macro m() %}{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}{% endmacro %}{{ m()|length }}"
+        ),
+        mark_slow("{% set x %}{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}{% endset %}{{ x|length }}"),
         "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
     ],
 )

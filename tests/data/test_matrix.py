@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from own_forms import ANSWERS, OWN_FORMS, QUESTIONS  # type: ignore[import-not-found]
 from pairwise import pairwise  # type: ignore[import-not-found]
+from slow_cases import slow_but
 from tiny_models import TINY_TOKENIZERS, build_tiny_tokenizer
 
 from training_lens import embedded
@@ -95,7 +96,11 @@ def test_own_rows_round_trip_and_prompts_are_the_same(
     check_with_template(form, template, tokenizer, examples, tmp_path)
 
 
-@pytest.mark.parametrize(("tokenizer", "form", "template"), choose_cases(*TOKENIZERS), indirect=["tokenizer"])
+@pytest.mark.parametrize(
+    ("tokenizer", "form", "template"),
+    slow_but(choose_cases(*TOKENIZERS)[::3], choose_cases(*TOKENIZERS)),
+    indirect=["tokenizer"],
+)
 def test_answers_round_trip_and_prompts_are_the_same(
     form: str, template: str, tokenizer: Any, rows: dict[str, list[Example]], tmp_path: Path
 ) -> None:

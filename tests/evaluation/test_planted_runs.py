@@ -136,6 +136,7 @@ def test_an_adapter_that_does_nothing_makes_no_difference(
     assert verdict.change == 0.0 and verdict.severity != "fine"
 
 
+@pytest.mark.slow
 def test_a_ruined_adapter_is_worse_and_loops_without_end(ruined: Session, held_out: list[Example]) -> None:
     verdict = evaluate(ruined, held_out[:10], ANSWERS)
     assert verdict.outcome == "worse" and verdict.severity == "problem"
@@ -148,12 +149,14 @@ def test_an_adapter_of_no_numbers_is_worse(by_hand: Callable[[float], Session], 
     assert broken.value.verdict.severity == "problem"
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_no_end_never_ends(good: Session, held_out: list[Example]) -> None:
     room = EvaluationSection(controls=False, resamples=50)
     verdict = evaluate(replace(good, stop_ids=frozenset()), held_out[:8], room)
     assert codes(verdict)["never_ends"] == "problem" and "8 of 8 answers of the adapter do not end" in verdict.sentence
 
 
+@pytest.mark.slow
 def test_answers_cut_by_the_users_limit_do_not_tell_whether_they_would_end(
     good: Session, held_out: list[Example]
 ) -> None:
@@ -161,6 +164,7 @@ def test_answers_cut_by_the_users_limit_do_not_tell_whether_they_would_end(
     assert "never_ends" not in codes(verdict) and codes(verdict)["cut_short"] == "note"
 
 
+@pytest.mark.slow
 def test_two_runs_are_called_by_their_names(good: Session, ruined: Session, held_out: list[Example]) -> None:
     result = ModelEvaluator(good, LOSSES).compare_with(ModelEvaluator(ruined, LOSSES), held_out[:12])
     assert result.verdict is not None and result.verdict.outcome == "better"
@@ -171,6 +175,7 @@ def test_two_runs_are_called_by_their_names(good: Session, ruined: Session, held
     assert again is not None and again.outcome == "worse"
 
 
+@pytest.mark.slow
 def test_a_base_that_is_right_already_and_a_domain_that_is_lost_are_said(
     good: Session, held_out: list[Example]
 ) -> None:

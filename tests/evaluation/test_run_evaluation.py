@@ -60,6 +60,7 @@ def result(finished_run: RunFolder, session: Session) -> EvaluationResult:
     return ModelEvaluator(session, settings).compare(validation_examples(finished_run, session, 12))
 
 
+@pytest.mark.slow
 def test_held_out_rows_are_those_that_training_left_out(split_run: tuple[RunFolder, Any]) -> None:
     run, summary = split_run
     session = open_run(run)
@@ -82,6 +83,7 @@ def test_a_baseline_is_the_base_loss_of_the_run_on_the_same_rows(split_run: tupl
     assert found["base"]["loss"] == pytest.approx(summary.base_validation_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_rows_can_be_evaluated_on_others(
     small_config: Callable[..., Any], write_rows: Callable[..., Path]
 ) -> None:

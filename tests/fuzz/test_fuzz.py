@@ -9,22 +9,24 @@ from fuzz_sandbox import BAD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_fuzz import make_world, run_cases
+from slow_cases import slow_but
 
 from training_lens.utils.limits import is_too_deep, load_bounded_json
 from training_lens.utils.nested import flatten_sections, nest_keys
 from training_lens.utils.secrets import redact_text, redact_values
 
-CASES = 38  # five of each subject, and one of each that runs a whole command
+CASES = (17, 38)  # two and five of each subject, and one of each that runs a whole command
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inside: st.lists(inside, max_size=4) | st.dictionaries(st.text(), inside, max_size=4),
 )
 
 
-def test_changed_inputs_give_a_result_or_a_clear_error(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("cases", slow_but(CASES[:1], CASES))
+def test_changed_inputs_give_a_result_or_a_clear_error(tmp_path_factory: pytest.TempPathFactory, cases: int) -> None:
     place = tmp_path_factory.mktemp("fuzz")
-    outcomes = list(run_cases(make_world(place / "world"), CASES, 0, place))
-    assert len(outcomes) == CASES
+    outcomes = list(run_cases(make_world(place / "world"), cases, 0, place))
+    assert len(outcomes) == cases
     bad = [(subject, seed, found.kind, found.told[-400:]) for subject, seed, found in outcomes if found.kind in BAD]
     assert bad == []
     assert {outcome.kind for _, _, outcome in outcomes} == {"result", "clear error"}

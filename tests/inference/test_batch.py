@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from slow_cases import mark_slow, slow_but
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.evaluation_sections import InferenceSection
@@ -61,7 +62,7 @@ def test_each_row_has_its_line_in_order(session: Session, write_rows: Callable[.
         )
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("settings", [mark_slow(SETTINGS), SAMPLED], ids=["greedy", "sampled"])
 def test_whatever_was_lost_is_written_again_byte_for_byte(
     session: Session, write_rows: Callable[..., Path], tmp_path: Path, settings: InferenceSection
 ) -> None:
@@ -142,7 +143,7 @@ def test_the_output_of_another_input_is_refused_and_left(
 
 
 @pytest.mark.parametrize("content", [b'{"accuracy": 0.5}', b"notes", b'{"row": 2', "é".encode()[:1]])
-@pytest.mark.parametrize("whole_lines", [0, 4, 10])
+@pytest.mark.parametrize("whole_lines", slow_but([4], [0, 4, 10]))
 def test_a_last_line_without_end_that_is_not_ours_is_kept(
     session: Session, write_rows: Callable[..., Path], tmp_path: Path, content: bytes, whole_lines: int
 ) -> None:
@@ -277,6 +278,7 @@ def test_unusable_outputs_are_refused_before_any_work(write_rows: Callable[..., 
             output_file(name, input_file(str(source)))
 
 
+@pytest.mark.slow
 def test_rows_have_the_domains_that_the_run_has(
     session: Session, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:

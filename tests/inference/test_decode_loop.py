@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from answer_ids import answer_ids
+from slow_cases import slow_but
 
 from training_lens import TrainingConfig
 from training_lens.config.evaluation_sections import InferenceSection
@@ -50,7 +51,7 @@ def read_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("rows", slow_but([3], [2, 3]))
 def test_finished_rows_make_room_and_columns_move(session: Session, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = random_prompts(30, 40)
     wanted = alone(session, prompts)

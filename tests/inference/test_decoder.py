@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from answer_ids import answer_ids
+from slow_cases import mark_slow
 
 from training_lens import TrainingConfig
 from training_lens.config.evaluation_sections import InferenceSection
@@ -66,7 +67,7 @@ def generated(session: Session, ids: list[int], **options: Any) -> list[int]:
     return [token for token in out if token not in session.stop_ids]
 
 
-@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("base", [False, mark_slow(True)])
 def test_the_model_is_the_same_to_the_bit_after_it_answered(base: bool) -> None:
     session = adapted("bf16")
     before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
@@ -79,7 +80,12 @@ def test_the_model_is_the_same_to_the_bit_after_it_answered(base: bool) -> None:
 
 @pytest.mark.parametrize(
     ("precision", "size", "is_trained"),
-    [("fp32", 0.1, False), ("fp32", 0.1, True), ("bf16", 0.5, False), ("bf16", 1e-4, True)],
+    [
+        mark_slow(("fp32", 0.1, False)),
+        mark_slow(("fp32", 0.1, True)),
+        mark_slow(("bf16", 0.5, False)),
+        ("bf16", 1e-4, True),
+    ],
     ids=["merged", "merged, in training", "merged in bfloat16", "unmerged, in training"],
 )
 def test_the_decoder_follows_the_adapter(precision: str, size: float, is_trained: bool) -> None:
@@ -110,6 +116,7 @@ def logits(decoder: Any, ids: list[int]) -> torch.Tensor:
     return subject._decode_probe(decoder, ids)
 
 
+@pytest.mark.slow
 def test_a_decoder_is_built_anew_where_more_than_the_adapter_changed() -> None:
     session = adapted()
     ids = prompt(session)
@@ -120,6 +127,7 @@ def test_a_decoder_is_built_anew_where_more_than_the_adapter_changed() -> None:
     assert session.decoders.get_decoder(session.model, False, ids) is not made
 
 
+@pytest.mark.slow
 def test_copies_of_weights_that_take_much_memory_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     session = adapted()
     ids = prompt(session)
@@ -187,6 +195,7 @@ def test_an_adapter_is_merged_where_that_loses_nothing_of_it() -> None:
     assert products and not any(product.has_adapter for product in products)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_rounding_would_lose_stays_beside_the_weights(told: pytest.LogCaptureFixture) -> None:
     session = adapted("bf16", size=1e-4)
     made = subject.build_decoder(session.model, False, torch.tensor([prompt(session)]))
@@ -231,6 +240,7 @@ def test_settings_beyond_the_choice_of_a_token_are_generates_own(told: pytest.Lo
     assert line == "answers come from the model's own generate: its generation config asks for beam search"
 
 
+@pytest.mark.slow
 def test_without_memory_for_copies_the_model_decodes_with_its_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     session = adapted()
     ids = prompt(session)

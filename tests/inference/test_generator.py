@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from slow_cases import slow_but
 
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Message
@@ -28,8 +30,9 @@ def ids(session: Session, prompt: str, domain: str | None = "lake") -> list[int]
     return session.prompt_ids([Message("user", prompt)], domain)
 
 
-@pytest.mark.parametrize("base", [False, True])
-@pytest.mark.parametrize("max_tokens", [1, 120, 10**6])
+@pytest.mark.parametrize(
+    ("max_tokens", "base"), slow_but([(120, False), (10**6, True)], list(product([1, 120, 10**6], [False, True])))
+)
 def test_batches_equal_single_prompts(session: Session, max_tokens: int, base: bool) -> None:
     prompts = [ids(session, p) for p in PROMPTS]
     settings = InferenceSection(max_new_tokens=24, batch_tokens=max_tokens)
@@ -47,7 +50,7 @@ def test_answers_end_where_the_positions_end(session: Session) -> None:
     assert len(long) + len(written) <= 512
 
 
-@pytest.mark.parametrize("own_generate", [False, True])
+@pytest.mark.parametrize("own_generate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_answer_tells_whether_it_ended_or_was_cut(
     session: Session, own_generate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

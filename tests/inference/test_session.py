@@ -46,6 +46,7 @@ def test_a_bare_adapter_answers_as_its_run_and_takes_any_domain(finished_run: Ru
     assert session.prompt_ids([Message("user", "Hi")], "never heard of")
 
 
+@pytest.mark.slow
 def test_the_base_alone_answers_as_the_base_of_a_run(finished_run: RunFolder) -> None:
     session = opened(finished_run, "none")
     assert (session.source, session.has_adapter) == ("embedded", False)

@@ -79,6 +79,7 @@ def test_a_killed_training_is_sent_as_far_as_it_came(own: Path, couriers_of: Cou
     assert told.read_text().splitlines() == [*lines, "interrupted"]
 
 
+@pytest.mark.slow
 def test_one_that_hangs_holds_the_end_no_longer_than_asked(own: Path, small_config: Callable[..., Any]) -> None:
     told = own / "told"
     custom = {"courier_trackers.Hangs": {"file": ""}, "courier_trackers.Steps": {"file": str(told)}}

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from hub_server import READ_TOKEN, TOKEN, Hub
+from slow_cases import mark_slow
 
 from training_lens import TrainingWrapper
 from training_lens.config.run_config import read_run_config, remember_consent
@@ -76,6 +77,7 @@ def test_what_is_read_back_is_the_run(hub: Hub, own_run: RunFolder, tmp_path: Pa
     assert pushed.url.endswith(repo["branches"]["main"])
 
 
+@pytest.mark.slow
 def test_the_card_says_the_numbers_of_the_run(hub: Hub, own_run: RunFolder) -> None:
     integration(own_run).push()
     card, summary = hub.files(REPO)["README.md"].decode(), own_run.read_metadata("summary.json")
@@ -91,6 +93,7 @@ def test_the_card_says_the_numbers_of_the_run(hub: Hub, own_run: RunFolder) -> N
     assert "## What the lens saw" in card and "| domain " in card
 
 
+@pytest.mark.slow
 def test_the_code_of_the_card_loads_what_was_pushed(
     hub: Hub, own_run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +113,7 @@ def test_the_code_of_the_card_loads_what_was_pushed(
     assert capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_second_push_writes_nothing(hub: Hub, own_run: RunFolder) -> None:
     assert integration(own_run).push().url
     before = writes(hub)
@@ -119,6 +123,7 @@ def test_a_second_push_writes_nothing(hub: Hub, own_run: RunFolder) -> None:
     assert not integration(own_run).outstanding()
 
 
+@pytest.mark.slow
 def test_a_changed_report_is_sent_alone(hub: Hub, own_run: RunFolder) -> None:
     integration(own_run).push()
     (own_run.reports / "lens.html").write_text("<p>another</p>")
@@ -134,6 +139,7 @@ def test_a_plan_asks_and_changes_nothing(hub: Hub, own_run: RunFolder) -> None:
     assert not own_run.tracking.joinpath("hub/cursor.json").exists()
 
 
+@pytest.mark.slow
 def test_without_a_token_a_plan_asks_nobody(
     hub: Hub, own_run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -148,6 +154,7 @@ def test_without_a_token_a_plan_asks_nobody(
     assert len(hub.requests()) == 1  # that it lives
 
 
+@pytest.mark.slow
 def test_trouble_on_the_way_is_waited_out(hub: Hub, own_run: RunFolder) -> None:
     hub.order(
         {"on": "POST .*/commit/", "status": 500, "times": 1},
@@ -166,6 +173,7 @@ def test_a_busy_hub_says_when_to_ask_again(hub: Hub, own_run: RunFolder) -> None
     assert caught.value.retry_after == 55 and not caught.value.lasting
 
 
+@pytest.mark.slow
 def test_the_process_keeps_its_own_client(hub: Hub, own_run: RunFolder) -> None:
     """Other threads may be in the middle of a request with it; its proxies and certificates are the user's."""
     from huggingface_hub import get_session
@@ -176,12 +184,14 @@ def test_the_process_keeps_its_own_client(hub: Hub, own_run: RunFolder) -> None:
     assert get_session() is client and (client.send, client.timeout) == before and not client.is_closed
 
 
+@pytest.mark.slow
 def test_a_dropped_upload_goes_on(hub: Hub, own_run: RunFolder) -> None:
     hub.order({"on": "PUT", "drop": True, "times": 1})
     assert integration(own_run).push().url
     assert hub.files(REPO)[WEIGHTS] == (own_run.adapter / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_hub_killed_in_a_push_gets_the_rest_once(hub: Hub, own_run: RunFolder) -> None:
     """The large file is stored, the commit not made; the run keeps what it has, and sync completes it."""
     settings = own_run.read_metadata("config.json")
@@ -213,6 +223,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
+@pytest.mark.slow
 def test_checkpoints_are_those_of_the_run(hub: Hub, own_run: RunFolder, tmp_path: Path) -> None:
     """A thinned one goes in the commit in which the newer comes; one read back is intact."""
     (old,) = list_checkpoints(own_run.checkpoints)
@@ -308,7 +319,7 @@ def test_a_base_in_the_folder_where_one_stands_has_its_name(
     ("token", "repo", "told"),
     [
         ("hf_" + "unknown" * 5, REPO, r"does not accept the token of HF_TOKEN \(HTTP 401\): make a new one"),
-        (READ_TOKEN, REPO, r"may not write to 'me/adapter' \(HTTP 403\): give it that permission"),
+        mark_slow((READ_TOKEN, REPO, r"may not write to 'me/adapter' \(HTTP 403\): give it that permission")),
         (TOKEN, "others/adapter", r"may not write to 'others/adapter' \(HTTP 403\).*or name a repository of your own"),
     ],
 )
@@ -329,6 +340,7 @@ def test_offline_sends_nothing(hub: Hub, own_run: RunFolder, monkeypatch: pytest
         integration(own_run).push()
 
 
+@pytest.mark.slow
 def test_a_branch_is_made_and_main_stays(hub: Hub, own_run: RunFolder) -> None:
     integration(own_run, revision="trial").push()
     assert WEIGHTS in hub.files(REPO, "trial") and set(hub.files(REPO)) == {".gitattributes"}

@@ -74,6 +74,7 @@ def test_names_of_domains_are_shown_to_the_letter(own_run: RunFolder, plain: set
     assert page.tags == plain
 
 
+@pytest.mark.slow
 def test_findings_are_shown_to_the_letter(own_run: RunFolder) -> None:
     analysis = RunRecord(own_run).analysis
     assert analysis is not None
@@ -85,6 +86,7 @@ def test_findings_are_shown_to_the_letter(own_run: RunFolder) -> None:
         assert shown[title] == " ".join(finding.measured.split())
 
 
+@pytest.mark.slow
 def test_the_date_that_a_template_wrote_into_prompts_is_named(own_run: RunFolder) -> None:
     assert "writes a date" not in card_of(own_run)
     config = own_run.read_metadata("config.json")

@@ -177,6 +177,7 @@ IN_ROWS = [
 ]
 
 
+@pytest.mark.slow
 def test_secrets_in_rows_are_learned_but_stand_in_no_file_that_quotes_rows(
     tmp_path: Path, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +204,7 @@ def test_secrets_in_rows_are_learned_but_stand_in_no_file_that_quotes_rows(
     assert leaks(tmp_path / "outputs", tells) == leaks(tmp_path / "mirror", tells) == []
 
 
+@pytest.mark.slow
 def test_no_file_of_a_run_that_fails_holds_the_secret_in_its_error(
     small_config: Callable[..., Any], planted: Path
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_cases import slow_but
 
 from training_lens.errors import CheckpointError
 from training_lens.integrations.mirror import MirrorIntegration
@@ -84,6 +85,7 @@ def test_a_fetched_run_is_the_run_and_goes_on_to_the_same_mirror(run: RunFolder,
     assert "reports/new.md" in remote_of(place).read_manifest().files
 
 
+@pytest.mark.slow
 def test_what_the_first_machine_has_is_old_then_and_stays_here(run: RunFolder, place: str, elsewhere: str) -> None:
     fetched = fetch_to_resume(f"file://{place}", elsewhere)
     say(fetched, status="interrupted")
@@ -121,6 +123,7 @@ def test_a_run_that_died_is_fetched(place: str, elsewhere: str) -> None:
     assert fetch_to_resume(place, elsewhere).status == "failed"
 
 
+@pytest.mark.slow
 def test_one_that_died_on_this_machine_is_fetched_at_once(place: str, elsewhere: str) -> None:
     change(place, status="running", updated=now())
     assert fetch_to_resume(place, elsewhere).root.is_dir()
@@ -131,7 +134,7 @@ def test_a_run_that_is_here_is_never_written_over(place: str, tmp_path: Path) ->
         fetch_to_resume(place, str(tmp_path / "outputs"))
 
 
-@pytest.mark.parametrize("harm", ["altered", "missing"])
+@pytest.mark.parametrize("harm", slow_but(["altered"], ["altered", "missing"]))
 def test_a_damaged_file_is_named_and_what_came_is_kept(place: str, elsewhere: str, harm: str) -> None:
     remote = remote_of(place)
     file = Path(place) / remote.path / "artifacts/adapter/adapter_model.safetensors"
@@ -149,6 +152,7 @@ def test_a_damaged_file_is_named_and_what_came_is_kept(place: str, elsewhere: st
     assert set(kept.values()) < inodes and hash_file(fetched.adapter / file.name) == hash_file(file)
 
 
+@pytest.mark.slow
 def test_while_a_file_is_written_over_both_contents_are_right(place: str, elsewhere: str) -> None:
     remote = remote_of(place)
     file = Path(place) / remote.path / "logs/metrics.jsonl"
@@ -191,6 +195,7 @@ def test_the_latest_of_a_mirror_is_the_run_that_started_last_or_refused(run: Run
         find_remote_run(place, finished=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heard", "is_last"), [("2026-01-01T00:00:00+00:00", False), (None, True)])
 def test_a_run_whose_id_tells_no_time_is_as_late_as_it_was_heard_of(
     run: RunFolder, place: str, tmp_path: Path, heard: str | None, is_last: bool
@@ -239,7 +244,7 @@ OUTSIDE = ["../../../precious", "/precious", "..", ".tmp-x", "a\u202eb", "x" * 1
 
 
 @pytest.mark.parametrize("key", ["run_id", "experiment"])
-@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("name", slow_but(["../../../precious", "/precious", 7], OUTSIDE))
 def test_a_manifest_names_no_folder_but_its_own(
     place: str, elsewhere: str, tmp_path: Path, key: str, name: object
 ) -> None:
@@ -263,7 +268,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("key", "value"), WRONG)
+@pytest.mark.parametrize(("key", "value"), slow_but(WRONG[::4], WRONG))
 def test_a_manifest_of_other_values_is_damaged(place: str, elsewhere: str, key: str, value: object) -> None:
     remote = remote_of(place)
     values = {**asdict(remote.read_manifest()), key: value}

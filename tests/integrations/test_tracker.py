@@ -88,6 +88,7 @@ def test_the_courier_sends_a_run_to_a_class_of_ones_own(small_config: Callable[.
     assert [state.status for state in read_delivery_states(run)] == ["delivered"]
 
 
+@pytest.mark.slow
 def test_a_class_in_python_is_served_beside_the_loop(small_config: Callable[..., Any], own: Path) -> None:
     from training_lens.integrations import Record, RunRecord, Tracker
 
@@ -129,6 +130,7 @@ def test_what_was_not_sent_goes_out_by_sync_once(small_config: Callable[..., Any
     assert notes(own) == before
 
 
+@pytest.mark.slow
 def test_a_run_sent_to_a_tracker_that_it_did_not_know(small_config: Callable[..., Any], own: Path) -> None:
     run = RunFolder(Path(TrainingWrapper(small_config(training={"logging_steps": 2})).train().run_dir))
     send_run(run, {"tracking": {"custom": {"own_tracker.Notes": {"folder": str(own)}}}})

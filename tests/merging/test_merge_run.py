@@ -62,6 +62,7 @@ def corrupt(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.slow
 def test_a_merged_run_is_the_adapter_as_a_plain_folder(run: RunFolder) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,6 +105,7 @@ def test_a_number_type_too_coarse_for_the_update_is_refused(run: RunFolder, few:
         merge_adapter(config(run.root, **few), MergeOptions(scale=0.01, dtype="bf16"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_python")
 def test_a_merge_that_cannot_be_loaded_is_removed(run: RunFolder, few: dict[str, Any]) -> None:
     with pytest.raises(MergeError, match=r"cannot be loaded by AutoModelForCausalLM"):
@@ -113,6 +115,7 @@ def test_a_merge_that_cannot_be_loaded_is_removed(run: RunFolder, few: dict[str,
     assert "cannot be loaded" in read_json(run.reports / "merge.json")["error"] and not run.merged_model.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_python")
 def test_the_readme_of_a_bare_adapters_delta_makes_the_adapter(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: dict[str, Any]
@@ -275,6 +278,7 @@ def test_wrong_options_are_refused(
         merge_adapter(validate_values({"inference": {"adapter": adapter}}), MergeOptions(**options))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_python")
 def test_a_quantized_run_merges_whole_alone(run: RunFolder, few: dict[str, Any]) -> None:
     pytest.importorskip("bitsandbytes")

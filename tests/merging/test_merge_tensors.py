@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_cases import slow_but
 from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection
@@ -53,7 +54,7 @@ def adapted(model: Any, **section: Any) -> Any:
     return result
 
 
-@pytest.mark.parametrize("section", KINDS, ids=str)
+@pytest.mark.parametrize("section", slow_but([KINDS[2], KINDS[5], KINDS[7], KINDS[8]], KINDS), ids=str)
 def test_folded_computes_what_the_adapter_does(section: dict[str, Any]) -> None:
     model = adapted(base(), **section)
     wanted = logits(model)
@@ -77,7 +78,9 @@ def test_weights_the_other_way_round_fold() -> None:
         assert (logits(merge_weights(model).model) - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("section", [*FEW, {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}], ids=str)
+@pytest.mark.parametrize(
+    "section", slow_but([KINDS[6]], [*FEW, {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}]), ids=str
+)
 def test_half_the_scale_is_half_the_update(section: dict[str, Any]) -> None:
     model = adapted(base(), **section)
     with scaled_adapter(model, 0.5):
@@ -92,7 +95,7 @@ def test_half_the_scale_is_half_the_update(section: dict[str, Any]) -> None:
         )
 
 
-@pytest.mark.parametrize("section", FEW, ids=str)
+@pytest.mark.parametrize("section", slow_but([KINDS[6], KINDS[8]], FEW), ids=str)
 def test_base_and_delta_are_the_merged_weights_and_nothing_else_changed(section: dict[str, Any]) -> None:
     whole, delta = merge_weights(adapted(base(), **section)), merge_weights(adapted(base(), **section), delta=True)
     assert whole.changed == delta.changed and whole.untied == delta.untied

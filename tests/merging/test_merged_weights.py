@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow_cases import slow_but
 from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection
@@ -31,6 +32,7 @@ KINDS: list[dict[str, Any]] = [
     {"target_modules": ["lm_head"]},
     {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
 ]
+RIGHT = [*((kind, "bf16") for kind in KINDS), (KINDS[0], "fp16"), (KINDS[1], "fp32"), (KINDS[4], "fp32")]
 Write = Callable[..., MergeOutput]
 
 
@@ -81,14 +83,14 @@ def rewrite(written: MergeOutput, change: Callable[[dict[str, torch.Tensor]], No
 
 @pytest.mark.parametrize(
     ("section", "dtype"),
-    [*((kind, "bf16") for kind in KINDS), (KINDS[0], "fp16"), (KINDS[1], "fp32"), (KINDS[4], "fp32")],
+    slow_but([(KINDS[2], "bf16"), (KINDS[0], "fp16"), (KINDS[1], "fp32")], RIGHT),
     ids=str,
 )
 def test_a_right_merge_passes(write: Write, section: dict[str, Any], dtype: str) -> None:
     assert passes(write(dtype=dtype, **section))
 
 
-@pytest.mark.parametrize("section", [KINDS[1], KINDS[3], KINDS[5]], ids=str)
+@pytest.mark.parametrize("section", slow_but([KINDS[3]], [KINDS[1], KINDS[3], KINDS[5]]), ids=str)
 def test_a_right_delta_passes(write: Write, section: dict[str, Any]) -> None:
     assert passes(write(delta=True, **section))
 
@@ -98,7 +100,7 @@ def test_weights_the_other_way_round_and_part_of_an_update_pass(write: Write, gp
     assert passes(write(gpt2, use_dora=dora, scale=-0.5))
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", slow_but(["4bit"], ["4bit", "8bit"]))
 def test_a_packed_base_counts_as_its_dequantized_weights(write: Write, bits: Any) -> None:
     pytest.importorskip("bitsandbytes")
     assert passes(write(ModelSection(dtype="fp32", quantization=bits), dtype="bf16"))
@@ -115,13 +117,14 @@ def test_one_modules_lost_update_is_found(write: Write) -> None:
     assert changed.measured > 1 and changed.where == name and others.is_ok
 
 
-@pytest.mark.parametrize("section", [{}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("section", slow_but([{}], [{}, {"use_dora": True}]), ids=str)
 def test_an_update_that_is_three_percent_short_is_found(write: Write, section: dict[str, Any]) -> None:
     from dataclasses import replace
 
     assert not passes(replace(write(scale=0.97, **section), scale=1.0))
 
 
+@pytest.mark.slow
 def test_a_single_row_that_no_update_changes_is_found(write: Write) -> None:
     def touch(weights: dict[str, torch.Tensor]) -> None:
         weights["model.embed_tokens.weight"][1023] *= 1.01
@@ -130,6 +133,7 @@ def test_a_single_row_that_no_update_changes_is_found(write: Write) -> None:
     assert changed.is_ok and others.measured == 2 and "model.embed_tokens.weight" in others.where  # tied: its head, too
 
 
+@pytest.mark.slow
 def test_what_is_no_number_is_found(write: Write) -> None:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
         weights["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan

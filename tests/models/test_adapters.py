@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow_cases import slow_but
 from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection
@@ -74,9 +75,10 @@ SECTIONS: list[dict[str, Any]] = [
     {"target_modules": ["embed_tokens", "q_proj"]},
     {"target_modules": ["lm_head", "q_proj"]},
 ]
+QUICK = [SECTIONS[0], SECTIONS[1], SECTIONS[4], SECTIONS[7]]
 
 
-@pytest.mark.parametrize("section", SECTIONS, ids=str)
+@pytest.mark.parametrize("section", slow_but(QUICK, SECTIONS), ids=str)
 def test_a_fresh_adapter_computes_what_the_base_does(section: dict[str, Any]) -> None:
     model = base()
     before = logits(model)
@@ -95,7 +97,7 @@ def test_adapters_are_float32_and_counted() -> None:
     assert 0 < count.share < 0.1
 
 
-@pytest.mark.parametrize("section", SECTIONS, ids=str)
+@pytest.mark.parametrize("section", slow_but(QUICK, SECTIONS), ids=str)
 def test_an_adapter_saves_and_loads_the_same(section: dict[str, Any], tmp_path: Path) -> None:
     adapted = attach(base(), PeftSection(**section, r=4))
     disturb(adapted)
@@ -132,7 +134,7 @@ def test_the_variant_is_the_scale_of_the_update(variant: Any, scale: float) -> N
     torch.testing.assert_close(layer(x), layer.base_layer(x) + scale * x @ a.T @ b.T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("name", slow_but(["lm_head"], ["lm_head", "embed_tokens"]))
 def test_tied_weights_that_train_whole_stay_tied(name: str, tmp_path: Path) -> None:
     before = logits(base())
     adapted = attach(base(), PeftSection(r=4, modules_to_save=[name]))
@@ -169,8 +171,8 @@ def test_a_tied_embedding_takes_a_lora_of_its_own() -> None:
         assert torch.equal(logits(adapted), before)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "norm"])
+@pytest.mark.parametrize("precision", slow_but(["bf16"], ["fp32", "bf16"]))
+@pytest.mark.parametrize("name", slow_but(["lm_head"], ["lm_head", "embed_tokens", "norm"]))
 def test_whole_modules_train_in_float32_on_a_half_precision_base(precision: Any, name: str) -> None:
     adapted = attach(base("bf16"), PeftSection(r=4, modules_to_save=[name]))
     assert {p.dtype for _, p in trainable_parameters(adapted)} == {torch.float32}
@@ -242,7 +244,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", slow_but(list(WRONG)[::2], WRONG))
 def test_what_is_wrong_with_a_saved_adapter_is_said(name: str, tmp_path: Path) -> None:
     change, message = WRONG[name]
     save_adapter(attach(base(), PeftSection(r=4)), tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_cases import slow_but
 from transformers import CONFIG_MAPPING
 
 from training_lens import embedded
@@ -188,7 +189,7 @@ def test_a_misspelt_expert_is_told_that_experts_are_no_layers() -> None:
         check_adapter(build_kind("deepseek"), PeftSection(target_modules=["w1"]))
 
 
-@pytest.mark.parametrize("kind", ADAPTED)
+@pytest.mark.parametrize("kind", slow_but(["deepseek", "shared expert", "fused projections"], ADAPTED))
 def test_loss_and_gradients_are_those_of_transformers_and_peft(kind: str, benchmark: Any, folder_of: Folders) -> None:
     """The plain model is of the class that config.json names, so the adapter's keys are that class's, too."""
     found = benchmark.compare_losses(folder_of(kind), SMALL)
@@ -197,13 +198,14 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(kind: str, benchm
     assert found["without_gradient"] == 0
 
 
-@pytest.mark.parametrize("kind", ["mamba hybrid", "chunked", "delta wrapper"])
+@pytest.mark.parametrize("kind", slow_but(["chunked"], ["mamba hybrid", "chunked", "delta wrapper"]))
 def test_layers_that_see_across_examples_are_padded(kind: str) -> None:
     model = attach(build_kind(kind), SMALL)
     assert unpackable_layers(model)
     assert not Engine(model).can_pack
 
 
+@pytest.mark.slow
 def test_a_model_whose_tokens_see_those_behind_them_is_refused_before_the_first_step() -> None:
     with pytest.raises(ModelLoadingError, match="Give a model whose text is causal"):
         Engine(attach(build_kind("prefix wrapper"), SMALL))
@@ -217,7 +219,8 @@ def test_a_model_that_reads_text_otherwise_than_its_decoder_is_refused(monkeypat
         Engine(attach(model, SMALL))
 
 
-@pytest.mark.parametrize("kind", [pytest.param("deepseek", marks=pytest.mark.slow), "delta wrapper"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["deepseek", "delta wrapper"])
 def test_a_run_resumes_and_its_adapter_loads_in_plain_peft(
     kind: str, benchmark: Any, folder_of: Folders, tmp_path: Path
 ) -> None:
@@ -230,7 +233,7 @@ def test_a_run_resumes_and_its_adapter_loads_in_plain_peft(
     assert {path.rsplit(".", 1)[-1] for path in record["adapted"]} <= set(ADAPTED[kind])
 
 
-@pytest.mark.parametrize("name", REWRITTEN)
+@pytest.mark.parametrize("name", slow_but(list(REWRITTEN)[::3], REWRITTEN))
 def test_adapters_on_kinds_that_peft_rewrites_load_again(name: str) -> None:
     """`check_adapter` refuses what PEFT would not find again, and adapters of other modules than were asked for."""
     kind, sizes = BASES.MODELS[name]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_cases import slow_but
 from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection
@@ -51,7 +52,7 @@ def test_the_base_is_the_base_and_merged_the_adapter(section: dict[str, Any]) ->
     assert (logits(model) - base).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("section", KINDS, ids=str)
+@pytest.mark.parametrize("section", slow_but(KINDS[:1], KINDS), ids=str)
 def test_the_adapted_model_stays_as_it_is(section: dict[str, Any]) -> None:
     model = adapted(**section)
     before, wanted = state(model), logits(model)

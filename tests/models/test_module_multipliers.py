@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from slow_cases import slow_but
 from tiny_models import tiny_model
 
 from training_lens.config.schema import PeftSection
@@ -82,7 +83,7 @@ def test_one_multiplier_for_all_is_the_adapter_at_this_scale(section: dict[str, 
 
 
 @pytest.mark.parametrize("section", LINEAR, ids=str)
-@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize("alpha", slow_but([1.0], [0.3, 1.0]))
 def test_gradients_are_finite_differences_of_each_row(section: dict[str, Any], alpha: float) -> None:
     """In float64; with DoRA by the path in weights, of which PEFT's own gradient, with its norm detached, is not."""
     model = adapted(section)

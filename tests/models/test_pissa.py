@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from slow_cases import mark_slow
 from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection
@@ -85,7 +86,12 @@ def test_the_frozen_halves_stay_bit_for_bit() -> None:
 
 @pytest.mark.parametrize(
     "section",
-    [{}, {"variant": "rslora"}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3.0}}],
+    [
+        {},
+        mark_slow({"variant": "rslora"}),
+        mark_slow({"use_dora": True}),
+        mark_slow({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3.0}}),
+    ],
 )
 def test_saved_is_a_plain_lora_of_twice_the_rank(section: dict[str, Any], tmp_path: Path) -> None:
     adapted = trained(attach(base(), PeftSection(init="pissa", r=4, **section)))
@@ -117,7 +123,7 @@ def test_restoring_brings_back_both_halves(tmp_path: Path) -> None:
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("variant", ["lora", "rslora"])
+@pytest.mark.parametrize("variant", ["lora", mark_slow("rslora")])
 def test_the_first_gradient_is_that_of_pissa_on_the_changed_base(variant: Any) -> None:
     from peft import LoraConfig, get_peft_model
 

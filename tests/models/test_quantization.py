@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_cases import slow_but
 
 from training_lens import TrainingConfig, TrainingWrapper, embedded
 from training_lens.config.schema import ModelSection, PeftSection
@@ -59,7 +60,9 @@ def test_packed_weights_count_one_by_one(bits: str) -> None:
     assert count_parameters(quantized(bits)).total == wanted
 
 
-@pytest.mark.parametrize(("peft", "precision"), [({}, "fp32"), ({"use_dora": True}, "fp32"), ({}, "bf16")], ids=str)
+@pytest.mark.parametrize(
+    ("peft", "precision"), slow_but([({}, "fp32")], [({}, "fp32"), ({"use_dora": True}, "fp32"), ({}, "bf16")]), ids=str
+)
 def test_packed_examples_train_as_each_alone(peft: dict[str, Any], precision: str) -> None:
     pytest.importorskip("bitsandbytes")
     model = attach(load_model(ModelSection(quantization="4bit"), CPU, precision), PeftSection(r=4, **peft)).eval()
@@ -86,7 +89,9 @@ def test_packed_examples_train_as_each_alone(peft: dict[str, Any], precision: st
             assert relative_error(found, expected) < 1e-4
 
 
-@pytest.mark.parametrize(("bits", "dora"), [("4bit", False), ("4bit", True), ("8bit", False)])
+@pytest.mark.parametrize(
+    ("bits", "dora"), slow_but([("4bit", True)], [("4bit", False), ("4bit", True), ("8bit", False)])
+)
 def test_an_adapter_trains_on_it_and_leaves_the_base(bits: str, dora: bool, tmp_path: Path) -> None:
     model = quantized(bits)
     before = logits(model)
@@ -106,7 +111,7 @@ def test_an_adapter_trains_on_it_and_leaves_the_base(bits: str, dora: bool, tmp_
     torch.testing.assert_close(logits(load_adapter(quantized(bits), tmp_path)), logits(adapted), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", slow_but(["4bit"], ["4bit", "8bit"]))
 def test_validating_first_changes_no_gradient(bits: str) -> None:
     gradients = []
     for validate in (False, True):
@@ -131,7 +136,8 @@ def test_a_packed_layer_cannot_train_whole() -> None:
         attach(quantized("4bit"), PeftSection(target_modules=["q_proj"], modules_to_save=["v_proj"]))
 
 
-@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_a_run_on_it_learns(small_config: Config, bits: str) -> None:
     pytest.importorskip("bitsandbytes")
     config = small_config(model={"quantization": bits}, training={"max_steps": 4, "gradient_checkpointing": True})
@@ -155,7 +161,8 @@ def test_without_the_package_planning_says_how_to_get_it(
         TrainingWrapper(small_config(**sections)).plan()
 
 
-@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_a_base_that_was_saved_quantized_trains_as_it_is(bits: str, small_config: Config, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "model"))
     whole = quantized(bits)

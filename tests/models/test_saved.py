@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow_cases import mark_slow
 from tiny_models import tiny_model
 
 from training_lens import TrainingConfig, TrainingWrapper
@@ -66,8 +67,10 @@ def edit(folder: Path, **values: Any) -> None:
     "section",
     [
         {},
-        {"variant": "rslora", "use_dora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 7.0}},
-        {"target_modules": r".*\.[qv]_proj", "modules_to_save": ["lm_head"]},
+        mark_slow(
+            {"variant": "rslora", "use_dora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 7.0}}
+        ),
+        mark_slow({"target_modules": r".*\.[qv]_proj", "modules_to_save": ["lm_head"]}),
         {"init": "pissa", "variant": "rslora"},
     ],
 )
@@ -107,6 +110,7 @@ def test_a_section_that_says_otherwise_is_refused_with_both(tmp_path: Path) -> N
     assert "peft.r: given 16, but the adapter in" in str(caught.value) and "has 4" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_pissa_adapter_goes_on_as_a_lora_of_twice_the_rank(tmp_path: Path) -> None:
     adapted = saved(tmp_path, init="pissa")
     section = adopt_saved_settings(PeftSection(from_adapter=str(tmp_path)))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
+from slow_cases import slow_but
 
 from training_lens import TrainingWrapper
 from training_lens.config.compose import compose
@@ -73,6 +74,7 @@ def test_each_trial_is_a_run_and_the_best_one_trains_from_its_file(sweep_config:
     assert "/experiments/default/" in again.run_dir
 
 
+@pytest.mark.slow
 def test_trials_are_not_pushed_where_each_would_replace_the_last(
     sweep_config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -82,6 +84,7 @@ def test_trials_are_not_pushed_where_each_would_replace_the_last(
     assert "trials are not pushed to me/adapter" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_noted_and_the_sweep_goes_on(sweep_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def without_memory(trainer: Trainer, _plan: Any) -> None:
         if trainer.model.peft_config["default"].r == 8:
@@ -140,6 +143,7 @@ def test_an_interrupted_trial_is_gone_on_with(sweep_config: Config, monkeypatch:
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_results_are_read_when_nobody_else_writes_them(sweep_config: Config) -> None:
     """A process that waits for another's writing says of the trials what holds then, not what held before."""
     config = sweep_config(trials=1)
@@ -165,6 +169,7 @@ def test_results_are_read_when_nobody_else_writes_them(sweep_config: Config) -> 
         sweep.study.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_a_trials_last_step_ends_the_sweep(
     sweep_config: Config, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -177,6 +182,7 @@ def test_a_signal_in_a_trials_last_step_ends_the_sweep(
     assert [row.state for row in shown] == ["finished"]
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_died_twice_has_failed(sweep_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(_trainer: Trainer, _plan: Any) -> None:
         os._exit(9)  # as the out-of-memory killer: nothing is said or saved
@@ -196,6 +202,7 @@ def test_a_trial_whose_process_died_twice_has_failed(sweep_config: Config, monke
     assert [row.state for row in board.rows] == ["failed"] and "died twice" in (board.rows[0].error or "")
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_holds_is_no_failure(sweep_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     config = sweep_config(trials=1)
     with monkeypatch.context() as patch:
@@ -224,7 +231,7 @@ def test_a_full_disk_is_no_failure_of_a_trial(sweep_config: Config, monkeypatch:
     assert [row.state for row in Sweep(config).run().leaderboard.rows] == ["finished"]
 
 
-@pytest.mark.parametrize("changed", ["train", "validation"])
+@pytest.mark.parametrize("changed", slow_but(["train"], ["train", "validation"]))
 def test_rows_that_changed_are_another_question(sweep_config: Config, write_rows: WriteRows, changed: str) -> None:
     rows = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(16)]
     config = sweep_config(training={"max_steps": 1})
@@ -236,6 +243,7 @@ def test_rows_that_changed_are_another_question(sweep_config: Config, write_rows
         Sweep(config)
 
 
+@pytest.mark.slow
 def test_a_hopeless_trial_is_pruned(sweep_config: Config) -> None:
     config = sweep_config(
         training={"max_steps": 3, "eval_steps": 1},

@@ -167,6 +167,7 @@ def test_heartbeats_go_on_while_the_database_is_away(tmp_path: Path, monkeypatch
     assert set(heard) == {7} and "sweep-heartbeat" not in {thread.name for thread in enumerate_threads()}
 
 
+@pytest.mark.slow
 def test_a_process_that_stands_still_keeps_its_trial(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
     study = open_study(sweep_config(trials=1))
     with Worker(tmp_path / "workers") as suspended, Worker(tmp_path / "workers") as mine:
@@ -208,6 +209,7 @@ def denied(path: object, *_: object) -> int:
     raise PermissionError(13, "Permission denied", str(path))
 
 
+@pytest.mark.slow
 def test_stopped_trials_stay_where_enough_have_ended(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
     config = sweep_config(trials=2)
     study = open_study(config)
@@ -218,6 +220,7 @@ def test_stopped_trials_stay_where_enough_have_ended(sweep_config: Config, open_
         assert fewer.claim_trial(worker) is None and states(study, config) == ["finished", "stopped"]
 
 
+@pytest.mark.slow
 def test_failed_trials_count_and_are_not_tried_again(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
     config = sweep_config(space={"peft.r": [2, 4, 8]}, trials=2)
     study = open_study(config)
@@ -259,6 +262,7 @@ def test_a_study_of_another_program_is_left_alone(
     assert len(theirs.get_trials()) == 1 and not theirs.user_attrs
 
 
+@pytest.mark.slow
 def test_the_database_is_in_the_folder_whatever_its_name(sweep_config: Config, tmp_path: Path) -> None:
     config = sweep_config()
     for name in ("a?b=1", "a%41", "a#b", "{a}"):

@@ -51,6 +51,7 @@ def test_more_steps_are_estimated_to_take_longer(small_config: Callable[..., Any
     assert once is not None and often is not None and often.seconds > 4 * once.seconds
 
 
+@pytest.mark.slow
 def test_a_large_model_is_measured_thin(small_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimates, "SMALL_MODEL", 0)
     estimate = estimate_run(TrainingWrapper(small_config()).plan())
@@ -70,6 +71,7 @@ def test_what_cannot_be_measured_is_said(
     assert "cannot be cut to 1 layers to be measured: peft.target_modules" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_of_a_large_model_is_measured_thin(
     small_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +95,7 @@ def test_a_first_step_that_is_not_finite_stops_the_estimate_as_the_run(
             use()
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_is_no_reason_against_the_run(small_config: Callable[..., Any]) -> None:
     settings = {"lr": 1.0, "max_grad_norm": None, "epochs": 10, "warmup_ratio": 0.0}
     assert estimate_run(TrainingWrapper(small_config(training=settings)).plan()) is not None
@@ -162,6 +165,7 @@ def test_paces_of_thin_models_are_extrapolated_with_their_errors() -> None:
     assert pace.seconds_per_token == 4.0 and pace.error == pytest.approx(np.hypot(0.2, 0.6) / 4) and pace.steps == 4
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_expects_and_keeps_it_beside_what_came(
     small_config: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,6 +178,7 @@ def test_a_run_says_what_it_expects_and_keeps_it_beside_what_came(
     assert json.loads((Path(summary.run_dir) / "metadata/summary.json").read_text())["estimate"] == expected
 
 
+@pytest.mark.slow
 def test_a_run_of_a_few_steps_expects_nothing(small_config: Callable[..., Any]) -> None:
     assert TrainingWrapper(small_config(training={"max_steps": 5})).train().estimate is None
 

@@ -122,6 +122,7 @@ def test_the_adapter_is_that_of_a_run_without_them_to_the_bit(small_config: Conf
     assert len(RunFolder(Path(runs[1])).samples_file.read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_what_fails_is_said_once_and_ends_no_run(
     small_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

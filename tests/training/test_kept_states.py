@@ -88,6 +88,7 @@ def test_keeping_states_changes_no_bit_of_the_adapter(build: Build, whole: RunFo
     assert not kept and list_checkpoint_steps(whole.states) == [2, 4, 7, 9]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_same_states(build: Build, whole: RunFolder) -> None:
     config = build({"keep_states": 4}, run_id="cut").replace_keys(training={"save_steps": 5})
     with pytest.raises(KeyboardInterrupt):
@@ -99,6 +100,7 @@ def test_a_resumed_run_keeps_the_same_states(build: Build, whole: RunFolder) -> 
     assert read_states(cut) == read_states(whole) and len(read_states(cut)) == 20
 
 
+@pytest.mark.slow
 def test_fewer_states_stay_where_the_room_is_bounded(build: Build, caplog: pytest.LogCaptureFixture) -> None:
     config = build({"keep_states": 6, "states_megabytes": 1})
     config = config.replace_keys(peft={"r": 16, "target_modules": "auto"})
@@ -109,6 +111,7 @@ def test_fewer_states_stay_where_the_room_is_bounded(build: Build, caplog: pytes
     assert f"{len(sizes)} of 6 states of the run stay for explanations" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_state_that_cannot_be_written_ends_no_run(build: Build, caplog: pytest.LogCaptureFixture) -> None:
     class Block(Callback):
         def on_train_start(self, trainer: Any) -> None:
@@ -120,6 +123,7 @@ def test_a_state_that_cannot_be_written_ends_no_run(build: Build, caplog: pytest
     assert run.status == "finished" and "no further state of the run is kept for explanations" in caplog.text
 
 
+@pytest.mark.slow
 def test_doctor_finds_and_drops_a_damaged_state(build: Build) -> None:
     run = train(build({"keep_states": 4}))
     assert {check.name: check.found for check in check_run(run)}["states"] == "4"

@@ -19,6 +19,7 @@ from training_lens.training.run import TrainingWrapper
 Config = Callable[..., TrainingConfig]
 
 
+@pytest.mark.slow
 def test_training_ends_with_three_lines_and_a_report(small_config: Config, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         summary = TrainingWrapper(small_config(lens={"report": True})).train()
@@ -37,6 +38,7 @@ def test_without_the_lens_nothing_is_captured(small_config: Config) -> None:
     assert not (Path(summary.run_dir) / "reports" / "lens.html").exists()
 
 
+@pytest.mark.slow
 def test_a_report_that_fails_ends_no_run(
     small_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

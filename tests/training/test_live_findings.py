@@ -57,7 +57,8 @@ def test_the_codes_that_may_stop_a_run_are_those_of_the_live_findings() -> None:
     assert set(typing.get_args(FindingCode)) == checks | set(SPIKES) | answers | {"nonfinite"}
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_sound_run_raises_nothing(small_config: Config, seed: int) -> None:
     run = train(small_config(training={**LONG, "seed": seed}, lens={}))
     assert [line["code"] for line in journal(run)] == []
@@ -96,6 +97,7 @@ def test_a_resumed_run_has_the_lines_of_one_that_did_not_stop(small_config: Conf
     assert ours == theirs and ours
 
 
+@pytest.mark.slow
 def test_the_command_says_that_a_finding_stopped_it_by_its_exit_code(few_rows: dict[str, Any], tmp_path: Path) -> None:
     keys = {
         "data.train": few_rows["train"], "data.validation": few_rows["validation"], "data.max_examples": 48,

@@ -69,6 +69,7 @@ def test_the_canaries_of_weighted_sources_come_once(small_config: Config, rows: 
     assert planned.schedule.epoch_examples == 2 * 24 + 3
 
 
+@pytest.mark.slow
 def test_other_rows_left_out_are_other_data(small_config: Config, rows: str, tmp_path: Path) -> None:
     listed = tmp_path / "out.txt"
     listed.write_text(f"{rows}:1")

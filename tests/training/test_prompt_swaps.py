@@ -55,6 +55,7 @@ def test_the_gain_is_a_ratio_of_sums_with_its_error() -> None:
     assert gains.mean() == pytest.approx(0.3, abs=0.005) and errors.mean() == pytest.approx(gains.std(), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_run_measures_its_last_adapter_and_changes_no_bit(small_config: Callable[..., Any]) -> None:
     def train(live: bool) -> RunFolder:
         config = small_config(lens={"live": live}, training={"epochs": 1, "batch_size": 8})

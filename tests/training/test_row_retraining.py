@@ -15,6 +15,7 @@ from training_lens.training.row_retraining import RetrainedLosses, RetrainingWit
 Config = Callable[..., TrainingConfig]
 
 
+@pytest.mark.slow
 def test_the_run_repeats_and_is_compared_with_random_rows(small_config: Config) -> None:
     run = RunFolder(Path(TrainingWrapper(small_config(training={"max_steps": 3})).train().run_dir))
     ids = [row_id for line in read_steps(run) for row_id in line[:2]]
@@ -35,6 +36,7 @@ def read_steps(run: RunFolder) -> list[list[str]]:
     return [line["example_ids"] for line in read_metrics(run.metrics_file) if line["kind"] == "step"]
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_rows_is_refused(small_config: Config, few_rows: dict[str, list[str]]) -> None:
     config = small_config(data={"train": few_rows["train"]}, training={"max_steps": 1})
     run = RunFolder(Path(TrainingWrapper(config).train().run_dir))

@@ -86,6 +86,7 @@ def test_a_run_of_an_earlier_version_has_no_hashes_and_opens(own_run: RunFolder)
     assert open_run(own_run).has_adapter and own_run.status == "finished"
 
 
+@pytest.mark.slow
 def test_a_replaced_base_is_refused_and_may_be_accepted(small_config: Config, tmp_path: Path) -> None:
     base = Path(shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "model"))
     config = small_config(model={"id": str(base)}, training={"max_steps": 2}, lens={"enabled": False})
@@ -111,6 +112,7 @@ def test_a_run_that_was_killed_before_its_first_file_makes_room(small_config: Co
         TrainingWrapper(config).train()
 
 
+@pytest.mark.slow
 def test_a_resume_records_the_base_that_a_kill_left_unrecorded(small_config: Config) -> None:
     class Killed(Callback):
         def on_step_end(self, trainer: object, report: object) -> None:

@@ -85,6 +85,7 @@ def test_without_validation_training_rows_answer_where_it_would_be(small_config:
     assert lines(run)[0]["samples"][0]["id"].endswith(":1")
 
 
+@pytest.mark.slow
 def test_plain_texts_are_gone_on_with(small_config: Config) -> None:
     texts = [{"text": f"The cat {i} sat on the mat and saw the dog on the other side."} for i in range(16)]
     run = run_of(small_config(data={"train": texts}, training=SHORT, tracking=SHOWN))
@@ -111,6 +112,7 @@ def test_a_resumed_run_has_each_validation_once(small_config: Config) -> None:
     assert told[0] == told[1] and [line["step"] for line in told[1]] == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_what_fails_is_said_and_ends_no_run(small_config: Config, caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Callback):
         """Takes the room to answer away, after the first answers."""
@@ -147,6 +149,7 @@ def test_modes_and_random_state_are_as_before(small_config: Config, tmp_path: Pa
     assert len(seen) == 2 and all(before == after for before, after in seen)
 
 
+@pytest.mark.slow
 def test_answers_take_a_bounded_share_of_the_runs_tokens(small_config: Config, tmp_path: Path) -> None:
     """Those of the base, of the last step and of evenly spread validations between; each as its adapter answers."""
     training = {"max_steps": 24, "epochs": 1, "batch_size": 4, "eval_steps": 1}
@@ -157,6 +160,7 @@ def test_answers_take_a_bounded_share_of_the_runs_tokens(small_config: Config, t
     assert max(np.diff(steps)) <= min(np.diff(steps)) + 1
 
 
+@pytest.mark.slow
 def test_slow_answers_are_left_out_until_they_are_few_again(
     small_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow  # tests/models/test_other_device.py takes a step there
 RUN = """
 import gc, json, logging, sys
 from pathlib import Path

@@ -23,6 +23,7 @@ def test_the_peak_covers_what_is_held() -> None:
     assert peak_bytes(CPU) >= before and peak_bytes(CPU) >= held.numel()
 
 
+@pytest.mark.slow
 def test_the_peak_is_not_that_of_the_program_that_started_it() -> None:
     held = torch.ones(2**30, dtype=torch.uint8)
     code = "import torch; from training_lens.utils.devices import peak_bytes; print(peak_bytes(torch.device('cpu')))"

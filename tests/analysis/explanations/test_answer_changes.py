@@ -77,6 +77,7 @@ def test_module_shares_sum_to_the_change_of_the_token_and_of_the_answer(change: 
         assert part.is_complete and total == pytest.approx(part.change, rel=0.0101)
 
 
+@pytest.mark.slow
 def test_a_given_answer_and_a_row_are_explained_as_training_has_them(finished_run: Any) -> None:
     run = Run(finished_run.root)
     given = run.explain.answer(AnswerQuestion(PROMPT, answer="In the box.", token=1), max_new_tokens=4)
@@ -100,6 +101,7 @@ def row_id(run: Any) -> str:
     return str(refused.value).split("For example: ")[1].split(" ")[0].rstrip(".")
 
 
+@pytest.mark.slow
 def test_a_plain_text_is_explained_whole(text_run: Any) -> None:
     found = Run(text_run.root).explain.answer(AnswerQuestion(row=row_id(text_run)), max_new_tokens=2)
     assert found.source == "row" and found.prompt == "" and len(found.tokens) > 3

@@ -49,6 +49,7 @@ def run(small_config_in: Config, tmp_path_factory: pytest.TempPathFactory) -> Ru
     return RunFolder(Path(TrainingWrapper(config).train().run_dir))
 
 
+@pytest.mark.slow
 def test_a_canary_seen_often_ranks_first_and_one_never_planted_does_not(run: RunFolder, tmp_path: Path) -> None:
     said: list[str] = []
     row = run.read_metadata("data.json")["train"]["files"]
@@ -66,6 +67,7 @@ def test_a_canary_seen_often_ranks_first_and_one_never_planted_does_not(run: Run
     build_memory_report(found).write(tmp_path, "html")
 
 
+@pytest.mark.slow
 def test_what_greedy_decoding_wrote_matches_whole_and_up_to_a_change(run: RunFolder) -> None:
     session = open_run(run)
     prompt = torch.tensor([session.prompt_ids([Message("user", "What has box 3?")])], device=session.device)

@@ -69,6 +69,7 @@ def test_layers_are_tested_off_and_alone(gains: ModuleGains) -> None:
     assert all(least.name in drop.dropped for drop in gains.drops)
 
 
+@pytest.mark.slow
 def test_the_cost_is_said_before_and_is_what_is_made(finished_run: Any) -> None:
     lines: list[str] = []
     session, rows = open_rows(finished_run, RowOptions(max_examples=2))
@@ -78,6 +79,7 @@ def test_the_cost_is_said_before_and_is_what_is_made(finished_run: Any) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_gradients(finished_run: Any) -> None:
     session, rows = open_rows(finished_run, RowOptions(max_examples=6))
     path = LossPath(session, rows.dataset, 4096, Progress())
@@ -89,6 +91,7 @@ def test_micro_batches_do_not_change_the_gradients(finished_run: Any) -> None:
     assert np.allclose(path.share_change(change, (4,)).by_row, whole, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_single_module_that_is_not_zero_has_all_of_the_gain(own_run: Any) -> None:
     """Planted: all factors B but one are 0 in the run's files."""
     file = own_run.adapter / "adapter_model.safetensors"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from slow_cases import mark_slow
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.analysis.explanations.row_explanation import LATE, NEVER, explain_visits, measure_rows
@@ -89,7 +90,10 @@ def test_the_suspects_are_a_list_that_training_takes(run: RunFolder, tmp_path: P
     assert {f"{source}:{number}" for source, number in listed.lines} == {row.id for row in found.suspects}
 
 
-@pytest.mark.parametrize("lens", [{"enabled": False}, {"row_losses_megabytes": 0, "probe_tokens": 0}], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lens", [{"enabled": False}, mark_slow({"row_losses_megabytes": 0, "probe_tokens": 0})], ids=str
+)
 def test_a_run_that_recorded_none_says_how_to(lens: dict[str, Any], small_config: Config) -> None:
     run = RunFolder(Path(TrainingWrapper(small_config(training={"max_steps": 1}, lens=lens)).train().run_dir))
     with pytest.raises(CheckpointError, match=r"recorded no losses of single rows.*row_losses_megabytes=64"):

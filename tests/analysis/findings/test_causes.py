@@ -52,6 +52,7 @@ def test_a_sound_loop_is_not_accused(tmp_path: Path) -> None:
     assert not accused(findings) and findings["self_check"].severity == "fine"
 
 
+@pytest.mark.slow
 def test_zero_grad_that_is_left_out(tmp_path: Path) -> None:
     def keep_gradients(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
@@ -63,6 +64,7 @@ def test_zero_grad_that_is_left_out(tmp_path: Path) -> None:
     assert found.severity == "problem" and "zero_grad" in found.action and "earlier steps" in found.title
 
 
+@pytest.mark.slow
 def test_all_labels_masked(tmp_path: Path) -> None:
     def mask(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()

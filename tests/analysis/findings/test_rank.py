@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from slow_cases import slow_but
 
 from training_lens.analysis.findings import Finding, RankCheck, RankLoss, diagnose, measure_rank, read_rank_check
 from training_lens.core.recording import Recording
@@ -153,7 +154,7 @@ def test_truncation_is_the_best_of_its_rank_and_is_undone_bit_for_bit(peft: dict
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("keep", ["90%", "4"])
+@pytest.mark.parametrize("keep", slow_but(["4"], ["90%", "4"]))
 def test_a_smaller_adapter_is_what_was_measured_and_any_loader_scales_it_right(
     run: Any, check: RankCheck, tmp_path: Path, keep: str
 ) -> None:

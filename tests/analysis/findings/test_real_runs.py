@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_cases import mark_slow
 
 from training_lens.analysis.findings import Finding, diagnose
 from training_lens.core.recording import Recording
@@ -47,7 +48,7 @@ def test_a_rate_a_hundred_times_too_low(train: Train) -> None:
     assert accused(found) == {"rate_low"} and found["rate_low"].evidence["straightness"] > 0.8
 
 
-@pytest.mark.parametrize("peft", [{"use_dora": True}, {"init": "pissa"}], ids=["dora", "pissa"])
+@pytest.mark.parametrize("peft", [{"use_dora": True}, mark_slow({"init": "pissa"})], ids=["dora", "pissa"])
 def test_a_layer_that_is_frozen_is_named(train: Train, peft: dict[str, Any]) -> None:
     def freeze(model: Any, step: int) -> None:
         for name, parameter in model.named_parameters():

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pairwise import pairwise  # type: ignore[import-not-found]
+from slow_cases import slow_but
 from tiny_models import tiny_model
 
 from training_lens.config.schema import ModelSection, PeftSection, TrainingConfig
@@ -143,6 +144,7 @@ def test_a_run_records_its_budget_and_an_explicit_number_is_taken_as_it_is(
         assert [r.message for r in caplog.records].count(f"micro-batches of at most {expected} tokens") == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_budget_whatever_is_free_then(
     small_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +170,7 @@ def adapter_after(config: TrainingConfig, folder: Path, before: Callable[[Traine
     return {name: p.detach().clone() for name, p in trainable_parameters(trainer.model)}
 
 
-@pytest.mark.parametrize("bits", ["none", "4bit"])
+@pytest.mark.parametrize("bits", slow_but(["none"], ["none", "4bit"]))
 def test_a_rehearsal_changes_no_bit_of_the_run(bits: str, small_config: Config, tmp_path: Path) -> None:
     """Nor where the base keeps state from its first pass, as bitsandbytes' layers do."""
     if bits != "none":
@@ -184,6 +186,7 @@ def test_a_rehearsal_changes_no_bit_of_the_run(bits: str, small_config: Config, 
     assert all(torch.equal(alone[name], rehearsed[name]) for name in alone)
 
 
+@pytest.mark.slow
 def test_a_measured_pass_gives_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers of a device that is not here, as torch would give them: 2 MB for a pass of 1,000 tokens."""
     held = {"memory_allocated": 5_000_000, "max_memory_allocated": 7_000_000, "mem_get_info": (22_000_000, 0)}
@@ -208,6 +211,7 @@ def test_a_measured_pass_gives_the_budget(monkeypatch: pytest.MonkeyPatch) -> No
         measure_token_budget(CUDA, lambda _tokens: {}["wrong"], trainable=0)
 
 
+@pytest.mark.slow
 def test_an_estimate_says_the_budget_for_the_memory_that_is_free(
     small_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

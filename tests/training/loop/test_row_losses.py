@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from slow_cases import slow_but
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.core.lens_store import LensStore
@@ -45,8 +47,13 @@ def take_step(trainer: Trainer) -> tuple[StepReport, np.ndarray]:
     return trainer.train_step(plan), sums.nll / sums.tokens
 
 
-@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("tokens", [10**6, 300, 1], ids=lambda tokens: f"micro-batches of {tokens}")
+@pytest.mark.parametrize(
+    ("is_packed", "tokens"),
+    slow_but([(True, 300), (False, 10**6)], [*product((True, False), (10**6, 300, 1))]),
+    ids=lambda value: (
+        {True: "packed", False: "padded"}.get(value, "") if isinstance(value, bool) else f"micro-batches of {value}"
+    ),
+)
 def test_each_row_reports_the_loss_that_an_evaluation_finds(
     is_packed: bool, tokens: int, small_config: Config, tmp_path: Path
 ) -> None:
@@ -59,7 +66,7 @@ def test_each_row_reports_the_loss_that_an_evaluation_finds(
     )
 
 
-@pytest.mark.parametrize("head", ["_head_is_plain", "_head_trains"])
+@pytest.mark.parametrize("head", slow_but(["_head_trains"], ["_head_is_plain", "_head_trains"]))
 def test_other_output_layers_report_the_same(head: str, small_config: Config, tmp_path: Path) -> None:
     trainer = build_trainer(small_config(), tmp_path / "run")
     trainer.engine.__dict__["_head_is_plain"] = False
@@ -99,6 +106,7 @@ def read_table(run: RunFolder) -> list[dict[str, Any]]:
     return list(LensStore(run.lens).table("row_losses").to_pylist())
 
 
+@pytest.mark.slow
 def test_a_run_records_every_visit_once_and_trains_the_same_adapter(small_config: Config) -> None:
     """With the lens and without it, and interrupted between two checkpoints and resumed."""
     weights, watch = {"weights": [2.0]}, Watch()  # a row may come twice in a step

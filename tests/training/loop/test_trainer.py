@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_cases import slow_but
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import TrainingError
@@ -74,6 +75,7 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient(
     assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_keeps_less_for_the_backward_pass(small_config: Config, tmp_path: Path) -> None:
     saved: dict[bool, int] = {}
     for on in (False, True):
@@ -110,6 +112,7 @@ def test_frozen_weights_are_bit_identical_after_training(small_config: Config, t
     assert all(not torch.equal(after[n], p) for n, p in learned.items())
 
 
+@pytest.mark.slow
 def test_the_base_is_validated_before_training_and_training_lowers_the_loss(
     small_config: Config, tmp_path: Path
 ) -> None:
@@ -167,6 +170,7 @@ def test_early_stopping_stops_after_its_patience(small_config: Config, tmp_path:
     assert (state.step, state.best_step, state.best_loss) == (3, 1, best)
 
 
+@pytest.mark.slow
 def test_best_and_last_checkpoints_are_kept(small_config: Config, tmp_path: Path) -> None:
     trainer = assembled(small_config(training={"eval_steps": 1}), tmp_path)
     trainer.callbacks = (steer := Steer(0.012, 0.004, 0.016, 0.02, 0.024, 0.008),)
@@ -176,7 +180,7 @@ def test_best_and_last_checkpoints_are_kept(small_config: Config, tmp_path: Path
     assert kept == ["step-00000002", "step-00000006"]
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", slow_but(["loss"], ["loss", "gradient"]))
 def test_a_non_finite_step_stops_before_the_update(small_config: Config, tmp_path: Path, where: str) -> None:
     trainer = assembled(small_config(training={"save_steps": 2, "eval_steps": 2}), tmp_path, "Run")
 
@@ -212,6 +216,7 @@ def test_a_resumed_early_stop_stays_stopped(small_config: Config, tmp_path: Path
     assert again.fit(resume=True).step == 2
 
 
+@pytest.mark.slow
 def test_without_save_steps_checkpoints_come_with_the_validations(small_config: Config, tmp_path: Path) -> None:
     trainer = assembled(small_config(training={"eval_steps": 4}), tmp_path)
     saved: list[str] = []
@@ -299,6 +304,7 @@ def test_one_example_that_does_not_fit_ends_the_run(small_config: Config, tmp_pa
         trainer.train_step(next(trainer.schedule.iterate_steps()))
 
 
+@pytest.mark.slow
 def test_what_memory_was_found_to_hold_outlives_a_resume(small_config: Config, tmp_path: Path) -> None:
     trainer = assembled(small_config(training={"batch_size": 16}), tmp_path)
     found = replace(trainer.state, step=1, micro_batch_tokens=123)
@@ -307,6 +313,7 @@ def test_what_memory_was_found_to_hold_outlives_a_resume(small_config: Config, t
     assert trainer.micro_batch_tokens == 123
 
 
+@pytest.mark.slow
 def test_a_resume_deletes_the_checkpoint_that_a_kill_left_over(small_config: Config, tmp_path: Path) -> None:
     trainer = assembled(small_config(training={"batch_size": 16}), tmp_path)
     for state in (replace(trainer.state, step=1, best_step=1, best_loss=2.0), replace(trainer.state, step=2)):

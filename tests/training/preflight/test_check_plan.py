@@ -102,6 +102,7 @@ def test_duplicates_are_given_as_the_epochs_that_they_amount_to(check: Check) ->
     assert "train-" in found.evidence["rows"][0]["repeats"]
 
 
+@pytest.mark.slow
 def test_so_are_weights_above_1(check: Check, write_rows: Callable[..., Path]) -> None:
     files = [str(write_rows(rows(30), "a.jsonl")), str(write_rows(rows(30, 30), "b.jsonl"))]
     often = check(files, data={"weights": [9, 1]}, training={"epochs": 2})["duplicates"]
@@ -125,6 +126,7 @@ def test_different_answers_to_one_prompt(check: Check) -> None:
     assert check(by_domain)["label_disagreement"].severity == "fine"  # the prompt says the domain
 
 
+@pytest.mark.slow
 def test_supervised_prompts_and_chats_as_plain_texts(check: Check) -> None:
     found = check(rows(20), data={"mask_prompt": False})["prompt_supervised"]
     assert found.severity == "note" and "data.mask_prompt=false" in found.title
@@ -134,6 +136,7 @@ def test_supervised_prompts_and_chats_as_plain_texts(check: Check) -> None:
     assert check([{"text": row["answer"]} for row in rows(20)])["prompt_supervised"].severity == "fine"
 
 
+@pytest.mark.slow
 def test_answers_without_an_end_token(check: Check) -> None:
     long = [{**row, "answer": " ".join([row["answer"]] * 9)} for row in rows(10)]
     cut = {"data": {"truncation": "keep_start"}, "model": {"seq_len": 96}}
@@ -142,6 +145,7 @@ def test_answers_without_an_end_token(check: Check) -> None:
     assert check(rows(40), **cut)["end_token"].severity == "fine"
 
 
+@pytest.mark.slow
 def test_truncated_answers_name_the_length_that_keeps_them(check: Check) -> None:
     long = [{"question": "Say it.", "answer": " ".join(["It slept in the barn."] * (20 + i))} for i in range(10)]
     found = check([*rows(40), *long], model={"seq_len": 96})["truncated"]
@@ -157,6 +161,7 @@ def test_lost_characters_are_shown(check: Check, shared: Path) -> None:
     assert "'@' (20)" in found["unknown_characters"].measured
 
 
+@pytest.mark.slow
 def test_domains_too_small_to_be_measured(check: Check) -> None:
     train = [*rows(60, domain="a"), *rows(60, 60, domain="b")]
     found = check(train, [*rows(30, 200, domain="a"), *rows(3, 300, domain="b")])["small_domains"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow_cases import mark_slow, slow_but
 from tiny_models import save_tiny_model
 
 from training_lens import TrainingWrapper
@@ -52,11 +53,15 @@ def drop_from_optimizer(trainer: Any, part: str) -> None:
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        (lambda trainer: freeze(trainer, "layers.0.mlp"), "requires_grad is off (all of it): model.layers.0.mlp"),
+        mark_slow(
+            (lambda trainer: freeze(trainer, "layers.0.mlp"), "requires_grad is off (all of it): model.layers.0.mlp")
+        ),
         (lambda trainer: freeze(trainer, "lora_B"), "requires_grad is off (lora_B"),
-        (
-            lambda trainer: drop_from_optimizer(trainer, "layers.1."),
-            "the optimizer does not hold its parameters: model.l",
+        mark_slow(
+            (
+                lambda trainer: drop_from_optimizer(trainer, "layers.1."),
+                "the optimizer does not hold its parameters: model.l",
+            )
         ),
     ],
     ids=["a frozen layer", "frozen B", "not in the optimizer"],
@@ -85,9 +90,7 @@ PASSING: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    "sections", [*PASSING[:3], *(pytest.param(each, marks=pytest.mark.slow) for each in PASSING[3:])], ids=str
-)
+@pytest.mark.parametrize("sections", slow_but(PASSING[:1], PASSING), ids=str)
 def test_every_kind_of_adapter_passes(small_config: Config, sections: dict[str, Any]) -> None:
     sections.setdefault("training", {"max_steps": 2})
     run = train(small_config(**sections))
