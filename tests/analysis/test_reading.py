@@ -58,6 +58,7 @@ def test_without_a_trainers_state_losses_are_unknown_and_the_rest_reads(trainer_
     assert not recording.has("loss") and len(recording.series("adapter_weights", "norm_update").steps) == 3
 
 
+@pytest.mark.slow
 def test_a_run_without_captures_is_read_from_what_it_saved(
     run_without_captures: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:

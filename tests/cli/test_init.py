@@ -29,6 +29,7 @@ def test_the_file_is_the_defaults_and_validates(call: Call) -> None:
     assert call("validate", "--config", "config.yaml").exit_code == 0
 
 
+@pytest.mark.slow
 def test_options_are_set_and_looked_into(call: Call, rows: str) -> None:
     result = call("init", "mine.yml", "--train", rows, "--model", "embedded", "--json")
     assert json.loads(result.stdout)["values"] == {"model.id": "embedded", "data.train": [rows], "data.val_ratio": 0.1}
@@ -85,6 +86,7 @@ def test_answers_are_checked_on_the_spot(call: Call, rows: str) -> None:
     assert config.output.experiment_name == "boxes"
 
 
+@pytest.mark.slow
 def test_fields_that_are_not_found_are_asked_for(call: Call) -> None:
     Path("odd.jsonl").write_text('{"ask": "1", "say": "2"}\n{"ask": "3", "say": "4"}\n')
     result = call("init", "--ask", "--train", "odd.jsonl", input="\n\nask\nsay\n0.5\n\n\n")

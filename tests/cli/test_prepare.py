@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from click.testing import Result
 from forked import fork_command  # type: ignore[import-not-found]
-from slow_cases import slow_but
 
 from training_lens import embedded
 from training_lens.data.file_readers import read_file_rows
@@ -257,7 +256,8 @@ def test_other_histories_systems_tools_and_masks_are_no_duplicates(call: Call, t
     assert [item["row"] for item in report["duplicates_exact"]["listed"]] == ["rows.jsonl:7"]
 
 
-@pytest.mark.parametrize("file_format", slow_but(["parquet"], ["jsonl", "parquet"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
 def test_what_tables_and_parquet_hold_trains_as_before(file_format: str, call: Call, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

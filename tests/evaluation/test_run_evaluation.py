@@ -73,6 +73,7 @@ def test_held_out_rows_are_those_that_training_left_out(split_run: tuple[RunFold
     assert list(result.comparison.controls) == ["shuffled_prompts"]
 
 
+@pytest.mark.slow
 def test_a_baseline_is_the_base_loss_of_the_run_on_the_same_rows(split_run: tuple[RunFolder, Any]) -> None:
     run, summary = split_run
     config = TrainingConfig.model_validate(run.read_metadata("config.json")).replace_keys(inference={"adapter": "none"})

@@ -219,6 +219,7 @@ def test_no_file_of_a_run_that_fails_holds_the_secret_in_its_error(
     assert leaks(planted / "outputs") == []
 
 
+@pytest.mark.slow
 def test_sync_strikes_out_what_an_error_holds(
     small_config: Callable[..., Any], planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
