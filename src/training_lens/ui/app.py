@@ -13,6 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from training_lens import __version__
 from training_lens.ui.guard import Access, Guard
+from training_lens.ui.run_routes import RunRoutes
 from training_lens.ui.web import ERROR_HANDLERS, Outputs, json_response
 
 STATIC = Path(__file__).parent / "static"
@@ -30,6 +31,7 @@ def build_app(outputs: Outputs, access: Access) -> Starlette:
     routes = [
         Route("/", send_page),
         Route("/api/about", describe_server),
+        *RunRoutes(outputs).routes(),
         Mount("/static", StaticFiles(directory=STATIC)),
     ]
     return Starlette(

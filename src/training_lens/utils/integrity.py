@@ -38,6 +38,7 @@ CHECKSUM = "checksum"  # key in a JSON object: the sha256 of its other values
 LINE_CHECKSUM = "crc"  # key in a journal line, with the CRC-32 of its other values
 RECORDS = ("metadata/hashes.json", "manifest.json")  # of a run and of a checkpoint: the sha256 of files under `files`
 SEAL = b"training-lens-sha256:"  # in a binary file, before its sha256, which is computed with zeros in its own place
+LINE_ENDING = len(f', "{LINE_CHECKSUM}": "01234567"}}')
 SHA256 = re.compile(rb"[0-9a-f]{64}")
 UNSEALED = SEAL.decode() + 64 * "0"
 
@@ -110,7 +111,14 @@ def read_line(line: str | bytes) -> dict[str, Any] | None:
         return None
     if LINE_CHECKSUM not in values:  # of an earlier version
         return None if _has_damaged_key(values, _checksum_of_line) else values
-    return values if values.pop(LINE_CHECKSUM) == _checksum_of_line(values) else None
+    checksum = values.pop(LINE_CHECKSUM)
+    return values if checksum == _checksum_of_text(line) or checksum == _checksum_of_line(values) else None
+
+
+def _checksum_of_text(line: str | bytes) -> str:
+    """What `seal_line` computed for this line, from its text: half the time of writing its values again."""
+    text = (line.encode("utf-8", "surrogatepass") if isinstance(line, str) else line).rstrip()
+    return f"{zlib.crc32(text[:-LINE_ENDING] + b'}'):08x}"
 
 
 def _checksum_of_line(values: Mapping[str, Any]) -> str:

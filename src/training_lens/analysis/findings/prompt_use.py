@@ -9,14 +9,11 @@ from training_lens.analysis.findings.swap_gain import SwapGain
 from training_lens.analyzers.module_groups import finite_points
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
-from training_lens.errors import CheckpointError
 from training_lens.evaluation.comparison_verdict import HARDLY_READ
+from training_lens.evaluation.run_verdict import read_comparison_verdict
 from training_lens.evaluation.verdict import Remark, Verdict
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.integrity import read_sealed
-from training_lens.utils.logging import get_logger
 
-logger = get_logger(__name__)
 RULE = Rule(
     code="prompt_ignored",
     signature="the loss on held-out rows is the same with the prompts of other rows",
@@ -74,19 +71,3 @@ def _judge_swaps(recording: Recording) -> Finding:
 
 def _find_remark(verdict: Verdict) -> Remark | None:
     return next((remark for remark in verdict.remarks if remark.code.startswith("prompt_")), None)
-
-
-def read_comparison_verdict(run: RunFolder) -> Verdict | None:
-    """The verdict of the run's `compare`; None without one, or where the run was trained further since."""
-    path = run.reports / "compare.json"
-    if not path.is_file():
-        return None
-    try:
-        report = read_sealed(path)
-        steps = run.read_metadata("summary.json").get("steps", 0)
-        if "verdict" not in report or report.get("steps", steps) != steps:
-            return None  # written before verdicts existed, or before the run was resumed
-        return Verdict.from_json(report["verdict"])
-    except (CheckpointError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s has no valid verdict (%s): run training-lens compare again", path, error)
-        return None

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from training_lens.analysis.advice import OURS, translate_advice
-from training_lens.analysis.findings.prompt_use import read_comparison_verdict
 from training_lens.analyzers.lora_analyzer import SOUND, certify_capture, read_residuals
 from training_lens.analyzers.module_groups import energy_shares, finite_points, latest_values, read_evolution
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
+from training_lens.evaluation.run_verdict import read_comparison_verdict
 from training_lens.evaluation.training_verdict import TrainingRecord, assess_training, build_training_record
 from training_lens.evaluation.verdict import Verdict
 from training_lens.runs.run_folder import RunFolder

@@ -1,0 +1,93 @@
+// The frame of all pages: which page an address means, the theme, and errors that a page did not expect.
+
+import { button, element, replace } from "./dom.js";
+
+const PAGES = {
+  runs: { load: () => import("./pages/runs.js"), title: "Runs" },
+  run: { load: () => import("./pages/run.js"), title: "Run", under: "runs" },
+  compare: { load: () => import("./pages/compare.js"), title: "Compare", under: "runs" },
+  playground: { load: () => import("./pages/playground.js"), title: "Playground" },
+  data: { load: () => import("./pages/data.js"), title: "Data" },
+  new: { load: () => import("./pages/launch.js"), title: "New run" },
+};
+const main = document.getElementById("main");
+let leave = () => {};
+let visit = 0;
+
+/** `#/run/EXPERIMENT/RUN?x=1` as a page's name, the decoded parts of its path, and its query. */
+function readAddress() {
+  const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
+  const [name = "", ...parts] = path.split("/").filter(Boolean).map(decodePart);
+  return { name: name in PAGES ? name : "runs", parts, query: new URLSearchParams(query) };
+}
+
+function decodePart(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
+async function showPage() {
+  const address = readAddress();
+  const page = PAGES[address.name];
+  const number = ++visit;
+  leave();
+  leave = () => {};
+  document.title = `${page.title} · Training Lens`;
+  markLink(page.under ?? address.name);
+  setConnection("");
+  replace(main, element("p", { class: "empty" }, "Reading…"));
+  scrollTo(0, 0);
+  try {
+    const module = await page.load();
+    const stop = await module.show(main, { ...address, setTitle, setConnection });
+    if (number === visit) leave = stop ?? (() => {});
+    else stop?.();
+  } catch (error) {
+    if (number === visit && error.name !== "AbortError") showError(error);
+  }
+}
+
+function showError(error) {
+  replace(main, element("div", { class: "notice problem", role: "alert" }, element("h1", {}, "This page cannot be shown"),
+    element("p", {}, error.message)), button("Try again", showPage), " ", element("a", { class: "button quiet", href: "#/" }, "All runs"));
+}
+
+function setTitle(title) {
+  document.title = `${title} · Training Lens`;
+}
+
+function setConnection(words) {
+  document.getElementById("connection").textContent = words;
+}
+
+function markLink(name) {
+  for (const link of document.querySelectorAll(".top nav a")) {
+    link.dataset.page === name ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
+  }
+}
+
+function applyTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  document.getElementById("theme").textContent = theme === "dark" ? "Light" : "Dark";
+  document.getElementById("theme").setAttribute("aria-label", theme === "dark" ? "Use light colours" : "Use dark colours");
+  dispatchEvent(new Event("themechange"));
+}
+
+function chosenTheme() {
+  return localStorage.getItem("theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+}
+
+document.getElementById("theme").addEventListener("click", () => {
+  localStorage.setItem("theme", chosenTheme() === "dark" ? "light" : "dark");
+  applyTheme(chosenTheme());
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => applyTheme(chosenTheme()));
+addEventListener("hashchange", () => {
+  if (!location.hash.startsWith("#/") && location.hash) return; // a place on the page
+  showPage();
+});
+applyTheme(chosenTheme());
+showPage();

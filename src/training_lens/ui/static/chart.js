@@ -1,0 +1,251 @@
+// Line charts: uPlot on a canvas, and the same numbers as a table.
+
+import { button, details, element, replace, table } from "./dom.js";
+import { formatNumber, formatWhole } from "./format.js";
+
+const LEAST_HEIGHT = 180;
+const ROWS_OF_TABLE = 40;
+const LOG_RATIO = 8; // from this ratio of largest to smallest value on, the axis is logarithmic
+
+/**
+ * A chart whose `draw(lines, marks)` may be called again with new values.
+ *
+ * A line is {name, steps, values, color, kind, width, dash}: `kind` "dots" draws measured points alone, since nothing is
+ * known between them. `color` is the name of a CSS variable. A mark is {step, label, color}.
+ */
+export function lineChart({ title, x = "step", y, height = 260, onZoom = null, canBeLog = true }) {
+  const box = element("div", { class: "plot", role: "img", "aria-label": title });
+  const legend = element("div", { class: "legend" });
+  const tableBox = details("The numbers as a table");
+  const scale = canBeLog ? button("", toggleScale, { class: "quiet scale" }) : null;
+  const root = element("figure", { class: "chart" },
+    element("figcaption", {}, element("span", {}, title), scale), box, legend, tableBox);
+  const state = { plot: null, lines: [], marks: [], isLog: null, hidden: new Set() };
+
+  function toggleScale() {
+    state.isLog = !usesLog();
+    draw(state.lines, state.marks);
+  }
+
+  function usesLog() {
+    return canBeLog && (state.isLog ?? spansDecades(state.lines));
+  }
+
+  function draw(lines, marks = []) {
+    Object.assign(state, { lines, marks });
+    if (!root.isConnected) return;
+    const shown = lines.filter((line) => line.steps.length && !state.hidden.has(line.name));
+    const zoom = readZoom(state);
+    state.plot?.destroy();
+    replace(box);
+    if (scale) scale.textContent = usesLog() ? "Log scale" : "Linear scale";
+    drawLegend();
+    if (shown.length) {
+      const options = buildOptions({ x, y, height, onZoom, marks, isLog: usesLog(), width: widthOf(box) }, shown);
+      state.plot = new uPlot(options, joinLines(shown), box);
+      if (zoom) state.plot.setScale("x", zoom);
+    } else {
+      state.plot = null;
+      replace(box, element("p", { class: "empty" }, "Nothing was measured yet."));
+    }
+    if (tableBox.open) fillTable();
+  }
+
+  function drawLegend() {
+    replace(legend, state.lines.map((line) => {
+      const isHidden = state.hidden.has(line.name);
+      const toggle = () => {
+        isHidden ? state.hidden.delete(line.name) : state.hidden.add(line.name);
+        draw(state.lines, state.marks);
+      };
+      const sign = element("span", { class: `sign ${line.kind === "dots" ? "dot" : "stroke"}` });
+      sign.style.setProperty("--sign", `var(${line.color})`);
+      return button([sign, line.name], toggle, { class: "quiet entry", "aria-pressed": String(!isHidden) });
+    }));
+  }
+
+  function fillTable() {
+    const rows = state.lines.flatMap((line) => thinOut(line).map(([step, value]) => ({ name: line.name, step, value })));
+    const columns = [
+      { name: "curve", cell: (row) => row.name },
+      { name: x, number: true, cell: (row) => formatWhole(row.step) },
+      { name: y, number: true, cell: (row) => formatNumber(row.value) },
+    ];
+    replace(tableBox, tableBox.firstElementChild, table(title, columns, rows));
+  }
+
+  tableBox.addEventListener("toggle", () => tableBox.open && fillTable());
+  redrawOn(root, () => draw(state.lines, state.marks));
+  return { root, draw, isZoomed: () => readZoom(state) !== null };
+}
+
+/** Draw again when the width, the theme or the place in the page changes. */
+export function redrawOn(root, draw) {
+  let width = 0;
+  const observer = new ResizeObserver(([entry]) => {
+    if (Math.abs(entry.contentRect.width - width) < 1) return;
+    width = entry.contentRect.width;
+    requestAnimationFrame(draw);
+  });
+  observer.observe(root);
+  addEventListener("themechange", () => root.isConnected && draw());
+}
+
+export function readColor(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+function widthOf(box) {
+  return Math.max(240, box.clientWidth);
+}
+
+function readZoom(state) {
+  const range = state.plot?.scales.x;
+  if (!range || range.min === undefined || range.min === null) return null;
+  const [first, last] = [state.plot.data[0][0], state.plot.data[0].at(-1)];
+  return range.min > first || range.max < last ? { min: range.min, max: range.max } : null;
+}
+
+function spansDecades(lines) {
+  const values = lines.flatMap((line) => line.values).filter((value) => value !== null && Number.isFinite(value));
+  if (!values.length) return false;
+  const smallest = values.reduce((a, b) => Math.min(a, b));
+  return smallest > 0 && values.reduce((a, b) => Math.max(a, b)) > LOG_RATIO * smallest;
+}
+
+/** uPlot's data: the union of all steps, and a column for each line; null is a gap, undefined is nothing at all. */
+function joinLines(lines) {
+  const steps = [...new Set(lines.flatMap((line) => line.steps))].sort((a, b) => a - b);
+  const places = new Map(steps.map((step, i) => [step, i]));
+  const columns = lines.map((line) => {
+    const column = new Array(steps.length).fill(undefined);
+    line.steps.forEach((step, i) => (column[places.get(step)] = line.values[i] ?? null));
+    return column;
+  });
+  return [steps, ...columns];
+}
+
+function buildOptions({ x, y, height, width, onZoom, marks, isLog }, lines) {
+  const [ink, grid] = [readColor("--soft"), readColor("--line")];
+  const font = `12px ${getComputedStyle(document.body).fontFamily}`;
+  const axis = { stroke: ink, font, labelFont: font, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 } };
+  return {
+    width,
+    height: Math.max(LEAST_HEIGHT, height),
+    legend: { show: false },
+    cursor: { points: { size: 7 }, drag: { x: true, y: false } },
+    scales: { x: { time: false }, y: isLog ? { distr: 3 } : {} },
+    axes: [
+      { ...axis, label: x, labelSize: 22, values: (_, ticks) => ticks.map((tick) => shorten(tick)) },
+      { ...axis, label: y, labelSize: 22, size: 58, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : formatNumber(tick))) },
+    ],
+    series: [{}, ...lines.map(describeSeries)],
+    plugins: [markPlugin(marks), tooltipPlugin(lines, x)],
+    hooks: onZoom ? { setSelect: [(plot) => onZoom(...["left", "width"].map((_, i) =>
+      plot.posToVal(plot.select.left + i * plot.select.width, "x")))] } : {},
+  };
+}
+
+function shorten(tick) {
+  return tick === null ? "" : Math.abs(tick) >= 10000 ? `${formatNumber(tick / 1000)}k` : formatNumber(tick);
+}
+
+function describeSeries(line) {
+  const color = readColor(line.color);
+  const isDots = line.kind === "dots" || line.steps.length === 1;
+  return {
+    label: line.name,
+    stroke: color,
+    width: line.width ?? 1.6,
+    dash: line.dash,
+    alpha: line.alpha ?? 1,
+    points: isDots ? { show: true, size: 7, fill: color, stroke: color } : { show: false },
+    ...(isDots ? { paths: () => null } : {}),
+  };
+}
+
+/** Vertical lines with a word at their top. */
+function markPlugin(marks) {
+  const draw = (plot) => {
+    const { ctx, bbox } = plot;
+    ctx.save();
+    ctx.font = `${11 * devicePixelRatio}px ${getComputedStyle(document.body).fontFamily}`;
+    let lastEnd = -Infinity;
+    for (const mark of marks) {
+      const at = Math.round(plot.valToPos(mark.step, "x", true));
+      if (at < bbox.left || at > bbox.left + bbox.width) continue;
+      ctx.strokeStyle = ctx.fillStyle = readColor(mark.color);
+      ctx.setLineDash([4 * devicePixelRatio, 4 * devicePixelRatio]);
+      ctx.beginPath();
+      ctx.moveTo(at, bbox.top);
+      ctx.lineTo(at, bbox.top + bbox.height);
+      ctx.stroke();
+      const width = ctx.measureText(mark.label).width;
+      const left = Math.min(at + 4 * devicePixelRatio, bbox.left + bbox.width - width);
+      if (mark.label && left > lastEnd) {
+        ctx.fillText(mark.label, left, bbox.top + 11 * devicePixelRatio);
+        lastEnd = left + width + 6 * devicePixelRatio;
+      }
+    }
+    ctx.restore();
+  };
+  return { hooks: { drawClear: draw } };
+}
+
+function tooltipPlugin(lines, x) {
+  const tip = element("div", { class: "tip" });
+  const move = (plot) => {
+    const { idx, left } = plot.cursor;
+    if (idx === null || idx === undefined || left < 0) return tip.classList.remove("seen");
+    const step = plot.data[0][idx];
+    replace(tip, element("div", { class: "tip-step" }, `${x} ${formatWhole(step)}`),
+      lines.map((line, i) => {
+        const value = nearestValue(plot.data[0], plot.data[i + 1], idx);
+        return value && element("div", {}, `${line.name}: ${formatNumber(value.value)}`,
+          value.step === step ? "" : ` (${x} ${formatWhole(value.step)})`);
+      }));
+    tip.classList.add("seen");
+    const isRight = left > plot.over.clientWidth / 2;
+    tip.style.left = isRight ? "auto" : `${left + 12}px`;
+    tip.style.right = isRight ? `${plot.over.clientWidth - left + 12}px` : "auto";
+  };
+  return { hooks: { init: (plot) => plot.over.append(tip), setCursor: move } };
+}
+
+/** The measured value nearest to a place, at most a twentieth of the points away. */
+function nearestValue(steps, column, place) {
+  const reach = Math.max(1, Math.round(steps.length / 20));
+  for (let away = 0; away <= reach; away++) {
+    for (const i of [place - away, place + away]) {
+      if (typeof column[i] === "number") return { step: steps[i], value: column[i] };
+    }
+  }
+  return null;
+}
+
+function thinOut(line) {
+  const pairs = line.steps.map((step, i) => [step, line.values[i]]);
+  if (pairs.length <= ROWS_OF_TABLE) return pairs;
+  return Array.from({ length: ROWS_OF_TABLE }, (_, i) => pairs[Math.round((i * (pairs.length - 1)) / (ROWS_OF_TABLE - 1))]);
+}
+
+/** A small line without axes; its numbers are in the text beside it. */
+export function sparkline(values, label) {
+  const canvas = element("canvas", { class: "spark", role: "img", "aria-label": label, width: 160, height: 36 });
+  const known = values.filter((value) => Number.isFinite(value));
+  if (known.length < 2) return element("span", { class: "spark" });
+  const isLog = Math.min(...known) > 0;
+  const heights = values.map((value) => (isLog ? Math.log(value) : value));
+  const [low, high] = [Math.min(...heights), Math.max(...heights)];
+  const context = canvas.getContext("2d");
+  const draw = () => {
+    context.clearRect(0, 0, 160, 36);
+    context.strokeStyle = readColor("--accent");
+    context.lineWidth = 2;
+    context.beginPath();
+    heights.forEach((value, i) => context.lineTo(2 + (i * 156) / (heights.length - 1), 33 - (30 * (value - low)) / (high - low || 1)));
+    context.stroke();
+  };
+  draw();
+  return canvas;
+}

@@ -1,0 +1,95 @@
+// Builds elements. Text is always set as text: nothing that comes from a run, a row or a model is read as markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** An element: attributes by name, `on...` handlers, `class`; children are nodes, texts, or lists of them. */
+export function element(tag, attributes = {}, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+export function svgElement(tag, attributes = {}, ...children) {
+  return fill(document.createElementNS(SVG, tag), attributes, children);
+}
+
+function fill(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2).toLowerCase(), value);
+    else if (name === "value" || name === "checked" || name === "disabled" || name === "open") node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  append(node, children);
+  return node;
+}
+
+function append(node, children) {
+  for (const child of children.flat(Infinity)) {
+    if (child === null || child === undefined || child === false) continue;
+    node.append(child instanceof Node ? child : String(child));
+  }
+}
+
+/** Replace what a node holds. */
+export function replace(node, ...children) {
+  node.replaceChildren();
+  append(node, children);
+  return node;
+}
+
+/** Replace what a node holds only if `key` is another than last time, so that a reader keeps place and focus. */
+export function replaceIfChanged(node, key, build) {
+  const text = JSON.stringify(key);
+  if (node.dataset.key === text) return;
+  node.dataset.key = text;
+  replace(node, build());
+}
+
+export function button(label, onClick, attributes = {}) {
+  return element("button", { type: "button", onClick, ...attributes }, label);
+}
+
+/** A command in a box, with a button that copies it. */
+export function commandLine(command) {
+  const label = element("span", { class: "copied", role: "status" });
+  const copy = async () => {
+    await copyText(command);
+    label.textContent = "Copied";
+    setTimeout(() => (label.textContent = ""), 2000);
+  };
+  return element("div", { class: "command" }, element("code", {}, command), button("Copy", copy, { class: "quiet" }), label);
+}
+
+async function copyText(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = element("textarea", { value: text });
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
+/** A table: columns as {name, cell(row), number}, under a caption that may be for screen readers alone. */
+export function table(caption, columns, rows, attributes = {}) {
+  const head = columns.map((column) => element("th", { scope: "col", class: column.number ? "number" : null }, column.name));
+  const body = rows.map((row) =>
+    element("tr", {}, columns.map((column, i) =>
+      element(i ? "td" : "th", { class: column.number ? "number" : null, scope: i ? null : "row" }, column.cell(row)))));
+  return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+    element("table", attributes,
+      element("caption", { class: attributes.shown ? null : "hidden" }, caption),
+      element("thead", {}, element("tr", {}, head)),
+      element("tbody", {}, body)));
+}
+
+export function section(title, id, ...children) {
+  return element("section", { id, "aria-labelledby": `${id}-title` }, element("h2", { id: `${id}-title` }, title), children);
+}
+
+export function details(summary, ...children) {
+  return element("details", {}, element("summary", {}, summary), children);
+}
+
+/** A word in the colour of its severity. */
+export function badge(word, severity) {
+  return element("span", { class: `badge ${severity}` }, word);
+}

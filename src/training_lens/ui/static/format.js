@@ -1,0 +1,68 @@
+// Numbers, times and sizes for people.
+
+const WHOLE = new Intl.NumberFormat("en-US");
+
+export function formatWhole(value) {
+  return value === null || value === undefined ? "–" : WHOLE.format(Math.round(value));
+}
+
+/** Four significant digits: 9.853, 0.2122, 1.0e-5. */
+export function formatNumber(value) {
+  if (value === null || value === undefined || Number.isNaN(value)) return "–";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size < 1e-3 || size >= 1e6) return value.toExponential(1).replace("e+", "e");
+  if (size >= 1000) return WHOLE.format(Math.round(value));
+  return value.toPrecision(4).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
+}
+
+/** A learning rate: 1e-4, 3.2e-5. */
+export function formatRate(value) {
+  return value === null || value === undefined ? "–" : value.toExponential(2).replace(/\.?0+e/, "e");
+}
+
+export function formatPercent(value, digits = 1) {
+  return value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)} %`;
+}
+
+export function formatSeconds(seconds) {
+  if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";
+  if (seconds < 60) return `${Math.round(seconds)} s`;
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 60) return `${minutes} min`;
+  const hours = Math.floor(minutes / 60);
+  return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.round(hours / 24)} days`;
+}
+
+export function formatBytes(bytes) {
+  if (bytes === null || bytes === undefined) return "–";
+  for (const unit of ["B", "kB", "MB", "GB"]) {
+    if (bytes < 1000) return `${unit === "B" ? bytes : bytes.toPrecision(3)} ${unit}`;
+    bytes /= 1000;
+  }
+  return `${bytes.toPrecision(3)} TB`;
+}
+
+/** "3 min ago", or a date. */
+export function formatAge(seconds) {
+  const age = Date.now() / 1000 - seconds;
+  if (age < 90) return "just now";
+  if (age < 3600 * 36) return `${formatSeconds(age)} ago`;
+  return formatDate(seconds);
+}
+
+export function formatDate(seconds) {
+  return new Date(seconds * 1000).toLocaleString("sv-SE", { dateStyle: "short", timeStyle: "short" });
+}
+
+export function formatValue(value) {
+  return typeof value === "string" ? value : JSON.stringify(value);
+}
+
+export function pluralize(count, noun) {
+  return `${formatWhole(count)} ${noun}${count === 1 ? "" : "s"}`;
+}
+
+export function capitalize(words) {
+  return words.charAt(0).toUpperCase() + words.slice(1);
+}
