@@ -17,7 +17,7 @@ from pathlib import Path
 from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 from training_lens.analysis.figures.catalogue import REPORT_FIGURES
 from training_lens.analysis.reports.executive import build_verdict
-from training_lens.analysis.reports.facts import find_verdict, read_changes, read_losses
+from training_lens.analysis.run_facts import find_verdict, read_changes, read_losses
 from training_lens.display.html import Picture, write_page
 from training_lens.runs.run_lookup import find_run
 

@@ -15,7 +15,7 @@ from training_lens.analysis.figures.style import add_line, build_canvas
 from training_lens.analysis.findings.finding import Finding
 from training_lens.analysis.logs import Log, read_our_log
 from training_lens.analysis.reports.executive import WRONG, build_verdict, summarize_finding
-from training_lens.analysis.reports.facts import find_verdict
+from training_lens.analysis.run_facts import find_verdict
 from training_lens.config.run_config import read_run_config
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording

@@ -198,7 +198,7 @@ class _Card:
     @cached_property
     def lens(self) -> dict[str, Any] | None:
         """The results of the lens; None if it was off."""
-        from training_lens.analysis.reports.facts import read_certificate, read_changes
+        from training_lens.analysis.run_facts import read_certificate, read_changes
 
         if self._run.analysis is None:
             return None

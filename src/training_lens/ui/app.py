@@ -11,12 +11,12 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from training_lens import __version__
+from training_lens import __version__, display
 from training_lens.ui.guard import Access, Guard
 from training_lens.ui.run_routes import RunRoutes
 from training_lens.ui.web import ERROR_HANDLERS, Outputs, json_response
 
-STATIC = Path(__file__).parent / "static"
+STATIC = Path(display.__file__).parent / "static"
 
 
 def build_app(outputs: Outputs, access: Access) -> Starlette:

@@ -10,10 +10,10 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
+from training_lens.analysis.page.run_feed import FeedCache
 from training_lens.errors import CheckpointError
 from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_lookup import read_status
-from training_lens.ui.run_feed import FeedCache
 from training_lens.utils.files import replace_non_finite
 
 TICK, IDLE_TICK = 1.0, 3.0  # seconds between two looks at a run that trains, and at one that does not

@@ -10,14 +10,14 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from training_lens.analysis.page.recording_cache import RecordingCache
+from training_lens.analysis.page.run_compare import compare_layers, compare_runs
+from training_lens.analysis.page.run_feed import FeedCache
+from training_lens.analysis.page.run_page import describe_run, is_shown_file, read_log_end
 from training_lens.errors import ConfigurationError
 from training_lens.runs.run_folder import RunFolder
-from training_lens.ui.recording_cache import RecordingCache
-from training_lens.ui.run_compare import compare_layers, compare_runs
 from training_lens.ui.run_events import stream_events
-from training_lens.ui.run_feed import FeedCache
 from training_lens.ui.run_index import RunIndex
-from training_lens.ui.run_page import describe_run, is_shown_file, read_log_end
 from training_lens.ui.web import Outputs, json_response, read_number
 from training_lens.utils.names import find_name_fault
 
@@ -83,20 +83,21 @@ class RunRoutes:
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
     async def show_findings(self, request: Request) -> Response:
-        from training_lens.ui.lens_page import describe_findings
+        from training_lens.analysis.findings.diagnosis import diagnose
+        from training_lens.analysis.page.lens_page import describe_findings
 
         run = self._outputs.requested_run(request)
-        return json_response(await run_in_threadpool(lambda: describe_findings(self._recordings.open(run))))
+        return json_response(await run_in_threadpool(lambda: describe_findings(diagnose(self._recordings.open(run)))))
 
     async def show_layers(self, request: Request) -> Response:
-        from training_lens.ui.lens_page import describe_layers
+        from training_lens.analysis.page.lens_page import describe_layers
 
         run, measure = self._outputs.requested_run(request), request.query_params.get("measure", "strength")
         by = _read_grouping(request)
         return json_response(await run_in_threadpool(lambda: describe_layers(self._recordings.open(run), measure, by)))
 
     async def show_spectra(self, request: Request) -> Response:
-        from training_lens.ui.lens_page import describe_spectra
+        from training_lens.analysis.page.lens_page import describe_spectra
 
         run = self._outputs.requested_run(request)
         return json_response(await run_in_threadpool(lambda: describe_spectra(self._recordings.open(run))))

@@ -12,9 +12,9 @@ from training_lens.analysis.figures.catalogue import REPORT_FIGURES
 from training_lens.analysis.figures.run_figures import plot_loss
 from training_lens.analysis.figures.style import match_scales
 from training_lens.analysis.reports.executive import WRONG, collect_values
-from training_lens.analysis.reports.facts import read_certificate, read_changes, read_losses
 from training_lens.analysis.reports.standard import Report
 from training_lens.analysis.reports.technical import LOSS_CAPTION, format_cell, marked_steps
+from training_lens.analysis.run_facts import read_certificate, read_changes, read_losses
 from training_lens.core.recording import Recording
 from training_lens.display.html import Part, Picture, PictureGrid, Table
 from training_lens.errors import LensError

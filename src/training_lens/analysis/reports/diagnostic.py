@@ -12,8 +12,8 @@ from training_lens.analysis.checkpoint_analyzer import Analysis
 from training_lens.analysis.figures.style import add_line, build_canvas
 from training_lens.analysis.findings.finding import Finding
 from training_lens.analysis.reports.executive import build_verdict, collect_values
-from training_lens.analysis.reports.facts import find_verdict, read_certificate
 from training_lens.analysis.reports.standard import Report
+from training_lens.analysis.run_facts import find_verdict, read_certificate
 from training_lens.display.html import Callout, Part, Picture, Table
 
 NAMED = 8  # list items that are printed

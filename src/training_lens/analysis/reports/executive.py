@@ -7,7 +7,8 @@ from textwrap import shorten
 
 from training_lens.analysis.checkpoint_analyzer import Analysis
 from training_lens.analysis.findings.finding import Finding
-from training_lens.analysis.reports.facts import (
+from training_lens.analysis.reports.standard import Report
+from training_lens.analysis.run_facts import (
     cost_brief,
     cost_sentence,
     find_verdict,
@@ -17,7 +18,6 @@ from training_lens.analysis.reports.facts import (
     read_changes,
     read_losses,
 )
-from training_lens.analysis.reports.standard import Report
 from training_lens.display.html import BulletList, Callout, Part
 from training_lens.evaluation.verdict import ORDER, Verdict
 

@@ -150,7 +150,16 @@ class StandardReports:
         return build_diagnostic(self.analysis)
 
     def write(self, folder: Path | str, kind: str = "technical", format: str = "html") -> Path:
-        """Write the report of a kind: executive, technical or diagnostic. See `Report.write`."""
+        """Write the report of a kind: executive, technical or diagnostic. See `Report.write`.
+
+        As HTML, the technical report is the dashboard's page of the run in one file, below 1 MB.
+        """
         _require_known({"kind": (kind, KINDS), "format": (format, tuple(WRITERS))})
+        if (kind, format) == ("technical", "html"):
+            from training_lens.analysis.reports.page_report import write_page_report
+
+            require_writable(Path(folder), "the reports' folder")
+            write_page_report(self.analysis, Path(folder) / "lens.html")
+            return Path(folder) / "lens.html"
         report: Report = getattr(self, kind)()
         return report.write(folder, format)

@@ -9,7 +9,8 @@ from training_lens.analysis.checkpoint_analyzer import Analysis
 from training_lens.analysis.figures.catalogue import REPORT_FIGURES
 from training_lens.analysis.figures.run_figures import plot_cost, plot_loss
 from training_lens.analysis.reports.executive import build_verdict, collect_values
-from training_lens.analysis.reports.facts import (
+from training_lens.analysis.reports.standard import Report
+from training_lens.analysis.run_facts import (
     cost_sentence,
     find_verdict,
     list_captured,
@@ -18,7 +19,6 @@ from training_lens.analysis.reports.facts import (
     read_changes,
     read_losses,
 )
-from training_lens.analysis.reports.standard import Report
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.display.html import BulletList, Part, Picture, Table

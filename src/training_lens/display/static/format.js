@@ -13,7 +13,7 @@ export function formatNumber(value) {
   const size = Math.abs(value);
   if (size < 1e-3 || size >= 1e6) return value.toExponential(1).replace("e+", "e");
   if (size >= 1000) return WHOLE.format(Math.round(value));
-  return value.toPrecision(4).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
+  return Number.isInteger(value) ? String(value) : value.toPrecision(4);
 }
 
 /** A learning rate: 1e-4, 3.2e-5. */
@@ -28,6 +28,7 @@ export function formatPercent(value, digits = 1) {
 export function formatSeconds(seconds) {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";
   if (seconds < 60) return `${Math.round(seconds)} s`;
+  if (seconds < 600) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
   const minutes = Math.round(seconds / 60);
   if (minutes < 60) return `${minutes} min`;
   const hours = Math.floor(minutes / 60);
@@ -65,4 +66,11 @@ export function pluralize(count, noun) {
 
 export function capitalize(words) {
   return words.charAt(0).toUpperCase() + words.slice(1);
+}
+
+const MEASURES = { token_f1: "Token F1", rougeL: "ROUGE-L", chrf: "chrF", bleu: "BLEU", forward_kl: "KL to the base", json_fields: "JSON fields" };
+
+/** A measure's name: exact_match is "Exact match". */
+export function nameMeasure(measure) {
+  return MEASURES[measure] ?? capitalize(measure.replaceAll("_", " "));
 }

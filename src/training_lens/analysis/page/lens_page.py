@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from training_lens.analysis.findings.diagnosis import diagnose
 from training_lens.analysis.findings.finding import Finding
 from training_lens.analyzers.module_groups import By, json_numbers, json_value, nan_median, read_evolution
 from training_lens.core import table_names as tables
@@ -17,6 +16,7 @@ from training_lens.display.downsampling import MOST_STEPS, thin_rows, thin_steps
 from training_lens.evaluation.verdict import LEAST_CHANGE
 from training_lens.utils.formatting import pluralize
 
+LOGARITHMIC = ("step_ratio", "gradient_norm")  # their rows and steps differ by orders of magnitude
 MEASURES: Mapping[str, tuple[str, str]] = {  # measure -> its name, and how to read it
     "strength": ("Update strength", "The size of the update relative to the weight that it changes, |dW| / |W|."),
     "step_ratio": ("Update of one step", "The change of the update in one step over the weight. It follows the rate."),
@@ -37,9 +37,8 @@ MEASURES: Mapping[str, tuple[str, str]] = {  # measure -> its name, and how to r
 CONVERGED = ("Converged", "The held-out loss no longer falls")
 
 
-def describe_findings(recording: Recording) -> dict[str, Any]:
+def describe_findings(findings: tuple[Finding, ...]) -> dict[str, Any]:
     """All checks of a run, most severe first, and what they amount to in a phrase."""
-    findings = diagnose(recording)
     return {
         "phrase": summarize_findings(findings),
         "findings": [json_value({**asdict(finding), "command": find_command(finding)}) for finding in findings],
@@ -100,10 +99,11 @@ def describe_layers(recording: Recording, measure: str, by: By) -> dict[str, Any
     return {
         "measure": measure,
         "by": by,
+        "is_log": measure in LOGARITHMIC,
         "measures": list_measures(recording),
         "steps": steps.tolist(),
         "steps_in_a_column": -(-len(series.steps) // MOST_STEPS) if len(series.steps) else 1,
-        "names": list(names),
+        "names": [f"layer {name}" if by == "layer" and name[0].isdigit() else name for name in names],
         "values": [json_numbers(row) for row in values],
     }
 

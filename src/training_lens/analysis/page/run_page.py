@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from training_lens.analysis.page.run_feed import RunFeed, list_active_findings
+from training_lens.analysis.page.run_row import find_total_steps, read_run_row
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError
 from training_lens.evaluation.run_verdict import read_comparison_verdict
@@ -16,8 +18,6 @@ from training_lens.evaluation.verdict import PERCENT_MEASURES, Outcome, Verdict,
 from training_lens.runs.checkpoint_format import list_checkpoint_steps
 from training_lens.runs.metrics_log import is_finite_number
 from training_lens.runs.run_folder import RunFolder
-from training_lens.ui.run_feed import RunFeed, list_active_findings
-from training_lens.ui.run_index import find_total_steps, read_run_row
 from training_lens.utils.files import list_files
 from training_lens.utils.formatting import pluralize
 from training_lens.utils.integrity import read_sealed

@@ -136,8 +136,8 @@ function buildOptions({ x, y, height, width, onZoom, marks, isLog }, lines) {
     cursor: { points: { size: 7 }, drag: { x: true, y: false } },
     scales: { x: { time: false }, y: isLog ? { distr: 3 } : {} },
     axes: [
-      { ...axis, label: x, labelSize: 22, values: (_, ticks) => ticks.map((tick) => shorten(tick)) },
-      { ...axis, label: y, labelSize: 22, size: 58, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : formatNumber(tick))) },
+      { ...axis, label: x, labelSize: 22, values: (_, ticks) => ticks.map(shorten) },
+      { ...axis, label: y, labelSize: 22, size: 58, values: (_, ticks) => ticks.map(shorten) },
     ],
     series: [{}, ...lines.map(describeSeries)],
     plugins: [markPlugin(marks), tooltipPlugin(lines, x)],
@@ -146,8 +146,11 @@ function buildOptions({ x, y, height, width, onZoom, marks, isLog }, lines) {
   };
 }
 
+/** The number of a tick, which is a round one: 20k, 0.003, 1e-5. */
 function shorten(tick) {
-  return tick === null ? "" : Math.abs(tick) >= 10000 ? `${formatNumber(tick / 1000)}k` : formatNumber(tick);
+  if (tick === null) return "";
+  if (Math.abs(tick) >= 10000) return `${shorten(tick / 1000)}k`;
+  return tick !== 0 && Math.abs(tick) < 1e-3 ? tick.toExponential() : String(Number(tick.toPrecision(6)));
 }
 
 function describeSeries(line) {

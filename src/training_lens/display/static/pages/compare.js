@@ -3,7 +3,7 @@
 import { fetchJson } from "../api.js";
 import { lineChart } from "../chart.js";
 import { badge, element, replace, section, table } from "../dom.js";
-import { capitalize, formatNumber, formatPercent, formatRate, formatValue, formatWhole } from "../format.js";
+import { formatNumber, formatPercent, formatRate, formatValue, formatWhole, nameMeasure } from "../format.js";
 import { runAddress } from "./runs.js";
 
 const RATE_KEYS = ["training.lr"];
@@ -80,7 +80,7 @@ function evaluationTable(runs) {
   if (!measures.length) return element("p", { class: "empty" }, "None of these runs was compared with its base (training-lens compare).");
   const find = (run, measure) => run.evaluation?.measures.find((one) => one.measure === measure);
   const format = (one, value) => (one.is_share ? formatPercent(value) : formatNumber(value));
-  const columns = [{ name: "measure", cell: (measure) => capitalize(measure.replaceAll("_", " ")) }, ...runs.map((run) => ({
+  const columns = [{ name: "measure", cell: (measure) => nameMeasure(measure) }, ...runs.map((run) => ({
     name: run.row.run,
     number: true,
     cell: (measure) => {

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from training_lens.analysis.page.recording_cache import RecordingCache
+from training_lens.analysis.page.run_feed import FeedCache
+from training_lens.analysis.page.run_page import arrange_samples, describe_evaluation, read_comparison_report
+from training_lens.analysis.page.run_row import read_run_row
 from training_lens.errors import ConfigurationError, LensError, TrainingLensError
 from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_listing import config_differences, have_same_validation, read_run
-from training_lens.ui.recording_cache import RecordingCache
-from training_lens.ui.run_feed import FeedCache
-from training_lens.ui.run_index import read_run_row
-from training_lens.ui.run_page import arrange_samples, describe_evaluation, read_comparison_report
 
 POINTS = 400  # of a curve
 MOST_RUNS = 6

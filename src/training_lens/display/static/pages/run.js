@@ -256,7 +256,7 @@ function layerPart(box, source) {
       if (!map.root.isConnected) mount(found);
       measures = found.measures;
       meaning.textContent = measures.find((one) => one.measure === found.measure)?.meaning ?? "";
-      const values = { names: found.names, steps: found.steps, values: found.values, stepsInColumn: found.steps_in_a_column };
+      const values = { names: found.names, steps: found.steps, values: found.values, stepsInColumn: found.steps_in_a_column, isLog: found.is_log };
       map.draw(values);
       replace(tableBox, tableBox.firstElementChild, heatTable("Measures by layer over steps", values));
       drawSpectra(await source.spectra());
@@ -296,7 +296,7 @@ function explanationLinks(page, source) {
   return element("div", { class: "grid" }, Object.entries(commands).map(([name, title]) => {
     const report = `reports/explain-${name}.html`;
     return element("div", { class: "card" }, element("h3", {}, title), page.explanations.includes(name)
-      ? element("a", { href: source.fileAddress(report), target: "_blank", rel: "noopener" }, "Open the report")
+      ? element("a", { href: source.fileAddress(report), target: "_blank", rel: "noopener" }, "Open its page")
       : commandLine(`training-lens explain ${name} ${page.row.run}`));
   }));
 }
@@ -314,6 +314,8 @@ function settingsPart(page, source) {
     table("Settings that are not the defaults", columns, changed, { shown: true }),
     details("All settings", table("All settings", columns, page.settings)),
     ...page.data.map(dataTable),
+    ...Object.entries(source.ownResults ?? {}).map(([name, found]) =>
+      details(`Analyzer ${name}`, element("pre", { class: "log", tabindex: "0" }, JSON.stringify(found, null, 2)))),
     details("Environment", table("Environment", [{ name: "", cell: (row) => row[0] }, { name: "", cell: (row) => formatValue(row[1]) }], Object.entries(page.environment))),
     log,
   ];
@@ -333,7 +335,7 @@ function dataTable(split) {
 
 function filesPart(page, source) {
   const columns = [
-    { name: "file", cell: (row) => element("a", { href: source.fileAddress(row.name), download: true }, row.name) },
+    { name: "file", cell: (row) => element("a", { href: source.fileAddress(row.name), download: row.name.split("/").at(-1) }, row.name) },
     { name: "size", number: true, cell: (row) => formatBytes(row.bytes) },
   ];
   return [element("p", { class: "soft" }, "In ", element("code", {}, page.folder)), details(pluralize(page.files.length, "file"), table("Files", columns, page.files))];

@@ -5,8 +5,9 @@ import { formatNumber, formatWhole, pluralize } from "./format.js";
 import { readColor, redrawOn } from "./chart.js";
 
 const ROW = { least: 14, most: 30 };
-const LOG_RATIO = 50;
 const GAP = 1;
+const HEIGHT = 420; // of all rows, as long as none is smaller than the least
+const LABELS = 26; // below them
 
 /** `draw(map)` takes {title, names, steps, values, stepsInColumn}. */
 export function heatMap(title) {
@@ -33,7 +34,7 @@ export function heatMap(title) {
   function paint() {
     const map = state.map;
     if (!map?.steps.length) return;
-    const layout = measure(canvas, map);
+    const layout = resize(canvas, map);
     const context = canvas.getContext("2d");
     context.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
     context.clearRect(0, 0, layout.width, layout.height);
@@ -100,18 +101,22 @@ function describeMap(title, map) {
     `${map.steps[0]} to ${map.steps.at(-1)}. The table below has the numbers.`;
 }
 
-function measure(canvas, map) {
-  const width = Math.max(260, canvas.parentElement.clientWidth);
+/** Sizes in CSS pixels, for a canvas of this width. */
+function measure(canvas, map, width) {
   const context = canvas.getContext("2d");
   context.font = labelFont();
   const left = Math.min(width * 0.4, 10 + Math.max(...map.names.map((name) => context.measureText(name).width)));
-  const row = Math.max(ROW.least, Math.min(ROW.most, 420 / map.names.length));
-  const height = map.names.length * row + 26;
-  canvas.style.width = `${width}px`;
-  canvas.style.height = `${height}px`;
-  canvas.width = width * devicePixelRatio;
-  canvas.height = height * devicePixelRatio;
-  return { width, height, left, row, column: (width - left) / map.steps.length };
+  const row = Math.max(ROW.least, Math.min(ROW.most, HEIGHT / map.names.length));
+  return { width, height: map.names.length * row + LABELS, left, row, column: (width - left) / map.steps.length };
+}
+
+function resize(canvas, map) {
+  const layout = measure(canvas, map, Math.max(260, canvas.parentElement.clientWidth));
+  canvas.style.width = `${layout.width}px`;
+  canvas.style.height = `${layout.height}px`;
+  canvas.width = layout.width * devicePixelRatio;
+  canvas.height = layout.height * devicePixelRatio;
+  return layout;
 }
 
 function labelFont() {
@@ -122,7 +127,7 @@ function findRange(map) {
   const known = map.values.flat().filter((value) => value !== null);
   const low = known.reduce((a, b) => Math.min(a, b), Infinity);
   const high = known.reduce((a, b) => Math.max(a, b), -Infinity);
-  return { low, high, isLog: low > 0 && high > LOG_RATIO * low };
+  return { low, high, isLog: map.isLog && low > 0 };
 }
 
 function strength(value, { low, high, isLog }) {
@@ -172,7 +177,7 @@ function paintLabels(context, map, layout) {
 function paintFocus(context, layout, column) {
   context.strokeStyle = readColor("--text");
   context.lineWidth = 1.5;
-  context.strokeRect(layout.left + column * layout.column, 0.5, Math.max(2, layout.column), layout.height - 27);
+  context.strokeRect(layout.left + column * layout.column, 0.5, Math.max(2, layout.column), layout.height - LABELS - 1);
 }
 
 function paintScale(scale, map) {
@@ -187,18 +192,11 @@ function paintScale(scale, map) {
 function findCell(canvas, map, event) {
   if (!map?.steps.length) return null;
   const box = canvas.getBoundingClientRect();
-  const layout = { ...measureOnly(canvas, map, box.width) };
+  const layout = measure(canvas, map, box.width);
   const column = Math.floor((event.clientX - box.left - layout.left) / layout.column);
   const row = Math.floor((event.clientY - box.top) / layout.row);
   const isInside = column >= 0 && column < map.steps.length && row >= 0 && row < map.names.length;
   return isInside ? { row, column } : null;
-}
-
-function measureOnly(canvas, map, width) {
-  const context = canvas.getContext("2d");
-  context.font = labelFont();
-  const left = Math.min(width * 0.4, 10 + Math.max(...map.names.map((name) => context.measureText(name).width)));
-  return { left, row: Math.max(ROW.least, Math.min(ROW.most, 420 / map.names.length)), column: (width - left) / map.steps.length };
 }
 
 function showTip(tip, canvas, map, { row, column }, event) {

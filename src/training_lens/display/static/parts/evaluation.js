@@ -1,7 +1,7 @@
 // Base against adapter on held-out rows: all of them, by length and by domain, with intervals of the difference.
 
 import { commandLine, details, element, table } from "../dom.js";
-import { capitalize, formatNumber, formatPercent, formatWhole, pluralize } from "../format.js";
+import { capitalize, formatNumber, formatPercent, formatWhole, nameMeasure, pluralize } from "../format.js";
 
 const LOWER_IS_BETTER = ["loss", "perplexity"];
 const NEUTRAL = ["forward_kl"];
@@ -33,7 +33,7 @@ function leakNotice(leaks) {
 
 function measureTable(title, group, confidence, baseName = "base") {
   const columns = [
-    { name: "measure", cell: (row) => capitalize(row.measure.replaceAll("_", " ")) },
+    { name: "measure", cell: (row) => nameMeasure(row.measure) },
     { name: baseName, number: true, cell: (row) => formatMeasure(row, row.base) },
     { name: "adapter", number: true, cell: (row) => formatMeasure(row, row.adapter) },
     { name: "change", number: true, cell: changeCell },
@@ -50,7 +50,7 @@ function groupTable(title, groups, all) {
     { name: "rows", number: true, cell: (group) => formatWhole(group.rows) },
     ...measures.flatMap((measure) => {
       const find = (group) => group.measures.find((one) => one.measure === measure);
-      const name = measure.replaceAll("_", " ");
+      const name = nameMeasure(measure);
       return [
         { name: `${name}, base`, number: true, cell: (group) => find(group) && formatMeasure(find(group), find(group).base) },
         { name: `${name}, adapter`, number: true, cell: (group) => find(group) && formatMeasure(find(group), find(group).adapter) },

@@ -1,6 +1,7 @@
 // The frame of all pages: which page an address means, the theme, and errors that a page did not expect.
 
 import { button, element, replace } from "./dom.js";
+import { setUpTheme } from "./theme.js";
 
 const PAGES = {
   runs: { load: () => import("./pages/runs.js"), title: "Runs" },
@@ -69,25 +70,9 @@ function markLink(name) {
   }
 }
 
-function applyTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  document.getElementById("theme").textContent = theme === "dark" ? "Light" : "Dark";
-  document.getElementById("theme").setAttribute("aria-label", theme === "dark" ? "Use light colours" : "Use dark colours");
-  dispatchEvent(new Event("themechange"));
-}
-
-function chosenTheme() {
-  return localStorage.getItem("theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-}
-
-document.getElementById("theme").addEventListener("click", () => {
-  localStorage.setItem("theme", chosenTheme() === "dark" ? "light" : "dark");
-  applyTheme(chosenTheme());
-});
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => applyTheme(chosenTheme()));
 addEventListener("hashchange", () => {
   if (!location.hash.startsWith("#/") && location.hash) return; // a place on the page
   showPage();
 });
-applyTheme(chosenTheme());
+setUpTheme(document.getElementById("theme"));
 showPage();
