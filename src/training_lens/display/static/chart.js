@@ -137,13 +137,19 @@ function buildOptions({ x, y, height, width, onZoom, marks, isLog }, lines) {
     scales: { x: { time: false }, y: isLog ? { distr: 3 } : {} },
     axes: [
       { ...axis, label: x, labelSize: 22, values: (_, ticks) => ticks.map(shorten) },
-      { ...axis, label: y, labelSize: 22, size: 58, values: (_, ticks) => ticks.map(shorten) },
+      { ...axis, label: y, labelSize: 22, size: 58, values: (_, ticks) => ticks.map(shorten),
+        grid: { ...axis.grid, filter: (_, ticks) => ticks.map((tick) => (isLog && !isRound(tick) ? null : tick)) } },
     ],
     series: [{}, ...lines.map(describeSeries)],
     plugins: [markPlugin(marks), tooltipPlugin(lines, x)],
     hooks: onZoom ? { setSelect: [(plot) => onZoom(...["left", "width"].map((_, i) =>
       plot.posToVal(plot.select.left + i * plot.select.width, "x")))] } : {},
   };
+}
+
+/** Whether a number is 1, 2 or 5 times a power of ten. */
+function isRound(value) {
+  return ["1", "2", "5"].includes(value?.toExponential(3).replace(/\.?0*e.*/, ""));
 }
 
 /** The number of a tick, which is a round one: 20k, 0.003, 1e-5. */

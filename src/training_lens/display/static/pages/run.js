@@ -60,7 +60,7 @@ export async function showRun(main, run, source, { setTitle, setConnection }) {
       state.findings = { phrase: "", findings: [], error: error.message };
     }
     if (state.isStopped) return;
-    drawHeadline(view, state);
+    drawHeadline(view, state, source);
     drawFindings(view, state);
   }
 
@@ -139,7 +139,7 @@ function jumpLink(id, title) {
 
 function drawPage(view, state, source) {
   const { page } = state;
-  drawHeadline(view, state);
+  drawHeadline(view, state, source);
   drawProgress(view, page, source);
   replaceIfChanged(view.answers, page.samples, () => sampleAnswers(page.samples));
   replaceIfChanged(view.evaluation, page.evaluation, () => evaluationTable(page));
@@ -149,14 +149,14 @@ function drawPage(view, state, source) {
   if (!state.findings) drawFindings(view, state);
 }
 
-function drawHeadline(view, state) {
+function drawHeadline(view, state, source) {
   const { row, headline } = state.page;
   const findings = state.findings?.phrase;
   const isDone = row.status !== "running";
   const sentence = [headline.phrase, findings].filter(Boolean).join("; ");
   const wrong = worstSeverity(state);
   replaceIfChanged(view.headline, [row, headline, findings], () => [
-    element("p", { class: "soft" }, element("a", { href: "#/" }, "Runs"), ` / ${row.experiment} / ${row.run}`),
+    element("p", { class: "soft" }, source.isLive ? [element("a", { href: "#/" }, "Runs"), " / "] : null, `${row.experiment} / ${row.run}`),
     element("div", { class: "row" }, badge(row.detail && !isDone ? "died" : row.status, row.status), row.tags.map((tag) => element("span", { class: "tag" }, tag))),
     element("h1", { class: "verdict" }, isDone ? `${sentence}.` : `Training. So far: ${lowerFirst(sentence)}.`),
     row.detail ? element("div", { class: "notice warning" }, element("p", {}, row.detail)) : null,

@@ -89,7 +89,7 @@ export class Curves {
 
   marks([first, last]) {
     if (!this.events) return [];
-    const epochs = this.events.epochs.map((step, i) => ({ step, label: `epoch ${i + 1}`, color: "--line" }));
+    const epochs = this.events.epochs.map((step, i) => ({ step, label: `end of epoch ${i + 1}`, color: "--control" }));
     const findings = this.events.findings.filter((event) => event.event === "raised")
       .map((event) => ({ step: event.step, label: event.title, color: event.severity === "problem" ? "--problem" : "--warning" }));
     const kept = this.adapterStep ? [{ step: this.adapterStep, label: `kept: step ${formatWhole(this.adapterStep)}`, color: "--fine" }] : [];
