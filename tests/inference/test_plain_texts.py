@@ -12,10 +12,11 @@ import pytest
 from training_lens.config.data_sections import FieldsSection
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Example, Message
+from training_lens.data.fields import are_plain_texts
 from training_lens.inference.batch import answer_file, input_file
 from training_lens.inference.chat import Conversation
 from training_lens.inference.generator import answer
-from training_lens.inference.session import Session, are_plain_texts, open_run
+from training_lens.inference.session import Session, open_run
 from training_lens.runs.run_folder import RunFolder
 
 SETTINGS = InferenceSection(max_new_tokens=6)

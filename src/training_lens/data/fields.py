@@ -63,6 +63,17 @@ class FieldMapping:
         return ", ".join([text, *(remark for remark, applies in remarks.items() if applies)])
 
 
+def are_plain_texts(mappings: Collection[str], fields: FieldsSection) -> bool:
+    """Whether every file was read as plain texts: its mapping then names the texts' field, and maybe the domain's."""
+    text = text_field(fields)
+    return text != fields.messages and all(m.split(", domain from ")[0] == text for m in mappings)
+
+
+def text_field(fields: FieldsSection) -> str:
+    """The field of rows that are plain texts."""
+    return fields.text or ALIASES["text"][0]
+
+
 Keys = Mapping[str, int]  # each key of a source, and the number of the first row that has it
 
 

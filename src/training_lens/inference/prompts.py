@@ -12,14 +12,21 @@ from typing import Any
 
 from training_lens.config.data_sections import DataSection, DomainSection, FieldsSection
 from training_lens.data.examples import Example, Message, Row
-from training_lens.data.fields import FieldMapping, collect_keys, domain_from_file, find_mapping, has_field
+from training_lens.data.fields import (
+    FieldMapping,
+    collect_keys,
+    domain_from_file,
+    find_mapping,
+    has_field,
+    text_field,
+)
 from training_lens.data.notes import DataNotes, strip_location
 from training_lens.data.row_keys import ALIASES, FALLBACKS, plain_name
 from training_lens.data.row_reader import RowReader, strip_end_marks
 from training_lens.data.sources import DataSource
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.inference.generator import GeneratedAnswer
-from training_lens.inference.session import Session, text_field
+from training_lens.inference.session import Session
 from training_lens.utils.limits import load_bounded_json
 from training_lens.utils.logging import get_logger
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training_lens.config.data_sections import FieldsSection
 from training_lens.config.run_config import open_run_config
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.examples import Example, Message
+from training_lens.data.fields import are_plain_texts
 from training_lens.data.notes import DataNotes
-from training_lens.data.row_keys import ALIASES
 from training_lens.data.templates import Renderer, build_renderer, load_template_file, resolve_date
 from training_lens.data.token_pipeline import Preparation
 from training_lens.data.tokenization import TextEncoder
@@ -199,17 +198,6 @@ def open_run(
     texts = are_plain_texts(data["train"]["mappings"].values(), config.data.fields)
     domains = tuple(data["domains"])
     return build_session(loaded, config, texts, source=str(run.root), adapter=folder, domains=domains)
-
-
-def are_plain_texts(mappings: Collection[str], fields: FieldsSection) -> bool:
-    """Whether every file was read as plain texts: its mapping then names the texts' field, and maybe the domain's."""
-    text = text_field(fields)
-    return text != fields.messages and all(m.split(", domain from ")[0] == text for m in mappings)
-
-
-def text_field(fields: FieldsSection) -> str:
-    """The field of rows that are plain texts."""
-    return fields.text or ALIASES["text"][0]
 
 
 def _open_configured_model(config: TrainingConfig, adapter: Path | None) -> Session:

@@ -12,11 +12,12 @@ import numpy as np
 
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import TokenizedExample
+from training_lens.data.fields import are_plain_texts
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.answer_endings import SPARE_TOKENS, has_loop
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.inference.generator import GeneratedAnswer, generate_answers
-from training_lens.inference.session import LoadedModel, Session, are_plain_texts, build_session
+from training_lens.inference.session import LoadedModel, Session, build_session
 from training_lens.models.model_classes import evaluation_mode
 from training_lens.training.loop.callbacks import JournalCallback, StepReport
 from training_lens.training.plan import RunPlan
