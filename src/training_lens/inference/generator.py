@@ -61,12 +61,23 @@ def generate_answer(
     *,
     base: bool = False,
     on_text: Callable[[str], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> GeneratedAnswer:
-    """The answer to one prompt, and how it ended; arguments are those of `answer`."""
+    """The answer to one prompt, and how it ended; arguments are those of `answer`.
+
+    `on_token` gets each token before its text; an error that it raises ends the generation there.
+    """
     torch.manual_seed(settings.seed)
     streamer = _make_streamer(session, on_text) if on_text else None
-    on_token = (lambda token: streamer.put(torch.tensor([token]))) if streamer else None
-    (completion,) = _complete_prompts(_plan_call(session, settings, base, prompt_ids, on_token), [prompt_ids])
+
+    def pass_on(token: int) -> None:
+        if on_token:
+            on_token(token)
+        if streamer:
+            streamer.put(torch.tensor([token]))
+
+    call = _plan_call(session, settings, base, prompt_ids, pass_on if streamer or on_token else None)
+    (completion,) = _complete_prompts(call, [prompt_ids])
     if streamer:
         streamer.end()
     return _make_answer(session, completion)
