@@ -13,6 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from training_lens import __version__, display
 from training_lens.ui.guard import Access, Guard
+from training_lens.ui.playground import build_playground_routes
 from training_lens.ui.run_routes import RunRoutes
 from training_lens.ui.web import ERROR_HANDLERS, Outputs, json_response
 
@@ -32,10 +33,11 @@ def build_app(outputs: Outputs, access: Access) -> Starlette:
         Route("/", send_page),
         Route("/api/about", describe_server),
         *RunRoutes(outputs).routes(),
+        *build_playground_routes(outputs),
         Mount("/static", StaticFiles(directory=STATIC)),
     ]
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, access=access)],
-        exception_handlers=ERROR_HANDLERS,  # type: ignore[arg-type]  # it asks for handlers of `Exception`
+        exception_handlers=ERROR_HANDLERS,
     )

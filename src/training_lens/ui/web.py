@@ -80,7 +80,7 @@ async def report_expected_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TrainingLensError | OSError)
     status = 404 if isinstance(error, CheckpointError) else 400
     message = str(error) if isinstance(error, TrainingLensError) else describe_error(error)
-    return JSONResponse({"error": redact_text(message)}, status)
+    return json_response({"error": redact_text(message)}, status)
 
 
 async def report_http_error(request: Request, error: Exception) -> Response:

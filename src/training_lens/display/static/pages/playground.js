@@ -13,7 +13,7 @@ export async function show(main, address) {
   const path = `/api/runs/${encodeURIComponent(run.experiment)}/${encodeURIComponent(run.run)}/playground`;
   const about = await fetchJson(path);
   address.setTitle(`Playground · ${run.run}`);
-  if (about.reason) {
+  if (!about.can_answer) {
     replace(main, element("h1", {}, "Playground"), element("p", { class: "empty" }, about.reason));
     return () => {};
   }
@@ -25,7 +25,7 @@ export async function show(main, address) {
 }
 
 function buildView(run, about, actions) {
-  const defaults = about.sampling;
+  const defaults = about.sampling ?? { temperature: 0, top_p: 1, top_k: 0, max_new_tokens: 256, seed: 0 };
   const view = {
     prompt: element("textarea", { rows: "5", placeholder: "Type a prompt. Ctrl+Enter asks both models.", "aria-label": "Prompt", onKeydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && actions.ask() }),
     domain: element("select", {}, element("option", { value: "" }, "None"), about.domains.map((name) => element("option", { value: name }, name))),
@@ -34,8 +34,8 @@ function buildView(run, about, actions) {
     top_k: number(defaults.top_k ?? 0, 0, 1000, 1),
     max_new_tokens: number(defaults.max_new_tokens, 1, 4096, 1),
     seed: number(defaults.seed ?? 0, 0, 2 ** 31, 1),
-    scale: element("input", { type: "range", min: "0", max: "1.5", step: "0.05", value: String(about.scale ?? 1) }),
-    scaleLabel: element("output", {}, formatNumber(about.scale ?? 1)),
+    scale: element("input", { type: "range", min: "0", max: "1.5", step: "0.05", value: String(about.chosen_scale ?? 1) }),
+    scaleLabel: element("output", {}, formatNumber(about.chosen_scale ?? 1)),
     status: element("p", { role: "status", class: "soft" }),
     tokens: element("div", {}),
     answers: Object.fromEntries(SIDES.map(([side]) => [side, element("div", { class: "text" })])),
@@ -90,10 +90,11 @@ async function ask(path, view, state) {
 
 function takeLine(view, line) {
   if (line.error) replace(view.status, line.error);
-  else if (line.text !== undefined) {
+  else if (line.text !== undefined && !line.done) {
     replace(view.status, "Answering…");
     view.answers[line.side].append(line.text);
   } else if (line.done) {
+    replace(view.answers[line.side], line.text);
     const end = line.finish_reason === "length" ? ", cut at the limit" : "";
     replace(view.facts[line.side], `${pluralize(line.tokens, "token")} in ${formatNumber(line.seconds)} s${end}`);
   } else if (line.scores) replace(view.scores[line.side], scoredAnswer(line));
