@@ -1,0 +1,327 @@
+"""The rows of a run, opened from its token cache: what it trained on, validated on, and left out."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from training_lens.errors import CheckpointError, ConfigurationError, DamagedFileError, TrainingLensError
+from training_lens.runs.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from training_lens.config.schema import TrainingConfig
+    from training_lens.data.examples import TokenizedExample
+    from training_lens.data.token_dataset import TokenDataset
+    from training_lens.data.token_pipeline import Preparation
+    from training_lens.ui.row_filters import FoundRows
+    from training_lens.ui.row_marks import RowMarks
+
+TRAIN, VALIDATION, EXCLUDED = "train", "validation", "excluded"
+SPLITS = (TRAIN, VALIDATION, EXCLUDED)
+MOST_RUNS = 2  # that stay open; a run of 1,000,000 rows takes about 150 MB
+
+
+@dataclass(frozen=True)
+class NameColumn:
+    """A column of few distinct names: `codes` (rows,) are positions in `names`, -1 where a row has none."""
+
+    names: tuple[str, ...]
+    codes: np.ndarray
+
+    @classmethod
+    def from_names(cls, names: np.ndarray) -> NameColumn:
+        """Those of an object array of strings and None."""
+        import pyarrow as pa
+
+        encoded = pa.array(names, pa.string()).dictionary_encode()
+        return cls(tuple(encoded.dictionary.to_pylist()), encoded.indices.fill_null(-1).to_numpy())
+
+    def find_rows(self, name: str | None) -> np.ndarray:
+        """Which rows have this name, (rows,) bool; None: which have none."""
+        code = -1 if name is None else self.names.index(name) if name in self.names else -2
+        found: np.ndarray = self.codes == code
+        return found
+
+    def count_rows(self) -> list[tuple[str | None, int]]:
+        """Each name with its number of rows, most first; None for rows without a name, if there are any."""
+        counts = np.bincount(self.codes + 1, minlength=len(self.names) + 1).tolist()
+        named = sorted(zip(self.names, counts[1:], strict=True), key=lambda item: -item[1])
+        return [*((name, count) for name, count in named if count), *([(None, counts[0])] if counts[0] else [])]
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """One split of a run, with what its rows are filtered by."""
+
+    name: str
+    dataset: TokenDataset
+
+    @cached_property
+    def sources(self) -> NameColumn:
+        return NameColumn.from_names(self.dataset.files)
+
+    @cached_property
+    def domains(self) -> NameColumn:
+        return NameColumn.from_names(self.dataset.domains)
+
+    @cached_property
+    def ids(self) -> pa.Array:
+        """The id of each row."""
+        return join_row_ids(self.dataset)
+
+    def read_row(self, index: int) -> TokenizedExample:
+        """One row with its tokens.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        try:
+            return self.dataset[index]
+        except DamagedFileError as error:
+            raise CheckpointError(f"{error} Delete its folder: the rows are then tokenized again.") from error
+
+
+def join_row_ids(dataset: TokenDataset) -> pa.Array:
+    """The ids of all rows at once, see `TokenDataset.example_id`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    numbers = pc.cast(pa.array(dataset.row_numbers), pa.string())
+    return pc.binary_join_element_wise(pa.array(dataset.files, pa.string()), numbers, ":")
+
+
+def find_listed_rows(ids: pa.Array, listed: list[str] | pa.Array) -> np.ndarray:
+    """The position in `listed` of each of `ids`, (rows,) int64; -1 for one that is not listed."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    known = listed if isinstance(listed, pa.Array) else pa.array(listed, pa.string())
+    places = pc.index_in(ids, known).fill_null(-1).to_numpy(zero_copy_only=False)
+    return np.asarray(places, dtype=np.int64)
+
+
+class RunRows:
+    """The splits of one run, each opened when it is asked for. Safe to use from several threads."""
+
+    def __init__(self, run: RunFolder) -> None:
+        from training_lens.config.run_config import read_run_config
+
+        self.run, self.config = run, read_run_config(run)
+        self.record: dict[str, Any] = run.read_metadata("data.json")
+        self._lock = threading.RLock()
+        self._splits: dict[str, RowSplit] = {}
+        self._marks: dict[str, RowMarks] = {}
+        self._tokenizer: Any = None
+        self.search_lock = threading.Lock()
+        self.searches: OrderedDict[object, FoundRows] = OrderedDict()
+
+    @property
+    def names(self) -> list[str]:
+        """The splits that the run has."""
+        has = {
+            TRAIN: True,
+            VALIDATION: bool(self.record.get("validation_examples")),
+            EXCLUDED: bool(self.record.get("excluded")),
+        }
+        return [name for name in SPLITS if has[name]]
+
+    def open_split(self, name: str) -> RowSplit:
+        """One of `names`.
+
+        Raises:
+            ConfigurationError: the run has no such split.
+            TrainingLensError: its rows are no longer there as the run read them.
+        """
+        if name not in self.names:
+            raise ConfigurationError(f"split: '{name[:40]}' is none of this run's: {', '.join(self.names)}.")
+        with self._lock:
+            if name not in self._splits:
+                self._splits[name] = RowSplit(name, self._select_rows(name))
+            return self._splits[name]
+
+    def read_marks(self, split: RowSplit) -> RowMarks:
+        """What is known of the split's rows now: a run that trains adds losses."""
+        from training_lens.ui.row_marks import read_row_marks, read_state
+
+        with self._lock:
+            state = read_state(self.run)
+            if split.name not in self._marks or self._marks[split.name].state != state:
+                self._marks[split.name] = read_row_marks(self.run, split, state)
+            return self._marks[split.name]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The run's own tokenizer, or its model's while it trains; nothing is fetched from a hub.
+
+        Raises:
+            ConfigurationError: it carries code that the user has not allowed, or is not on this machine.
+        """
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = _load_tokenizer(self.run)
+            return self._tokenizer
+
+    def _select_rows(self, name: str) -> TokenDataset:
+        if name == VALIDATION and not self.config.data.val_ratio:
+            return self._open_tokens(VALIDATION)
+        everything = self._open_tokens(TRAIN)
+        held_out = self.run.read_metadata("held_out.json") if self.config.data.val_ratio else []
+        excluded = self.record.get("excluded", [])
+        if name != TRAIN:
+            return _select_listed(everything, held_out if name == VALIDATION else excluded)
+        rows = self._add_canaries(_limit_rows(_drop_listed(everything, [*held_out, *excluded]), self.config))
+        if len(rows) != self.record["train_examples"]:
+            raise CheckpointError(
+                f"the run {self.run.run_id} trained on {self.record['train_examples']:,} rows, and its tokens give "
+                f"{len(rows):,}: metadata/data.json or held_out.json is no longer the run's own. Restore it."
+            )
+        return rows
+
+    def _add_canaries(self, rows: TokenDataset) -> TokenDataset:
+        if not self.record.get("canaries"):
+            return rows
+        from training_lens.data.canaries import Canaries
+        from training_lens.data.joined_tokens import append_examples
+
+        planted = Canaries.from_record(self.record["canaries"]).tokenize_planted(self._build_preparation())
+        return append_examples(rows, planted)
+
+    def _open_tokens(self, name: str) -> TokenDataset:
+        """The tokens of data.train or data.validation: from the cache, else made anew from unchanged files."""
+        from training_lens.config.run_config import locate_outputs
+
+        cache = locate_outputs(self.run) / "cache"
+        found = find_cached_tokens(cache, self.record, name)
+        return found or self._tokenize_again(name, cache)
+
+    def _tokenize_again(self, name: str, cache: Path) -> TokenDataset:
+        from training_lens.data.sources import HUB, expand_sources
+        from training_lens.data.token_cache import prepare_sources
+        from training_lens.display.progress import Progress
+
+        data, recorded = self.config.data, self.record[name]["files"]
+        specs = data.train if name == TRAIN else data.validation_sources
+        gone = f"the tokens of {self.run.run_id} are no longer in {cache}"
+        if hub := next((str(spec) for spec in specs if str(spec).startswith(HUB)), None):
+            raise CheckpointError(
+                f"{gone}, and {hub} is on a hub, which the dashboard does not ask. training-lens explain rows "
+                f"{self.run.root} reads its rows again."
+            )
+        try:
+            sources = expand_sources(specs, f"data.{name}")
+            changed = [source.name for source in sources if recorded.get(source.name) != source.sha256]
+        except (TrainingLensError, OSError) as error:
+            raise CheckpointError(f"{gone}, and their file is missing: {error}") from error
+        if changed:
+            raise CheckpointError(f"{gone}, and {', '.join(changed)} has changed since. Put the old file back.")
+        dataset = prepare_sources(sources, f"data.{name}", self._build_preparation(), cache, Progress()).dataset
+        if self.record.get("tokens", {}).get(name, dataset.source.content_hash) != dataset.source.content_hash:
+            raise CheckpointError(f"{gone}, and this version or another tokenizer makes other ones of the same files.")
+        return dataset
+
+    def _build_preparation(self) -> Preparation:
+        from training_lens.data.templates import load_template_file, resolve_date
+        from training_lens.training.plan import build_preparation
+
+        if not self.run.tokenizer.is_dir():
+            load_template_file(self.config.data.template, self.tokenizer)
+        date = resolve_date(self.config.data, self.tokenizer)
+        return build_preparation(self.config.replace_keys(data={"date": date}), self.tokenizer)
+
+
+def find_cached_tokens(cache: Path, record: dict[str, Any], name: str) -> TokenDataset | None:
+    """The cached tokens of a run's split, whichever version made them and whether or not its files are still there.
+
+    Args:
+        record: the run's metadata/data.json.
+    """
+    expected = record.get("tokens", {}).get(name)
+    for folder in _list_cache_folders(cache, record) if expected else ():
+        dataset = _open_if_same(folder, record[name], expected)
+        if dataset is not None:
+            return dataset
+    return None
+
+
+def _list_cache_folders(cache: Path, record: dict[str, Any]) -> Iterator[Path]:
+    """The folders of cached splits, that of the run's training rows first."""
+    own = cache / str(record["fingerprint"])[:32]
+    folders = sorted(path.parent for path in cache.glob("*/report.json"))
+    yield from sorted(folders, key=lambda folder: folder != own)
+
+
+def _open_if_same(folder: Path, report: dict[str, Any], content_hash: str) -> TokenDataset | None:
+    """The tokens in a folder if its report and their hash are these; None also where it is damaged."""
+    from training_lens.data.token_cache import EXAMPLES, REPORT
+    from training_lens.data.token_dataset import TokenDataset
+    from training_lens.utils.integrity import read_sealed
+
+    try:
+        if read_sealed(folder / REPORT, required=True) != report:
+            return None
+        dataset = TokenDataset.open(folder / EXAMPLES)
+    except (OSError, DamagedFileError):
+        return None
+    return dataset if dataset.source.content_hash == content_hash else None
+
+
+def _select_listed(dataset: TokenDataset, listed: list[str]) -> TokenDataset:
+    return dataset.select(np.flatnonzero(find_listed_rows(join_row_ids(dataset), listed) >= 0))
+
+
+def _drop_listed(dataset: TokenDataset, listed: list[str]) -> TokenDataset:
+    if not listed:
+        return dataset
+    return dataset.select(np.flatnonzero(find_listed_rows(join_row_ids(dataset), listed) < 0))
+
+
+def _limit_rows(dataset: TokenDataset, config: TrainingConfig) -> TokenDataset:
+    from training_lens.data.batching import limit_examples
+
+    return limit_examples(dataset, config.data.max_examples, config.training.seed)
+
+
+def _load_tokenizer(run: RunFolder) -> Any:
+    from training_lens.config.run_config import MODEL_CODE, open_run_config
+    from training_lens.models.factory import load_tokenizer
+    from training_lens.models.location import local_folder
+
+    model = open_run_config(run, {}, MODEL_CODE).model
+    if run.tokenizer.is_dir():
+        return load_tokenizer(model, str(run.tokenizer))
+    folder = local_folder(model)  # a run that trains has saved none yet
+    if folder is None:
+        raise ConfigurationError(
+            f"model.id: '{model.id}' is not on this machine, so its tokens cannot be read as text."
+        )
+    return load_tokenizer(model.model_copy(update={"id": str(folder)}))
+
+
+class OpenedRuns:
+    """The runs whose rows were asked for last, at most `most` of them."""
+
+    def __init__(self, most: int = MOST_RUNS) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._runs: OrderedDict[Path, tuple[object, RunRows]] = OrderedDict()
+
+    def open_run(self, run: RunFolder) -> RunRows:
+        """The rows of a run; opened anew if another run has its place now."""
+        stat = (run.metadata / "data.json").stat()
+        written = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        with self._lock:
+            known = self._runs.get(run.root)
+            if known is None or known[0] != written:
+                self._runs[run.root] = (written, RunRows(run))
+            self._runs.move_to_end(run.root)
+            while len(self._runs) > self._most:
+                self._runs.popitem(last=False)
+            return self._runs[run.root][1]
