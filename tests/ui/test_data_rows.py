@@ -20,6 +20,7 @@ from training_lens.display.progress import Progress
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
 from training_lens.ui.data_rows import build_data_routes
+from training_lens.ui.data_splits import OpenedRuns
 from training_lens.ui.token_pieces import build_decode, decode_pieces
 from training_lens.ui.web import ERROR_HANDLERS, Outputs
 
@@ -32,16 +33,16 @@ class Page:
 
     def __init__(self, run: RunFolder) -> None:
         outputs = run.root.parents[3]
-        app = Starlette(routes=build_data_routes(Outputs(outputs)), exception_handlers=ERROR_HANDLERS)  # type: ignore[arg-type]
+        app = Starlette(routes=build_data_routes(Outputs(outputs)), exception_handlers=ERROR_HANDLERS)
         self._client = TestClient(app, raise_server_exceptions=True)
         self._root = f"/api/runs/{run.experiment_name}/{run.run_id}/data"
 
-    def read(self, path: str = "", status: int = 200, **query: object) -> Any:
+    def read(self, path: str = "", status: int = 200, **query: Any) -> Any:
         response = self._client.get(self._root + path, params={key: str(value) for key, value in query.items()})
         assert response.status_code == status, response.text
         return response.json()
 
-    def list_rows(self, **query: object) -> list[dict[str, Any]]:
+    def list_rows(self, **query: Any) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.read("/rows", limit=100, **query)["rows"]
         return rows
 
@@ -131,7 +132,7 @@ def test_segments_and_tokens_give_the_text_that_the_model_reads(run: RunFolder) 
 
 def test_no_border_splits_a_character(embedded_tokenizer: Any) -> None:
     ids = embedded_tokenizer(PARROT)["input_ids"]
-    decode = build_decode(embedded_tokenizer)
+    decode = build_decode(embedded_tokenizer.backend_tokenizer)
     whole = decode(ids)
     generator = np.random.default_rng(0)
     for _ in range(50):
@@ -188,7 +189,7 @@ def test_each_filter_leaves_what_it_names(run: RunFolder) -> None:
         {"split": "../../etc"},
     ],
 )
-def test_a_value_that_no_filter_takes_is_named(run: RunFolder, query: dict[str, object]) -> None:
+def test_a_value_that_no_filter_takes_is_named(run: RunFolder, query: dict[str, Any]) -> None:
     (name,) = query
     assert Page(run).read("/rows", 400, **query)["error"].startswith(name)
 
@@ -243,7 +244,7 @@ class _Reader(Callback):
 def test_a_run_that_trains_shows_its_rows_and_the_losses_until_now(small_config: Config) -> None:
     reader = _Reader()
     config = small_config(training={"eval_steps": 2}, lens={"collectors": ["adapter_weights"], "probe_tokens": 0})
-    run = RunFolder(Path(TrainingWrapper(config, callbacks=[reader]).train().run_dir))
+    run = RunFolder(Path(TrainingWrapper(config, callbacks=(reader,)).train().run_dir))
     status, rows, _ = reader.pages[0]
     losses = [row["loss"] for row in rows if row["loss"] is not None]
     assert status == "running" and len(rows) == 48 and 0 < len(losses) < 48
@@ -272,6 +273,17 @@ def test_a_search_that_stops_says_so(run: RunFolder, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("training_lens.ui.row_filters.MOST_SEARCHED", 5)
     found = Page(run).read("/rows", text="how many")
     assert found["total"] == 5 and found["remark"].startswith("The search stopped after 5 of")
+
+
+def test_few_runs_stay_open_and_one_that_was_replaced_is_opened_anew(own_data: RunFolder, run: RunFolder) -> None:
+    opened = OpenedRuns(most=1)
+    first = opened.open_run(own_data)
+    assert opened.open_run(own_data) is first
+    (own_data.metadata / "data.json").touch()
+    second = opened.open_run(own_data)
+    assert second is not first
+    opened.open_run(run)
+    assert opened.open_run(own_data) is not second
 
 
 def test_the_embedded_run_has_its_domains_in_both_splits(finished_run: RunFolder) -> None:

@@ -70,7 +70,7 @@ def summarize_split(rows: RunRows, split: RowSplit) -> dict[str, Any]:
         "lengths": compute_quantiles(lengths),
         "histogram": count_lengths(lengths),
         "losses": summarize_losses(split.name, marks),
-        "suspects": [{"name": name, "rows": count} for name, count in marks.count_kinds().items()],
+        "suspects": [{"name": name, "rows": count} for name, count in marks.count_kinds().items() if count],
         "mappings": list_mappings(rows, split.name),
         "notes": list(describe_split(rows, split.name)),
     }
@@ -155,7 +155,7 @@ def show_row(rows: RunRows, split: RowSplit, index: int, longest: int) -> dict[s
     """One row: its facts, and its tokens up to `longest` as segments of one mark each."""
     facts, ids, marks = _read_tokens(rows, split, index, longest)
     ends = find_mark_ends(marks)
-    pieces = decode_pieces(build_decode(rows.tokenizer), ids, ends)
+    pieces = decode_pieces(build_decode(rows.token_rules), ids, ends)
     shown = zip(pieces, ends, strict=True)
     return facts | {"segments": [{"text": text, "supervised": bool(marks[end - 1])} for text, end in shown]}
 
@@ -163,7 +163,7 @@ def show_row(rows: RunRows, split: RowSplit, index: int, longest: int) -> dict[s
 def show_tokens(rows: RunRows, split: RowSplit, index: int) -> dict[str, Any]:
     """One row with every token; of one character in several tokens, the last has the text."""
     facts, ids, marks = _read_tokens(rows, split, index, LONGEST_SHOWN)
-    pieces = decode_pieces(build_decode(rows.tokenizer), ids, range(1, len(ids) + 1))
+    pieces = decode_pieces(build_decode(rows.token_rules), ids, range(1, len(ids) + 1))
     shown = zip(ids, pieces, marks.tolist(), strict=True)
     return facts | {"tokens": [{"id": token, "text": text, "supervised": mark} for token, text, mark in shown]}
 
@@ -242,35 +242,35 @@ class DataPages:
         self._outputs, self._opened = outputs, cast("OpenedRuns | None", None)
 
     async def send_summary(self, request: Request) -> Response:
-        return await self._answer(request, lambda rows: summarize_run(rows))
+        return await self._answer(request, summarize_run)
 
     async def send_rows(self, request: Request) -> Response:
         filters, sort = read_filters(request), read_sort(request)
         offset, limit = read_number(request, "offset", 0, MOST_ROW), read_number(request, "limit", ROWS, MOST_ROWS)
 
-        def answer(rows: RunRows) -> dict[str, Any]:
+        def build_page(rows: RunRows) -> dict[str, Any]:
             split = rows.open_split(_read_split(request))
             return show_page(rows, split, find_rows(rows, split, filters, sort), slice(offset, offset + limit))
 
-        return await self._answer(request, answer)
+        return await self._answer(request, build_page)
 
     async def send_row(self, request: Request) -> Response:
-        def answer(rows: RunRows) -> dict[str, Any]:
+        def build_row(rows: RunRows) -> dict[str, Any]:
             split, index = rows.open_split(_read_split(request)), request.path_params["index"]
             if index >= len(split.dataset):
                 raise HTTPException(404, f"There is no row {index}: {split.name} has {len(split.dataset):,} rows.")
             return show_tokens(rows, split, index)
 
-        return await self._answer(request, answer)
+        return await self._answer(request, build_row)
 
-    async def _answer(self, request: Request, answer: Callable[[RunRows], dict[str, Any]]) -> Response:
+    async def _answer(self, request: Request, build_answer: Callable[[RunRows], dict[str, Any]]) -> Response:
         run = self._outputs.requested_run(request)
 
         def open_and_answer() -> dict[str, Any]:
             from training_lens.ui.data_splits import OpenedRuns
 
             self._opened = self._opened or OpenedRuns()
-            return answer(self._opened.open_run(run))
+            return build_answer(self._opened.open_run(run))
 
         return json_response(await run_in_threadpool(open_and_answer))
 

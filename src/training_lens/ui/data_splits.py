@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from training_lens.errors import CheckpointError, ConfigurationError, DamagedFileError, TrainingLensError
 from training_lens.runs.run_folder import RunFolder
+from training_lens.ui.token_pieces import load_run_tokenizer, read_saved_rules
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,11 +117,11 @@ class RunRows:
         from training_lens.config.run_config import read_run_config
 
         self.run, self.config = run, read_run_config(run)
-        self.record: dict[str, Any] = run.read_metadata("data.json")
+        self.record = _read_record(run)
         self._lock = threading.RLock()
         self._splits: dict[str, RowSplit] = {}
         self._marks: dict[str, RowMarks] = {}
-        self._tokenizer: Any = None
+        self._tokenizer, self._rules = cast(Any, None), cast(Any, None)
         self.search_lock = threading.Lock()
         self.searches: OrderedDict[object, FoundRows] = OrderedDict()
 
@@ -159,6 +160,17 @@ class RunRows:
             return self._marks[split.name]
 
     @property
+    def token_rules(self) -> Any:
+        """The tokenizer's rules (`tokenizers.Tokenizer`), which turn tokens into text; raises as `tokenizer`.
+
+        A finished run has them in a file of its own, which is read in milliseconds and without transformers.
+        """
+        with self._lock:
+            if self._rules is None:
+                self._rules = read_saved_rules(self.run) or self.tokenizer.backend_tokenizer
+            return self._rules
+
+    @property
     def tokenizer(self) -> Any:
         """The run's own tokenizer, or its model's while it trains; nothing is fetched from a hub.
 
@@ -167,15 +179,15 @@ class RunRows:
         """
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = _load_tokenizer(self.run)
+                self._tokenizer = load_run_tokenizer(self.run)
             return self._tokenizer
 
     def _select_rows(self, name: str) -> TokenDataset:
         if name == VALIDATION and not self.config.data.val_ratio:
             return self._open_tokens(VALIDATION)
         everything = self._open_tokens(TRAIN)
-        held_out = self.run.read_metadata("held_out.json") if self.config.data.val_ratio else []
-        excluded = self.record.get("excluded", [])
+        held_out = list(map(str, self.run.read_metadata("held_out.json"))) if self.config.data.val_ratio else []
+        excluded = list(map(str, self.record.get("excluded", [])))
         if name != TRAIN:
             return _select_listed(everything, held_out if name == VALIDATION else excluded)
         rows = self._add_canaries(_limit_rows(_drop_listed(everything, [*held_out, *excluded]), self.config))
@@ -220,7 +232,7 @@ class RunRows:
             sources = expand_sources(specs, f"data.{name}")
             changed = [source.name for source in sources if recorded.get(source.name) != source.sha256]
         except (TrainingLensError, OSError) as error:
-            raise CheckpointError(f"{gone}, and their file is missing: {error}") from error
+            raise CheckpointError(f"{gone}, and its rows cannot be read again: {error}") from error
         if changed:
             raise CheckpointError(f"{gone}, and {', '.join(changed)} has changed since. Put the old file back.")
         dataset = prepare_sources(sources, f"data.{name}", self._build_preparation(), cache, Progress()).dataset
@@ -236,6 +248,19 @@ class RunRows:
             load_template_file(self.config.data.template, self.tokenizer)
         date = resolve_date(self.config.data, self.tokenizer)
         return build_preparation(self.config.replace_keys(data={"date": date}), self.tokenizer)
+
+
+def _read_record(run: RunFolder) -> dict[str, Any]:
+    """The run's metadata/data.json.
+
+    Raises:
+        CheckpointError: it is not what a run writes.
+    """
+    record = run.read_metadata("data.json")
+    kinds = {"train": dict, "fingerprint": str, "train_examples": int}
+    if not isinstance(record, dict) or any(not isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        raise CheckpointError(f"{run.metadata / 'data.json'} does not say which rows the run has read. Restore it.")
+    return record
 
 
 def find_cached_tokens(cache: Path, record: dict[str, Any], name: str) -> TokenDataset | None:
@@ -288,22 +313,6 @@ def _limit_rows(dataset: TokenDataset, config: TrainingConfig) -> TokenDataset:
     from training_lens.data.batching import limit_examples
 
     return limit_examples(dataset, config.data.max_examples, config.training.seed)
-
-
-def _load_tokenizer(run: RunFolder) -> Any:
-    from training_lens.config.run_config import MODEL_CODE, open_run_config
-    from training_lens.models.factory import load_tokenizer
-    from training_lens.models.location import local_folder
-
-    model = open_run_config(run, {}, MODEL_CODE).model
-    if run.tokenizer.is_dir():
-        return load_tokenizer(model, str(run.tokenizer))
-    folder = local_folder(model)  # a run that trains has saved none yet
-    if folder is None:
-        raise ConfigurationError(
-            f"model.id: '{model.id}' is not on this machine, so its tokens cannot be read as text."
-        )
-    return load_tokenizer(model.model_copy(update={"id": str(folder)}))
 
 
 class OpenedRuns:

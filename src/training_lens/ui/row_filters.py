@@ -85,7 +85,7 @@ def sort_rows(positions: np.ndarray, split: RowSplit, marks: RowMarks, sort: Sor
 
 def search_text(rows: RunRows, split: RowSplit, positions: np.ndarray, text: str) -> FoundRows:
     """Those of the rows whose text has `text` in it, of at most 20,000 rows and 20 M tokens, read in this order."""
-    wanted, rules = text.casefold(), rows.tokenizer.backend_tokenizer
+    wanted, rules = text.casefold(), rows.token_rules
     lengths, hits, read, tokens = split.dataset.lengths, list[int](), 0, 0
     while read < min(len(positions), MOST_SEARCHED) and tokens < MOST_TOKENS:
         chunk = positions[read : min(read + CHUNK, MOST_SEARCHED)].tolist()

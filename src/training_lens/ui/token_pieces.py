@@ -1,4 +1,4 @@
-"""The text of tokens piece by piece, such that the pieces together are the text of the whole."""
+"""The text of a run's tokens piece by piece, such that the pieces together are the text of the whole."""
 
 from __future__ import annotations
 
@@ -7,13 +7,56 @@ from typing import Any
 
 import numpy as np
 
+from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.runs.run_folder import RunFolder
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LONGEST_WAIT = 4  # pieces that may pass until a character is complete: it has at most four bytes, each a token
 
 
-def build_decode(tokenizer: Any) -> Callable[[Sequence[int]], str]:
-    """Tokens to text with the tokenizer's own rules alone; special tokens are shown, spaces stay as they are."""
-    rules = tokenizer.backend_tokenizer
+def read_saved_rules(run: RunFolder) -> Any:
+    """The rules of the tokenizer that a finished run saved; None for one that has saved none yet.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    from training_lens.utils.integrity import require_intact
+
+    file = run.tokenizer / "tokenizer.json"
+    if not file.is_file():
+        return None
+    require_intact(run.tokenizer)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the class that tokenizers raises
+        raise CheckpointError(f"{file} cannot be read as a tokenizer ({error}). Restore it.") from error
+
+
+def load_run_tokenizer(run: RunFolder) -> Any:
+    """The tokenizer that a run saved, or its model's while it trains; nothing is fetched from a hub.
+
+    Raises:
+        ConfigurationError: it carries code that the user has not allowed, or is not on this machine.
+    """
+    from training_lens.config.run_config import MODEL_CODE, open_run_config
+    from training_lens.models.factory import load_tokenizer
+    from training_lens.models.location import local_folder
+
+    model = open_run_config(run, {}, MODEL_CODE).model
+    if run.tokenizer.is_dir():
+        return load_tokenizer(model, str(run.tokenizer))
+    folder = local_folder(model)  # a run that trains has saved none yet
+    if folder is None:
+        raise ConfigurationError(
+            f"model.id: '{model.id}' is not on this machine, so its tokens cannot be read as text."
+        )
+    return load_tokenizer(model.model_copy(update={"id": str(folder)}))
+
+
+def build_decode(rules: Any) -> Callable[[Sequence[int]], str]:
+    """Tokens to text with a tokenizer's rules (`tokenizers.Tokenizer`); special tokens are shown, spaces stay."""
     return lambda ids: str(rules.decode(ids, skip_special_tokens=False))
 
 
