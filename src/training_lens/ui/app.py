@@ -12,6 +12,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from training_lens import __version__, display
+from training_lens.ui.data_rows import build_data_routes
 from training_lens.ui.guard import Access, Guard
 from training_lens.ui.playground import build_playground_routes
 from training_lens.ui.run_routes import RunRoutes
@@ -33,6 +34,7 @@ def build_app(outputs: Outputs, access: Access) -> Starlette:
         Route("/", send_page),
         Route("/api/about", describe_server),
         *RunRoutes(outputs).routes(),
+        *build_data_routes(outputs),
         *build_playground_routes(outputs),
         Mount("/static", StaticFiles(directory=STATIC)),
     ]

@@ -25,22 +25,24 @@ export async function show(main, address) {
 }
 
 function buildView(run, summary, change) {
-  const splits = Object.keys(summary.splits);
+  const splits = summary.splits.filter((split) => !split.error);
   const select = (options) => element("select", { onChange: () => change(false) }, options.map(([value, name]) => element("option", { value }, name)));
   const number = () => element("input", { type: "number", min: "0", step: "any", onInput: () => change(true) });
-  const names = (key) => [["", "Any"], ...new Set(splits.flatMap((split) => Object.keys(summary.splits[split][key])))].map((one) => (Array.isArray(one) ? one : [one, shortName(one)]));
+  const names = (key) => [["", "Any"], ...listNames(splits, key).map((name) => [name, shortName(name)])];
+  const hasLosses = splits.some((split) => split.losses);
   const sorts = [["order", "As in the files"], ["-length", "Longest first"], ["length", "Shortest first"],
-    ...(summary.has_losses ? [["-loss", "Highest loss first"], ["loss", "Lowest loss first"]] : [])];
+    ...(hasLosses ? [["-loss", "Highest loss first"], ["loss", "Lowest loss first"]] : [])];
+  const suspects = listNames(splits, "suspects");
   const controls = {
     text: element("input", { type: "search", placeholder: "Text in the row", onInput: () => change(true) }),
-    split: select(splits.map((split) => [split, split])),
+    split: select(splits.map((split) => [split.name, split.name])),
     source: select(names("sources")), domain: select(names("domains")),
     min_length: number(), max_length: number(), min_loss: number(), max_loss: number(),
-    suspects: element("input", { type: "checkbox", onChange: () => change(false) }),
+    suspects: select([["", "All rows"], ["all", "Any suspect"], ...suspects.map((name) => [name, name])]),
     sort: select(sorts),
   };
   const fields = [["Find", "text"], ["Split", "split"], ["File", "source"], ["Domain", "domain"], ["Tokens from", "min_length"], ["to", "max_length"],
-    ...(summary.has_losses ? [["Loss from", "min_loss"], ["to", "max_loss"]] : []), ...(summary.has_suspects ? [["Suspects only", "suspects"]] : []), ["Order", "sort"]];
+    ...(hasLosses ? [["Loss from", "min_loss"], ["to", "max_loss"]] : []), ...(suspects.length ? [["Suspects", "suspects"]] : []), ["Order", "sort"]];
   const view = { controls, rows: element("div", {}), count: element("p", { role: "status", class: "soft" }), pager: element("div", { class: "row" }) };
   view.root = element("div", {}, element("h1", {}, "Data as the model sees it"),
     element("p", { class: "soft" }, element("a", { href: `#/run/${encodeURIComponent(run.experiment)}/${encodeURIComponent(run.run)}` }, `${run.experiment} / ${run.run}`)),
@@ -51,29 +53,48 @@ function buildView(run, summary, change) {
   return view;
 }
 
+function listNames(splits, key) {
+  return [...new Set(splits.flatMap((split) => split[key].map((one) => one.name)))].filter(Boolean);
+}
+
 function shortName(name) {
   return name.split("/").at(-1) || name;
 }
 
 function summaryPart(summary) {
   const columns = [
-    { name: "split", cell: ([name]) => name },
-    { name: "rows", number: true, cell: ([, split]) => formatWhole(split.rows) },
-    { name: "tokens", number: true, cell: ([, split]) => formatWhole(split.tokens) },
-    { name: "learned from", number: true, cell: ([, split]) => formatWhole(split.supervised_tokens) },
-    { name: "median length", number: true, cell: ([, split]) => formatWhole(split.lengths?.median) },
-    { name: "longest", number: true, cell: ([, split]) => formatWhole(split.lengths?.longest) },
+    { name: "split", cell: (split) => split.name },
+    { name: "rows", number: true, cell: (split) => formatWhole(split.rows) },
+    { name: "tokens", number: true, cell: (split) => formatWhole(split.tokens) },
+    { name: "learned from", number: true, cell: (split) => formatWhole(split.supervised) },
+    { name: "median length", number: true, cell: (split) => formatWhole(split.lengths?.median) },
+    { name: "longest", number: true, cell: (split) => formatWhole(split.lengths?.max) },
   ];
-  return [table("Splits", columns, Object.entries(summary.splits)),
-    summary.notes.length ? details("How the files were read", element("ul", {}, summary.notes.map((note) => element("li", {}, note)))) : null];
+  const [open, closed] = [summary.splits.filter((split) => !split.error), summary.splits.filter((split) => split.error)];
+  const notes = [...summary.notes, ...open.flatMap((split) => split.notes), ...open.flatMap((split) =>
+    split.mappings.map((mapping) => `${shortName(mapping.source)} is read as ${mapping.read_as}`))];
+  return [
+    closed.map((split) => element("div", { class: "notice warning" }, element("p", {}, `${split.name}: ${split.error}`))),
+    table("Splits", columns, open), open.map(lengthHistogram),
+    notes.length ? details("How the files were read", element("ul", {}, [...new Set(notes)].map((note) => element("li", {}, note)))) : null,
+  ];
+}
+
+/** How long the rows of a split are: a bar for each range of lengths. */
+function lengthHistogram(split) {
+  const { start, width, counts } = split.histogram;
+  const largest = Math.max(...counts, 1);
+  return details(`Lengths of the ${split.name} rows`, element("div", { class: "histogram", role: "img", "aria-label": `Lengths in tokens of the ${split.name} rows` },
+    counts.map((count, i) => {
+      const bar = element("span", { title: `${formatWhole(start + i * width)} to ${formatWhole(start + (i + 1) * width - 1)} tokens: ${pluralize(count, "row")}` });
+      bar.style.setProperty("--share", String(count / largest));
+      return bar;
+    })), element("p", { class: "soft" }, `${formatWhole(start)} to ${formatWhole(start + counts.length * width)} tokens`));
 }
 
 function readQuery(view, state) {
   const query = new URLSearchParams({ offset: state.offset, limit: PAGE });
-  for (const [name, control] of Object.entries(view.controls)) {
-    if (control.type === "checkbox") control.checked && query.set(name, "1");
-    else if (control.value) query.set(name, control.value);
-  }
+  for (const [name, control] of Object.entries(view.controls)) if (control.value) query.set(name, control.value);
   return query;
 }
 
@@ -113,7 +134,7 @@ function rowCard(row, split, path) {
     element("h3", {}, shortName(String(row.id)), " ", row.suspect ? badge(row.suspect, "warning") : null),
     element("p", { class: "soft" }, facts),
     element("pre", { class: "text" }, row.segments.map((segment) => (segment.supervised ? element("mark", { class: "supervised" }, segment.text) : segment.text))),
-    row.cut ? element("p", { class: "soft" }, "The rest is left out here.") : null, tokens);
+    row.cut ? element("p", { class: "soft" }, `${pluralize(row.left, "more token")} are left out here.`) : null, tokens);
 }
 
 function drawPager(view, state, found, reload) {
