@@ -20,7 +20,7 @@ def describe_recording(recording: Recording, points: int) -> tuple[dict[str, Any
     curves = _read_curves(recording, points)
     losses = read_losses(recording)
     verdict = find_verdict(recording) or assess_training(TrainingRecord(0))
-    row = {
+    row: dict[str, Any] = {
         "experiment": recording.manifest.origin,
         "run": recording.name,
         "status": recording.status,

@@ -105,7 +105,9 @@ def average_neighbors(values: np.ndarray) -> np.ndarray:
     ends = np.arange(len(values))
     low, high = np.maximum(ends - reach, 0), np.minimum(ends + reach + 1, len(values))
     count = counts[high] - counts[low]
-    return np.divide(sums[high] - sums[low], count, out=np.full(len(values), np.nan), where=count > 0)
+    mean = np.full(len(values), np.nan)
+    np.divide(sums[high] - sums[low], count, out=mean, where=count > 0)
+    return mean
 
 
 class FeedCache:

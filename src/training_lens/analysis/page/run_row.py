@@ -54,14 +54,17 @@ class RunRow:
 
 def read_run_row(run: RunFolder) -> RunRow:
     """The row of a run; of one whose files cannot be read, with the reason."""
-    name = (run.experiment_name, run.run_id)
+    experiment, run_id = run.experiment_name, run.run_id
     try:
         summary, config = run.read_metadata("summary.json"), flatten_sections(run.read_metadata("config.json"))
         status = run.status
         lines = list(sample_log(run.metrics_file))
         progress = _read_progress(lines, summary)
         return RunRow(
-            *(*name, status, run.start_time.timestamp()),
+            experiment,
+            run_id,
+            status,
+            run.start_time.timestamp(),
             detail=f"Its process died ({run.process_label})." if run.has_died else "",
             tags=read_tags(run),
             **_describe_settings(run, config),
@@ -72,7 +75,7 @@ def read_run_row(run: RunFolder) -> RunRow:
             spark=_sample_losses(lines),
         )
     except (CheckpointError, OSError, TypeError, AttributeError) as error:
-        return RunRow(*name, BROKEN, run.start_time.timestamp(), detail=str(error))
+        return RunRow(experiment, run_id, BROKEN, run.start_time.timestamp(), detail=str(error))
 
 
 def _describe_settings(run: RunFolder, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def find_total_steps(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> 
     epochs = config.get("training.epochs")
     if last is None or not is_finite_number(epochs):
         return None
-    return max(int(last["step"]), round(last["step"] / last["epoch"] * epochs))
+    return max(int(last["step"]), round(float(last["step"] / last["epoch"] * epochs)))
 
 
 def _describe_verdict(run: RunFolder, progress: Mapping[str, Any]) -> dict[str, str]:
