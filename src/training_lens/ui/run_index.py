@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ class RunIndex:
     """The rows of all runs in a folder, each with the version of the list at which it was read last."""
 
     folder: Path
+    name: str = field(default_factory=lambda: secrets.token_hex(4))  # versions of another index mean nothing here
     version: int = 0
     rows: dict[RunKey, RunRow] = field(default_factory=dict)
     _versions: dict[RunKey, int] = field(default_factory=dict)  # of rows, and of those that were removed
@@ -38,6 +40,7 @@ class RunIndex:
             pending = self._refresh(time.monotonic() + seconds)
             changed = [key for key, version in self._versions.items() if version > since]
             return {
+                "index": self.name,
                 "version": self.version,
                 "pending": pending,
                 "total": len(self.rows) + pending,

@@ -57,8 +57,9 @@ class RunRoutes:
         ]
 
     async def list_runs(self, request: Request) -> Response:
+        is_known = request.query_params.get("index") == self._index.name
         since = read_number(request, "since", 0, LARGEST)
-        return json_response(await run_in_threadpool(self._index.read_changes, since))
+        return json_response(await run_in_threadpool(self._index.read_changes, since if is_known else 0))
 
     async def show_run(self, request: Request) -> Response:
         run = self._outputs.requested_run(request)

@@ -157,7 +157,7 @@ function drawHeadline(view, state, source) {
   const wrong = worstSeverity(state);
   replaceIfChanged(view.headline, [row, headline, findings], () => [
     element("p", { class: "soft" }, source.isLive ? [element("a", { href: "#/" }, "Runs"), " / "] : null, `${row.experiment} / ${row.run}`),
-    element("div", { class: "row" }, badge(row.detail && !isDone ? "died" : row.status, row.status), row.tags.map((tag) => element("span", { class: "tag" }, tag))),
+    element("div", { class: "row" }, badge(row.detail && row.status === "interrupted" ? "died" : row.status, row.status), row.tags.map((tag) => element("span", { class: "tag" }, tag))),
     element("h1", { class: "verdict" }, isDone ? `${sentence}.` : `Training. So far: ${lowerFirst(sentence)}.`),
     row.detail ? element("div", { class: "notice warning" }, element("p", {}, row.detail)) : null,
     element("ul", { class: "remarks" }, headline.verdict.remarks.filter((remark) => remark.severity !== "fine")

@@ -27,7 +27,7 @@ const COLUMNS = [
 
 export async function show(main, { query, setConnection }) {
   const state = {
-    rows: new Map(), texts: new Map(), chosen: new Set(), version: 0, pending: 0, total: 0, limit: ROWS_AT_ONCE,
+    rows: new Map(), texts: new Map(), chosen: new Set(), index: "", version: 0, pending: 0, total: 0, limit: ROWS_AT_ONCE,
     sort: { column: 11, isRising: false }, folder: "", isStopped: false,
   };
   const view = buildView(state, query.get("search") ?? "", draw);
@@ -40,7 +40,7 @@ export async function show(main, { query, setConnection }) {
 
   async function poll() {
     try {
-      const changes = await fetchJson(`/api/runs?since=${state.version}`);
+      const changes = await fetchJson(`/api/runs?index=${state.index}&since=${state.version}`);
       setConnection("");
       if (applyChanges(state, changes)) draw();
     } catch (error) {
@@ -67,7 +67,7 @@ export async function show(main, { query, setConnection }) {
 
 /** Take the changed rows over; whether there were any. */
 function applyChanges(state, changes) {
-  if (changes.version < state.version) { // another server: it counts from the start
+  if (changes.index !== state.index) { // another server: it sends all
     state.rows.clear();
     state.texts.clear();
   }
@@ -80,7 +80,7 @@ function applyChanges(state, changes) {
     state.chosen.delete(`${experiment}/${run}`);
   }
   const isNew = changes.changed.length + changes.removed.length > 0 || changes.pending !== state.pending;
-  Object.assign(state, { version: changes.version, pending: changes.pending, total: changes.total });
+  Object.assign(state, { index: changes.index, version: changes.version, pending: changes.pending, total: changes.total });
   return isNew;
 }
 
