@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
+from training_lens.config.keys import list_settings
 from training_lens.config.schema import TrainingConfig
 
 HEAD = """# Configuration
@@ -34,7 +33,7 @@ training-lens validate 'peft.target_modules=.*layers\\.[0-3]\\.self_attn\\.(q|v)
 ```
 
 All other keys are read by [Hydra's grammar](https://hydra.cc/docs/advanced/override_grammar/basic/): numbers, `true`,
-`null`, `[1,2]`, `{q_proj: 8}`.
+`null`, `[1,2]`, `{q_proj: 8}`. An object may also be JSON, `{"q_proj": 8}`.
 
 ## Presets of your own
 
@@ -50,20 +49,11 @@ def reference() -> str:
 
 
 def _section(name: str, section: Any) -> str:
-    rows = "".join(_rows(name, section))
+    rows = "".join(
+        f"| `{key}` | `{json.dumps(field.default)}` | {field.description} |\n"
+        for key, field in list_settings(section, f"{name}.")
+    )
     return f"\n## {name}\n\n{section.__doc__}\n\n| key | default | what it is |\n|---|---|---|\n{rows}"
-
-
-def _rows(prefix: str, section: type[BaseModel]) -> list[str]:
-    rows: list[str] = []
-    for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            rows += _rows(f"{prefix}.{name}", inner)
-        else:
-            default = json.dumps(field.default)
-            rows.append(f"| `{prefix}.{name}` | `{default}` | {field.description} |\n")
-    return rows
 
 
 if __name__ == "__main__":

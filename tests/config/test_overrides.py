@@ -66,6 +66,7 @@ def test_a_file_of_that_very_name_wins(name: str, tmp_path: Path, monkeypatch: p
         ("'[a,b]'", ["[a,b]"]),
         ("[{question: a, answer: b}]", [{"question": "a", "answer": "b"}]),
         ("[${HOME}/a.json]", ["${HOME}/a.json"]),
+        (r"['C:\a,b\\',c]", ["C:\\a,b\\", "c"]),
     ],
 )
 def test_lists_of_texts(typed: str, meant: list[Any]) -> None:
@@ -90,6 +91,7 @@ def test_lists_of_texts(typed: str, meant: list[Any]) -> None:
         ("training.micro_batch_tokens=auto", "auto"),
         ("peft.rank_pattern={q_proj: 8}", {"q_proj": 8}),
         ("peft.rank_pattern.q_proj=8", {"q_proj": 8}),
+        ('peft.rank_pattern={"layers.0.q_proj": 8}', {"layers.0.q_proj": 8}),
         ("peft.target_modules=[q_proj,v_proj]", ["q_proj", "v_proj"]),
         (r"peft.target_modules=.*layers\.[0-3]\.(q|v)_proj{1,2}", r".*layers\.[0-3]\.(q|v)_proj{1,2}"),
         ("data.template=Q: {instruction}\\nA: {output}", "Q: {instruction}\\nA: {output}"),

@@ -6,7 +6,7 @@ A problem is a line with the key, what was given and what is allowed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -29,13 +29,19 @@ def section_model(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key of a schema, dotted: ['model.id', 'model.revision', ...] of `TrainingConfig`."""
-    keys: list[str] = []
+def list_settings(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a schema, dotted, with its field: ('model.id', ...), ('model.revision', ...) of `TrainingConfig`."""
     for name, field in model.model_fields.items():
         inner = section_model(field)
-        keys += known_keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-    return keys
+        if inner:
+            yield from list_settings(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def known_keys(model: type[BaseModel]) -> list[str]:
+    """Every key of a schema, dotted: ['model.id', 'model.revision', ...] of `TrainingConfig`."""
+    return [key for key, _ in list_settings(model)]
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:

@@ -2,7 +2,7 @@
 
 A key that takes text takes whatever the shell passes: spaces, brackets, `$`, digits. Special are only `null` where the
 key may be null, quotes around the whole value, and `[a,b]` for keys that take a list; a file of that name takes
-precedence.
+precedence. Objects may also be JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from training_lens.config.keys import known_keys, nearest_key, section_model
 from training_lens.config.schema import TrainingConfig
 from training_lens.config.section import PATH_MARKER
 from training_lens.errors import ConfigurationError
+from training_lens.utils.limits import load_bounded_json
 from training_lens.utils.names import expand_home
 
 NO_SWEEP = "sweeps and deletions have no place here; give one value, lists as"
@@ -160,9 +161,9 @@ def _read_other(override: Override) -> Any:
     from hydra.core.override_parser.types import QuotedString
 
     parsed = _parse_override(override.raw)
-    if parsed is None:  # not Hydra's grammar: a list element by element, anything else as text
+    if parsed is None:  # not Hydra's grammar: JSON, a list element by element, anything else as text
         elements = split_list(override.raw)
-        return override.raw if elements is None else [_parse_hydra(element) for element in elements]
+        return _parse_object(override.raw) if elements is None else [_parse_hydra(element) for element in elements]
     if parsed.is_sweep_override():
         raise ConfigurationError(f"'{override.word}': {NO_SWEEP} [a,b]")
     value = parsed.value()
@@ -184,6 +185,15 @@ def _parse_hydra(raw: str) -> Any:
     """A value by Hydra's grammar, or the text itself."""
     parsed = _parse_override(raw)
     return raw if parsed is None or parsed.is_sweep_override() else _unwrap_quoted(parsed.value())
+
+
+def _parse_object(raw: str) -> Any:
+    """The object that JSON text stands for, as {"q_proj": 8}, whose keys Hydra refuses; or the text itself."""
+    try:
+        value = load_bounded_json(raw)
+    except ValueError:
+        return raw
+    return value if isinstance(value, dict) else raw
 
 
 def _unwrap_quoted(value: Any) -> Any:
@@ -235,7 +245,7 @@ def _unquoted_characters(text: str) -> Iterator[tuple[int, str]]:
     quote, at_start = "", True
     for index, character in enumerate(text):
         if quote:
-            quote = "" if character == quote and text[index - 1] != "\\" else quote
+            quote = "" if character == quote and not _is_escaped(text, index) else quote
         elif at_start and character in "'\"" and character in text[index + 1 :]:
             quote = character
         else:
@@ -245,19 +255,26 @@ def _unquoted_characters(text: str) -> Iterator[tuple[int, str]]:
         at_start = False
 
 
+def _is_escaped(text: str, index: int) -> bool:
+    """Whether an odd number of backslashes stands before a character."""
+    before = text[:index]
+    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
 @cache
 def key_type(key: str) -> KeyType:
     """How typed text is read for a key; an unknown key is read by Hydra's grammar."""
     field = _find_field(TrainingConfig, key.split("."))
     if field is None:
         return KeyType("other", False, False)
-    members = tuple(_union_members(field.annotation))
+    members = tuple(list_union_members(field.annotation))
     present = [member for member in members if member is not type(None)]
     form: Literal["text", "texts", "other"] = "other"
     if all(_takes_text(member) for member in present):
         form = "text"
     elif all(_takes_text(member) or get_origin(member) is list for member in present) and any(
-        get_origin(member) is list and all(map(_takes_text, _union_members(get_args(member)[0]))) for member in present
+        get_origin(member) is list and all(map(_takes_text, list_union_members(get_args(member)[0])))
+        for member in present
     ):
         form = "texts"
     return KeyType(form, len(present) < len(members), _has_marker((field.annotation, field.metadata)))
@@ -271,14 +288,14 @@ def _find_field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None
     return _find_field(inner, path[1:]) if inner else None
 
 
-def _union_members(annotation: Any) -> Iterator[Any]:
+def list_union_members(annotation: Any) -> Iterator[Any]:
     """The member types of a union, without annotations."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        yield from _union_members(get_args(annotation)[0])
+        yield from list_union_members(get_args(annotation)[0])
     elif origin in (Union, types.UnionType):
         for member in get_args(annotation):
-            yield from _union_members(member)
+            yield from list_union_members(member)
     else:
         yield annotation
 
