@@ -18,7 +18,7 @@ COMMANDS = {
     "Data": ("prepare",),
     "Train": ("init", "validate", "lr", "train", "sweep"),
     "Evaluate": ("evaluate", "baseline", "compare", "knob", "infer"),
-    "Look inside": ("ui", "analyze", "explain", "rank", "report", "export"),
+    "Look inside": ("ui", "watch", "analyze", "explain", "rank", "report", "export"),
     "Ship": ("merge", "benchmark", "push"),
     "Runs": ("sync", "doctor", "experiment"),
 }
