@@ -14,6 +14,7 @@ from starlette.staticfiles import StaticFiles
 from training_lens import __version__, display
 from training_lens.ui.data_rows import build_data_routes
 from training_lens.ui.guard import Access, Guard
+from training_lens.ui.launcher import build_launch_routes
 from training_lens.ui.playground import build_playground_routes
 from training_lens.ui.run_routes import RunRoutes
 from training_lens.ui.web import ERROR_HANDLERS, Outputs, json_response
@@ -35,6 +36,7 @@ def build_app(outputs: Outputs, access: Access) -> Starlette:
         Route("/api/about", describe_server),
         *RunRoutes(outputs).routes(),
         *build_data_routes(outputs),
+        *build_launch_routes(outputs),
         *build_playground_routes(outputs),
         Mount("/static", StaticFiles(directory=STATIC)),
     ]

@@ -62,6 +62,11 @@ class RunFeed:
         elif line.get("kind") in VALIDATIONS:
             self.validations.append(dict(line))
 
+    def read_columns(self, *names: str) -> list[np.ndarray]:
+        """Copies of columns of one length, (steps,) each: an array that is looked at cannot grow meanwhile."""
+        with self._lock:
+            return [np.array(self.columns[name]) for name in names]
+
     @property
     def last_step(self) -> int:
         steps = self.columns["step"]
@@ -69,21 +74,22 @@ class RunFeed:
 
     def steps_after(self, step: int) -> dict[str, list[float]]:
         """The columns of the steps after `step`."""
-        start = int(np.searchsorted(np.asarray(self.columns["step"]), step, side="right"))
-        return {name: column[start:].tolist() for name, column in self.columns.items()}
+        columns = dict(zip(COLUMNS, self.read_columns(*COLUMNS), strict=True))
+        start = int(np.searchsorted(columns["step"], step, side="right"))
+        return {name: column[start:].tolist() for name, column in columns.items()}
 
     def thin_curves(self, most: int, first: int = 0, last: int | None = None) -> dict[str, list[list[float]]]:
         """Each curve between two steps as [steps, values] of at most `most` points, with its minima and maxima."""
-        steps = np.asarray(self.columns["step"])
+        steps, *columns = self.read_columns("step", *CURVES)
         chosen = slice(*np.searchsorted(steps, [first, math.inf if last is None else last + 1]).tolist())
-        curves = {name: np.asarray(self.columns[name])[chosen] for name in CURVES}
+        curves = {name: column[chosen] for name, column in zip(CURVES, columns, strict=True)}
         curves["loss_mean"] = average_neighbors(curves["loss"])
         found = {name: thin_line(steps[chosen], values, most) for name, values in curves.items() if len(values)}
         return {name: [at.tolist(), values.tolist()] for name, (at, values) in found.items()}
 
     def measure_speed(self) -> dict[str, float]:
         """Tokens a second and seconds a step over the last steps; `step_seconds` includes validations between them."""
-        tokens, seconds, times = (np.asarray(self.columns[name])[-RECENT:] for name in ("tokens", "seconds", "time"))
+        tokens, seconds, times = (column[-RECENT:] for column in self.read_columns("tokens", "seconds", "time"))
         if not len(times):
             return {}
         speed = {"tokens_per_second": float(np.nansum(tokens) / max(np.nansum(seconds), 1e-9))}

@@ -74,7 +74,7 @@ export function table(caption, columns, rows, attributes = {}) {
   const body = rows.map((row) =>
     element("tr", {}, columns.map((column, i) =>
       element(i ? "td" : "th", { class: column.number ? "number" : null, scope: i ? null : "row" }, column.cell(row)))));
-  return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+  return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${caption} (table)` },
     element("table", attributes,
       element("caption", { class: attributes.shown ? null : "hidden" }, caption),
       element("thead", {}, element("tr", {}, head)),

@@ -29,14 +29,15 @@ function buildView(form, state) {
     state.preset = event.target.value;
     change();
   } }, element("option", { value: "" }, "The defaults"), form.presets.map((one) => element("option", { value: one.name, title: one.summary }, one.name)));
-  const fields = form.groups.flatMap((group) => group.fields);
+  const groups = form.groups.filter((group) => group.trains);
+  const fields = groups.flatMap((group) => group.fields);
   view.start = button("Start the run", () => act(view, state, "start"));
   view.validate = button("Check it first", () => act(view, state, "validate"), { class: "quiet" });
   view.root = element("div", {}, element("h1", {}, "New run"),
     element("p", { class: "soft" }, "The run is a process of its own: it goes on when this page or the server is closed. Paths are those of the machine that serves this page."),
     element("div", { class: "form-grid" }, element("label", { class: "field" }, element("span", {}, "Start from"), preset),
       fields.filter((field) => field.common).map((field) => fieldControl(field, state, view, change))),
-    element("section", {}, element("h2", {}, "All settings"), form.groups.map((group) => groupPart(group, state, view, change))),
+    element("section", {}, element("h2", {}, "All settings"), groups.map((group) => groupPart(group, state, view, change))),
     element("section", {}, element("h2", {}, "The command"), view.command, view.problems,
       element("div", { class: "row" }, view.start, view.validate), view.result));
   return view;
@@ -114,18 +115,28 @@ function showCheck(view, found) {
 
 /** Go to the run's page once its folder is there; or say why it is not. */
 async function waitForRun(view, state, started) {
-  const address = `#/run/${encodeURIComponent(started.experiment)}/${encodeURIComponent(started.run)}`;
-  for (let tries = 0; tries < 240 && !state.isStopped; tries++) {
-    const found = await fetchJson(`/api/launch/${encodeURIComponent(started.run)}`);
-    if (found.has_folder) {
-      location.hash = address;
+  const name = `${encodeURIComponent(started.experiment)}/${encodeURIComponent(started.run)}`;
+  while (!state.isStopped) {
+    const launch = await fetchJson(`/api/launch/${encodeURIComponent(started.run)}`);
+    if (await hasFolder(name)) {
+      location.hash = `#/run/${name}`;
       return;
     }
-    if (!found.running) {
-      replace(view.result, element("div", { class: "notice problem" }, element("p", {}, "The run did not begin:"), element("pre", {}, found.log_tail)));
+    if (!launch.running) {
+      replace(view.result, element("div", { class: "notice problem" }, element("p", {}, "The run did not begin:"), element("pre", {}, launch.log_tail)));
       return;
     }
     replace(view.result, element("p", { class: "soft" }, "Started; reading the rows and the model…"));
     await new Promise((resolve) => setTimeout(resolve, 1000));
+  }
+}
+
+async function hasFolder(name) {
+  try {
+    await fetchJson(`/api/runs/${name}`);
+    return true;
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    return false;
   }
 }
