@@ -131,7 +131,7 @@ function rowCard(row, split, path) {
     }
   });
   return element("article", { class: "card sample" },
-    element("h3", {}, shortName(String(row.id)), " ", row.suspect ? badge(row.suspect, "warning") : null),
+    element("h2", { class: "row-name" }, shortName(String(row.id)), " ", row.suspect ? badge(row.suspect, "warning") : null),
     element("p", { class: "soft" }, facts),
     element("pre", { class: "text" }, row.segments.map((segment) => (segment.supervised ? element("mark", { class: "supervised" }, segment.text) : segment.text))),
     row.cut ? element("p", { class: "soft" }, `${pluralize(row.left, "more token")} are left out here.`) : null, tokens);
