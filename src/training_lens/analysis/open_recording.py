@@ -101,13 +101,13 @@ def _read_status(run: RunFolder) -> str:
 def _open_run_adapters(folder: Path, base: Path | str | None) -> Recording:
     """One of our runs without captures: its checkpoints, its adapter, and the losses of its metrics.jsonl."""
     run = RunFolder(folder)
-    source = _find_run_adapters(run)
     status = _read_status(run)
-    if not source.folders:
+    if not has_adapter_files(run.adapter) and not _find_checkpoints(run.checkpoints, OURS, "adapter"):
         raise LensError(
             f"the run {run.run_id} ({status}) has nothing to analyse: no captures in {folder / 'lens'}, no checkpoints "
             f"in {run.checkpoints}, and no adapter. Train it with lens.enabled=true, or wait for its first checkpoint."
         )
+    source = _find_run_adapters(run)
     logger.info(
         "%s has no captures (lens.enabled=false?): it is read from %d saved adapters and its log, without gradients, "
         "activations and the steps in between.",

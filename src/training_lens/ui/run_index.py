@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -44,7 +44,7 @@ class RunIndex:
                 "version": self.version,
                 "pending": pending,
                 "total": len(self.rows) + pending,
-                "changed": [asdict(self.rows[key]) for key in changed if key in self.rows],
+                "changed": [dict(vars(self.rows[key])) for key in changed if key in self.rows],
                 "removed": [list(key) for key in changed if key not in self.rows],
             }
 

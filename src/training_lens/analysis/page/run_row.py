@@ -16,7 +16,7 @@ from training_lens.evaluation.verdict import Verdict
 from training_lens.runs.housekeeping import read_tags
 from training_lens.runs.journal import parse_line
 from training_lens.runs.metrics_log import is_finite_number
-from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_folder import RunFolder, read_checked_json
 from training_lens.runs.run_listing import BROKEN, RunOverview
 from training_lens.utils.nested import flatten_sections
 
@@ -53,19 +53,20 @@ class RunRow:
 
 
 def read_run_row(run: RunFolder) -> RunRow:
-    """The row of a run; of one whose files cannot be read, with the reason."""
+    """The row of a run; of one whose files cannot be read, with the reason. Recorded hashes are not checked here."""
     experiment, run_id = run.experiment_name, run.run_id
     try:
-        summary, config = run.read_metadata("summary.json"), flatten_sections(run.read_metadata("config.json"))
-        status = run.status
+        summary, config = (read_checked_json(run.metadata / name) for name in ("summary.json", "config.json"))
+        has_died = summary["status"] == "running" and run.has_died
+        config = flatten_sections(config)
         lines = list(sample_log(run.metrics_file))
         progress = _read_progress(lines, summary)
         return RunRow(
             experiment,
             run_id,
-            status,
+            "interrupted" if has_died else str(summary["status"]),
             run.start_time.timestamp(),
-            detail=f"Its process died ({run.process_label})." if run.has_died else "",
+            detail=f"Its process died ({run.process_label})." if has_died else "",
             tags=read_tags(run),
             **_describe_settings(run, config),
             **progress,
@@ -74,7 +75,7 @@ def read_run_row(run: RunFolder) -> RunRow:
             findings=_count_findings(run),
             spark=_sample_losses(lines),
         )
-    except (CheckpointError, OSError, TypeError, AttributeError) as error:
+    except (CheckpointError, OSError, TypeError, KeyError, AttributeError) as error:
         return RunRow(experiment, run_id, BROKEN, run.start_time.timestamp(), detail=str(error))
 
 

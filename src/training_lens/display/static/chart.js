@@ -1,6 +1,6 @@
 // Line charts: uPlot on a canvas, and the same numbers as a table.
 
-import { button, details, element, replace, table } from "./dom.js";
+import { button, details, element, replace, svgElement, table } from "./dom.js";
 import { formatNumber, formatWhole } from "./format.js";
 
 const LEAST_HEIGHT = 180;
@@ -240,21 +240,13 @@ function thinOut(line) {
 
 /** A small line without axes; its numbers are in the text beside it. */
 export function sparkline(values, label) {
-  const canvas = element("canvas", { class: "spark", role: "img", "aria-label": label, width: 160, height: 36 });
   const known = values.filter((value) => Number.isFinite(value));
   if (known.length < 2) return element("span", { class: "spark" });
   const isLog = Math.min(...known) > 0;
-  const heights = values.map((value) => (isLog ? Math.log(value) : value));
+  const heights = known.map((value) => (isLog ? Math.log(value) : value));
   const [low, high] = [Math.min(...heights), Math.max(...heights)];
-  const context = canvas.getContext("2d");
-  const draw = () => {
-    context.clearRect(0, 0, 160, 36);
-    context.strokeStyle = readColor("--accent");
-    context.lineWidth = 2;
-    context.beginPath();
-    heights.forEach((value, i) => context.lineTo(2 + (i * 156) / (heights.length - 1), 33 - (30 * (value - low)) / (high - low || 1)));
-    context.stroke();
-  };
-  draw();
-  return canvas;
+  const points = heights.map((value, i) =>
+    `${(1 + (i * 78) / (heights.length - 1)).toFixed(1)},${(16.5 - (15 * (value - low)) / (high - low || 1)).toFixed(1)}`);
+  return svgElement("svg", { class: "spark", viewBox: "0 0 80 18", role: "img", "aria-label": label },
+    svgElement("polyline", { points: points.join(" ") }));
 }

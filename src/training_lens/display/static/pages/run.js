@@ -46,10 +46,9 @@ export async function showRun(main, run, source, { setTitle, setConnection }) {
   const state = { page, findings: null, isStopped: false, timers: [] };
   const curves = new Curves(view.curves, source);
   drawPage(view, state, source);
-  curves.load(page).catch((error) => replace(view.curves, failure(error)));
-  readFindings();
   const layers = layerPart(view.layers, source);
-  layers.load();
+  const readLens = () => Promise.all([readFindings(), layers.load()]); // after the curves: it takes longer
+  curves.load(page).catch((error) => replace(view.curves, failure(error))).then(readLens);
   let stopFollowing = () => {};
   if (source.isLive) follow();
 
@@ -76,7 +75,7 @@ export async function showRun(main, run, source, { setTitle, setConnection }) {
 
   function follow() {
     const refreshSoon = throttle(refresh, REFRESH, state);
-    const refreshLens = throttle(() => Promise.all([readFindings(), layers.load()]), SLOW_REFRESH, state);
+    const refreshLens = throttle(readLens, SLOW_REFRESH, state);
     stopFollowing = followRun(run, curves.lastStep ?? 0, {
       connected: (isUp) => setConnection(isUp ? "" : "Not connected; trying again"),
       gone,

@@ -5,7 +5,7 @@ import { sparkline } from "../chart.js";
 import { badge, button, element, replace } from "../dom.js";
 import { formatAge, formatDate, formatNumber, formatRate, formatWhole, pluralize } from "../format.js";
 
-const ROWS_AT_ONCE = 100;
+const ROWS_AT_ONCE = 50;
 const POLL = { reading: 60, watching: 3000 }; // milliseconds
 const MOST_COMPARED = 6;
 const STATUSES = ["running", "finished", "interrupted", "failed", "pruned", "broken"];
