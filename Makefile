@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The suite starts many processes, each of which would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo docs test test-slow planted fuzz faults wheel-test audit check format peers compat clean
+.PHONY: setup demo docs test test-slow test-ui planted fuzz faults wheel-test audit check format peers compat clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,15 @@ test: check
 # The proofs that take long, each of a kind of which another is in `make test`.
 test-slow: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal -m slow
+
+# The dashboard's pages in a browser. What is missing is installed: Chromium by apt, Playwright and axe-core by pip.
+test-ui: $(VENV)/.ui
+	$(BIN)/pytest tests/ui/browser
+
+$(VENV)/.ui: $(STAMP)
+	command -v chromium || { apt-get update && apt-get install --yes chromium; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ui-test]'
+	touch $@
 
 # Runs with a known fault and healthy ones, and what the package says of each; writes the tables of docs/lens/findings.md.
 # About an hour on one core; what stopped goes on where it was.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from training_lens.cli.common import command
 from training_lens.cli.lens import BaseFolder, RunPlace, open_analyzers
 from training_lens.cli.options import CommandOptions
+
+if TYPE_CHECKING:
+    from training_lens.analysis.checkpoint_analyzer import Analysis
 
 Format = Annotated[Literal["html", "md", "json"], typer.Option("--format", help="html is one file that opens offline.")]
 Kind = Annotated[
@@ -47,10 +50,22 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
         analysis = analyzer.analyze()
         if other:
-            from training_lens.analysis.reports.comparison_report import comparison
-
-            written = comparison(analysis, other.analyze()).write(folder, format)
+            written = _write_comparison(analysis, other.analyze(), folder, format)
         else:
             written = StandardReports(analysis).write(folder, kind, format)
         screen.print_line(f"the report is {written}")
         screen.print_result({"report": str(written), "kind": kind, "format": format})
+
+
+def _write_comparison(first: Analysis, second: Analysis, folder: Path, format: str) -> Path:
+    """Two runs side by side: the dashboard's page of them, or what captures alone give for runs of other trainers."""
+    from training_lens.analysis.reports.comparison_report import comparison
+    from training_lens.analysis.reports.page_report import write_comparison_page
+    from training_lens.runs.run_folder import RunFolder
+
+    runs = [RunFolder(analysis.recording.folder) for analysis in (first, second)]
+    if format != "html" or not all((run.metadata / "summary.json").is_file() for run in runs):
+        return comparison(first, second).write(folder, format)
+    path = folder / "lens-comparison.html"
+    write_comparison_page(runs, path)
+    return path

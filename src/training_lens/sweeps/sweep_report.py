@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
-from optuna import Study, visualization
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.display.html import Table, write_page
+from training_lens.display.colors import COLOURS
+from training_lens.display.html import Part, SvgPicture, Table, write_page
+from training_lens.display.svg import Curve, render_chart
+from training_lens.runs.metrics_log import is_finite_number
 from training_lens.sweeps.leaderboard import STATE_ORDER, Leaderboard, Recommendation
-from training_lens.sweeps.search_strategies import build_study
 from training_lens.sweeps.trials import first_number
 from training_lens.utils.files import write_json, write_text
 
 LOSS = "validation loss"
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+LOG_RATIO = 10  # from this ratio of largest to smallest value on, a key's axis is logarithmic
+MOST_CURVES = 8  # of trials in one picture
 
 
 def write_results(
@@ -114,30 +116,73 @@ def format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _build_figures(found: Leaderboard, trials: Sequence[FrozenTrial]) -> list[str | Table | Figure]:
-    """Importances, history, slices, parallel coordinates, and the validation curves of the trials."""
-    from plotly.graph_objects import Bar, Figure
-
-    if sum(trial.state == TrialState.COMPLETE and bool(trial.params) for trial in trials) < 2:
-        return []
-    study, points = _number_trials(trials), _number_trials([trial for trial in trials if trial.params])
-    figures = {
-        "Optimization history": visualization.plot_optimization_history(study, target_name=LOSS),
-        "Loss by key": visualization.plot_slice(points, target_name=LOSS),
-        "Parallel coordinates": visualization.plot_parallel_coordinate(points, target_name=LOSS),
-    }
+def _build_figures(found: Leaderboard, trials: Sequence[FrozenTrial]) -> Iterator[Part]:
+    """Importances, the losses in the order of the trials, by key, and within the trials."""
+    done = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
+    if sum(bool(trial.params) for trial in done) < 2:
+        return
     if found.importances:
-        title = "Importance of each key for being among the best quarter (PED-ANOVA, shares of 1)"
-        upwards = dict(list(found.importances.items())[::-1])
-        bars = Bar(x=list(upwards.values()), y=list(upwards), orientation="h")
-        figures = {title: Figure(bars).update_layout(height=180 + 30 * len(upwards)), **figures}
-    if any(len(trial.intermediate_values) > 1 for trial in trials):
-        figures["Validation losses within the trials"] = visualization.plot_intermediate_values(study)
-    return [part for title, figure in figures.items() for part in (f"# {title}", figure.update_layout(title=None))]
+        yield "# Importance of each key"
+        shares = [(key, f"{share:.0%}") for key, share in found.importances.items()]
+        yield Table("for being among the best quarter (PED-ANOVA, shares of 1)", ("key", "share"), shares)
+    yield "# Losses in the order of the trials"
+    yield _draw_history(done)
+    yield "# Loss by key"
+    yield from _draw_keys([trial for trial in done if trial.params])
+    if curves := _collect_curves(trials):
+        yield "# Validation losses within the trials"
+        yield SvgPicture(
+            render_chart(curves, "step", LOSS), f"The {len(curves)} best trials that were validated twice."
+        )
 
 
-def _number_trials(trials: Sequence[FrozenTrial]) -> Study:
-    """The trials as an in-memory study with the numbers of the leaderboard; gaps are filled with failed trials."""
-    by_number = {first_number(trial): trial for trial in trials}
-    nothing = create_trial(state=TrialState.FAIL)
-    return build_study([by_number.get(number, nothing) for number in range(max(by_number) + 1)])
+def _draw_history(trials: Sequence[FrozenTrial]) -> SvgPicture:
+    ordered = sorted(trials, key=first_number)
+    numbers = np.array([first_number(trial) for trial in ordered], float)
+    losses = np.array([trial.value for trial in ordered], float)
+    best = np.minimum.accumulate(losses)
+    curves = [
+        Curve("a trial", numbers, losses, COLOURS[0], is_marked=True),
+        Curve("the best so far", numbers, best, COLOURS[1]),
+    ]
+    return SvgPicture(render_chart(curves, "trial", LOSS), "Lower is better.")
+
+
+def _draw_keys(trials: Sequence[FrozenTrial]) -> Iterator[Part]:
+    """A picture for each key with numbers, and a table for each with words."""
+    for key in dict.fromkeys(key for trial in trials for key in trial.params):
+        points = [(trial.params[key], float(trial.value or 0.0)) for trial in trials if key in trial.params]
+        values, losses = zip(*points, strict=True)
+        if all(is_finite_number(value) for value in values) and len(set(values)) > 1:
+            is_log = min(values) > 0 and max(values) >= LOG_RATIO * min(values)
+            marks = Curve("a trial", np.array(values, float), np.array(losses), COLOURS[0], is_marked=True)
+            yield SvgPicture(render_chart([marks], key, LOSS, log_x=is_log), "")
+        else:
+            yield _tabulate_key(key, points)
+
+
+def _tabulate_key(key: str, points: Sequence[tuple[Any, float]]) -> Table:
+    groups: dict[str, list[float]] = {}
+    for value, loss in points:
+        groups.setdefault(format_value(value), []).append(loss)
+    rows = [
+        (value, str(len(losses)), f"{min(losses):.4f}", f"{median(losses):.4f}")
+        for value, losses in sorted(groups.items(), key=lambda item: min(item[1]))
+    ]
+    return Table(key, ("value", "trials", "best loss", "median loss"), rows)
+
+
+def _collect_curves(trials: Sequence[FrozenTrial]) -> list[Curve]:
+    """The validation losses of the best trials that have several."""
+    several = [trial for trial in trials if len(trial.intermediate_values) > 1]
+    several.sort(key=lambda trial: min(trial.intermediate_values.values()))
+    return [
+        Curve(
+            f"trial {first_number(trial)}",
+            np.array(list(trial.intermediate_values), float),
+            np.array(list(trial.intermediate_values.values()), float),
+            COLOURS[i % len(COLOURS)],
+            dashed=i >= len(COLOURS),
+        )
+        for i, trial in enumerate(several[:MOST_CURVES])
+    ]

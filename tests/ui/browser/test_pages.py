@@ -213,3 +213,16 @@ def test_the_report_of_a_run_is_its_page_and_needs_no_server(
     page.get_by_text("Before clipping").wait_for()
     page.get_by_role("button", name="Use dark colours").click()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_a_comparison_is_a_file_as_well(finished_run: RunFolder, open_page: Callable[..., Any], tmp_path: Path) -> None:
+    from training_lens.analysis.reports.page_report import write_comparison_page
+
+    other = write_run(tmp_path / "outputs", "default", "other", steps=30)
+    write_comparison_page([finished_run, other], tmp_path / "both.html")
+    assert (tmp_path / "both.html").stat().st_size < 1_000_000
+    page = open_page((tmp_path / "both.html").as_uri())
+    page.get_by_role("heading", name="2 runs side by side").wait_for()
+    page.get_by_text("peft.r").wait_for()
+    page.get_by_text("The updates were not compared").wait_for()
+    assert page.locator(".uplot").count() >= 2

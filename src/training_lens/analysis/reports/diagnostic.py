@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from html import escape
 from typing import Any
 
 import numpy as np
 
 from training_lens.analysis.checkpoint_analyzer import Analysis
-from training_lens.analysis.figures.style import add_line, build_canvas
 from training_lens.analysis.findings.finding import Finding
 from training_lens.analysis.reports.executive import build_verdict, collect_values
 from training_lens.analysis.reports.standard import Report
 from training_lens.analysis.run_facts import find_verdict, read_certificate
-from training_lens.display.html import Callout, Part, Picture, Table
+from training_lens.display.colors import COLOURS
+from training_lens.display.html import Callout, Part, SvgPicture, Table
+from training_lens.display.svg import Curve, render_chart
 
 NAMED = 8  # list items that are printed
+MOST_DOTS = 40  # points of a curve that are marked
 
 
 def build_diagnostic(analysis: Analysis) -> Report:
@@ -64,10 +65,10 @@ def find_curves(evidence: Mapping[str, Any], name: str = "") -> Iterator[tuple[s
             yield from find_curves(inner, key)
 
 
-def _plot_curve(name: str, steps: list[float], values: list[float]) -> Picture:
-    figure = build_canvas("step", escape(name.replace("_", " ")), height=260)
-    add_line(figure, np.asarray(steps), np.asarray(values, float), escape(name))
-    return Picture(name.replace("_", " "), figure, "Evidence for the finding above.")
+def _plot_curve(name: str, steps: list[float], values: list[float]) -> SvgPicture:
+    words = name.replace("_", " ")
+    curve = Curve(words, np.asarray(steps, float), np.asarray(values, float), COLOURS[0], dots=len(steps) <= MOST_DOTS)
+    return SvgPicture(render_chart([curve], "step", words), "Evidence for the finding above.")
 
 
 def _format_value(value: Any) -> str:

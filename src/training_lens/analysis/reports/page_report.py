@@ -1,11 +1,11 @@
-"""The report of a run as one HTML file that opens offline: the dashboard's page of the run, with its values inside."""
+"""The dashboard's page of a run, or of a comparison, as one HTML file that opens offline: its values are inside."""
 
 from __future__ import annotations
 
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -16,14 +16,17 @@ from typing import Any, get_args
 from training_lens.analysis.checkpoint_analyzer import Analysis
 from training_lens.analysis.page.lens_page import describe_findings, describe_layers, describe_spectra, list_measures
 from training_lens.analysis.page.recorded_page import describe_recording
-from training_lens.analysis.page.run_feed import RunFeed
+from training_lens.analysis.page.recording_cache import RecordingCache
+from training_lens.analysis.page.run_compare import compare_layers, compare_runs
+from training_lens.analysis.page.run_feed import FeedCache, RunFeed
 from training_lens.analysis.page.run_page import describe_run, read_log_end
 from training_lens.analyzers.module_groups import By, json_value
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import redact_for_file, replace_non_finite, write_text
 
-MODULES = ("dom.js", "format.js", "theme.js", "api.js", "chart.js", "heatmap.js", "report.js", "pages/run.js")
+MODULES = ("dom.js", "format.js", "theme.js", "api.js", "chart.js", "heatmap.js", "report.js")
+PAGES = ("pages/run.js", "pages/runs.js", "pages/compare.js")
 PARTS = ("parts/curves.js", "parts/evaluation.js", "parts/findings.js", "parts/samples.js")
 IMPORT = re.compile(r'(from ")(\.[^"]+)(")')
 POLICY = "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; img-src data:"
@@ -35,8 +38,20 @@ GROUPINGS: tuple[By, ...] = get_args(By)
 
 def write_page_report(analysis: Analysis, path: Path) -> None:
     """Write the page of a run, atomically."""
-    values = redact_for_file(_dump(collect_page(analysis)), path)
-    write_text(path, render_page_report(f"Run {analysis.recording.name}", values), verbatim=True)
+    values = collect_page(analysis)
+    headline = values["page"]["headline"]["verdict"]["sentence"]
+    _write_page(path, f"Run {analysis.recording.name}", headline, values)
+
+
+def write_comparison_page(runs: Sequence[RunFolder], path: Path) -> None:
+    """Write the page of a comparison of runs, atomically; errors are those of `compare_runs`."""
+    values = {"comparison": compare_runs(runs, FeedCache()), "layers": compare_layers(runs, RecordingCache())}
+    names = " and ".join(run.run_id for run in runs)
+    _write_page(path, names, f"{len(runs)} runs side by side.", values)
+
+
+def _write_page(path: Path, title: str, headline: str, values: Mapping[str, Any]) -> None:
+    write_text(path, render_page_report(title, headline, redact_for_file(_dump(values), path)), verbatim=True)
 
 
 def collect_page(analysis: Analysis) -> dict[str, Any]:
@@ -84,9 +99,8 @@ def _round(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.{DIGITS}g}")
 
 
-def render_page_report(title: str, values: str) -> str:
-    """The HTML of a page with these values, which are JSON without '<', '>' and '&'."""
-    headline = json.loads(values)["page"]["headline"]["verdict"]["sentence"]
+def render_page_report(title: str, headline: str, values: str) -> str:
+    """The HTML of a page with these values, JSON without '<', '>' and '&'. Title and headline need no script."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">
@@ -114,7 +128,7 @@ def _dump(values: Mapping[str, Any]) -> str:
 @cache
 def _import_map() -> str:
     """The modules of the page by name, each as its own text."""
-    modules = {f"lens/{name}": _encode(name) for name in (*MODULES, *PARTS)}
+    modules = {f"lens/{name}": _encode(name) for name in (*MODULES, *PAGES, *PARTS)}
     return json.dumps({"imports": modules}, separators=(",", ":"))
 
 

@@ -1,13 +1,15 @@
-// The page of a run as a file: it reads its values from itself.
+// The page of a run, or of a comparison, as a file: it reads its values from itself.
 
+import { showComparison } from "./pages/compare.js";
 import { showRun } from "./pages/run.js";
 import { setUpTheme } from "./theme.js";
 
 export async function showReport() {
   const values = JSON.parse(document.getElementById("values").textContent);
   setUpTheme(document.getElementById("theme"));
-  const { row } = values.page;
-  await showRun(document.getElementById("main"), row, fileSource(values), { setTitle: () => {}, setConnection: () => {} });
+  const main = document.getElementById("main");
+  if (values.comparison) return showComparison(main, values.comparison, Promise.resolve(values.layers), false);
+  return showRun(main, values.page.row, fileSource(values), { setTitle: () => {}, setConnection: () => {} });
 }
 
 function fileSource(values) {

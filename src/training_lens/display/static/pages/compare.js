@@ -11,20 +11,23 @@ const RATE_KEYS = ["training.lr"];
 export async function show(main, { query, setTitle }) {
   const names = query.getAll("run");
   const search = names.map((name) => `run=${encodeURIComponent(name)}`).join("&");
-  const found = await fetchJson(`/api/compare?${search}`);
   setTitle("Compare runs");
+  showComparison(main, await fetchJson(`/api/compare?${search}`), fetchJson(`/api/compare/layers?${search}`), true);
+}
+
+/** `layersLater` is a promise; `isLive` says whether runs have pages of their own. */
+export function showComparison(main, found, layersLater, isLive) {
   const layers = element("div", {}, element("p", { class: "empty" }, "Reading what the lens captured…"));
   const loss = lineChart({ title: "Loss, nats per supervised token", y: "loss", height: 360 });
   const rate = lineChart({ title: "Learning rate", y: "rate", height: 200, canBeLog: false });
-  replace(main, element("h1", {}, `${found.runs.length} runs side by side`), runTable(found), differenceTable(found),
+  replace(main, element("h1", {}, `${found.runs.length} runs side by side`), runTable(found, isLive), differenceTable(found),
     section("Loss", "loss", loss.root, rate.root),
     section("Evaluation", "evaluation", evaluationTable(found.runs)),
     section("Layers", "layers", layers),
     section("Answers", "answers", sampleTable(found.runs)));
   loss.draw(found.runs.flatMap((run, i) => lossLines(run, i)));
   rate.draw(found.runs.map((run, i) => curve(run.row.run, run.curves.lr, i)));
-  fetchJson(`/api/compare/layers?${search}`).then((values) => drawLayers(layers, found.runs, values),
-    (error) => replace(layers, element("p", { class: "empty" }, error.message)));
+  layersLater.then((values) => drawLayers(layers, found.runs, values), (error) => replace(layers, element("p", { class: "empty" }, error.message)));
 }
 
 function colorOf(i) {
@@ -50,9 +53,9 @@ function lossLines(run, i) {
   return lines;
 }
 
-function runTable({ runs, same_validation: isSame }) {
+function runTable({ runs, same_validation: isSame }, isLive) {
   const columns = [
-    { name: "run", cell: (run) => [sign(runs.indexOf(run)), " ", element("a", { href: runAddress(run.row) }, run.row.run), element("div", { class: "soft" }, run.row.experiment)] },
+    { name: "run", cell: (run) => [sign(runs.indexOf(run)), " ", isLive ? element("a", { href: runAddress(run.row) }, run.row.run) : run.row.run, element("div", { class: "soft" }, run.row.experiment)] },
     { name: "status", cell: (run) => badge(run.row.status, run.row.status) },
     { name: "verdict", cell: (run) => badge(run.row.verdict.outcome ?? "unknown", run.row.verdict.severity ?? "note") },
     { name: "steps", number: true, cell: (run) => formatWhole(run.row.steps) },
