@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from rich.cells import cell_len
 
 TOKENS = re.compile(r"\x1b\[\?(?P<mode>\d+)(?P<set>[hl])|\x1b\[[\d;]*(?P<command>[A-Za-z])|(?P<other>.)", re.DOTALL)
+INCOMPLETE = re.compile(r"\x1b(?:\[[0-9;?]*)?$")
 ALTERNATE = "1049"
 
 
@@ -24,6 +25,7 @@ class TerminalScreen:
         self.is_alternate, self.was_alternate = is_alternate, is_alternate
         self.faults: list[str] = []
         self.printed = ""  # on the normal screen
+        self._rest = ""
         self._clear()
 
     def _clear(self) -> None:
@@ -36,6 +38,11 @@ class TerminalScreen:
         return "\n".join(line.rstrip() for line in self._cells)
 
     def feed(self, written: str) -> None:
+        """Take what was written; a control sequence that is not complete yet waits for the rest."""
+        written = self._rest + written
+        cut = INCOMPLETE.search(written)
+        self._rest = cut[0] if cut else ""
+        written = written.removesuffix(self._rest)
         for token in TOKENS.finditer(written):
             if token["mode"] == ALTERNATE:
                 self.is_alternate = token["set"] == "h"
@@ -69,6 +76,7 @@ class Terminal:
     """A pseudo-terminal: a program is started in `enter`, and what it writes is fed to `screen`."""
 
     def __init__(self, columns: int, lines: int) -> None:
+        self._rest = ""
         self.ours, self.theirs = os.openpty()
         self.resize(columns, lines)
         self.screen = TerminalScreen(columns, lines)

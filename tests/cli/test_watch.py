@@ -87,6 +87,7 @@ def test_a_run_is_watched_to_its_end_on_80_by_24(
     assert termios.tcgetattr(terminal.theirs) == before
 
 
+@pytest.mark.slow
 def test_a_smaller_and_a_larger_terminal_are_filled_and_a_killed_run_ends_the_view(
     tmp_path: Path, settings: list[str], mine: RunFolder, terminal: Terminal
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_run_that_is_deleted_ends_the_view_with_what_was_known(
     assert "than the base: validation loss" in terminal.screen.printed
 
 
+@pytest.mark.slow
 def test_without_a_terminal_each_validation_is_a_line_until_the_run_ends(
     tmp_path: Path, settings: list[str], mine: RunFolder
 ) -> None:

@@ -241,6 +241,7 @@ class _Reader(Callback):
         self.pages.append((run.status, page.list_rows(), page.list_rows(split="validation")))
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_shows_its_rows_and_the_losses_until_now(small_config: Config) -> None:
     reader = _Reader()
     config = small_config(training={"eval_steps": 2}, lens={"collectors": ["adapter_weights"], "probe_tokens": 0})

@@ -116,6 +116,7 @@ def test_what_differs_from_a_preset_is_in_the_command_and_all_problems_come_at_o
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(TEXTS, st.lists(TEXTS, min_size=1, max_size=4), st.dictionaries(TEXTS, st.integers(1, 99), max_size=3))
 @example(HOSTILE, [HOSTILE, "a,b\\", "null", "{a: b}", "[x]"], {"a.b": 1, "'q'": 2})
@@ -151,6 +152,7 @@ def test_a_start_that_fails_before_its_run_exists_is_explained_and_leaves_no_zom
     assert stopped.status_code == 400 and "there is nothing to stop" in stopped.json()["error"]
 
 
+@pytest.mark.slow
 def test_a_run_outlives_the_server_and_is_stopped_and_resumed_from_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_rows: dict[str, list[str]]
 ) -> None:
@@ -245,6 +247,7 @@ def test_a_client_that_hangs_up_ends_its_validation() -> None:
     assert answer["exit_code"] is None and not answer["ok"]
 
 
+@pytest.mark.slow
 def test_validation_gives_what_the_command_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_rows: dict[str, list[str]]
 ) -> None:

@@ -134,6 +134,7 @@ def test_scale_1_is_the_run_and_scale_0_the_base(
         assert playground.answers({**body, "scale": 0}) == {"base": base, "adapter": base}
 
 
+@pytest.mark.slow
 def test_the_chosen_scale_is_where_the_slider_begins(own_run: RunFolder, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "outputs/experiments/default/runs/chosen")
     shutil.copytree(own_run.root, run.root)
@@ -158,6 +159,7 @@ def dora_run(make_once: Callable[..., Path], small_config_in: Callable[..., Any]
     return RunFolder(root)
 
 
+@pytest.mark.slow
 def test_every_kind_of_adapter_can_be_scaled_and_comes_back(dora_run: RunFolder) -> None:
     playground = Playground(dora_run)
     half = playground.scores({**GREEDY, "scale": 0.5})["adapter"]

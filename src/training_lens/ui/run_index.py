@@ -49,7 +49,7 @@ class RunIndex:
             }
 
     def _refresh(self, until: float) -> int:
-        """Read the newest of new and changed runs until then; how many are left."""
+        """Read the newest of new and changed runs until then, at least one; how many are left."""
         found = {(run.experiment_name, run.run_id): run for run in find_run_folders(str(self.folder))}
         for key in [key for key in self.rows if key not in found]:
             del self.rows[key], self._stamps[key]
@@ -58,7 +58,7 @@ class RunIndex:
         stale = [key for key, stamp in stamps.items() if stamp != self._stamps.get(key) or self._may_change(key)]
         stale.sort(key=lambda key: key[1], reverse=True)
         for done, key in enumerate(stale):
-            if time.monotonic() > until and key not in self.rows:
+            if done and time.monotonic() > until and key not in self.rows:
                 return sum(other not in self.rows for other in stale[done:])
             row = read_run_row(found[key])
             self._stamps[key] = stamps[key]

@@ -15,8 +15,9 @@ OPTIONS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """For one module: while it is open, this thread has an event loop, which other tests run themselves."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (make test-ui)")
     if CHROMIUM is None:
         pytest.skip("there is no Chromium (make test-ui)")

@@ -210,7 +210,7 @@ def test_the_report_of_a_run_is_its_page_and_needs_no_server(
     page.locator(".heat canvas").wait_for()
     assert page.locator(".uplot").count() >= 3
     page.locator("#layers select").first.select_option("gradient_norm")
-    page.get_by_text("Before clipping").wait_for()
+    page.get_by_text("Before clipping. Rows that").wait_for()
     page.get_by_role("button", name="Use dark colours").click()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 

@@ -198,6 +198,7 @@ def describe_data(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "split": split,
+            "used": data.get(f"{split}_examples"),
             **{name: data[split].get(name) for name in counts},
             "domains": data[split].get("domains") or {},
             "files": [

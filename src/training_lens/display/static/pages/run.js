@@ -322,11 +322,11 @@ function settingsPart(page, source) {
 
 function dataTable(split) {
   const facts = [
-    ["rows", formatWhole(split.rows)], ["tokens", formatWhole(split.tokens)], ["supervised tokens", formatWhole(split.supervised_tokens)],
+    ["rows", formatWhole(split.rows)], ["examples in this run", formatWhole(split.used)], ["tokens", formatWhole(split.tokens)], ["supervised tokens", formatWhole(split.supervised_tokens)],
     ["longest", formatWhole(split.longest)], ["truncated", formatWhole(split.truncated)],
     ...Object.entries(split.domains).map(([name, count]) => [`domain ${name}`, formatWhole(count)]),
   ];
-  return details(`${capitalize(split.split)} data: ${pluralize(split.rows ?? 0, "row")}`,
+  return details(`${capitalize(split.split)} data: ${pluralize(split.used ?? split.rows ?? 0, "example")}`,
     table(`${split.split} files`, [{ name: "file", cell: (row) => row.name }, { name: "rows", number: true, cell: (row) => formatWhole(row.rows) },
       { name: "read as", cell: (row) => row.read_as ?? "" }], split.files),
     table(`${split.split} data`, [{ name: "", cell: (row) => row[0] }, { name: "", number: true, cell: (row) => row[1] }], facts));
