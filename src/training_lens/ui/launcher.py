@@ -32,7 +32,7 @@ from starlette.routing import Route
 
 from training_lens.config.run_config import BASE
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.runs.run_folder import UNFINISHED, RunFolder, new_run_id
+from training_lens.runs.run_folder import UNFINISHED, RunFolder, new_run_id, runs_folder
 from training_lens.runs.run_lookup import read_status
 from training_lens.ui.run_process import (
     find_training_process,
@@ -155,7 +155,14 @@ class Launcher:
         if process is not None and process.pid == launch.pid:
             running, code = process.poll() is None, _as_exit_code(process.returncode)
         values = asdict(replace(launch, exit_code=code))
-        return {**values, "running": running, "log_tail": _read_end(self._place(run_id, "log"))}
+        folder = runs_folder(str(self.outputs.folder), launch.experiment) / run_id
+        has_folder = (folder / "metadata").is_dir()
+        return {
+            **values,
+            "running": running,
+            "has_folder": has_folder,
+            "log_tail": _read_end(self._place(run_id, "log")),
+        }
 
     def _launch(self, experiment: str, run_id: str, words: Sequence[str]) -> Launch:
         """Start `training-lens train WORDS` in a session of its own, so that a terminal's Ctrl-C does not reach it."""

@@ -7,6 +7,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from threading import Lock
 from typing import Any
 
@@ -20,7 +21,7 @@ from training_lens.runs.run_folder import RunFolder
 COLUMNS = ("step", "loss", "grad_norm", "lr", "seconds", "tokens", "epoch", "time")  # of steps
 CURVES = ("loss", "grad_norm", "lr")
 RECENT = 50  # steps over which speed and remaining time are measured
-LINES_AT_ONCE = 20_000  # of a journal
+LINES_AT_ONCE = 2000  # of a journal
 MOST_FEEDS = 8  # in memory: 6 MB for each 100,000 steps
 SMOOTHED = 50  # steps; a shorter run has no running mean
 VALIDATIONS = ("base", "validation", "validation_sample")
@@ -38,6 +39,7 @@ class RunFeed:
 
     def __post_init__(self) -> None:
         self._lock = Lock()
+        self._appends = [(column.append, name) for name, column in self.columns.items()]
         self._metrics = JournalReader(self.run.metrics_file)
         self._others = [
             (JournalReader(self.run.samples_file), self.samples),
@@ -51,14 +53,15 @@ class RunFeed:
                 for entry in entries:
                     self._add_metrics(entry.values)
             for reader, lines in self._others:
-                lines.extend(dict(entry.values) for entry in reader.read(LINES_AT_ONCE))
+                while entries := reader.read(LINES_AT_ONCE):
+                    lines.extend(dict(entry.values) for entry in entries)
         return self
 
     def _add_metrics(self, line: Mapping[str, Any]) -> None:
         if line.get("kind") == "step":
-            for name, column in self.columns.items():
+            for append, name in self._appends:
                 value = line.get(name)
-                column.append(value if is_finite_number(value) else math.nan)
+                append(value if type(value) is float and isfinite(value) else _as_float(value))
         elif line.get("kind") in VALIDATIONS:
             self.validations.append(dict(line))
 
@@ -96,6 +99,10 @@ class RunFeed:
         if len(times) > 1:
             speed["step_seconds"] = float((times[-1] - times[0]) / (len(times) - 1))
         return speed
+
+
+def _as_float(value: Any) -> float:
+    return float(value) if is_finite_number(value) else math.nan
 
 
 def average_neighbors(values: np.ndarray) -> np.ndarray:

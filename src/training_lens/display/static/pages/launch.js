@@ -115,11 +115,10 @@ function showCheck(view, found) {
 
 /** Go to the run's page once its folder is there; or say why it is not. */
 async function waitForRun(view, state, started) {
-  const name = `${encodeURIComponent(started.experiment)}/${encodeURIComponent(started.run)}`;
   while (!state.isStopped) {
     const launch = await fetchJson(`/api/launch/${encodeURIComponent(started.run)}`);
-    if (await hasFolder(name)) {
-      location.hash = `#/run/${name}`;
+    if (launch.has_folder) {
+      location.hash = `#/run/${encodeURIComponent(started.experiment)}/${encodeURIComponent(started.run)}`;
       return;
     }
     if (!launch.running) {
@@ -128,15 +127,5 @@ async function waitForRun(view, state, started) {
     }
     replace(view.result, element("p", { class: "soft" }, "Started; reading the rows and the model…"));
     await new Promise((resolve) => setTimeout(resolve, 1000));
-  }
-}
-
-async function hasFolder(name) {
-  try {
-    await fetchJson(`/api/runs/${name}`);
-    return true;
-  } catch (error) {
-    if (error.status !== 404) throw error;
-    return false;
   }
 }

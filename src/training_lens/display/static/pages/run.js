@@ -154,15 +154,20 @@ function drawHeadline(view, state, source) {
   const isDone = row.status !== "running";
   const sentence = [headline.phrase, findings].filter(Boolean).join("; ");
   const wrong = worstSeverity(state);
-  replaceIfChanged(view.headline, [row, headline, findings], () => [
+  replaceIfChanged(view.headline, [row, headline, findings, state.page.progress.step > 0], () => [
     element("p", { class: "soft" }, source.isLive ? [element("a", { href: "#/" }, "Runs"), " / "] : null, `${row.experiment} / ${row.run}`),
     element("div", { class: "row" }, badge(row.detail && row.status === "interrupted" ? "died" : row.status, row.status), row.tags.map((tag) => element("span", { class: "tag" }, tag))),
-    element("h1", { class: "verdict" }, isDone ? `${sentence}.` : `Training. So far: ${lowerFirst(sentence)}.`),
+    element("h1", { class: "verdict" }, isDone ? `${sentence}.` : describeTraining(state.page, sentence)),
     row.detail ? element("div", { class: "notice warning" }, element("p", {}, row.detail)) : null,
     element("ul", { class: "remarks" }, headline.verdict.remarks.filter((remark) => remark.severity !== "fine")
       .map((remark) => element("li", {}, remark.sentence))),
   ]);
   replaceIfChanged(view.next, [row.status, headline.verdict, wrong], () => nextSteps(state));
+}
+
+function describeTraining({ progress, headline }, sentence) {
+  if (!progress.step) return "Preparing the first step.";
+  return headline.verdict.outcome === "inconclusive" ? "Training; it was not validated yet." : `Training. So far: ${lowerFirst(sentence)}.`;
 }
 
 function lowerFirst(words) {
@@ -182,7 +187,7 @@ function nextSteps(state) {
   const items = [
     isUnfinished ? element("div", {}, element("p", {}, "Finish it:"), commandLine(resume)) : null,
     worst ? element("div", {}, element("p", {}, `What to do about "${worst.title}": ${worst.action || worst.decide}.`)) : null,
-    !isUnfinished && headline.verdict.next_command
+    row.status === "finished" && headline.verdict.next_command
       ? element("div", {}, element("p", {}, headline.verdict.basis === "training" ? "Measure it on the held-out rows:" : "Next:"), commandLine(headline.verdict.next_command))
       : null,
   ].filter(Boolean);
