@@ -56,7 +56,9 @@ def serve(outputs: Path) -> Iterator[tuple[str, float, subprocess.Popen[str]]]:
     assert process.stdout is not None
     address = None
     while address is None:
-        address = ADDRESS.search(process.stdout.readline())
+        line = process.stdout.readline()
+        assert line, "the server ended before it printed its address"
+        address = ADDRESS.search(line)
     try:
         yield address[0].rstrip("/"), time.perf_counter() - begun, process
     finally:
@@ -156,6 +158,7 @@ def measure_training(browser: Browser) -> dict[str, Any]:
 def train(browser: Browser, place: Path, is_watched: bool) -> tuple[float, str]:
     """The median step's seconds of a run, and the hash of its adapter; with three pages of it open if asked."""
     outputs = place / "outputs"
+    outputs.mkdir()
     settings = (f"output.base_output_dir={outputs}", "output.run_id=run")
     command = [sys.executable, "-m", "training_lens", *TRAINING, *settings]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

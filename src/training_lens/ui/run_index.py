@@ -15,6 +15,7 @@ from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_lookup import find_run_folders
 
 SECONDS_OF_A_REQUEST = 0.35  # for reading runs; the rest comes with the next request
+FIRST_SECONDS = 0.1  # of the first request: a page waits for it
 WATCHED = ("metadata/summary.json", "metadata/tags.json", "reports", "logs/metrics.jsonl", "logs/findings.jsonl")
 RunKey = tuple[str, str]  # experiment and run id
 
@@ -31,13 +32,14 @@ class RunIndex:
     _stamps: dict[RunKey, tuple[int, ...]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
 
-    def read_changes(self, since: int, seconds: float = SECONDS_OF_A_REQUEST) -> dict[str, Any]:
+    def read_changes(self, since: int, seconds: float | None = None) -> dict[str, Any]:
         """What changed after version `since`, as JSON values, after reading changed runs for some time.
 
         `pending` runs were not read yet, the oldest: they come with later calls.
         """
         with self._lock:
-            pending = self._refresh(time.monotonic() + seconds)
+            usual = SECONDS_OF_A_REQUEST if self.rows else FIRST_SECONDS
+            pending = self._refresh(time.monotonic() + (usual if seconds is None else seconds))
             changed = [key for key, version in self._versions.items() if version > since]
             return {
                 "index": self.name,

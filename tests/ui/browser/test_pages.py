@@ -45,7 +45,9 @@ def test_a_run_is_judged_on_one_page(
     assert "training-lens compare --run" in page.locator(".command").first.inner_text()
     for title in ("Loss", "Answers", "Evaluation", "Findings", "Layers", "Explanations", "Settings", "Files"):
         page.get_by_role("heading", name=title, exact=True).wait_for()
-    assert page.locator(".uplot").count() >= 3 and page.locator(".heat canvas").is_visible()
+    assert page.locator(".uplot").count() >= 3
+    page.get_by_role("link", name="Layers", exact=True).click()
+    page.locator(".heat canvas").wait_for()
     page.get_by_text("The numbers as a table").first.click()
     assert page.locator(".chart table tbody tr").count() > 8
     with page.expect_download() as download:

@@ -39,6 +39,7 @@ function liveSource(run) {
 }
 
 export async function showRun(main, run, source, { setTitle, setConnection }) {
+  const firstCurves = source.curves(); // beside the page: both wait for the same log
   const page = await source.page();
   const view = buildView(run, source);
   setTitle(run.run);
@@ -46,9 +47,12 @@ export async function showRun(main, run, source, { setTitle, setConnection }) {
   const state = { page, findings: null, isStopped: false, timers: [] };
   const curves = new Curves(view.curves, source);
   drawPage(view, state, source);
+  replace(view.layers, element("p", { class: "empty" }, "Read when you come here."));
   const layers = layerPart(view.layers, source);
-  const readLens = () => Promise.all([readFindings(), layers.load()]); // after the curves: it takes longer
-  curves.load(page).catch((error) => replace(view.curves, failure(error))).then(readLens);
+  const isTraining = () => state.page.row.status === "running";
+  // The checks of all captures take seconds of a core: while a run trains, those that it writes itself are shown.
+  const readLens = () => Promise.all([isTraining() ? null : readFindings(), layers.loadIfSeen()]);
+  curves.load(page, firstCurves).catch((error) => replace(view.curves, failure(error))).then(readLens);
   let stopFollowing = () => {};
   if (source.isLive) follow();
 
@@ -82,7 +86,7 @@ export async function showRun(main, run, source, { setTitle, setConnection }) {
       update: (values) => {
         if (values.steps) curves.add(values);
         if (values.kind !== "beat") refreshSoon();
-        if (values.lens) refreshLens();
+        if (values.lens || !isTraining()) refreshLens();
       },
     });
   }
@@ -238,8 +242,9 @@ function runActions(page) {
 function drawFindings(view, state) {
   const found = state.findings;
   if (!found) {
-    return replaceIfChanged(view.findings, state.page.active_findings, () =>
-      findingCards(state.page.active_findings, "Reading what the lens captured…"));
+    const remark = state.page.row.status === "running"
+      ? "What the run has found so far; all checks follow when it ends." : "Reading what the lens captured…";
+    return replaceIfChanged(view.findings, [state.page.active_findings, remark], () => findingCards(state.page.active_findings, remark));
   }
   replaceIfChanged(view.findings, found, () => (found.error ? element("p", { class: "empty" }, found.error) : findingCards(found.findings, "")));
 }
@@ -284,7 +289,13 @@ function layerPart(box, source) {
     })));
   }
 
-  return { load };
+  let isSeen = !source.isLive;
+  new IntersectionObserver((entries) => {
+    const wasSeen = isSeen;
+    isSeen ||= entries.some((entry) => entry.isIntersecting);
+    if (isSeen && !wasSeen) load();
+  }).observe(box);
+  return { load, loadIfSeen: () => (isSeen ? load() : null) };
 }
 
 function labelled(name, control) {

@@ -55,9 +55,9 @@ export async function show(main, { query, setConnection }) {
     else poll();
   }
 
-  const about = await fetchJson("/api/about");
-  state.folder = about.folder;
+  const about = fetchJson("/api/about");
   await poll();
+  state.folder = (await about).folder;
   draw();
   return () => {
     state.isStopped = true;

@@ -17,8 +17,8 @@ export class Curves {
     this.reset = element("p", { class: "soft" }, "Drag across the chart to look closer; double-click to see all.");
   }
 
-  async load(page) {
-    this.take(await this.source.curves());
+  async load(page, found) {
+    this.take(await found);
     replace(this.box, this.loss.root, this.reset, element("div", { class: "grid" }, this.norm.root, this.rate.root));
     this.loss.root.addEventListener("dblclick", () => this.showAll());
     this.mark(page);
