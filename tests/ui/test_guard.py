@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,3 +205,9 @@ def test_an_address_that_is_taken_and_a_folder_that_is_not_there_are_said(
     assert taken.exit_code == 2 and "Give another --port" in " ".join(taken.stderr.split())
     missing = CliRunner().invoke(cli, ["ui", str(tmp_path / "output")])
     assert missing.exit_code == 2 and "no folder" in missing.stderr
+
+
+def test_the_server_starts_without_torch() -> None:
+    """A page of the list and of a run that trains needs none, so the server is there in a second."""
+    code = "import sys, training_lens.ui.server; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

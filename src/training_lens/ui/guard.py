@@ -127,7 +127,7 @@ class BodyTooLargeError(Exception):
 def _limit_body(receive: Receive) -> Receive:
     read = 0
 
-    async def limited() -> Message:
+    async def receive_limited() -> Message:
         nonlocal read
         message = await receive()
         read += len(message.get("body", b""))
@@ -135,7 +135,7 @@ def _limit_body(receive: Receive) -> Receive:
             raise BodyTooLargeError
         return message
 
-    return limited
+    return receive_limited
 
 
 def _add_headers(send: Send) -> Send:
