@@ -11,7 +11,7 @@ Printed and stored in `results/architecture_speed.json`: useful tokens per secon
 the median over steps without the first two; new tokens per second of the adapter's greedy answers to 1 and 8 prompts of
 64 tokens, reading the prompts included. This checkout, DIR and HF take turns on one core, in the other order at every
 second repeat; `taskset -c 0` keeps them off a core that is in use. Speeds are medians over the repeats, ratios
-geometric means. What fails has its reason in place of numbers. Needs Linux, GSM8K rows and Phi-3's tokenizer in
+geometric means; `--only` joins its rows to those that are stored. What fails has its reason in place of numbers. Needs Linux, GSM8K rows and Phi-3's tokenizer in
 ../shared; two minutes for each architecture and repeat.
 """
 
@@ -221,7 +221,7 @@ def main() -> None:
     sources = {"ours": ROOT}
     if options.source:
         sources[describe_commit(options.source)] = options.source.resolve()
-    rows = {}
+    rows = json.loads(options.output.read_text())["rows"] if len(options.only) < len(ARCHITECTURES) else {}
     for name in options.only:
         rows[name] = measure(name, sources, options)
         for source, speeds in rows[name].items():
