@@ -11,8 +11,8 @@ Printed and stored in `results/architecture_speed.json`: useful tokens per secon
 the median over steps without the first two; new tokens per second of the adapter's greedy answers to 1 and 8 prompts of
 64 tokens, reading the prompts included. This checkout, DIR and HF take turns on one core, in the other order at every
 second repeat; `taskset -c 0` keeps them off a core that is in use. Speeds are medians over the repeats, ratios
-geometric means; `--only` joins its rows to those that are stored. What fails has its reason in place of numbers. Needs Linux, GSM8K rows and Phi-3's tokenizer in
-../shared; two minutes for each architecture and repeat.
+geometric means; `--only` joins its rows to those that are stored. What fails has its reason in place of numbers. Needs
+Linux, GSM8K rows and Phi-3's tokenizer in ../shared; two minutes for each architecture and repeat.
 """
 
 from __future__ import annotations
