@@ -56,6 +56,7 @@ def test_a_run_is_judged_on_one_page(
     assert json.loads(Path(download.value.path()).read_text())["peft"]["r"] == 16
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_by_two_while_it_trains_and_when_it_is_deleted(
     tmp_path: Path, start_dashboard: Callable[..., Any], open_page: Callable[..., Any]
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_page_goes_on_with_a_server_that_was_started_again(
     assert page.get_by_text("Not connected").count() == 0
 
 
+@pytest.mark.slow
 def test_many_runs_are_found_sorted_grouped_and_compared(
     tmp_path: Path, start_dashboard: Callable[..., Any], open_page: Callable[..., Any]
 ) -> None:
@@ -150,6 +152,7 @@ def test_many_runs_are_found_sorted_grouped_and_compared(
     assert page.locator(".uplot").count() >= 1
 
 
+@pytest.mark.slow
 def test_a_person_without_a_mouse_reaches_a_run(
     own_outputs: Path, finished_run: RunFolder, start_dashboard: Callable[..., Any], open_page: Callable[..., Any]
 ) -> None:
@@ -164,6 +167,7 @@ def test_a_person_without_a_mouse_reaches_a_run(
     page.get_by_role("heading", name="Loss", exact=True).wait_for()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_page_breaks_a_rule_of_accessibility_or_overflows_its_screen(
     theme: str,
@@ -217,6 +221,7 @@ def test_the_report_of_a_run_is_its_page_and_needs_no_server(
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
+@pytest.mark.slow
 def test_a_comparison_is_a_file_as_well(finished_run: RunFolder, open_page: Callable[..., Any], tmp_path: Path) -> None:
     from training_lens.analysis.reports.page_report import write_comparison_page
 
