@@ -222,3 +222,18 @@ def test_runs_side_by_side_show_what_differs(finished_run: Any, own_outputs: Pat
     assert layers["runs"][0]["step"] and layers["runs"][1]["step"] is None and "reason" in layers["similarity"]
     assert client.get("/api/compare?run=default/other").status_code == 400
     assert client.get("/api/compare?run=default/other&run=default/gone").status_code == 404
+
+
+def test_a_run_of_another_version_or_with_odd_values_has_a_page(tmp_path: Path) -> None:
+    """Lines without an epoch or with a text for a number, samples that are none, a comparison without its groups."""
+    run = write_run(tmp_path, "default", "old", steps=3)
+    lines = [{"kind": "step", "step": step, "loss": loss} for step, loss in enumerate([2.0, "x", None], 1)]
+    lines += [{"kind": "step", "step": 4, "epoch": "a", "loss": 1.0}, {"kind": "validation", "step": 4, "loss": "low"}]
+    run.metrics_file.write_text("".join(seal_line(line) + "\n" for line in lines))
+    run.samples_file.write_text(seal_line({"step": 4, "samples": ["x", None, {"id": 1}]}) + "\n")
+    (run.reports / "compare.json").write_text(json.dumps({"base": {"loss": 2.0}, "adapter": {"loss": 1.0}}))
+    client = client_of(tmp_path)
+    page = client.get("/api/runs/default/old").json()
+    assert page["progress"]["step"] == 4 and page["events"]["epochs"] == [] and len(page["samples"]) == 1
+    assert page["evaluation"]["by_length"] == [] and client.get("/api/runs").json()["changed"][0]["run"] == "old"
+    assert client.get("/api/runs/default/old/curves").json()["curves"]["loss"][1] == [2.0, None, None, 1.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -41,11 +42,17 @@ def thin_steps(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nd
     return steps[ends], np.maximum.reduceat(values, starts, axis=1)
 
 
-def thin_rows(names: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """At most `MOST_ROWS` rows of (rows, steps), each the maximum of neighbors and named by the first and last."""
-    if len(names) <= MOST_ROWS:
-        return names, values
-    starts = np.linspace(0, len(names), MOST_ROWS, endpoint=False).astype(int)
+def thin_rows(
+    names: Sequence[str], values: np.ndarray, most: int = MOST_ROWS, join: np.ufunc = np.maximum
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """At most `most` rows of (rows, steps), each the maximum of neighbors and named by the first and last.
+
+    Args:
+        join: `np.fmax` leaves out what is NaN; by default one NaN makes the row's value NaN.
+    """
+    if len(names) <= most:
+        return tuple(names), values
+    starts = np.linspace(0, len(names), most, endpoint=False).astype(int)
     ends = np.append(starts[1:], len(names)) - 1
     joined = [names[s] if s == e else f"{names[s]}-{names[e]}" for s, e in zip(starts, ends, strict=True)]
-    return tuple(joined), np.maximum.reduceat(values, starts, axis=0)
+    return tuple(joined), join.reduceat(values, starts, axis=0)

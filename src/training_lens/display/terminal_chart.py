@@ -10,6 +10,7 @@ from itertools import groupby
 import numpy as np
 from rich.text import Text
 
+from training_lens.display.downsampling import thin_rows
 from training_lens.utils.formatting import BLOCKS
 
 ACCENT, DIM = "cyan", "bright_black"  # styles
@@ -181,7 +182,7 @@ def draw_heat_map(names: Sequence[str], steps: Sequence[int], values: np.ndarray
     the largest value is drawn. What is not finite is left empty.
     """
     columns, lines = size
-    names, values = _join_rows(names, np.where(np.isfinite(values), values, np.nan), lines - 1)
+    names, values = thin_rows(names, np.where(np.isfinite(values), values, np.nan), lines - 1, join=np.fmax)
     gutter = max(map(len, names), default=0) + 1
     kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), max(2, columns - gutter))).round().astype(int))
     largest = float(np.fmax.reduce(values, axis=None, initial=0.0)) or 1.0
@@ -190,16 +191,6 @@ def draw_heat_map(names: Sequence[str], steps: Sequence[int], values: np.ndarray
         for name, row in zip(names, values, strict=True)
     ]
     return [*drawn, label_steps(gutter, len(kept), steps[kept[0]], steps[kept[-1]])]
-
-
-def _join_rows(names: Sequence[str], values: np.ndarray, most: int) -> tuple[Sequence[str], np.ndarray]:
-    """At most `most` rows, each the largest of neighbors and named by the first and last of them."""
-    if len(names) <= most:
-        return names, values
-    starts = np.linspace(0, len(names), most, endpoint=False).astype(int)
-    ends = np.append(starts[1:], len(names)) - 1
-    joined = [names[s] if s == e else f"{names[s]}-{names[e]}" for s, e in zip(starts, ends, strict=True)]
-    return joined, np.fmax.reduceat(values, starts, axis=0)
 
 
 def draw_cells(shares: Sequence[float]) -> Iterator[tuple[str, str]]:

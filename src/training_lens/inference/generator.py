@@ -191,8 +191,9 @@ def prepare_batch(
 
     def generate() -> list[Sequence[int]]:
         completions = [Completion(prompt, max_new_tokens) for prompt in prompts]
-        for _ in call.complete_first(completions, len(completions)):
-            pass
+        with keep_freed_memory():
+            for _ in call.complete_first(completions, len(completions)):
+                pass
         return [completion.tokens for completion in completions]
 
     return generate

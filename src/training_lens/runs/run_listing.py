@@ -64,18 +64,11 @@ class RunOverview:
 
     @property
     def model_name(self) -> str:
-        """The base model: a folder's name or a hub id; empty if the config cannot be read."""
-        name = str(self.config.get("model.id") or "")
-        return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
+        return name_model(self.config)
 
     @property
     def data_name(self) -> str:
-        """The training data: the name of the first source, and the number of others."""
-        sources = self.config.get("data.train") or []
-        names = [Path(source).name for source in sources if isinstance(source, str)]
-        if not names:
-            return f"{len(sources)} rows" if sources else ""
-        return names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}"
+        return name_data(self.config)
 
     @property
     def learning_rate(self) -> float | None:
@@ -98,6 +91,21 @@ class RunOverview:
             "learning_rate": self.learning_rate,
             "metrics": self.metrics,
         }
+
+
+def name_model(config: Mapping[str, Any]) -> str:
+    """The base model of a config by dotted key: a folder's name or a hub id; empty without one."""
+    name = str(config.get("model.id") or "")
+    return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
+
+
+def name_data(config: Mapping[str, Any]) -> str:
+    """The training data of a config by dotted key: the name of the first source, and the number of others."""
+    sources = config.get("data.train") or []
+    names = [Path(source).name for source in sources if isinstance(source, str)]
+    if not names:
+        return f"{len(sources)} rows" if sources else ""
+    return names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}"
 
 
 def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[RunOverview]:

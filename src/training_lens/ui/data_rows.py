@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from training_lens.ui.row_marks import RowMarks
 
 MOST_ROWS, ROWS = 100, 25  # of an answer
-MOST_ROW = 10**12  # the largest position that is asked for
+MOST_ROW = 10**12  # the largest offset of a request
 LONGEST_LISTED, LONGEST_SHOWN = 4_000, 32_000  # tokens of a row, in a list and alone
 BINS = 24  # of the histogram of lengths
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
@@ -46,7 +46,7 @@ def summarize_run(rows: RunRows) -> dict[str, Any]:
     """
     splits: list[dict[str, Any]] = []
     errors: list[TrainingLensError] = []
-    for name in rows.names:
+    for name in rows.split_names:
         try:
             splits.append(summarize_split(rows, rows.open_split(name)))
         except TrainingLensError as error:

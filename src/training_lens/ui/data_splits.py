@@ -111,7 +111,7 @@ def find_listed_rows(ids: pa.Array, listed: list[str] | pa.Array) -> np.ndarray:
 
 
 class RunRows:
-    """The splits of one run, each opened when it is asked for. Safe to use from several threads."""
+    """The splits of one run, each opened on first use. Thread-safe."""
 
     def __init__(self, run: RunFolder) -> None:
         from training_lens.config.run_config import read_run_config
@@ -126,7 +126,7 @@ class RunRows:
         self.searches: OrderedDict[object, FoundRows] = OrderedDict()
 
     @property
-    def names(self) -> list[str]:
+    def split_names(self) -> list[str]:
         """The splits that the run has."""
         has = {
             TRAIN: True,
@@ -136,14 +136,14 @@ class RunRows:
         return [name for name in SPLITS if has[name]]
 
     def open_split(self, name: str) -> RowSplit:
-        """One of `names`.
+        """One of `split_names`.
 
         Raises:
             ConfigurationError: the run has no such split.
             TrainingLensError: its rows are no longer there as the run read them.
         """
-        if name not in self.names:
-            raise ConfigurationError(f"split: '{name[:40]}' is none of this run's: {', '.join(self.names)}.")
+        if name not in self.split_names:
+            raise ConfigurationError(f"split: '{name[:40]}' is none of this run's: {', '.join(self.split_names)}.")
         with self._lock:
             if name not in self._splits:
                 self._splits[name] = RowSplit(name, self._select_rows(name))
@@ -316,7 +316,7 @@ def _limit_rows(dataset: TokenDataset, config: TrainingConfig) -> TokenDataset:
 
 
 class OpenedRuns:
-    """The runs whose rows were asked for last, at most `most` of them."""
+    """The runs whose rows were used most recently, at most `most` of them."""
 
     def __init__(self, most: int = MOST_RUNS) -> None:
         self._most, self._lock = most, threading.Lock()

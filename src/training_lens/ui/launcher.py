@@ -41,9 +41,9 @@ from training_lens.ui.run_process import (
     read_start_ticks,
 )
 from training_lens.ui.settings_form import CheckedSettings, check_settings, describe_form, read_settings, write_word
-from training_lens.ui.web import Outputs, json_response, read_body
+from training_lens.ui.web import Outputs, is_plain_name, json_response, read_body
 from training_lens.utils.files import read_json, write_json
-from training_lens.utils.names import is_printable
+from training_lens.utils.limits import read_text_end
 from training_lens.utils.secrets import redact_text, redact_values
 
 COMMAND = (sys.executable, "-P", "-m", "training_lens")  # -P: no module of the current folder, as training-lens itself
@@ -78,7 +78,7 @@ class Launcher:
 
     outputs: Outputs
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # the last of each run
-    _told: set[tuple[int, int | None]] = field(default_factory=set)  # a second SIGINT would not let them save
+    _interrupted: set[tuple[int, int | None]] = field(default_factory=set)  # a second SIGINT would not let them save
     _lock: Lock = field(default_factory=Lock)
 
     def start_training(self, settings: CheckedSettings) -> Launch:
@@ -121,11 +121,11 @@ class Launcher:
         """
         with self._lock:
             process, what = self._find_process(experiment, run_id)
-            if process in self._told:
-                what = f"it was told to stop already: {what}"
+            if process in self._interrupted:
+                what = f"a stop was requested before; {what}"
             else:
                 interrupt_process(*process)
-                self._told.add(process)
+                self._interrupted.add(process)
         return {"run": run_id, "pid": process[0], "message": f"The run {run_id} stops: {what}."}
 
     def _find_process(self, experiment: str, run_id: str) -> tuple[tuple[int, int | None], str]:
@@ -161,7 +161,7 @@ class Launcher:
             **values,
             "running": running,
             "has_folder": has_folder,
-            "log_tail": _read_end(self._place(run_id, "log")),
+            "log_tail": redact_text(read_text_end(self._place(run_id, "log"), SHOWN_LOG)),
         }
 
     def _launch(self, experiment: str, run_id: str, words: Sequence[str]) -> Launch:
@@ -204,7 +204,7 @@ class Launcher:
             raise CheckpointError(f"no process was started here for the run '{run_id}'.") from error
 
     def _place(self, run_id: str, ending: str) -> Path:
-        if not is_printable(run_id) or run_id[0] == "." or set(run_id) & set("/\\"):
+        if not is_plain_name(run_id):
             raise CheckpointError("there is no run of that name.")
         return self.outputs.folder / LAUNCHES / f"{run_id}.{ending}"
 
@@ -212,16 +212,6 @@ class Launcher:
 def _as_exit_code(code: int | None) -> int | None:
     """The exit code as a shell gives it: 128 + N after signal N."""
     return code if code is None or code >= 0 else 128 - code
-
-
-def _read_end(file: Path) -> str:
-    """The end of a file that a process writes, without secrets."""
-    try:
-        with file.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - SHOWN_LOG))
-            return redact_text(log.read().decode("utf-8", "replace"))
-    except OSError:
-        return ""
 
 
 async def validate_settings(settings: CheckedSettings, request: Request) -> dict[str, Any]:

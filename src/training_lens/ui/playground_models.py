@@ -114,7 +114,7 @@ def _identify_adapter(run: RunFolder) -> tuple[Any, ...]:
 
 
 def _load_run(run: RunFolder) -> LoadedRun:
-    """The run's model, with the adapter as trained: the scale that was chosen for the run is asked for as any other."""
+    """The run's model, with the adapter as trained; each request scales it, also to the scale chosen for the run."""
     from training_lens.inference.session import open_run
 
     key = _identify_adapter(run)

@@ -36,7 +36,7 @@ class RowFilters:
 
 @dataclass(frozen=True)
 class FoundRows:
-    """The positions of rows in the order asked for, and a remark where the search stopped early."""
+    """The positions of rows in the requested order, and a remark where the search stopped early."""
 
     positions: np.ndarray
     remark: str | None = None

@@ -23,7 +23,7 @@ REPORTS, SUSPECTS = "explain-rows*.json", "explain-rows-suspects.txt"
 WRONG = "likely mislabelled"  # the list of `explain rows` that is also written as a file
 LEFT_OUT = "excluded"
 SUSPICIOUS = (WRONG, LEFT_OUT)
-MOST_KINDS = 32  # lists that are told apart
+MOST_KINDS = 32  # lists of suspects, a bit each
 FileState = tuple[tuple[str, int, int], ...]
 
 

@@ -12,7 +12,7 @@ from training_lens.ui.run_state import RunState, Validation
 from training_lens.ui.terminal_sections import show_foreign
 from training_lens.utils.formatting import format_seconds
 
-LONGEST = 1000  # characters of a text in a line
+LONGEST_TEXT = 1000  # characters; the rest of a longer text is cut
 
 
 def list_news(before: RunState | None, now: RunState) -> list[str]:
@@ -55,7 +55,7 @@ def _describe_start(state: RunState) -> str:
     if state.validations:
         last = state.validations[-1]
         parts.append(f"its own {last.loss:.4f} at step {last.step:,}")
-    return show_foreign("; ".join(parts), LONGEST)
+    return show_foreign("; ".join(parts), LONGEST_TEXT)
 
 
 def _describe_step(state: RunState) -> str:
@@ -79,12 +79,12 @@ def _describe_finding(line: Mapping[str, Any]) -> str:
         text = " ".join(f"{str(part).rstrip('.')}." for part in parts if part)
     else:
         text = f"cleared: {title}."
-    return _date_line(_read_time(line), show_foreign(f"step {line['step']}: {text}", LONGEST))
+    return _date_line(_read_time(line), show_foreign(f"step {line['step']}: {text}", LONGEST_TEXT))
 
 
 def _describe_end(state: RunState) -> Iterator[str]:
     """Why the run ended, if that is known, and the verdict; nothing of a run that trains."""
     if state.is_over:
         yield from (
-            _date_line(time.time(), show_foreign(each, LONGEST)) for each in (state.detail, state.headline) if each
+            _date_line(time.time(), show_foreign(each, LONGEST_TEXT)) for each in (state.detail, state.headline) if each
         )

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from training_lens.errors import CheckpointError
 from training_lens.evaluation.verdict import Verdict
 from training_lens.runs.metrics_log import is_finite_number
 from training_lens.runs.run_folder import RunFolder
-from training_lens.runs.run_listing import BROKEN, RunOverview
+from training_lens.runs.run_listing import BROKEN, name_model
 from training_lens.utils.nested import flatten_sections
 
 PREPARING, TRAINING, DELETED = "preparing", "training", "deleted"  # besides the statuses that a run writes
@@ -110,7 +109,7 @@ class RunReader:
         self._has_findings = False  # whether the run looks for them; remembered after it was deleted
 
     def read_state(self, *, with_verdict: bool = False) -> RunState:
-        """The state now; of a run that is over, and where it is asked for, with the verdict."""
+        """The current state; with the verdict if the run is over, or `with_verdict`."""
         run, feed = self._run, self._feed
         status, detail = read_run_status(run)
         feed.refresh()  # after the status: what a run writes before it ends is then there
@@ -123,7 +122,7 @@ class RunReader:
             run.run_id,
             run.experiment_name,
             str(run.root),
-            RunOverview(run, "", "", datetime.now(UTC), config=self._config).model_name,
+            name_model(self._config),
             status,
             detail,
             describe_progress(run, feed, self._config),

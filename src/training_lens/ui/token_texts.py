@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LONGEST_CHARACTER = 4  # bytes in UTF-8, and so tokens
-REPLACEMENT = "\ufffd"
+from training_lens.ui.token_pieces import build_decode, decode_pieces
+
 BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -16,8 +16,8 @@ BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 class TokenText:
     """One token. The texts of tokens that are not `is_partial`, joined, are the text of all.
 
-    A partial token ends within a character; its text names its bytes, as in '<0xF0><0x9F>'. The last token of such a
-    character has the whole character.
+    A partial token adds no text of its own, mostly as it ends within a character; its text names its bytes, as in
+    '<0xF0><0x9F>'. The last token of such a character has the whole character.
     """
 
     id: int
@@ -33,34 +33,13 @@ def spell_tokens(tokenizer: Any, ids: Sequence[int], special_ids: frozenset[int]
         tokenizer: a fast one of transformers.
         special_ids: those that control the model.
 
-    Cost: two calls of the tokenizer a token, each of a few tokens.
+    Cost: see `decode_pieces`.
     """
-    texts = _iterate_texts(tokenizer.backend_tokenizer, ids)
+    texts = decode_pieces(build_decode(tokenizer.backend_tokenizer), ids, range(1, len(ids) + 1))
     return [
-        TokenText(token, _spell_bytes(tokenizer, token) if text is None else text, token in special_ids, text is None)
+        TokenText(token, text or _spell_bytes(tokenizer, token), token in special_ids, not text)
         for token, text in zip(ids, texts, strict=True)
     ]
-
-
-def _iterate_texts(rules: Any, ids: Sequence[int]) -> Iterator[str | None]:
-    """The text that each token adds; None for one that ends within a character.
-
-    A token alone may lose its blank or half of a character, so it is decoded behind the token before it.
-    """
-
-    def decode_span(start: int, end: int) -> str:
-        return str(rules.decode(list(ids[start:end]), skip_special_tokens=False))
-
-    start = whole = 0  # the last token that added text is ids[start:whole]
-    before = ""
-    for end in range(1, len(ids) + 1):
-        text = decode_span(start, end)
-        if text.endswith(REPLACEMENT) and end - whole < LONGEST_CHARACTER:
-            yield None
-            continue
-        yield text[len(before) :] if text.startswith(before) else decode_span(whole, end)
-        start, whole = whole, end
-        before = decode_span(start, whole)
 
 
 def _spell_bytes(tokenizer: Any, token: int) -> str:

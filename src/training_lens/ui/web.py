@@ -35,15 +35,18 @@ class Outputs:
             HTTPException: there is none, or a name leads elsewhere.
         """
         run = RunFolder(runs_folder(str(self.folder), experiment) / run_id)
-        names = (experiment, run_id)
-        is_safe = all(is_printable(name) and name[0] != "." and not set(name) & set("/\\") for name in names)
-        if not is_safe or not run.metadata.is_dir():
+        if not (is_plain_name(experiment) and is_plain_name(run_id) and run.metadata.is_dir()):
             raise HTTPException(404, f"There is no run '{run_id}' of '{experiment}' any more.")
         return run
 
     def requested_run(self, request: Request) -> RunFolder:
         """The run that the path of a request names as `{experiment}/{run}`."""
         return self.open_run(request.path_params["experiment"], request.path_params["run"])
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name of a request names a file or folder in one, and none elsewhere."""
+    return is_printable(name) and name[0] != "." and not set(name) & set("/\\")
 
 
 def json_response(values: Mapping[str, Any], status: int = 200) -> Response:

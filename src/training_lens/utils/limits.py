@@ -67,6 +67,16 @@ def read_bytes(path: Path, most: int) -> bytes:
     return content
 
 
+def read_text_end(path: Path, most: int) -> str:
+    """The last `most` bytes of a file as text, also while it grows; empty without the file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+            return file.read(most).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
 def load_bounded_json(text: str | bytes, **options: Any) -> Any:
     """As `json.loads`.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from training_lens.analysis.page.run_feed import RunFeed, list_active_findings
 from training_lens.analysis.page.run_row import find_total_steps, read_run_row
@@ -21,6 +22,7 @@ from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import list_files
 from training_lens.utils.formatting import pluralize
 from training_lens.utils.integrity import read_sealed
+from training_lens.utils.limits import read_text_end
 from training_lens.utils.nested import find_differences, flatten_sections
 
 OUTCOMES: Mapping[Outcome, str] = {
@@ -83,12 +85,11 @@ def assess_feed(run: RunFolder, feed: RunFeed) -> Verdict:
 
 
 def build_record(feed: RunFeed) -> TrainingRecord:
-    losses = [loss for loss in feed.columns["loss"] if math.isfinite(loss)]
-    steps = [int(step) for step in feed.columns["step"]]
+    steps, losses = feed.read_columns("step", "loss")
     known = [line for line in feed.validations if is_finite_number(line.get("loss"))]
     base = next((line["loss"] for line in known if line["kind"] == "base"), None)
     validated = [(line["step"], line["loss"]) for line in known if line["kind"] == "validation"]
-    return build_training_record(steps, losses, base, validated)
+    return build_training_record(steps.astype(int).tolist(), losses[np.isfinite(losses)].tolist(), base, validated)
 
 
 def describe_headline(verdict: Verdict, report: Mapping[str, Any], feed: RunFeed) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def arrange_samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The fixed prompts, each with the answers of base and adapter in the order of steps."""
     prompts: dict[str, dict[str, Any]] = {}
     for line in lines:
-        for sample in line.get("samples", ()):
+        for sample in filter(_is_mapping, line.get("samples", ())):
             about = {key: sample.get(key) for key in ("id", "prompt", "expected")}
             prompt = prompts.setdefault(str(sample.get("id")), {**about, "answers": []})
             kept = {key: sample.get(key) for key in ("generated", "ended", "loops")}
@@ -148,11 +149,17 @@ def arrange_samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(prompts.values())
 
 
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def describe_evaluation(report: Mapping[str, Any]) -> dict[str, Any] | None:
     """The measures of base and adapter over all rows, by length and by domain, with intervals of the difference."""
     if not report:
         return None
-    lengths = [{"name": f"{group.get('tokens')} tokens", **_describe_group(group)} for group in report["by_length"]]
+    lengths = [
+        {"name": f"{group.get('tokens')} tokens", **_describe_group(group)} for group in report.get("by_length") or ()
+    ]
     domains = [{"name": name, **_describe_group(group)} for name, group in (report.get("by_domain") or {}).items()]
     controls = [
         {"name": name.replace("_", " "), **_describe_group({**group, "base": group.get("scores")})}
@@ -213,8 +220,9 @@ def describe_data(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def list_events(run: RunFolder, feed: RunFeed) -> dict[str, Any]:
     """The steps at which something happened: epochs end, checkpoints are written, findings arise and clear."""
-    epochs, steps = feed.columns["epoch"], feed.columns["step"]
-    ends = [int(steps[i]) for i in range(1, len(steps)) if int(epochs[i - 1]) < int(epochs[i] + 1e-9)]
+    steps, epochs = feed.read_columns("step", "epoch")
+    epochs = np.floor(np.nan_to_num(epochs) + 1e-9)
+    ends = steps[1:][np.diff(epochs) > 0].astype(int).tolist()
     findings = [
         {key: line.get(key) for key in ("step", "event", "code", "title", "severity")} for line in feed.findings
     ]
@@ -238,10 +246,4 @@ def is_shown_file(run: RunFolder, path: Path) -> bool:
 
 def read_log_end(run: RunFolder) -> str:
     """The end of run.log."""
-    path = run.logs / "run.log"
-    if not path.is_file():
-        return ""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - LOG_BYTES))
-        return file.read(LOG_BYTES).decode("utf-8", "replace")
+    return read_text_end(run.logs / "run.log", LOG_BYTES)

@@ -17,7 +17,7 @@ from training_lens.runs.housekeeping import read_tags
 from training_lens.runs.journal import parse_line
 from training_lens.runs.metrics_log import is_finite_number
 from training_lens.runs.run_folder import RunFolder, read_checked_json
-from training_lens.runs.run_listing import BROKEN, RunOverview
+from training_lens.runs.run_listing import BROKEN, name_data, name_model
 from training_lens.utils.nested import flatten_sections
 
 SPARK_POINTS = 32  # of a run's loss in the list
@@ -68,7 +68,7 @@ def read_run_row(run: RunFolder) -> RunRow:
             run.start_time.timestamp(),
             detail=f"Its process died ({run.process_label})." if has_died else "",
             tags=read_tags(run),
-            **_describe_settings(run, config),
+            **_describe_settings(config),
             **progress,
             total_steps=find_total_steps(config, lines),
             verdict=_describe_verdict(run, progress),
@@ -79,13 +79,12 @@ def read_run_row(run: RunFolder) -> RunRow:
         return RunRow(experiment, run_id, BROKEN, run.start_time.timestamp(), detail=str(error))
 
 
-def _describe_settings(run: RunFolder, config: Mapping[str, Any]) -> dict[str, Any]:
-    shown = RunOverview(run, "", "", run.start_time, config=dict(config))
-    rank = config.get("peft.r")
+def _describe_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    rate, rank = config.get("training.lr"), config.get("peft.r")
     return {
-        "model": shown.model_name,
-        "data": shown.data_name,
-        "learning_rate": shown.learning_rate,
+        "model": name_model(config),
+        "data": name_data(config),
+        "learning_rate": rate if is_finite_number(rate) else None,
         "rank": rank if isinstance(rank, int) else None,
     }
 
@@ -115,7 +114,8 @@ def find_total_steps(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> 
     """The steps that a run will take by its config and the epochs that its log counts; None before the first step."""
     if isinstance(config.get("training.max_steps"), int):
         return int(config["training.max_steps"])
-    last = next((line for line in reversed(lines) if line.get("kind") == "step" and line.get("epoch")), None)
+    steps = (line for line in reversed(lines) if line.get("kind") == "step")
+    last = next((line for line in steps if is_finite_number(line.get("epoch")) and line["epoch"] > 0), None)
     epochs = config.get("training.epochs")
     if last is None or not is_finite_number(epochs):
         return None

@@ -76,7 +76,7 @@ export function lineChart({ title, x = "step", y, height = 260, onZoom = null, c
 
   tableBox.addEventListener("toggle", () => tableBox.open && fillTable());
   redrawOn(root, () => draw(state.lines, state.marks));
-  return { root, draw, isZoomed: () => readZoom(state) !== null };
+  return { root, draw };
 }
 
 /** Draw again when the width, the theme or the place in the page changes. */
@@ -88,7 +88,7 @@ export function redrawOn(root, draw) {
     requestAnimationFrame(draw);
   });
   observer.observe(root);
-  addEventListener("themechange", () => root.isConnected && draw());
+  root.addEventListener("themechange", draw); // sent to each figure: one at the window would keep old pages alive
 }
 
 export function readColor(name) {

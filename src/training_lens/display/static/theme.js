@@ -10,7 +10,7 @@ export function setUpTheme(button) {
     document.documentElement.dataset.theme = theme;
     button.textContent = theme === "dark" ? "Light" : "Dark";
     button.setAttribute("aria-label", theme === "dark" ? "Use light colours" : "Use dark colours");
-    dispatchEvent(new Event("themechange"));
+    for (const figure of document.querySelectorAll("figure")) figure.dispatchEvent(new Event("themechange"));
   };
   button.addEventListener("click", () => {
     chosen = currentTheme() === "dark" ? "light" : "dark";

@@ -3,7 +3,7 @@
 import { fetchJson, followRun, postJson, runPath } from "../api.js";
 import { lineChart } from "../chart.js";
 import { badge, button, commandLine, details, element, replace, replaceIfChanged, section, table } from "../dom.js";
-import { capitalize, formatBytes, formatDate, formatNumber, formatPercent, formatRate, formatSeconds, formatValue, formatWhole, pluralize } from "../format.js";
+import { capitalize, formatBytes, formatDate, formatSeconds, formatValue, formatWhole, pluralize } from "../format.js";
 import { heatMap, heatTable } from "../heatmap.js";
 import { evaluationTable } from "../parts/evaluation.js";
 import { findingCards } from "../parts/findings.js";
