@@ -157,7 +157,7 @@ def build_findings(state: RunState) -> FrameSection:
     if state.findings is None:
         return _build_note("findings", "this run looks for none while it trains (lens.live=false)")
     if not state.findings:
-        return _build_note("findings", "nothing wrong found so far" if not state.is_over else "nothing wrong found")
+        return _build_note("findings", "nothing wrong found so far" if not state.is_over else "none while it trained")
     newest_first = state.findings[::-1]
     found = sorted(newest_first, key=_rank_severity)
     sizes = range(min(2 * len(found), 4), MOST_LINES * len(found) + 1)
