@@ -16,6 +16,7 @@ from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder, list_run_folders, new_run_id, runs_folder
 from training_lens.runs.run_lookup import find_run
 from training_lens.utils.files import write_json
+from training_lens.utils.integrity import write_sealed
 
 
 def make(base: Path, run_id: str, status: str, experiment: str = "default") -> RunFolder:
@@ -204,3 +205,15 @@ def test_a_run_has_begun_with_its_first_result(tmp_path: Path, name: str) -> Non
     assert run.has_begun
     with pytest.raises(ConfigurationError, match="the run 'run' exists already"):
         run.require_new()
+
+
+def test_reading_a_status_writes_nothing(own_run: RunFolder) -> None:
+    """A run that is being deleted must not get a new lock file from those who watch it."""
+    summary = {**own_run.read_metadata("summary.json"), "status": "running"}
+    write_sealed(own_run.metadata / "summary.json", summary)
+    before = sorted(own_run.root.rglob("*"))
+    own_run.lock_file.unlink()
+    assert own_run.status == "interrupted" and not own_run.lock_file.exists()
+    with own_run.hold_lock():
+        assert own_run.status == "running" and not own_run.has_died
+    assert own_run.has_died and sorted(own_run.root.rglob("*")) == before

@@ -248,14 +248,14 @@ class RunFolder:
         )
 
     def _is_locked(self) -> bool | None:
-        """Whether a process holds the lock; None if unknown, as on a read-only file system."""
+        """Whether a process holds the lock; None if unknown, as on a file system without locks.
+
+        The file is only read where the system allows it: who looks at a run that is being deleted makes it no new one.
+        """
         try:
-            if not self.lock_file.exists():
-                return False
-            with FileLock(self.lock_file, timeout=0):
-                return False
-        except Timeout:
-            return True
+            return _is_file_locked(self.lock_file)
+        except FileNotFoundError:
+            return False
         except OSError:
             return None
 
@@ -264,6 +264,26 @@ class RunFolder:
         if not isinstance(summary, dict):
             raise CheckpointError(f"{self.metadata / 'summary.json'} holds no summary. Restore it, or start a new run.")
         return summary
+
+
+def _is_file_locked(path: Path) -> bool:
+    """Whether a process holds a `FileLock`, without making its file: a shared lock is refused beside theirs."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        if not path.exists():
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                return False
+        except Timeout:
+            return True
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False  # closing it frees the lock
 
 
 def describe_scale(run: RunFolder) -> str:
