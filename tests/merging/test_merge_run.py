@@ -295,7 +295,7 @@ def test_a_quantized_run_merges_whole_alone(run: RunFolder, few: dict[str, Any])
     ("asked", "on_gpu", "on_cpu", "chosen", "said"),
     [
         ("auto", 10**9, 10**9, "cuda", "takes about 11.1 MB of memory on cuda"),
-        ("auto", 10**6, 10**9, "cpu", "merging on the CPU: cuda has 1.0 MB of memory free"),
+        ("auto", 10**6, 10**9, "cpu", "computing on the CPU: cuda has 1.0 MB of memory free"),
         ("auto", 10**6, 10**6, "cpu", "takes about 11.1 MB of memory on cpu, and 1.0 MB are free"),
         ("cuda", 10**6, 10**9, "cuda", "takes about 11.1 MB of memory on cuda, and 1.0 MB are free"),
     ],

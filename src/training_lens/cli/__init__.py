@@ -19,11 +19,15 @@ COMMANDS = {
     "Train": ("init", "validate", "lr", "train", "sweep"),
     "Evaluate": ("evaluate", "baseline", "compare", "knob", "infer"),
     "Look inside": ("ui", "watch", "analyze", "explain", "rank", "report", "export"),
-    "Ship": ("merge", "benchmark", "push"),
+    "Ship": ("merge", "export-adapter", "benchmark", "push"),
     "Runs": ("sync", "doctor", "experiment"),
 }
 PANELS = {name: panel for panel, names in COMMANDS.items() for name in names}
-MODULES = {"baseline": "evaluate", "rank": "truncate_rank"}  # of commands whose file has another name
+MODULES = {
+    "baseline": "evaluate",
+    "rank": "truncate_rank",
+    "export-adapter": "export_adapter",
+}  # of commands whose file has another name
 
 
 class CommandGroup(TyperGroup):
@@ -36,7 +40,9 @@ class CommandGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in PANELS and self.commands[cmd_name] is None:
             module = import_module(f"training_lens.cli.{MODULES.get(cmd_name, cmd_name)}")
-            self.commands[cmd_name] = build_command(getattr(module, cmd_name), PANELS[cmd_name])
+            self.commands[cmd_name] = build_command(
+                getattr(module, cmd_name.replace("-", "_")), PANELS[cmd_name], cmd_name
+            )
         return self.commands.get(cmd_name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from itertools import zip_longest
 from typing import Annotated, Any, get_type_hints
@@ -117,8 +117,9 @@ def expand_options(function: Function) -> Function:
 def _list_fields(group: Any) -> Iterator[inspect.Parameter]:
     annotations = get_type_hints(group, include_extras=True)
     for field in fields(group):
+        default = inspect.Parameter.empty if field.default is MISSING else field.default  # empty: must be given
         yield inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotations[field.name]
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[field.name]
         )
 
 

@@ -18,7 +18,7 @@ from training_lens.config.run_config import open_run_config
 from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import AdapterError, MergeError
 from training_lens.inference.session import Session, open_run, open_session
-from training_lens.merging.merge_plan import REPORT, MergeOptions, output_marks, plan_merge
+from training_lens.merging.merge_plan import MERGE, MergeOptions, plan_merge
 from training_lens.merging.merge_tensors import MergedModel, check_mergeable, merge_weights, save_delta, save_merged
 from training_lens.merging.merged_weights import MergeOutput, check_weights
 from training_lens.merging.verification import Probes, Verification, probe_adapter, verify_folder
@@ -67,8 +67,8 @@ def merge_adapter(
     """
     start = time.perf_counter()
     run, adapter, output = plan_merge(config, options)
-    scale = _decide_scale(options.scale, run)
-    session, known = _open_in_float32(config, run, options.same_base)
+    scale = decide_scale(options.scale, run, "merges")
+    session, known = open_in_float32(config, run, options.same_base, "be merged")
     check_mergeable(session.model)
     base = session.config.model
     dtype = stored_precision(base) if options.dtype == "auto" else options.dtype
@@ -79,9 +79,9 @@ def merge_adapter(
         "base_known": known,
         **_report_settings(session, options, dtype, given),
     }
-    kept = run.reports / REPORT if run else output.with_name(f"{output.name}.{REPORT}")
+    kept = run.reports / MERGE.report if run else output.with_name(f"{output.name}.{MERGE.report}")
     existing: Literal["replace", "refuse"] = "replace" if options.force else "refuse"
-    with atomic_folder(output, existing=existing) as folder, _report_refusal(report, kept):
+    with atomic_folder(output, existing=existing) as folder, keep_refusal(report, kept):
         job = _write_output(session, folder, replace(options, scale=scale), dtype)
         written = MergeOutput(folder, base, adapter, session.device, dtype, scale, options.delta)
         del session  # the checks load the model again, one after the other
@@ -93,23 +93,27 @@ def merge_adapter(
         report |= {"verified": found.is_ok, **found.as_json(), "untied": job["untied"], "seconds": seconds}
         if not found.is_ok:
             raise MergeError(_explain_refusal(found, dtype, kept))
-        write_json(folder / REPORT, report | output_marks(folder))
+        write_json(folder / MERGE.report, report | MERGE.list_marks(folder))
         if run:
             write_json(kept, report)
     return MergeResult(output, report, found)
 
 
-def _decide_scale(asked: float | None, run: RunFolder | None) -> float:
-    """What the update is multiplied by: as asked for, or as was chosen for the run, which is logged."""
+def decide_scale(asked: float | None, run: RunFolder | None, doing: str) -> float:
+    """What the update is multiplied by: as asked for, or as was chosen for the run, which is logged.
+
+    Args:
+        doing: what the command does with the adapter, for the log: 'merges'.
+    """
     if asked is None and run and run.adapter_scale != 1:
-        logger.info("%s; --scale 1 merges it as trained", describe_scale(run))
+        logger.info("%s; --scale 1 %s it as trained", describe_scale(run), doing)
         return run.adapter_scale
     return 1.0 if asked is None else asked
 
 
 @contextmanager
-def _report_refusal(report: dict[str, Any], kept: Path) -> Iterator[None]:
-    """Write `report` with the error to the file `kept` if the merge is refused within the block."""
+def keep_refusal(report: dict[str, Any], kept: Path) -> Iterator[None]:
+    """Write `report` with the error to the file `kept` if the output is refused within the block."""
     try:
         yield
     except MergeError as error:
@@ -117,8 +121,12 @@ def _report_refusal(report: dict[str, Any], kept: Path) -> Iterator[None]:
         raise
 
 
-def _open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: bool) -> tuple[Session, bool]:
-    """The adapter on its base, in float32; and whether the base's weights are known to be those that it trained on."""
+def open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: bool, doing: str) -> tuple[Session, bool]:
+    """The adapter on its base, in float32; and whether the base's weights are known to be those that it trained on.
+
+    Args:
+        doing: what adapters of other kinds cannot do, for the message: 'be merged'.
+    """
     if run:
         trained = open_run_config(run, config.explicit_values(), "model.trust_remote_code").model
         device = choose_device(trained, config.model.device)
@@ -126,7 +134,7 @@ def _open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: b
         return session, check_base(run.base_record, session.config.model)
     folder = expand_home(config.inference.adapter)
     settings = read_config(require_adapter(folder))
-    require_plain(settings, folder, "inference.adapter", "be merged", also=OF_PLACES)
+    require_plain(settings, folder, "inference.adapter", doing, also=OF_PLACES)
     known = check_base(RunFolder(folder.resolve().parents[1]).base_record, config.model)
     if not known and not same_base:
         _check_base_name(folder, settings.get("base_model_name_or_path"), config.model)
@@ -139,20 +147,20 @@ def _open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: b
 
 
 def choose_device(model: ModelSection, asked: str) -> str:
-    """The device to merge on: the one asked for; with `auto` the run's, or the CPU if the base does not fit there.
+    """The device to compute on: the one asked for; with `auto` the run's, or the CPU if the base does not fit there.
 
-    Logs how much memory the merge takes, and warns if that is not free.
+    Logs how much memory that takes, and warns if that is not free.
     """
     device = get_device(model.device if asked == "auto" else asked)
     needed = MEMORY_FACTOR * torch.float32.itemsize * count_parameters(build_skeleton(model)).total
     free = available_bytes(device)
     is_short = free is not None and free < needed
     if is_short and asked == "auto" and device.type != "cpu":
-        logger.info("merging on the CPU: %s has %s of memory free", device, format_size(free or 0))
+        logger.info("computing on the CPU: %s has %s of memory free", device, format_size(free or 0))
         device, free = torch.device("cpu"), available_bytes(torch.device("cpu"))
         is_short = free is not None and free < needed
     level, rest = (WARNING, f", and {format_size(free or 0)} are free") if is_short else (INFO, "")
-    logger.log(level, "merging takes about %s of memory on %s%s", format_size(needed), device, rest)
+    logger.log(level, "the base in float32 takes about %s of memory on %s%s", format_size(needed), device, rest)
     return str(device)
 
 
@@ -223,7 +231,7 @@ def _write_files(session: Session, folder: Path, options: MergeOptions, dtype: P
         readme = _delta_readme(session, what, bool(merged.untied))
     else:
         parted = " Embedding and head, one weight in the base, are two here." if merged.untied else ""
-        readme = f"# Merged model\n\n{what}{parted} Checked against the adapter: see {REPORT}.\n"
+        readme = f"# Merged model\n\n{what}{parted} Checked against the adapter: see {MERGE.report}.\n"
     write_text(folder / "README.md", readme)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors makes its files private to their owner, and a server is often another user
@@ -245,7 +253,8 @@ def _delta_readme(session: Session, description: str, untied: bool) -> str:
     untie = "head = model.get_output_embeddings()\nhead.weight = torch.nn.Parameter(head.weight.clone())\n"
     base, name = locate_model(session.config.model), public_class(session.model)
     return (
-        f"# Difference to a base model\n\n{description} Add this to the base's weights; checked, see {REPORT}.\n\n"
+        f"# Difference to a base model\n\n{description} Add this to the base's weights; checked, see "
+        f"{MERGE.report}.\n\n"
         "```python\nimport glob, torch\nfrom safetensors.torch import load_file\n"
         f"from transformers import {name}\n\n"
         f'model = {name}.from_pretrained("{base}", dtype=torch.float32).requires_grad_(False)\n'

@@ -42,11 +42,13 @@ def decode_greedily(model: Any, ids: list[int], limit: int, **stops: Any) -> tup
 
 
 def load_output(job: dict[str, Any]) -> Any:
-    """The job's folder as a model in float32: a whole one, or `base` with the folder's delta added."""
+    """The job's folder as a model in float32: a whole one, or `base` with the folder's delta or adapter."""
     import transformers
 
     found = getattr(transformers, job["class"])
     trusted = {"trust_remote_code": job["trust_remote_code"], "dtype": torch.float32}
+    if job.get("is_adapter"):
+        return load_adapted(job, found, trusted)
     if not job["base"]:
         return found.from_pretrained(job["folder"], **trusted).to(job["device"]).eval()
     model = found.from_pretrained(job["base"], revision=job["revision"], **trusted)
@@ -57,6 +59,19 @@ def load_output(job: dict[str, Any]) -> Any:
     for name, difference in load_delta(Path(job["folder"])).items():
         weights[name] += difference.float()
     return model.to(job["device"]).eval()
+
+
+def load_adapted(job: dict[str, Any], found: Any, options: dict[str, Any]) -> Any:
+    """`base`, quantized and resized as the job says, with the PEFT adapter in the job's folder."""
+    from peft import PeftModel
+
+    if job["quantization"]:
+        options = options | {"quantization_config": job["quantization"], "device_map": {"": job["device"]}}
+    model = found.from_pretrained(job["base"], revision=job["revision"], **options)
+    if model.config.get_text_config().vocab_size != job["vocabulary"]:
+        model.resize_token_embeddings(job["vocabulary"], mean_resizing=False)
+    model = model if job["quantization"] else model.to(job["device"])
+    return PeftModel.from_pretrained(model, job["folder"]).eval()
 
 
 def load_delta(folder: Path) -> dict[str, Tensor]:

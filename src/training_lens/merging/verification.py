@@ -67,7 +67,9 @@ def probe_adapter(
     given = build_probes(session, rows, origin)
     wanted = compute_reference(session, given, scale)
     if all(torch.equal(a, b) for a, b in zip(wanted.adapter, wanted.base, strict=True)):
-        raise AdapterError(f"the adapter of {session.source} computes exactly what its base does: nothing to merge.")
+        raise AdapterError(
+            f"the adapter of {session.source} computes exactly what its base does: nothing to merge or to export."
+        )
     return given, wanted
 
 
@@ -147,6 +149,11 @@ class MergeCheck:
     def is_ok(self) -> bool:
         return self.measured <= self.allowed  # false where either is not a number
 
+    def as_json(self) -> dict[str, Any]:
+        """As written in a report; values that are not finite are null."""
+        values: dict[str, Any] = replace_non_finite({**asdict(self), "ok": self.is_ok})
+        return values
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -168,7 +175,7 @@ class Verification:
 
     def as_json(self) -> dict[str, Any]:
         """As written in a report; values that are not finite are null."""
-        values = asdict(self) | {"checks": [asdict(c) | {"ok": c.is_ok} for c in self.checks]}
+        values = asdict(self) | {"checks": [check.as_json() for check in self.checks]}
         kept: dict[str, Any] = replace_non_finite(values)
         return kept
 

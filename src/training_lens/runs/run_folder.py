@@ -67,6 +67,7 @@ class RunFolder:
     tokenizer = _Place("artifacts/tokenizer")
     merged_model = _Place("artifacts/merged")
     weight_delta = _Place("artifacts/delta")
+    exported = _Place("artifacts/exported")
     checkpoints = _Place("checkpoints")
     lens = _Place("lens")
     states = _Place("lens/states")

@@ -1,0 +1,1 @@
+"""An adapter in the forms that other programs load, verified."""
