@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import described
 
 from training_lens import TrainingConfig, TrainingWrapper, embedded
-from training_lens.analysis.explanations.row_explanation import SUSPICIOUS
-from training_lens.analysis.explanations.row_visits import RowVisits, read_visits
+from training_lens.analysis.explanations.row_explanation import SUSPICIOUS, RowVisits, read_visits
 from training_lens.measures.row_life import describe_lives, score_wrong_answers
 from training_lens.runs.run_folder import RunFolder
 

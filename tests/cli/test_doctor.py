@@ -12,7 +12,7 @@ import pytest
 from click.testing import Result
 from slow_cases import slow_but
 
-from training_lens.core.lens_manifest import read_manifest
+from training_lens.core.capture_files import read_manifest
 from training_lens.inference.session import open_run
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import read_sealed

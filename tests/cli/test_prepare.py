@@ -15,8 +15,8 @@ from click.testing import Result
 from forked import fork_command  # type: ignore[import-not-found]
 
 from training_lens import embedded
+from training_lens.data.examples import SourceFile
 from training_lens.data.file_readers import read_file_rows
-from training_lens.data.source_file import SourceFile
 from training_lens.utils.integrity import read_sealed
 
 Call = Callable[..., Result]

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from training_lens.config.schema import PeftSection
 from training_lens.core.collector import CaptureContext, DataCollector
-from training_lens.core.module_batches import ModuleBatches
-from training_lens.core.modules import AdapterModule, adapter_modules
+from training_lens.core.modules import AdapterModule, ModuleBatches, adapter_modules
 from training_lens.core.probe import Probe, evaluation_mode
 from training_lens.core.types import Captured, Moment
 from training_lens.models.adapters import attach, trainable_parameters

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from training_lens.cli.init import LIVE, render_skeleton
 from training_lens.config.compose import compose
 from training_lens.config.keys import known_keys
 from training_lens.config.schema import TrainingConfig
-from training_lens.config.skeleton import LIVE, render_skeleton
 
 
 def uncommented(text: str) -> str:

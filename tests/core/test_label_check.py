@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from training_lens.core.label_check import describe_label_faults
+from training_lens.core.gradient_hooks import describe_label_faults
 
 END, PAD = 2, 0
 IDS = torch.tensor([[5, 6, 7, END], [5, 8, END, PAD]])

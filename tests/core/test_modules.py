@@ -9,8 +9,7 @@ import torch
 from tiny_models import tiny_model
 
 from training_lens.config.schema import PeftSection
-from training_lens.core.module_batches import ModuleBatches
-from training_lens.core.modules import adapter_modules, is_identity_adapter
+from training_lens.core.modules import ModuleBatches, adapter_modules, is_identity_adapter
 from training_lens.errors import LensError
 from training_lens.models.adapters import attach
 

@@ -22,9 +22,8 @@ from forked import fork  # type: ignore[import-not-found]
 
 from training_lens.config.lens_section import LensSection
 from training_lens.core.arrow import arrow_table, extract_series, extract_vectors
-from training_lens.core.lens_store import LensStore
+from training_lens.core.lens_store import LensStore, RunningCaptures
 from training_lens.core.lens_writer import LensWriter
-from training_lens.core.running_captures import RunningCaptures
 from training_lens.core.segments import MAX_SEGMENTS, SegmentedTable, TableSegment, list_segments
 from training_lens.core.types import Captured, DataType, LensManifest, ModuleRecord
 from training_lens.errors import ConfigurationError, LensError

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from training_lens.data.copied_answers import CopiedAnswers
 from training_lens.data.examples import Example, Message
+from training_lens.data.split_report import CopiedAnswers
 from training_lens.errors import DatasetError
 
 NAMES = [f"{first} {second}" for first in ("Ann", "Ben", "Cid", "Dora") for second in ("Hall", "Lake", "Moor", "West")]

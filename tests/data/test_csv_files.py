@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from training_lens.config.data_sections import CsvSection
+from training_lens.data.examples import SourceFile
 from training_lens.data.file_readers import read_file_rows
-from training_lens.data.source_file import SourceFile
 from training_lens.errors import ConfigurationError, DatasetError
 
 ROWS = [

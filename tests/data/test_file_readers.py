@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from training_lens.config.data_sections import CsvSection, DataSection
+from training_lens.data.examples import SourceFile
 from training_lens.data.file_readers import check_csv_settings, detect_format, read_file_rows
-from training_lens.data.source_file import SourceFile
 from training_lens.data.source_reader import read_examples
 from training_lens.errors import DatasetError
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from training_lens.data.examples import SourceFile
 from training_lens.data.file_readers import read_file_rows
-from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 
 ROWS = [{"question": "a\u2028b", "answer": "c"}, {"question": "d", "answer": "e"}]

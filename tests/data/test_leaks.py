@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from training_lens.data.examples import Example, Message, TokenizedExample
-from training_lens.data.leaks import LEAK_KINDS, NO_LEAK, find_leaks
-from training_lens.data.near_rows import MOST_ROWS, PIECE, find_near_rows
+from training_lens.data.leaks import LEAK_KINDS, MOST_ROWS, NO_LEAK, PIECE, find_leaks, find_near_rows
 from training_lens.data.row_identity import identify_example
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.utils.files import hash_bytes

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from training_lens.display.colors import ALARM, COLOURS
-from training_lens.display.heat_map import STRONGEST, render_heat_map
 from training_lens.display.html import ShadedText, ShadedToken, write_page
+from training_lens.display.svg import STRONGEST, render_heat_map
 
 SVG = "{http://www.w3.org/2000/svg}"
 

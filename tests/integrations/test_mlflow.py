@@ -16,7 +16,7 @@ from training_lens.errors import DamagedFileError, IntegrationError
 from training_lens.integrations.mlflow import MlflowIntegration, _safe_name
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.send_run import read_delivery_states, send_run
-from training_lens.integrations.wandb_media import build_artifacts
+from training_lens.integrations.wandb import build_artifacts
 from training_lens.runs.run_folder import RunFolder
 
 from .conftest import SAMPLES, due  # type: ignore[import-not-found]

@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import MergeError
 from training_lens.merging.merge_tensors import merge_weights, save_delta, save_merged
-from training_lens.merging.merged_weights import MergeOutput, check_weights
+from training_lens.merging.weight_update import MergeOutput, check_weights
 from training_lens.models.adapters import attach, load_adapter, save_adapter, trainable_parameters
 from training_lens.models.factory import load_model
 from training_lens.utils.devices import DTYPES

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from training_lens import TrainingWrapper
-from training_lens.analysis.explanations.row_evidence_report import (
+from training_lens.analysis.explanations.answer_report import (
     build_row_parts,
     describe_row_check,
     describe_rows,
@@ -25,9 +25,11 @@ from training_lens.errors import CheckpointError, ConfigurationError, TrainingEr
 from training_lens.measures.row_influence import RankCorrelation
 from training_lens.models.adapter_files import WEIGHTS
 from training_lens.runs.run_folder import RunFolder
-from training_lens.training.answer_rows import RowQuestions, describe_row_costs, explain_answer_rows
 from training_lens.training.row_ranking import (
+    RowQuestions,
+    describe_row_costs,
     draw_controls,
+    explain_answer_rows,
     rank_rows,
     read_adam_direction,
     require_enough_subsets,

@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.analysis.explanations.row_visits import read_held_out, read_visits
+from training_lens.analysis.explanations.row_explanation import read_held_out, read_visits
 from training_lens.analysis.explanations.training_rows import open_rows_of
 from training_lens.display.progress import Progress
 from training_lens.runs.run_folder import RunFolder

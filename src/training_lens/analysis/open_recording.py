@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training_lens.analysis.checkpoint_captures import CheckpointCaptures
 from training_lens.analysis.logs import TRAINER_STATE, Log, read_our_log, read_trainer_log
-from training_lens.analysis.saved_adapters import SavedAdapter, has_adapter_files, open_adapter, open_base_weights
+from training_lens.analysis.saved_adapters import (
+    CheckpointCaptures,
+    SavedAdapter,
+    has_adapter_files,
+    open_adapter,
+    open_base_weights,
+)
 from training_lens.core import table_names as tables
-from training_lens.core.lens_manifest import LENS
+from training_lens.core.capture_files import LENS
 from training_lens.core.lens_store import LensStore
 from training_lens.core.recording import Recording
 from training_lens.core.types import DataType, LensManifest

@@ -13,8 +13,12 @@ from training_lens.analyzers.module_groups import energy_shares, finite_points, 
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
-from training_lens.evaluation.run_verdict import read_comparison_verdict
-from training_lens.evaluation.training_verdict import TrainingRecord, assess_training, build_training_record
+from training_lens.evaluation.training_verdict import (
+    TrainingRecord,
+    assess_training,
+    build_training_record,
+    read_comparison_verdict,
+)
 from training_lens.evaluation.verdict import Verdict
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.formatting import format_seconds

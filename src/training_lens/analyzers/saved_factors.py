@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from training_lens.core import table_names as tables
-from training_lens.core.module_batches import stack_float32
+from training_lens.core.modules import stack_float32
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord
 from training_lens.errors import LensError

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.answer_rows_output import Rows, Subsets, Verify, explain_rows, open_replay
 from training_lens.cli.common import OF_ANY_RUN, Screen, command, load_config, refuse_unused, show_table
 from training_lens.cli.find_runs import is_adapter_folder, locate_run, refuse_adapter_folder
 from training_lens.cli.options import CommandOptions
@@ -19,8 +18,11 @@ if TYPE_CHECKING:
     from training_lens.analysis.explanations.answer_question import AnswerQuestion
     from training_lens.analysis.explanations.row_evidence import AnswerRows
     from training_lens.config.schema import TrainingConfig
+    from training_lens.data.examples import TokenizedExample
     from training_lens.inference.session import Session
     from training_lens.runs.run_folder import RunFolder
+    from training_lens.training.row_ranking import RowQuestions
+    from training_lens.training.row_replay import RowReplay
 
 Words = Annotated[
     str | None,
@@ -38,6 +40,33 @@ Token = Annotated[
     int | None, typer.Option(metavar="N", help="The token to look at, from 1; else the one with the largest change.")
 ]
 Domain = Annotated[str | None, typer.Option(metavar="NAME", help="One of the domains that the run was trained on.")]
+Rows = Annotated[
+    bool,
+    typer.Option(
+        "--rows",
+        help="Also rank the training rows that made the answer: by gradients at the states that the run kept, a "
+        "forward and a backward pass for each row and state.",
+    ),
+]
+Verify = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="With the rows: measure the ranking. The run is replayed without the top N rows, and three times without "
+        "N random ones of like length.",
+    ),
+]
+Subsets = Annotated[
+    int,
+    typer.Option(
+        "--lds",
+        metavar="N",
+        min=0,
+        help="With the rows: how far the ranking can be trusted, by N replays of the run without a random half of its "
+        "rows; at least 16. For small runs.",
+    ),
+]
 MOST_TOKENS = 16  # on the screen; the reports have all
 USED = ("data.validation", "inference.max_new_tokens", "output.", *OF_ANY_RUN)
 
@@ -88,7 +117,7 @@ def explain_answer(run: Words = None, prompt: Prompt = None, *, asked: AnswerOpt
         found = locate_run(reference, settings.output, finished=True)
         found.require_adapter()
         from training_lens.inference.session import open_run
-        from training_lens.training.answer_rows import RowQuestions
+        from training_lens.training.row_ranking import RowQuestions
         from training_lens.utils.devices import free_memory
 
         questions = RowQuestions(verify=asked.verify, subsets=asked.lds)
@@ -181,9 +210,44 @@ def _show(screen: Screen, change: AnswerChange) -> None:
 
 
 def _save(screen: Screen, change: AnswerChange, reports: Path, rows: AnswerRows | None) -> None:
-    from training_lens.analysis.explanations.answer_report import build_answer_report, token_table
-    from training_lens.analysis.explanations.row_evidence_report import build_row_parts
+    from training_lens.analysis.explanations.answer_report import build_answer_report, build_row_parts, token_table
 
     parts = build_row_parts(rows) if rows else ()
     build_answer_report(change, parts).write_all(reports, "explain-answer", token_table(change))
     screen.print_line(f"saved as {reports / 'explain-answer'}.{{json,md,csv,html}}")
+
+
+def open_replay(screen: Screen, run: RunFolder, questions: RowQuestions, settings: TrainingConfig) -> RowReplay:
+    """Check that the run can answer the questions, print what they cost, and open its replays.
+
+    Args:
+        settings: what the user gave, with the consent to code of the run's model.
+    """
+    from training_lens.display.progress import Progress
+    from training_lens.training.row_ranking import describe_row_costs
+    from training_lens.training.row_replay import RowReplay
+
+    replay = RowReplay(run, Progress(screen.console), settings.explicit_values())
+    for line in describe_row_costs(replay, questions):
+        screen.print_line(line)
+    return replay
+
+
+def explain_rows(screen: Screen, replay: RowReplay, answer: TokenizedExample, questions: RowQuestions) -> AnswerRows:
+    """Measure and print which training rows made an answer.
+
+    Args:
+        answer: prompt and answer; its supervised tokens are what is explained.
+    """
+    from training_lens.analysis.explanations import answer_report as report
+    from training_lens.display.progress import Progress
+    from training_lens.training.row_ranking import explain_answer_rows
+
+    if replay.run.adapter_scale != 1:
+        screen.print_line("rows: of the adapter as it was trained, at scale 1")
+    found = explain_answer_rows(replay, answer, questions, Progress(screen.console))
+    table = report.ranking_table(found)
+    show_table(screen.console, table.caption, table.columns, table.rows, right=set(table.columns[1:4]))
+    for line in (report.describe_row_check(found), *report.describe_rows(found)):
+        screen.print_line(line)
+    return found

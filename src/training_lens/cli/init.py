@@ -18,6 +18,14 @@ from training_lens.errors import ConfigurationError, DatasetError, TrainingLensE
 if TYPE_CHECKING:
     from training_lens.config.data_sections import DataSection
     from training_lens.data.examples import Row
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+
+from pydantic import BaseModel
+
+from training_lens.config.keys import section_model
+from training_lens.config.schema import TrainingConfig
 
 File = Annotated[str, typer.Argument(help="The YAML file to write.", metavar="[FILE]")]
 Model = Annotated[str | None, typer.Option(metavar="MODEL", help="Sets model.id: a local folder or a hub id.")]
@@ -50,7 +58,6 @@ def init(
     """
     with command(options) as screen:
         path = _check_target(file, force)
-        from training_lens.config.skeleton import render_skeleton
         from training_lens.utils.files import write_text
 
         values = Interview(screen, asking=ask).ask_values(model, train, validation)
@@ -202,3 +209,34 @@ def _check_experiment(answer: str) -> Values:
 
     validate_values({"output": {"experiment_name": answer}})
     return {"output.experiment_name": answer}
+
+
+# No key of an experiment preset: the file would override a preset on the command line.
+LIVE = ("model.id", "data.train", "data.val_ratio", "output.experiment_name")
+WIDTH = 100
+HEAD = """\
+# Training Lens. A line with '#' right before a key is that key at its default: take the '#' away to change it.
+# Check: training-lens validate --config {file}    Train: training-lens train --config {file}
+"""
+
+
+def render_skeleton(values: Mapping[str, Any], file: str = "config.yaml") -> str:
+    """A YAML config: `values` (by dotted key) and the keys of `LIVE` are set, all others commented out."""
+    return HEAD.format(file=file) + "".join(_render_section(TrainingConfig, values, ""))
+
+
+def _render_section(section: type[BaseModel], values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    for name, field in section.model_fields.items():
+        key, inner = f"{prefix}{name}", section_model(field)
+        if inner:
+            yield f"\n{_render_comment(inner.__doc__ or '', indent)}{indent}{name}:\n"
+            yield from _render_section(inner, values, f"{key}.")
+        else:
+            value = json.dumps(values.get(key, field.default), ensure_ascii=False)  # JSON is YAML
+            off = "" if key in values or key in LIVE else "#"
+            yield f"{_render_comment(field.description or '', indent)}{indent}{off}{name}: {value}\n"
+
+
+def _render_comment(text: str, indent: str) -> str:
+    return "".join(f"{indent}# {line}\n" for line in textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False))

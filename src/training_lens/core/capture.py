@@ -15,11 +15,10 @@ from torch import Tensor
 
 from training_lens.config.lens_section import LensSection
 from training_lens.core import table_names as tables
+from training_lens.core.capture_files import LENS
 from training_lens.core.collector import CaptureContext, DataCollector
-from training_lens.core.lens_manifest import LENS
 from training_lens.core.lens_writer import LensWriter
-from training_lens.core.module_batches import GradientGetter
-from training_lens.core.modules import is_identity_adapter
+from training_lens.core.modules import GradientGetter, is_identity_adapter
 from training_lens.core.overhead_budget import OverheadBudget
 from training_lens.core.probe import evaluation_mode, read_probe_states, score_probe
 from training_lens.core.row_losses import RowLosses, select_rows

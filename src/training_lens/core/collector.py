@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from training_lens.core.module_batches import ModuleBatches
-from training_lens.core.modules import AdapterModule
+from training_lens.core.modules import AdapterModule, ModuleBatches
 from training_lens.core.probe import Probe
 from training_lens.core.types import Cadence, Captured, DataType, Moment
 from training_lens.measures.factors import Factors

@@ -13,8 +13,14 @@ from safetensors import SafetensorError
 
 from training_lens.config.lens_section import LensSection
 from training_lens.core.arrow import CaptureBuffer, buffer_capture, build_table
-from training_lens.core.capture_files import LISTING, describe_loss, truncate_listing, write_listing
-from training_lens.core.lens_manifest import read_manifest, write_manifest
+from training_lens.core.capture_files import (
+    LISTING,
+    describe_loss,
+    read_manifest,
+    truncate_listing,
+    write_listing,
+    write_manifest,
+)
 from training_lens.core.lens_store import COST, TABLE_NAME, read_cost, table_folders
 from training_lens.core.segments import SegmentedTable, enforce_size_limit
 from training_lens.core.snapshots import SnapshotWriter

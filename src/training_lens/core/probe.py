@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training_lens.core.label_check import IGNORE_INDEX
+from training_lens.core.gradient_hooks import IGNORE_INDEX
 from training_lens.data.batching import collate
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset

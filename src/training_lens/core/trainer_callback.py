@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training_lens.core.capture import RunFacts
 from training_lens.core.gradient_hooks import GradientHooks, LossHook
-from training_lens.core.module_batches import GradientGetter
+from training_lens.core.modules import GradientGetter
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)

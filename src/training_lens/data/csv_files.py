@@ -13,9 +13,8 @@ from typing import IO, Any
 
 from training_lens.config.data_sections import CSV_CHARACTERS, CsvSection
 from training_lens.data.encodings import find_encoding
-from training_lens.data.examples import Row
+from training_lens.data.examples import Row, SourceFile
 from training_lens.data.row_keys import FIELD_NAMES
-from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 from training_lens.utils.limits import KEYS, ROW_BYTES
 

@@ -6,7 +6,7 @@ import codecs
 import re
 from typing import IO
 
-from training_lens.data.source_file import SourceFile
+from training_lens.data.examples import SourceFile
 from training_lens.errors import DatasetError
 
 BLOCK_BYTES = 1 << 20

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from training_lens.config.data_sections import CsvSection
+from training_lens.errors import DatasetError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,3 +128,39 @@ class Batch:
 
     def move_to(self, device: torch.device) -> Batch:
         return replace(self, input_ids=self.input_ids.to(device), loss_mask=self.loss_mask.to(device))
+
+
+OnBadRow = Callable[[int, DatasetError], None]  # takes the row number and the error
+AddRemark = Callable[[str], None]
+
+
+def ignore_remark(_: str) -> None:
+    """Discard a reader's remark."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that is read.
+
+    `on_bad_row` gets a row that cannot be read, which is then skipped; None makes it an error. `add_remark` gets
+    sentences about how the file is read, where that does not follow from its name.
+    """
+
+    path: Path
+    csv: CsvSection = field(default_factory=CsvSection)
+    on_bad_row: OnBadRow | None = None
+    add_remark: AddRemark = ignore_remark
+
+    def build_row(self, number: int, values: dict[str, Any]) -> Row:
+        return Row(str(self.path), number, values)
+
+    def refuse_row(self, number: int, problem: str, *, kind: str | None = None, unit: str = "row") -> None:
+        """Report a bad row to `on_bad_row`.
+
+        Raises:
+            DatasetError: there is no `on_bad_row`.
+        """
+        error = DatasetError(f"{self.path}, {unit} {number}: {problem}", kind=kind)
+        if self.on_bad_row is None:
+            raise error
+        self.on_bad_row(number, error)

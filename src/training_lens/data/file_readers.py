@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from training_lens.config.data_sections import CsvSection
-from training_lens.data.examples import Row
-from training_lens.data.source_file import SourceFile
+from training_lens.data.examples import Row, SourceFile
 from training_lens.errors import DatasetError
 from training_lens.utils.arrow_rows import iterate_arrow_rows
 from training_lens.utils.limits import MB, UnpackedFile, open_file

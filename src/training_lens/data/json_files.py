@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from training_lens.data.examples import Row
+from training_lens.data.examples import Row, SourceFile
 from training_lens.data.row_keys import FIELD_NAMES, plain_name
-from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 from training_lens.utils.limits import EMPTY_LINES, NESTED, ROW_BYTES, WHOLE_JSON_BYTES, is_too_deep
 

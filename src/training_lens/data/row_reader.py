@@ -9,8 +9,7 @@ from typing import Any
 from training_lens.config.data_sections import DataSection
 from training_lens.data.examples import Example, Message, Role, Row, Turns
 from training_lens.data.fields import FieldMapping, domain_from_file
-from training_lens.data.masks import mark_learned, mask_row, read_flag
-from training_lens.data.messages import is_chat, read_answers, read_chat
+from training_lens.data.messages import is_chat, mark_learned, mask_row, read_answers, read_chat, read_flag
 from training_lens.data.notes import DataNotes
 from training_lens.data.row_keys import DOMAIN_KEYS, EMPTY_VALUES, KeyCheck, ignore_option, plain_name, row_schema
 from training_lens.data.tool_calls import Tool, read_tools

@@ -13,10 +13,9 @@ from typing import Any
 
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection
-from training_lens.data.examples import Row
+from training_lens.data.examples import AddRemark, OnBadRow, Row, SourceFile, ignore_remark
 from training_lens.data.file_readers import FORMATS, detect_format, read_file_rows
 from training_lens.data.row_keys import ALIASES, plain_name
-from training_lens.data.source_file import AddRemark, OnBadRow, SourceFile, ignore_remark
 from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.arrow_rows import iterate_arrow_rows
 from training_lens.utils.files import hash_file

@@ -1,4 +1,7 @@
-"""Tokenized splits, cached on disk under a fingerprint of everything that decides their tokens."""
+"""Tokenized splits, cached on disk under a fingerprint of everything that decides their tokens.
+
+A few more examples may stand behind a split's own, in memory alone.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+
 import training_lens.data as data_package
+from training_lens.data.examples import TokenizedExample
 from training_lens.data.notes import refuse_unusable_sources
 from training_lens.data.sources import DataSource, expand_sources
 from training_lens.data.split_report import SplitCounter, SplitReport
-from training_lens.data.token_dataset import TokenDataset, write_examples
+from training_lens.data.token_dataset import TokenDataset, TokenTable, write_examples
 from training_lens.data.token_pipeline import Preparation, collect_all_errors, tokenize_chunks
 from training_lens.data.tokenization import CharacterCoverage
 from training_lens.display.progress import Progress
@@ -158,3 +165,28 @@ def cache_folder(fingerprint: str, cache: Path) -> Path:
     if not re.fullmatch(r"[0-9a-f]{32}", fingerprint[:32]):
         raise DamagedFileError(f"{fingerprint[:80]!r} is no fingerprint of rows, expected hexadecimal digits.")
     return cache / fingerprint[:32]
+
+
+class JoinedTokens(TokenTable):
+    """The columns of a source, then those of others; nothing is copied, and the source verifies its own tokens."""
+
+    def __init__(self, first: TokenTable, others: pa.Table) -> None:
+        self._first, self._others, self._joined = first, others, first.table
+        super().__init__(pa.concat_tables([first.table, others]))
+
+    def require_tokens(self, row: int) -> None:
+        """See `TokenFile.require_tokens`; the source may open its file again."""
+        if row >= self._first.table.num_rows:
+            return
+        self._first.require_tokens(row)
+        if self._first.table is not self._joined:
+            self._joined = self._first.table
+            self.table = pa.concat_tables([self._joined, self._others])
+
+
+def append_examples(dataset: TokenDataset, examples: Sequence[TokenizedExample]) -> TokenDataset:
+    """The dataset with these examples behind its own."""
+    own = np.arange(dataset.table.num_rows) if dataset.rows is None else dataset.rows
+    added = dataset.table.num_rows + np.arange(len(examples))
+    joined = JoinedTokens(dataset.source, TokenDataset.from_examples(examples).table)
+    return TokenDataset(joined, np.concatenate([own, added]))

@@ -16,8 +16,8 @@ import numpy as np
 from training_lens.data.examples import Example
 from training_lens.errors import ConfigurationError
 from training_lens.evaluation.answer_endings import Endings
+from training_lens.evaluation.evaluation_rows import UNKNOWN_ROWS, TrainedRows
 from training_lens.evaluation.model_scores import Bootstrap, Measures, ModelScores
-from training_lens.evaluation.trained_rows import UNKNOWN_ROWS, TrainedRows
 from training_lens.evaluation.verdict import ADAPTER_NAME, Interval
 
 BASE, ADAPTER = "base", "adapter"

@@ -27,12 +27,11 @@ from training_lens.evaluation.comparison import (
     measure_forgetting,
 )
 from training_lens.evaluation.comparison_verdict import assess_comparison
-from training_lens.evaluation.evaluation_rows import EvaluationRows
+from training_lens.evaluation.evaluation_rows import EvaluationRows, TrainedRows, find_trained_rows
 from training_lens.evaluation.evaluator import BaseStates, EvaluationOptions, TokenSums, paired_sums, token_sums
 from training_lens.evaluation.harness import TaskOptions, TaskScores, run_tasks
 from training_lens.evaluation.metrics import AnswerScoring
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
-from training_lens.evaluation.trained_rows import TrainedRows, find_trained_rows
 from training_lens.evaluation.training_verdict import is_run_folder, read_training_record
 from training_lens.evaluation.verdict import Verdict
 from training_lens.inference.generator import generate_answers

@@ -14,6 +14,8 @@ from training_lens.evaluation.verdict import LEAST_CHANGE, Outcome, Remark, Verd
 from training_lens.runs.metrics_log import read_logged_values
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.formatting import pluralize
+from training_lens.utils.integrity import read_sealed
+from training_lens.utils.logging import get_logger
 
 MORE_ROWS = "validation rows: data.validation=FILE or data.val_ratio=0.1 in the next run, or rows given to compare."
 FAR_BELOW = 0.5  # training loss over the loss of other rows
@@ -179,3 +181,27 @@ def _training_remarks(record: TrainingRecord) -> Iterator[Remark]:
 def is_run_folder(source: str) -> bool:
     """Whether the source of a session is a run's folder."""
     return (Path(source) / "metadata").is_dir()
+
+
+logger = get_logger(__name__)
+
+
+def read_run_verdict(run: RunFolder) -> Verdict:
+    """The verdict of `compare` unless the run was trained further since, else of its validation."""
+    return read_comparison_verdict(run) or assess_training(read_training_record(run), str(run.root))
+
+
+def read_comparison_verdict(run: RunFolder) -> Verdict | None:
+    """The verdict of the run's `compare`; None without one, or where the run was trained further since."""
+    path = run.reports / "compare.json"
+    if not path.is_file():
+        return None
+    try:
+        report = read_sealed(path)
+        steps = run.read_metadata("summary.json").get("steps", 0)
+        if "verdict" not in report or report.get("steps", steps) != steps:
+            return None  # written before verdicts existed, or before the run was resumed
+        return Verdict.from_json(report["verdict"])
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s has no valid verdict (%s): run training-lens compare again", path, error)
+        return None

@@ -20,8 +20,8 @@ from training_lens.errors import AdapterError, MergeError
 from training_lens.inference.session import Session, open_run, open_session
 from training_lens.merging.merge_plan import MERGE, MergeOptions, plan_merge
 from training_lens.merging.merge_tensors import MergedModel, check_mergeable, merge_weights, save_delta, save_merged
-from training_lens.merging.merged_weights import MergeOutput, check_weights
 from training_lens.merging.verification import Probes, Verification, probe_adapter, verify_folder
+from training_lens.merging.weight_update import MergeOutput, check_weights
 from training_lens.models.adapter_files import read_config, require_adapter, require_plain
 from training_lens.models.adapters import count_parameters
 from training_lens.models.base_files import COPIED, copy_files, has_newer_form, save_tokenizer, write_generation_config

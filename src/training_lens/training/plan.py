@@ -39,10 +39,9 @@ from training_lens.models.factory import (
     resolve_seq_len,
 )
 from training_lens.models.quantization import check_quantization
-from training_lens.training.loop.loop_plan import LoopPlan
+from training_lens.training.loop.loop_plan import LoopPlan, ValidationSample, draw_validation_sample
 from training_lens.training.loop.lr_schedule import count_warmup_steps, default_lr, describe_run_length
 from training_lens.training.loop.memory_budget import Footprint, estimate_footprint, plan_token_budget
-from training_lens.training.loop.validation_sample import ValidationSample, draw_validation_sample
 from training_lens.training.plan_rows import PlanRows, build_schedule, select_rows
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import require_writable, write_text

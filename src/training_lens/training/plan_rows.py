@@ -11,9 +11,8 @@ import numpy as np
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.batching import DataMixture, Schedule, hold_out, limit_examples
 from training_lens.data.canaries import SOURCE, Canaries
-from training_lens.data.joined_tokens import append_examples
 from training_lens.data.row_list import read_row_list
-from training_lens.data.token_cache import Split
+from training_lens.data.token_cache import Split, append_examples
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.data.token_pipeline import Preparation
 from training_lens.errors import ConfigurationError

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training_lens.analysis.findings.swap_gain import SwapGain
+from training_lens.analysis.findings.prompt_use import SwapGain
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset

@@ -44,7 +44,6 @@ from training_lens.training.loop.callbacks import (
 from training_lens.training.loop.checkpoint_manager import ADAPTER, CheckpointManager, TrainingState
 from training_lens.training.loop.memory_budget import explain_out_of_memory
 from training_lens.training.loop.trainer import Trainer
-from training_lens.training.own_estimate import EstimateCallback
 from training_lens.training.plan import RunPlan, plan_run, write_rows_as_files
 from training_lens.training.preflight.check_plan import check_plan, log_findings, write_findings
 from training_lens.training.preflight.first_steps import FirstStepsCheck
@@ -57,6 +56,7 @@ from training_lens.training.resume import (
     select_changes,
 )
 from training_lens.training.samples import SampleWriter
+from training_lens.training.step_costs import EstimateCallback
 from training_lens.training.summary import TrainingSummary, status_after_error, summarize_run, write_summary
 from training_lens.utils.devices import get_device
 from training_lens.utils.files import atomic_folder, list_files, require_writable

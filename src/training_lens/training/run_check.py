@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from training_lens.config.run_config import read_run_config
-from training_lens.core.capture_files import LISTING, read_listing
-from training_lens.core.lens_manifest import read_manifest
+from training_lens.core.capture_files import LISTING, read_listing, read_manifest
 from training_lens.core.lens_store import COST, LensStore, read_cost
 from training_lens.data.token_cache import open_cached_split
 from training_lens.errors import CheckpointError, TrainingLensError

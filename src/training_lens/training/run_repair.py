@@ -11,8 +11,7 @@ from training_lens.analysis.saved_adapters import open_adapter
 from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, read_run_config
 from training_lens.config.schema import TrainingConfig
 from training_lens.core import table_names as tables
-from training_lens.core.capture_files import LISTING, list_captures, write_listing
-from training_lens.core.lens_manifest import LENS, write_manifest
+from training_lens.core.capture_files import LENS, LISTING, list_captures, write_listing, write_manifest
 from training_lens.core.lens_store import COST, read_cost, table_folders
 from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import LensManifest

@@ -9,7 +9,7 @@ from training_lens.models.adapters import ParameterCount
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.lens_callback import CaptureCallback
 from training_lens.training.loop.trainer import Trainer
-from training_lens.training.own_estimate import EstimateCallback
+from training_lens.training.step_costs import EstimateCallback
 from training_lens.utils.devices import peak_bytes
 from training_lens.utils.integrity import write_sealed
 

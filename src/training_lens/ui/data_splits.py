@@ -202,7 +202,7 @@ class RunRows:
         if not self.record.get("canaries"):
             return rows
         from training_lens.data.canaries import Canaries
-        from training_lens.data.joined_tokens import append_examples
+        from training_lens.data.token_cache import append_examples
 
         planted = Canaries.from_record(self.record["canaries"]).tokenize_planted(self._build_preparation())
         return append_examples(rows, planted)

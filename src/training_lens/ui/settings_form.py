@@ -13,10 +13,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from training_lens.config.compose import compose
+from training_lens.config.compose import PRESETS, compose, packaged_presets, user_presets
 from training_lens.config.keys import describe_unknown, known_keys, list_settings, section_model
 from training_lens.config.overrides import Override, key_type, list_union_members, read_value
-from training_lens.config.preset_files import PRESETS, packaged_presets, user_presets
 from training_lens.config.run_config import BASE, CODE_KEYS
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError

@@ -13,6 +13,7 @@ import torch
 from tiny_models import tiny_model
 
 from training_lens.analysis.explanations.answer_changes import AnswerChange
+from training_lens.analysis.explanations.answer_measurement import find_parting, read_answer_lens
 from training_lens.analysis.explanations.answer_question import AnswerQuestion, read_pieces
 from training_lens.analysis.explanations.answer_report import (
     build_answer_report,
@@ -20,7 +21,6 @@ from training_lens.analysis.explanations.answer_report import (
     describe_check,
     token_table,
 )
-from training_lens.analysis.explanations.layer_lens import find_parting, read_answer_lens
 from training_lens.analysis.run_reader import Run
 from training_lens.config.schema import PeftSection
 from training_lens.errors import ConfigurationError

@@ -13,8 +13,14 @@ import torch
 from slow_cases import mark_slow
 
 from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.analysis.explanations.row_explanation import LATE, NEVER, explain_visits, measure_rows
-from training_lens.analysis.explanations.row_visits import RowVisits, read_visits
+from training_lens.analysis.explanations.row_explanation import (
+    LATE,
+    NEVER,
+    RowVisits,
+    explain_visits,
+    measure_rows,
+    read_visits,
+)
 from training_lens.analysis.explanations.rows_report import build_rows_report, rows_table, write_suspects
 from training_lens.analysis.explanations.training_rows import label_rows, open_rows_of, suggest_row
 from training_lens.core.arrow import arrow_table

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from training_lens.data.batching import Schedule
-from training_lens.training.loop.validation_sample import TOKEN_SHARE, draw_validation_sample
+from training_lens.training.loop.loop_plan import TOKEN_SHARE, draw_validation_sample
 
 
 def schedule(examples: int, epochs: float = 2, batch: int = 8) -> Schedule:

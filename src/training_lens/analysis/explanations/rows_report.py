@@ -15,8 +15,8 @@ from training_lens.analysis.explanations.row_explanation import (
     WRONG,
     ListedRow,
     RowsExplanation,
+    RowVisits,
 )
-from training_lens.analysis.explanations.row_visits import RowVisits
 from training_lens.analysis.explanations.training_rows import label_rows
 from training_lens.analysis.reports.standard import Report
 from training_lens.display.colors import COLOURS

@@ -19,7 +19,7 @@ from training_lens.data.tokenization import TextEncoder
 from training_lens.display.html import ShortenedCell
 from training_lens.display.progress import Progress
 from training_lens.errors import CheckpointError, ConfigurationError, TrainingLensError
-from training_lens.evaluation.trained_rows import open_training_rows
+from training_lens.evaluation.evaluation_rows import open_training_rows
 from training_lens.models.factory import load_tokenizer
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.formatting import nearest_name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.swap_gain import SwapGain
+from training_lens.analysis.findings.prompt_use import SwapGain
 from training_lens.core.recording import Recording
 
 ERRORS = 3.0  # standard errors

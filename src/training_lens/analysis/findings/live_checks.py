@@ -20,8 +20,8 @@ from training_lens.analysis.findings.rate_low import check_rate_low
 from training_lens.analysis.findings.self_check import check_gradients
 from training_lens.analysis.findings.untrained import check_untrained
 from training_lens.core.framework import TrainingLensFramework
+from training_lens.core.lens_store import RunningCaptures
 from training_lens.core.recording import Recording
-from training_lens.core.running_captures import RunningCaptures
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)

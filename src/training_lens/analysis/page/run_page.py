@@ -13,8 +13,12 @@ from training_lens.analysis.page.run_feed import RunFeed, list_active_findings
 from training_lens.analysis.page.run_row import find_total_steps, read_run_row
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError
-from training_lens.evaluation.run_verdict import read_comparison_verdict
-from training_lens.evaluation.training_verdict import TrainingRecord, assess_training, build_training_record
+from training_lens.evaluation.training_verdict import (
+    TrainingRecord,
+    assess_training,
+    build_training_record,
+    read_comparison_verdict,
+)
 from training_lens.evaluation.verdict import PERCENT_MEASURES, Outcome, Verdict, format_measure, name_measure
 from training_lens.runs.checkpoint_format import list_checkpoint_steps
 from training_lens.runs.metrics_log import is_finite_number

@@ -10,8 +10,7 @@ from typing import Any
 
 from training_lens.analysis.page.run_feed import list_active_findings
 from training_lens.errors import CheckpointError
-from training_lens.evaluation.run_verdict import read_comparison_verdict
-from training_lens.evaluation.training_verdict import assess_training, build_training_record
+from training_lens.evaluation.training_verdict import assess_training, build_training_record, read_comparison_verdict
 from training_lens.evaluation.verdict import Verdict
 from training_lens.runs.housekeeping import read_tags
 from training_lens.runs.journal import parse_line

@@ -145,7 +145,7 @@ class StandardReports:
 
     def diagnostic(self) -> Report:
         """Each finding in full."""
-        from training_lens.analysis.reports.diagnostic import build_diagnostic
+        from training_lens.analysis.reports.executive import build_diagnostic
 
         return build_diagnostic(self.analysis)
 
