@@ -108,6 +108,13 @@ def test_case_and_width_are_near_and_signs_are_not_lost() -> None:
     assert jaccard_similarity(pieces(""), pieces(" ")) == 1
 
 
+def test_ascii_text_has_the_same_shingles_beside_other_letters() -> None:
+    """It is cut into words by a pattern of its own."""
+    signs = " a_1".join(map(chr, range(128)))
+    assert len(pieces(signs)) > 128
+    assert set(pieces(signs).tolist()) < set(pieces(f"{signs} \u00fc").tolist())
+
+
 def test_other_contexts_share_no_shingle() -> None:
     text = " ".join(WORDS)
     assert jaccard_similarity(pieces(text, 1 << 40), pieces(text, 2 << 40)) == 0
@@ -145,6 +152,14 @@ def test_near_rows_are_found_and_others_are_not() -> None:
     assert set(found) == {1}
     of, similarity = found[1]
     assert of == 0 and similarity == (pieces - 5) / (pieces + 5)  # five of each are its own
+
+
+def test_rows_that_hold_an_earlier_one_are_found_at_the_threshold() -> None:
+    """MinHash finds nine of ten; all that they share is known to the index, and no more is needed."""
+    pairs = [([f"w{n}x{i}" for i in range(84)], [f"w{n}x{i}" for i in range(104)]) for n in range(40)]
+    found = near_of([plain(" ".join(words)) for pair in pairs for words in pair])
+    assert len(found) > 30
+    assert all(match == (row - 1, 0.8) for row, match in found.items())
 
 
 def test_no_pair_below_the_threshold_is_ever_found() -> None:

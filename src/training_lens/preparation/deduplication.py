@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any, Literal
 
@@ -34,7 +34,10 @@ RECALL = 0.9  # of pairs exactly at the threshold; higher for more similar pairs
 # Scripts without spaces between words: each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
+_FOLDED_ASCII_WORD = re.compile(r"[0-9_a-z]+|[^\s0-9_a-z]")  # the same for such a text, in less time
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, i, 2**64) for i in range(WORDS)], dtype=np.uint64)
+_encode_json = json.JSONEncoder(sort_keys=True).encode
+_SEEN = 2**24  # bytes of a `NearIndex` that tell which shingles occur in it
 
 
 def normalize_text(text: str) -> str:
@@ -69,7 +72,7 @@ def fingerprint_example(example: Example) -> Fingerprint:
 
 
 def _hash_json(value: Any) -> int:
-    return hash_bytes(json.dumps(value, sort_keys=True).encode())
+    return hash_bytes(_encode_json(value).encode())
 
 
 def combine_digests(strata: np.ndarray, digests: np.ndarray) -> np.ndarray:
@@ -111,13 +114,13 @@ def hash_shingles(messages: Sequence[Message], context: int = 0) -> np.ndarray:
     every hash, so that different contexts share none.
     """
     text = " ".join(part for message in messages for part in _list_texts(message))
-    words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = (_FOLDED_ASCII_WORD if folded.isascii() else _WORD).findall(folded)
     if not words:
         return np.array([], dtype=np.uint32)
-    hashes = np.array([_word_hash(word) for word in words], dtype=np.uint64)
-    width = min(WORDS, len(words))
-    windows = np.lib.stride_tricks.sliding_window_view(hashes, width)  # (words - width + 1, width)
-    mixed = (windows * _POWERS[:width]).sum(axis=1, dtype=np.uint64) ^ np.uint64(context)
+    hashes = np.fromiter(map(_word_hash, words), np.uint64, len(words))
+    powers = _POWERS[: len(words)]
+    mixed = np.convolve(hashes, powers[::-1], "valid") ^ np.uint64(context)  # (words - len(powers) + 1,)
     return np.unique((mixed >> np.uint64(32)).astype(np.uint32))
 
 
@@ -147,13 +150,20 @@ def choose_bands(threshold: float, num_perm: int) -> tuple[int, int]:
     return num_perm // size, size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sketch:
-    """The index entry of a row: shingles of its prompt and of its last answer, and the MinHash of both."""
+    """What of a row is compared: the shingles of its prompt and of its last answer; `empty` is a MinHash of none."""
 
     prompt: np.ndarray
     answer: np.ndarray
-    minhash: Any
+    empty: Any
+
+    @cached_property
+    def minhash(self) -> Any:
+        """The MinHash of all shingles. Takes most of a sketch's time, and most rows do not need it."""
+        filled = self.empty.copy()
+        filled.update_batch(self.all_shingles.tolist())
+        return filled
 
     @property
     def all_shingles(self) -> np.ndarray:
@@ -173,9 +183,10 @@ class Sketch:
 class NearIndex:
     """Finds rows whose Jaccard similarity with an indexed row is at least `threshold`.
 
-    MinHash finds candidates and the exact similarity decides, so there are no false positives. Deterministic.
+    MinHash finds candidates and the exact similarity decides, so there are no false positives. Deterministic. A row
+    with too few shingles that any indexed row may have (a Bloom filter of one hash) is near none, and costs no MinHash.
 
-    Cost: about 7 kB of memory per indexed row, plus 4 bytes per word.
+    Cost: about 7 kB of memory per indexed row, plus 4 bytes per word, and 16 MB.
     """
 
     def __init__(self, threshold: float, num_perm: int) -> None:
@@ -187,27 +198,32 @@ class NearIndex:
         self._lsh = MinHashLSH(num_perm=num_perm, params=choose_bands(threshold, num_perm))
         self._empty = MinHash(num_perm, hashfunc=int)  # shingles are hashes already
         self._sketches: dict[int, Sketch] = {}
+        self._seen = np.zeros(_SEEN, dtype=bool)  # by the last bits of a shingle
 
     def build_sketch(self, example: Example, context: int) -> Sketch:
         """The example as `find_near_rows` and `add_row` take it."""
         *asked, answer = example.messages
-        parts = hash_shingles(asked, context), hash_shingles([answer], context ^ _ANSWER)
-        minhash = self._empty.copy()
-        minhash.update_batch(np.concatenate(parts))
-        return Sketch(*parts, minhash)
+        return Sketch(hash_shingles(asked, context), hash_shingles([answer], context ^ _ANSWER), self._empty)
 
     def add_row(self, row: int, sketch: Sketch) -> None:
         """Index a row; a row without words is never near another."""
         if len(sketch.all_shingles):
             self._lsh.insert(row, sketch.minhash)
             self._sketches[row] = sketch
+            self._seen[sketch.all_shingles & (_SEEN - 1)] = True
 
     def find_near_rows(self, sketch: Sketch, apart: bool = False) -> Iterator[tuple[int, float]]:
         """The near rows in order, each with its similarity; `apart`: prompts are near, and answers are."""
-        for row in self._find_candidates(sketch) if len(sketch.all_shingles) else ():
+        for row in self._find_candidates(sketch) if self._may_be_near(sketch) else ():
             similar = self._sketches[row].similarity(sketch, apart)
             if similar >= self._threshold:
                 yield row, similar
+
+    def _may_be_near(self, sketch: Sketch) -> bool:
+        """False where even a row of all shingles that are known here would not be near: |A and B| / |A| is too low."""
+        shingles = sketch.all_shingles
+        shared = int(np.count_nonzero(self._seen[shingles & (_SEEN - 1)]))
+        return len(shingles) > 0 and shared / len(shingles) >= self._threshold
 
     def _find_candidates(self, sketch: Sketch) -> list[int]:
         """Rows that agree on a band, unless their whole signatures differ too much."""
