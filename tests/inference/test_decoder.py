@@ -113,7 +113,7 @@ def test_the_decoder_follows_the_adapter(precision: str, size: float, is_trained
 
 
 def logits(decoder: Any, ids: list[int]) -> torch.Tensor:
-    return subject._decode_probe(decoder, ids)
+    return subject.decode_probe(decoder, ids)
 
 
 @pytest.mark.slow

@@ -260,7 +260,7 @@ def load_template_file(asked: str, tokenizer: Any) -> None:
 
 def resolve_date(data: DataSection, tokenizer: Any) -> str | None:
     """The date for the chat template, YYYY-MM-DD: the configured one, else today if the template shows it. Logs it."""
-    templates = tokenizer.chat_template if _uses_chat_template(choose_template(data.template, tokenizer)) else ""
+    templates = tokenizer.chat_template if uses_chat_template(choose_template(data.template, tokenizer)) else ""
     has_date = any(map(shows_date, [templates] if isinstance(templates, str) else templates.values()))
     if not has_date:
         if data.date:
@@ -276,7 +276,7 @@ def build_renderer(data: DataSection, tokenizer: Any) -> Renderer:
     name, end = choose_template(data.template, tokenizer), tokenizer.eos_token or ""
     template: Template
     tool_template: Template | None = None
-    if _uses_chat_template(name):
+    if uses_chat_template(name):
         template, tool_template = _build_chat_templates(data, tokenizer, name)
     elif name == "alpaca":
         template = AlpacaTemplate(end)
@@ -296,7 +296,8 @@ def build_renderer(data: DataSection, tokenizer: Any) -> Renderer:
     )
 
 
-def _uses_chat_template(name: str) -> bool:
+def uses_chat_template(name: str) -> bool:
+    """Whether a resolved `data.template` is a chat template in Jinja."""
     return name == "chat" or name.endswith(JINJA)
 
 

@@ -7,23 +7,31 @@ the KV cache (`SlotCache`), and the next prompt takes a slot that has become fre
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from training_lens.inference.sampler import Completion, Sampler
+from training_lens.inference.sampler import Completion
 from training_lens.models.fast.decoder_stack import DecoderStack
 from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
+from training_lens.models.fast.row_adapters import RowAdapters
 
 MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a forward pass of its own
 MAX_LENGTH_RATIO = 2  # a prompt that is shorter than the longest by this factor waits for rows of its own size
 FEW_ROWS = 8  # that all fit go together: a decoding step of them takes hardly more time than one of a single row
 CPU_PREFILL_TOKENS = 512  # prefilled at a time: more would only make tensors that no CPU cache holds
 COLUMN_SLACK = 4  # a quarter more cache columns than one row takes, so that they are seldom compacted
+
+
+class TokenSampler(Protocol):
+    """What chooses the next token of each row."""
+
+    def sample_next_token(self, logits: Tensor, rows: Sequence[Completion | None]) -> Tensor:
+        """(rows,) int64 from logits (rows, vocabulary); arbitrary for an empty row."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Decoder:
     stack: DecoderStack | None = None  # the forward pass through our own layers, where it gives the same logits
     is_merged: bool = False  # an adapter is merged into its weights
     paths: Mapping[int, str] = field(default_factory=dict)  # of the layers that its fused ones were built of, by id
+    adapters: RowAdapters | None = None  # beside the weights, of which each row has its own
 
     def compute_logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """Logits after the last token of each row, (rows, vocabulary); the tokens are added to the KV cache.
@@ -71,14 +80,17 @@ class SharedPrefix:
         return cache
 
 
+NO_PREFIX = SharedPrefix()
+
+
 def prefill_shared_prefix(decoder: Decoder, prompts: Sequence[list[int]]) -> SharedPrefix:
     """Prefill what the prompts share, without the last token of each, if it is long enough to pay."""
     first, last = min(prompts), max(prompts)  # in the order of their tokens: what these two share, all do
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     length = min(same, min(map(len, prompts)) - 1)
     if len(prompts) < 2 or length < MIN_SHARED_TOKENS:
-        return SharedPrefix()
-    return SharedPrefix(length, prefill(decoder, [first[:length]], SharedPrefix())[1])
+        return NO_PREFIX
+    return SharedPrefix(length, prefill(decoder, [first[:length]], NO_PREFIX)[1])
 
 
 def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], prefix: SharedPrefix) -> tuple[Tensor, Cache]:
@@ -112,103 +124,137 @@ def _prefill_masks(decoder: Decoder, pads: Tensor, offsets: Tensor, shared: int)
     return masks
 
 
+class DecodeBatch:
+    """Rows that decode together, each in a slot of the KV cache. A row may join or leave between any two steps.
+
+    Args:
+        rows, columns: slots, and tokens that each holds; both grow where they must.
+    """
+
+    def __init__(self, decoder: Decoder, sampler: TokenSampler, rows: int, columns: int) -> None:
+        self._decoder, self._sampler = decoder, sampler
+        self.rows: list[Completion | None] = [None] * rows
+        self._cache = SlotCache(rows, columns, decoder.windows, decoder.dtype, decoder.device)
+        self._last = torch.zeros(rows, dtype=torch.int64, device=decoder.device)
+        self._positions, self._live = torch.zeros_like(self._last), torch.zeros_like(self._last)
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The rows that are decoded."""
+        return [row for row in self.rows if row is not None]
+
+    @property
+    def free_slots(self) -> int:
+        return self.rows.count(None)
+
+    @property
+    def columns(self) -> int:
+        """The tokens that each slot holds."""
+        return self._cache.columns.count
+
+    def resize_columns(self, columns: int) -> None:
+        """Hold so many tokens a slot, or as many as the longest row has."""
+        self._cache.resize_columns(columns)
+
+    def prefill_rows(self, batch: Sequence[Completion], prefix: SharedPrefix = NO_PREFIX) -> list[Completion]:
+        """Prefill prompts together, and give each its first token and a slot; returns those finished with it."""
+        if (missing := len(batch) - self.free_slots) > 0:
+            self._add_slots(missing)
+        self._select_adapters(batch)
+        logits, cache = prefill(self._decoder, [c.prompt for c in batch], prefix)
+        tokens = self._sampler.sample_next_token(logits, batch)
+        finished = _add_tokens(batch, tokens.tolist())
+        for i, completion in enumerate(batch):
+            if completion not in finished:
+                slot, length = self.rows.index(None), len(completion.prompt)
+                self._cache.write_prompt(slot, cache, i, prefix.length, length)
+                self.rows[slot] = completion
+                self._last[slot], self._positions[slot], self._live[slot] = tokens[i], length, 1
+        return finished
+
+    def step(self) -> list[Completion]:
+        """One more token for every row; returns the rows that it finishes."""
+        self._cache.open_column()
+        masks = self._cache.attention_masks()
+        self._select_adapters(self.rows)
+        logits = self._decoder.compute_logits(self._last[:, None], self._positions[:, None], masks, self._cache)
+        self._last = self._sampler.sample_next_token(logits, self.rows)
+        self._positions += self._live
+        finished = _add_tokens(self.rows, self._last.tolist())  # the one sync point of a step
+        for completion in finished:
+            self.remove_row(completion)
+        return finished
+
+    def remove_row(self, completion: Completion) -> None:
+        """Free the slot of a row."""
+        slot = self.rows.index(completion)
+        self.rows[slot] = None
+        self._cache.release_row(slot)
+        self._positions[slot] = self._live[slot] = 0  # an empty slot must not run out of positions
+
+    def drop_free_slots(self) -> None:
+        """Shrink to the slots that hold a row."""
+        slots = [slot for slot, row in enumerate(self.rows) if row is not None]
+        index = torch.tensor(slots, dtype=torch.int64, device=self._decoder.device)
+        self._cache.keep_rows(slots)
+        self.rows = [self.rows[slot] for slot in slots]
+        self._last, self._positions, self._live = self._last[index], self._positions[index], self._live[index]
+
+    def _add_slots(self, count: int) -> None:
+        self._cache.add_rows(count)
+        self.rows += [None] * count
+        self._last, self._positions, self._live = (
+            torch.nn.functional.pad(held, (0, count)) for held in (self._last, self._positions, self._live)
+        )
+
+    def _select_adapters(self, rows: Sequence[Completion | None]) -> None:
+        """Free slots are computed as the first row is, so that rows of one adapter are computed without a choice."""
+        if self._decoder.adapters:
+            first = next(row.adapter for row in rows if row is not None)
+            self._decoder.adapters.select_rows([first if row is None else row.adapter for row in rows])
+
+
+def _add_tokens(rows: Sequence[Completion | None], tokens: Sequence[int]) -> list[Completion]:
+    """Give each completion its token; returns those that are finished with it."""
+    return [row for row, token in zip(rows, tokens, strict=True) if row is not None and row.add_token(token)]
+
+
 class DecodeLoop:
     """Decodes completions in `rows` slots by continuous batching.
 
     Args:
         waiting: the longest first. They are taken as slots become free, up to the first that is so much shorter than
             the longest that it had better wait for more slots.
-        stops: tokens that end an answer; they are not part of it.
-        on_token: called with each token of an answer.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        sampler: Sampler,
-        waiting: Sequence[Completion],
-        rows: int,
-        stops: frozenset[int],
-        on_token: Callable[[int], None] | None = None,
-    ) -> None:
-        self._decoder, self._sampler, self._stops, self._on_token = decoder, sampler, stops, on_token
+    def __init__(self, decoder: Decoder, sampler: TokenSampler, waiting: Sequence[Completion], rows: int) -> None:
         longest = waiting[0].max_length
         all_fit = len(waiting) <= min(rows, FEW_ROWS)
         self._waiting = deque(c for c in waiting if all_fit or MAX_LENGTH_RATIO * c.max_length > longest)
         self._prefix = prefill_shared_prefix(decoder, [list(c.prompt) for c in self._waiting])
         self._budget = min(rows * longest, CPU_PREFILL_TOKENS) if decoder.device.type == "cpu" else rows * longest
-        self._rows: list[Completion | None] = [None] * rows
         columns = longest + (longest // COLUMN_SLACK if len(self._waiting) > rows else 0)
-        self._cache = SlotCache(rows, columns, decoder.windows, decoder.dtype, decoder.device)
-        self._cache.columns.end = max(len(c.prompt) for c in self._waiting)
-        self._last = torch.zeros(rows, dtype=torch.int64, device=decoder.device)
-        self._positions, self._live = torch.zeros_like(self._last), torch.zeros_like(self._last)
+        self._batch = DecodeBatch(decoder, sampler, rows, columns)
 
     def run(self) -> Iterator[list[Completion]]:
         """Yield completions as they finish."""
-        while self._waiting or any(self._rows):
-            enough = min(len(self._waiting), max(1, len(self._rows) // 8))  # free slots, for a prefill to pay
-            if self._waiting and self._rows.count(None) >= enough:
+        while self._waiting or self._batch.completions:
+            slots, free = len(self._batch.rows), self._batch.free_slots
+            enough = min(len(self._waiting), max(1, slots // 8))  # free slots, for a prefill to pay
+            if self._waiting and free >= enough:
                 yield from self._prefill_free_slots()
-            elif not self._waiting and 2 * sum(row is not None for row in self._rows) <= len(self._rows):
-                self._drop_free_slots()
-            if any(self._rows) and (finished := self._decoding_step()):
+            elif not self._waiting and 2 * (slots - free) <= slots:
+                self._batch.drop_free_slots()
+            if self._batch.completions and (finished := self._batch.step()):
                 yield finished
 
     def _prefill_free_slots(self) -> Iterator[list[Completion]]:
         """Prefill prompts into the free slots, in batches within the token budget."""
-        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        free = self._batch.free_slots
         while free and self._waiting:
             width = len(self._waiting[0].prompt)
-            count = min(len(free), len(self._waiting), max(1, self._budget // width))
-            batch = [self._waiting.popleft() for _ in range(count)]
-            logits, cache = prefill(self._decoder, [c.prompt for c in batch], self._prefix)
-            tokens = self._sampler.sample_next_token(logits, batch)
-            finished = self._append_tokens(batch, tokens.tolist())
-            for i, completion in enumerate(batch):
-                if completion not in finished:
-                    slot, length = free.pop(0), len(completion.prompt)
-                    self._cache.write_prompt(slot, cache, i, self._prefix.length, length)
-                    self._rows[slot] = completion
-                    self._last[slot], self._positions[slot], self._live[slot] = tokens[i], length, 1
+            count = min(free, len(self._waiting), max(1, self._budget // width))
+            finished = self._batch.prefill_rows([self._waiting.popleft() for _ in range(count)], self._prefix)
+            free -= count - len(finished)
             if finished:
                 yield finished
-
-    def _decoding_step(self) -> list[Completion]:
-        """One more token for every row; returns the rows that it finishes."""
-        self._cache.open_column()
-        masks = self._cache.attention_masks()
-        logits = self._decoder.compute_logits(self._last[:, None], self._positions[:, None], masks, self._cache)
-        self._last = self._sampler.sample_next_token(logits, self._rows)
-        self._positions += self._live
-        finished = self._append_tokens(self._rows, self._last.tolist())  # the one sync point of a step
-        for completion in finished:
-            slot = self._rows.index(completion)
-            self._rows[slot] = None
-            self._cache.release_row(slot)
-            self._positions[slot] = self._live[slot] = 0  # an empty slot must not run out of positions
-        return finished
-
-    def _append_tokens(self, rows: Sequence[Completion | None], tokens: Sequence[int]) -> list[Completion]:
-        """Give each completion its token; returns those that are finished with it."""
-        finished = []
-        for completion, token in zip(rows, tokens, strict=True):
-            if completion is None:
-                continue
-            completion.has_stopped = token in self._stops
-            if not completion.has_stopped:
-                completion.tokens.append(token)
-                if self._on_token:
-                    self._on_token(token)
-            if completion.has_stopped or len(completion.tokens) == completion.max_new_tokens:
-                finished.append(completion)
-        return finished
-
-    def _drop_free_slots(self) -> None:
-        """Shrink the batch to the rows that are left, as no prompt waits for the free slots."""
-        slots = [slot for slot, row in enumerate(self._rows) if row is not None]
-        if slots:
-            index = torch.tensor(slots, device=self._decoder.device)
-            self._cache.keep_rows(slots)
-            self._rows = [self._rows[slot] for slot in slots]
-            self._last, self._positions, self._live = self._last[index], self._positions[index], self._live[index]

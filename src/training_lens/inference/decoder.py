@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training_lens.inference.decode_loop import Decoder, SharedPrefix, prefill
+from training_lens.inference.decode_loop import NO_PREFIX, Decoder, prefill
 from training_lens.models.adapters import base_only
 from training_lens.models.copies import copy_base, copy_merged, copy_sharing_weights
 from training_lens.models.fast.decoder_stack import build_stack
@@ -195,7 +195,7 @@ def refresh_decoder(decoder: Decoder, model: Any, ids: Tensor) -> bool:
         is_complete = is_complete and _copy_merged_weights(decoder, model, merged, fused)
     if not is_complete:
         return False
-    found = _decode_probe(decoder, ids[0].tolist())
+    found = decode_probe(decoder, ids[0].tolist())
     return is_close(found, wanted[-len(found) :], WHOLE_MODEL)
 
 
@@ -283,7 +283,7 @@ def _count_copied_bytes(model: Any, device: torch.device) -> float:
 def _verify_decoding(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
     """Prefill and decode the probe in two rows, one of them padded, and refuse a model whose logits differ."""
     try:
-        found = _decode_probe(decoder, ids[0].tolist())
+        found = decode_probe(decoder, ids[0].tolist())
     except Exception as error:  # foreign code, called in a way that it may not know
         if is_out_of_memory(error):
             raise
@@ -299,23 +299,22 @@ def _add_stack(decoder: Decoder, tokens: list[int]) -> Decoder:
     """The decoder with its own forward pass through the layers; UnknownLayerError if its modules' logits differ."""
     faster = replace(decoder, stack=build_stack(decoder.model, decoder.windows))
     try:
-        found = _decode_probe(faster, tokens)
+        found = decode_probe(faster, tokens)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise_out_of_memory(error)
         raise UnknownLayerError(f"its parts are called in another way ({describe_error(error)})") from error
-    if not is_close(found, _decode_probe(decoder, tokens), STACK_ROUNDINGS):
+    if not is_close(found, decode_probe(decoder, tokens), STACK_ROUNDINGS):
         raise UnknownLayerError("it computes more than its parts do")
     return faster
 
 
-def _decode_probe(decoder: Decoder, tokens: list[int]) -> Tensor:
+def decode_probe(decoder: Decoder, tokens: list[int]) -> Tensor:
     """Logits after each of the last `DECODED_TOKENS` + 1 tokens, all but the first of them decoded."""
     count = min(DECODED_TOKENS, len(tokens) - 1)
     start = len(tokens) - count
     prompts = [tokens[:start], tokens[:1]]
-    first, prompt = prefill(decoder, prompts, SharedPrefix())
+    first, prompt = prefill(decoder, prompts, NO_PREFIX)
     slots = SlotCache(2, len(tokens) + 1, decoder.windows, decoder.dtype, decoder.device)
-    slots.columns.end = start
     for row, length in enumerate((start, 1)):
         slots.write_prompt(row, prompt, row, 0, length)
     logits = [first[0]]

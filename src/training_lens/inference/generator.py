@@ -19,7 +19,7 @@ from training_lens.errors import ConfigurationError, OutOfMemoryError
 from training_lens.inference.decode_loop import DecodeLoop, Decoder
 from training_lens.inference.decoder import log_once
 from training_lens.inference.fallback_generate import count_batch_rows, generate_padded, needs_long_factors
-from training_lens.inference.sampler import Completion, Sampler
+from training_lens.inference.sampler import Completion, Sampler, generation_options
 from training_lens.inference.session import Session
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.heap import keep_freed_memory
@@ -190,7 +190,7 @@ def prepare_batch(
     call = _plan_call(session, settings, False, prompts[0], on_token)
 
     def generate() -> list[Sequence[int]]:
-        completions = [Completion(prompt, max_new_tokens) for prompt in prompts]
+        completions = [call.start_completion(prompt, max_new_tokens) for prompt in prompts]
         with keep_freed_memory():
             for _ in call.complete_first(completions, len(completions)):
                 pass
@@ -210,6 +210,9 @@ class _GenerationCall:
     sampler: Sampler
     decoder: Decoder | None
     on_token: Callable[[int], None] | None  # called with each token
+
+    def start_completion(self, prompt: Sequence[int], max_new_tokens: int) -> Completion:
+        return Completion(prompt, max_new_tokens, self.session.stop_ids, self.on_token)
 
     def count_rows(self, waiting: Sequence[Completion], budget: int) -> int:
         """How many prompts, the longest first, go together in `budget` tokens; at least one."""
@@ -231,7 +234,7 @@ class _GenerationCall:
             return
         # The decoder computes in the weights' own dtype, also where a run answers during its training.
         with torch.autocast(self.session.device.type, enabled=False):
-            yield from DecodeLoop(decoder, self.sampler, waiting, rows, self.session.stop_ids, self.on_token).run()
+            yield from DecodeLoop(decoder, self.sampler, waiting, rows).run()
 
 
 def _plan_call(
@@ -243,17 +246,9 @@ def _plan_call(
 ) -> _GenerationCall:
     """The call, with the session's decoder where that supports the model and the settings.
 
-    A new decoder is verified on the tokens of `prompt`. Temperature 0 is greedy.
+    A new decoder is verified on the tokens of `prompt`.
     """
-    is_sampled = settings.temperature != 0
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or 0}
-    options = {
-        "do_sample": is_sampled,
-        **(sampling if is_sampled else {}),
-        "max_new_tokens": settings.max_new_tokens,
-        "eos_token_id": sorted(session.stop_ids) or None,
-        "pad_token_id": session.pad_id,
-    }
+    options = generation_options(settings, session.stop_ids, session.pad_id)
     sampler = Sampler(session.model, options, session.device)
     if unsupported := sampler.unsupported_option:
         log_once(f"answers come from the model's own generate: its generation config asks for {unsupported}")
@@ -272,7 +267,7 @@ def _complete_prompts(
             raise ConfigurationError(
                 f"a prompt has {len(prompt)} tokens, the model {positions} positions: no room to answer. Shorten it."
             )
-        completions.append(Completion(prompt, min(call.settings.max_new_tokens, positions - len(prompt))))
+        completions.append(call.start_completion(prompt, min(call.settings.max_new_tokens, positions - len(prompt))))
     waiting = sorted(completions, key=lambda c: -len(c.prompt))
     budget = call.settings.batch_tokens
     while waiting:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from training_lens.config.evaluation_sections import InferenceSection
+from training_lens.models.fast.row_adapters import AdapterOfRow
 
 # These read only the scores, so all rows go through them together.
 ROWWISE = {f"{name}LogitsWarper" for name in ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")}
@@ -24,23 +27,54 @@ UNSUPPORTED_OPTIONS = {  # what `generate` does besides sampling from scores, wi
 
 @dataclass(eq=False)
 class Completion:
-    """The tokens generated so far for one prompt."""
+    """The tokens generated so far for one prompt.
+
+    Args:
+        stop_ids: tokens that end the answer; they are not part of it.
+        on_token: called with each token of the answer.
+    """
 
     prompt: Sequence[int]
     max_new_tokens: int
+    stop_ids: frozenset[int]
+    on_token: Callable[[int], None] | None = None
     tokens: list[int] = field(default_factory=list)
     has_stopped: bool = False  # by a stop token; otherwise the answer was cut at `max_new_tokens`
     processors: Any = None
+    adapter: AdapterOfRow | None = None  # where the decoder has several adapters; None: the base alone
 
     @property
     def max_length(self) -> int:
         """The most tokens that prompt and answer can have together."""
         return len(self.prompt) + self.max_new_tokens
 
+    def add_token(self, token: int) -> bool:
+        """Take the next token; whether the answer is finished with it."""
+        self.has_stopped = token in self.stop_ids
+        if self.has_stopped:
+            return True
+        self.tokens.append(token)
+        if self.on_token:
+            self.on_token(token)
+        return len(self.tokens) == self.max_new_tokens
+
     def restart(self) -> None:
         """Drop the generated tokens."""
         self.tokens.clear()
         self.has_stopped = False
+
+
+def generation_options(settings: InferenceSection, stop_ids: frozenset[int], pad_id: int) -> dict[str, Any]:
+    """Options of `generate` for these settings; temperature 0 is greedy."""
+    is_sampled = settings.temperature != 0
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or 0}
+    return {
+        "do_sample": is_sampled,
+        **(sampling if is_sampled else {}),
+        "max_new_tokens": settings.max_new_tokens,
+        "eos_token_id": sorted(stop_ids) or None,
+        "pad_token_id": pad_id,
+    }
 
 
 class Sampler:
@@ -64,14 +98,18 @@ class Sampler:
 
     def sample_next_token(self, logits: Tensor, rows: Sequence[Completion | None]) -> Tensor:
         """The next token of each row, (rows,) int64, from logits (rows, vocabulary); arbitrary for an empty row."""
-        scores = logits.float()
-        if self._is_rowwise:
-            scores = self._shared_processors(None, scores)
-        else:
-            scores = torch.cat([self._process_row(scores[i : i + 1], row) for i, row in enumerate(rows)])
+        scores = self.process_scores(logits, rows)
         if self.config.do_sample:
             return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
         return scores.argmax(-1)
+
+    def process_scores(self, logits: Tensor, rows: Sequence[Completion | None]) -> Tensor:
+        """The scores that tokens are chosen by, (rows, vocabulary) float32."""
+        scores = logits.float()
+        if self._is_rowwise:
+            processed: Tensor = self._shared_processors(None, scores)
+            return processed
+        return torch.cat([self._process_row(scores[i : i + 1], row) for i, row in enumerate(rows)])
 
     def _process_row(self, scores: Tensor, row: Completion | None) -> Tensor:
         """The scores of one row, (1, vocabulary), after processors that see this row's tokens alone."""

@@ -37,6 +37,10 @@ logger = get_logger(__name__)
 PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "a", "parameters": {"type": "object"}}}
 
 
+class PromptTooLongError(ConfigurationError):
+    """A prompt that leaves no room for an answer."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model in memory with its tokenizer, the device that it is on and the precision that it computes in."""
@@ -81,6 +85,14 @@ class Session:
         assert self.config.model.seq_len is not None
         return Preparation(self.config.data, self.renderer, self.encoder, self.config.model.seq_len, "")
 
+    def text_ids(self, text: str, domain: str | None = None) -> list[int]:
+        """The tokens of a text that is continued without a template; errors are those of `prompt_ids`."""
+        self.check_domain(domain)
+        _check_text(text, "the prompt")
+        ids = self.encoder.encode_prompt(self.renderer.render_text_prompt(text, domain))
+        self.require_room(ids)
+        return ids
+
     @property
     def has_adapter(self) -> bool:
         return self.adapter is not None
@@ -104,24 +116,25 @@ class Session:
         """The tokens of a prompt, exactly as in training.
 
         Raises:
-            ConfigurationError: an unknown domain, characters that are not text, or a prompt that leaves no room to
-                answer.
+            ConfigurationError: an unknown domain, or characters that are not text; PromptTooLongError: a prompt that
+                leaves no room to answer.
         """
         self.check_domain(domain)
         contents = [[m.text, m.input, m.calls, m.extra] for m in messages]
         _check_text(json.dumps([contents, list(tools)], ensure_ascii=False, default=str), "the prompt")
         if self.continues_text:  # the parts of several messages are joined by line ends
-            text = "\n".join(part for m in messages for part in (m.text, m.input) if part)
-            segments = self.renderer.render_text_prompt(text, domain)
-        else:
-            segments = self.renderer.render_prompt(messages, domain, tools)
-        ids = self.encoder.encode_prompt(segments)
+            return self.text_ids("\n".join(part for m in messages for part in (m.text, m.input) if part), domain)
+        ids = self.encoder.encode_prompt(self.renderer.render_prompt(messages, domain, tools))
+        self.require_room(ids)
+        return ids
+
+    def require_room(self, ids: Sequence[int]) -> None:
+        """Refuse a prompt that takes all of the model's positions."""
         if self.positions and len(ids) >= self.positions:
-            raise ConfigurationError(
+            raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, the model {self.positions} positions: no room to answer. "
                 "Shorten it."
             )
-        return ids
 
 
 def _check_text(text: str, what: str) -> None:
@@ -132,21 +145,25 @@ def _check_text(text: str, what: str) -> None:
         raise ConfigurationError(f"{what} holds U+{code:04X}, which is not text ({kind}). Take it out.")
 
 
-def open_session(config: TrainingConfig) -> Session:
+def open_session(config: TrainingConfig, beside: Session | None = None) -> Session:
     """The session that `inference.adapter` names: a run, a bare adapter folder on `model.id`, or `model.id` alone.
 
     A run answers with its own model, template and domains; the other two with those of `config`.
+
+    Args:
+        beside: a session of a base alone, whose model in memory is taken.
 
     Raises:
         CheckpointError, AdapterError: there is no such run or adapter, or it cannot be used.
     """
     name = config.inference.adapter
     if uses_own_model(name):
-        return _open_configured_model(config, None if name == BASE_ALONE else expand_home(name))
+        return _open_configured_model(config, None if name == BASE_ALONE else expand_home(name), beside)
     run = find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
     if not Path(name).is_dir():
         logger.info("run %s of experiment %s", run.run_id, run.experiment_name)
-    return open_run(run, None if config.model.device == "auto" else config.model.device, given=config.explicit_values())
+    device = None if config.model.device == "auto" else config.model.device
+    return open_run(run, device, given=config.explicit_values(), beside=beside)
 
 
 def open_run(
@@ -155,6 +172,7 @@ def open_run(
     precision: Precision | None = None,
     given: Mapping[str, Any] | None = None,
     adapter: Path | str | None = None,
+    beside: Session | None = None,
 ) -> Session:
     """The run's model with its adapter, its tokenizer as saved, its template and domains.
 
@@ -165,16 +183,20 @@ def open_run(
             run, which the run's config alone never does; `accept_changed_base` there accepts a base that differs from
             the one that the run trained on.
         adapter: the folder of an adapter of the run's base; None takes the run's, at the scale that was chosen for it.
+        beside: a session of the run's base alone, whose model in memory is taken, with its device and precision.
 
     Raises:
         CheckpointError: the run has no finished adapter, or a damaged one; ModelLoadingError, AdapterError: it cannot
             be loaded, or its base has changed.
-        ConfigurationError: its model carries code that the user has not allowed.
+        ConfigurationError: its model carries code that the user has not allowed, or is another than the one `beside`.
     """
     config = open_run_config(run, given or {}, "model.trust_remote_code")
     accepted = bool(((given or {}).get("model") or {}).get("accept_changed_base"))
     config = config.replace_keys(model={"accept_changed_base": accepted})
     run.require_adapter()
+    if beside:
+        _require_same_base(config, beside)
+        device, precision = str(beside.device), beside.precision
     place = get_device(device or config.model.device)
     trained = config.training.precision
     # fp16 needs CUDA: on another device such a run answers in the device's own precision.
@@ -187,7 +209,7 @@ def open_run(
     is_local = local_folder(config.model) is not None
     if is_local:
         check_base(run.base_record, config.model)
-    base = load_model(config.model, place, precision)
+    base = beside.model if beside else load_model(config.model, place, precision)
     if not is_local:  # it has just been downloaded from a hub
         check_base(run.base_record, config.model)
     folder = Path(adapter) if adapter else run.served_adapter
@@ -200,10 +222,23 @@ def open_run(
     return build_session(loaded, config, texts, source=str(run.root), adapter=folder, domains=domains)
 
 
-def _open_configured_model(config: TrainingConfig, adapter: Path | None) -> Session:
+def _require_same_base(config: TrainingConfig, beside: Session) -> None:
+    """Refuse a run of another base than the one in memory."""
+    for key in ("id", "revision", "quantization", "resize_embeddings", "attention"):
+        wanted, found = getattr(config.model, key), getattr(beside.config.model, key)
+        if wanted != found:
+            raise ConfigurationError(
+                f"model.{key}: '{wanted}' here and '{found}' in {beside.source}. Models that share a base in memory "
+                "need the same one."
+            )
+
+
+def _open_configured_model(config: TrainingConfig, adapter: Path | None, beside: Session | None) -> Session:
     """The config's own model, alone or with a bare adapter (and that folder's tokenizer, where it has one)."""
-    place = get_device(config.model.device)
-    precision = resolve_precision(config.training.precision, place)
+    if beside:
+        _require_same_base(config, beside)
+    place = beside.device if beside else get_device(config.model.device)
+    precision = beside.precision if beside else resolve_precision(config.training.precision, place)
     facts = read_facts(config.model)
     config = config.replace_keys(model={"seq_len": resolve_seq_len(config.model, facts)})
     saved = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
@@ -213,7 +248,7 @@ def _open_configured_model(config: TrainingConfig, adapter: Path | None) -> Sess
     check_vocabulary(tokenizer, facts.vocabulary, str(saved or config.model.id), config.model.resize_embeddings)
     if adapter:
         check_base(RunFolder(adapter.resolve().parents[1]).base_record, config.model)
-    model = load_model(config.model, place, precision)
+    model = beside.model if beside else load_model(config.model, place, precision)
     if adapter:
         model = _load_adapter_on(model, adapter, config.model.id)
     loaded = LoadedModel(model, tokenizer, place, precision)

@@ -11,10 +11,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from training_lens.web.body_limit import has_large_body, limit_body
+from training_lens.web.listener import list_loopback_hosts
+
 COOKIE = "training_lens_token"
 LONGEST_BODY = 1 << 20  # bytes of a request
 LONGEST_URL = 8192  # bytes of path and query
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 READING = ("GET", "HEAD")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -35,14 +37,14 @@ class Access:
     """Who may use the dashboard.
 
     `port` is the server's own. Without a `token` the server listens to this machine alone, and a request must name it
-    in its Host header: a page of another site whose name was made to point here does not (DNS rebinding).
+    in its Host header, see `list_loopback_hosts`.
     """
 
     port: int
     token: str | None = None
 
     def knows_host(self, host: str) -> bool:
-        return self.token is not None or host in {f"{name}:{self.port}" for name in LOOPBACK}
+        return self.token is not None or host in list_loopback_hosts(self.port)
 
     def accepts_token(self, given: str) -> bool:
         return self.token is None or hmac.compare_digest(given.encode(), self.token.encode())
@@ -67,19 +69,18 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, _add_headers(send))
         else:
-            await self._app(scope, _limit_body(receive), _add_headers(send))
+            await self._app(scope, limit_body(receive, LONGEST_BODY), _add_headers(send))
 
     def _refuse(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         if len(scope["path"]) + len(scope["query_string"]) > LONGEST_URL:
             return PlainTextResponse("The address is too long.\n", 414)
         if not self._access.knows_host(headers.get("host", "")):
-            names = ", ".join(f"{name}:{self._access.port}" for name in LOOPBACK)
+            names = ", ".join(list_loopback_hosts(self._access.port))
             return PlainTextResponse(f"This server answers at {names} alone.\n", 421)
         if scope["method"] not in READING and (fault := _find_cross_site_fault(headers)):
             return PlainTextResponse(f"{fault}\n", 403)
-        length = headers.get("content-length", "0")
-        if not length.isascii() or not length.isdigit() or int(length[:20]) > LONGEST_BODY:
+        if has_large_body(headers, LONGEST_BODY):
             return PlainTextResponse(f"A request may have {LONGEST_BODY:,} bytes.\n", 413)
         return self._check_token(scope, headers)
 
@@ -118,24 +119,6 @@ def _find_cross_site_fault(headers: Headers) -> str:
     if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         return "Refused: the body must be application/json."
     return ""
-
-
-class BodyTooLargeError(Exception):
-    """A body without an honest length went over the limit."""
-
-
-def _limit_body(receive: Receive) -> Receive:
-    read = 0
-
-    async def receive_limited() -> Message:
-        nonlocal read
-        message = await receive()
-        read += len(message.get("body", b""))
-        if read > LONGEST_BODY:
-            raise BodyTooLargeError
-        return message
-
-    return receive_limited
 
 
 def _add_headers(send: Send) -> Send:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
-import socket
 from collections.abc import Callable
 
 import uvicorn
 
-from training_lens.errors import ConfigurationError
 from training_lens.ui.app import build_app
 from training_lens.ui.guard import Access
 from training_lens.ui.web import Outputs
+from training_lens.web.listener import format_address, is_loopback, listen
 
 MOST_CONNECTIONS = 256
 SECONDS_TO_CLOSE = 2  # for open streams, when the server stops
@@ -28,11 +26,10 @@ def serve(outputs: Outputs, host: str, port: int, announce: Callable[[str], None
     Raises:
         ConfigurationError: the address cannot be used.
     """
-    listener = _listen(host, port)
+    listener = listen(host, port, MOST_CONNECTIONS)
     port = listener.getsockname()[1]
     access = Access(port, None if is_loopback(host) else secrets.token_urlsafe(24))
-    shown = f"[{host}]" if ":" in host else host
-    announce(f"http://{shown}:{port}/" + (f"?token={access.token}" if access.token else ""))
+    announce(f"{format_address(host, port)}/" + (f"?token={access.token}" if access.token else ""))
     config = uvicorn.Config(
         build_app(outputs, access),
         log_level="warning",
@@ -44,29 +41,3 @@ def serve(outputs: Outputs, host: str, port: int, announce: Callable[[str], None
     )
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(MOST_CONNECTIONS)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise ConfigurationError(
-            f"the dashboard cannot listen on {host}, port {port} ({error}). Give another --port, or --port 0 for any "
-            "that is free."
-        ) from error
-    return listener

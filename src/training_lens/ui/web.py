@@ -14,12 +14,12 @@ from starlette.responses import JSONResponse, Response
 
 from training_lens.errors import CheckpointError, ConfigurationError, TrainingLensError
 from training_lens.runs.run_folder import RunFolder, runs_folder
-from training_lens.ui.guard import BodyTooLargeError
 from training_lens.utils.files import replace_non_finite
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.limits import load_bounded_json
 from training_lens.utils.names import is_printable
 from training_lens.utils.secrets import redact_text
+from training_lens.web.body_limit import BodyTooLargeError
 
 
 @dataclass(frozen=True)

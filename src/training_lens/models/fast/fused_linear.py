@@ -88,7 +88,7 @@ class FusedLinear(nn.Module):
         held = self.weight
         weight = partial(self._form_weight, dtype) if held is None else held.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        branches = [_active_branch(layer) for layer in self.layers]
+        branches = [active_branch(layer) for layer in self.layers]
         x = x.to(dtype)
         with torch.autocast(device, enabled=False):
             if isinstance(weight, Tensor) and all(branch is None for branch in branches):
@@ -150,7 +150,7 @@ class FusedLinear(nn.Module):
 
     @torch.no_grad()
     def _prepare_decoding(self, layers: Sequence[Any], weights: Sequence[Tensor]) -> None:
-        branches = [_active_branch(layer) for layer in layers]
+        branches = [active_branch(layer) for layer in layers]
         is_on_cpu = weights[0].device.type == "cpu"
         self._weight = torch.cat(list(weights)) if is_on_cpu else self._share_weights(weights)
         self.gains = self._dora_gains(self._fill_branches(branches, self.weight))
@@ -186,7 +186,7 @@ class FusedLinear(nn.Module):
         """
         if self.has_adapter:
             weight = _weight_matrix(_base_layer(self.layers[0])).detach()
-            self._copy_adapters([_active_branch(layer) for layer in self.layers], weight)
+            self._copy_adapters([active_branch(layer) for layer in self.layers], weight)
         return self.gains is None
 
     def refresh_weights(self, layers: Sequence[Any]) -> None:
@@ -254,7 +254,7 @@ def _concatenate_biases(bases: Sequence[Any]) -> Tensor | None:
 def _fusion_refusal(layers: Sequence[Any], decodes: bool) -> str:
     """Why these layers cannot be fused; empty where they can."""
     for layer in layers:
-        if reason := _layer_refusal(layer, decodes):
+        if reason := layer_refusal(layer, decodes):
             return reason
         if decodes and _has_mixed_adapters(layer):
             return "several adapters at once, or a merged one"
@@ -290,7 +290,7 @@ def _weight_matrix(base: Any) -> Tensor:
     return weight if isinstance(base, nn.Linear) else weight.T
 
 
-def _layer_refusal(layer: Any, decodes: bool) -> str:
+def layer_refusal(layer: Any, decodes: bool) -> str:
     """Why a layer's formula is not known; empty where it is."""
     from peft.tuners import lora
     from peft.tuners.lora.variants import DoraLinearVariant
@@ -321,7 +321,7 @@ def _has_mixed_adapters(layer: Any) -> bool:
     return bool(layer.merged) or len([a for a in layer.active_adapters if a in layer.lora_A]) > 1
 
 
-def _active_branch(layer: Any) -> LoRABranch | None:
+def active_branch(layer: Any) -> LoRABranch | None:
     """The active adapter; None without one."""
     if layer is _base_layer(layer) or layer.disable_adapters:
         return None

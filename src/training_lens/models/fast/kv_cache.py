@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -116,8 +117,11 @@ class SlotCache(Cache):
     def write_prompt(self, row: int, prompt: Cache, place: int, prefix: int, length: int) -> None:
         """Take over a prompt of `length` tokens that was just read, from the row `place` of a cache.
 
-        There `prefix` tokens at the left are those that all its rows share; the others are at the right.
+        There `prefix` tokens at the left are those that all its rows share; the others are at the right. Rows that end
+        too early for the prompt move to the right, and columns are added where they are too few.
         """
+        if length > self.columns.end:
+            self._end_rows_at(length)
         start, rest = self.columns.end - length, length - prefix
         for layer, read in zip(self.layers, prompt.layers, strict=True):
             keys, values = read.keys[place], read.values[place]
@@ -135,26 +139,56 @@ class SlotCache(Cache):
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order, and drop the others."""
         index = torch.tensor(rows, device=self.mask.device)
-        for layer in self.layers:
+        for layer in self._allocated_layers():
             layer.keys, layer.values = layer.keys[index], layer.values[index]
         self.mask = self.mask[index]
         self.columns.starts = [self.columns.starts[row] for row in rows]
 
+    def add_rows(self, count: int) -> None:
+        """Add free slots. Cost: a copy of the cache."""
+        for layer in self._allocated_layers():
+            layer.keys, layer.values = (pad(held, (0, 0, 0, 0, 0, 0, 0, count)) for held in (layer.keys, layer.values))
+        self.mask = pad(self.mask, (0, 0, 0, 0, 0, 0, 0, count), value=self.hidden)
+        self.columns.starts += [None] * count
+
+    def resize_columns(self, count: int) -> None:
+        """Have `count` columns, or as many as the longest row needs. Cost: a copy of the cache."""
+        longest = self.columns.end - self.columns.first_used
+        count = -(-max(count, longest) // GRAIN) * GRAIN
+        if count < self.columns.end:
+            self._end_rows_at(longest)
+        more = count - self.columns.count  # negative padding cuts
+        for layer in self._allocated_layers():
+            layer.keys, layer.values = (pad(held, (0, 0, 0, more)).contiguous() for held in (layer.keys, layer.values))
+        self.mask = pad(self.mask, (0, more), value=self.hidden).contiguous()
+        self.columns.count = count
+
     def open_column(self) -> None:
         """Make room for the next token of every row; where the columns are full, all move to the left first."""
         if self.columns.end == self.columns.count:
-            self._shift_left(self.columns.first_used)
+            self._end_rows_at(self.columns.end - self.columns.first_used)
+        if self.columns.end == self.columns.count:
+            self.resize_columns(self.columns.count + GRAIN)
         self.mask[..., self.columns.end] = 0
         self.columns.advance()
 
-    def _shift_left(self, by: int) -> None:
-        end = self.columns.end
-        for held in (part for layer in self.layers for part in (layer.keys, layer.values)):
-            held[:, :, : end - by] = held[:, :, by:end].clone()
-        self.mask[..., : end - by] = self.mask[..., by:end].clone()
-        self.mask[..., end - by :] = self.hidden
-        self.columns.starts = [None if s is None else s - by for s in self.columns.starts]
-        self.columns.end -= by
+    def _end_rows_at(self, end: int) -> None:
+        """Move all rows so that they end in the column `end`; those that would begin before the first one, less."""
+        first, before = self.columns.first_used, self.columns.end
+        end = max(end, before - first)
+        if end > self.columns.count:
+            self.resize_columns(end)
+        by = end - before
+        for held in (part for layer in self._allocated_layers() for part in (layer.keys, layer.values)):
+            held[:, :, first + by : end] = held[:, :, first:before].clone()
+        moved = self.mask[..., first:before].clone()
+        self.mask.fill_(self.hidden)
+        self.mask[..., first + by : end] = moved
+        self.columns.starts = [None if start is None else start + by for start in self.columns.starts]
+        self.columns.end = end
+
+    def _allocated_layers(self) -> list[SlotLayer]:
+        return [layer for layer in self.layers if layer.is_initialized]
 
     def attention_masks(self) -> dict[str, Tensor]:
         """The additive attention mask of each kind of layer, (rows, 1, 1, columns read)."""

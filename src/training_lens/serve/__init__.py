@@ -1,0 +1,1 @@
+"""Prompts over HTTP: the OpenAI API in front of the generator."""

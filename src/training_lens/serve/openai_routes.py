@@ -1,0 +1,132 @@
+"""The routes of the OpenAI API, and those by which a server is watched."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from training_lens.errors import TrainingLensError
+from training_lens.inference.session import PromptTooLongError
+from training_lens.serve.access_log import CLIENT_CLOSED, record_of
+from training_lens.serve.api_answers import AnswerWriter
+from training_lens.serve.api_errors import ApiError, prompt_too_long
+from training_lens.serve.api_types import ChatRequest, CompletionRequest, GenerationRequest, read_request
+from training_lens.serve.request_rows import RowBuilder, read_prompts
+from training_lens.serve.running_request import RunningRequest
+from training_lens.serve.scheduler import Scheduler
+from training_lens.serve.served_models import ServedModel, ServedModels
+from training_lens.serve.server_metrics import ServerMetrics
+from training_lens.serve.stream import EventStream, wait_for_answers, wait_for_first
+from training_lens.utils.files import replace_non_finite
+
+
+@dataclass(frozen=True)
+class OpenAIRoutes:
+    """What answers requests; each may take `seconds`."""
+
+    models: ServedModels
+    scheduler: Scheduler
+    metrics: ServerMetrics
+    rows: RowBuilder
+    seconds: float
+    tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers are not made for several threads
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name:path}", self.describe_model),
+            Route("/v1/chat/completions", self.complete_chat, methods=["POST"]),
+            Route("/v1/completions", self.complete_text, methods=["POST"]),
+            Route("/health", self.report_health),
+            Route("/ready", self.report_readiness),
+            Route("/metrics", self.report_metrics),
+        ]
+
+    async def list_models(self, request: Request) -> Response:
+        models = self.models.by_name.values()
+        return JSONResponse({"object": "list", "data": [self._describe(model) for model in models]})
+
+    async def describe_model(self, request: Request) -> Response:
+        return JSONResponse(self._describe(self.models.find_model(request.path_params["name"])))
+
+    def _describe(self, model: ServedModel) -> dict[str, Any]:
+        values = {"id": model.name, "object": "model", "created": self.models.started, "owned_by": "training-lens"}
+        parent = None if model.is_base else self.models.base.name
+        domains = list(model.session.domains or ())
+        return {**values, "parent": parent, "max_model_len": model.positions, "domains": domains}
+
+    async def report_health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def report_readiness(self, request: Request) -> Response:
+        is_ready = self.scheduler.is_ready
+        return JSONResponse({"status": "ready" if is_ready else "stopping"}, 200 if is_ready else 503)
+
+    async def report_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.write_page(), media_type=self.metrics.content_type)
+
+    async def complete_chat(self, request: Request) -> Response:
+        return await self._answer(request, *read_request(await request.body(), ChatRequest))
+
+    async def complete_text(self, request: Request) -> Response:
+        return await self._answer(request, *read_request(await request.body(), CompletionRequest))
+
+    async def _answer(self, request: Request, asked: GenerationRequest, ignored: Sequence[str]) -> Response:
+        running = await self._start_request(request, asked)
+        headers = {"x-ignored-fields": ", ".join(ignored)} if ignored else {}
+        writer = AnswerWriter(running, isinstance(asked, ChatRequest))
+        try:
+            if asked.stream:
+                first = await wait_for_first(running)
+                return EventStream(self.scheduler, writer, first, usage=asked.includes_usage, headers=headers)
+            await wait_for_answers(running, request)
+        except BaseException:  # also where the connection's task is cancelled
+            self.scheduler.cancel_request(running)
+            raise
+        return JSONResponse(replace_non_finite(writer.write_answer()), headers=headers)
+
+    async def _start_request(self, request: Request, asked: GenerationRequest) -> RunningRequest:
+        """Hand the rows of a request to the scheduler.
+
+        Raises:
+            ApiError: it cannot be answered.
+        """
+        record, model = record_of(request), self.models.find_model(asked.model)
+        record.model = model.name
+        prompts = await run_in_threadpool(self._tokenize, model, asked)
+        running = record.running = RunningRequest(model, self.seconds, bool(asked.stream))
+        running.rows += self.rows.build_rows(running, asked, prompts)
+        self.scheduler.submit_request(running)
+        return running
+
+    def _tokenize(self, model: ServedModel, asked: GenerationRequest) -> list[list[int]]:
+        try:
+            with self.tokenizing:
+                prompts = read_prompts(model, asked)
+        except PromptTooLongError as error:
+            raise prompt_too_long(str(error)) from error
+        except TrainingLensError as error:
+            raise ApiError(400, str(error), "invalid_value") from error
+        longest = max(map(len, prompts))
+        if model.positions and longest >= model.positions:
+            raise prompt_too_long(f"a prompt has {longest} tokens, the model {model.positions} positions.")
+        return prompts
+
+
+async def report_api_error(request: Request, error: Exception) -> Response:
+    """The answer to a request that failed as expected."""
+    assert isinstance(error, ApiError)
+    record_of(request).outcome = error.code or "error"
+    return error.as_response()
+
+
+async def report_hang_up(request: Request, error: Exception) -> Response:
+    """Nobody reads this; the log has its status."""
+    return Response(status_code=CLIENT_CLOSED)
