@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The suite starts many processes, each of which would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo docs test test-slow test-ui planted fuzz faults wheel-test audit check format peers compat clean
+.PHONY: setup demo docs test test-slow test-ui test-llama planted fuzz faults wheel-test audit check format peers compat clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,20 @@ test-ui: $(VENV)/.ui
 $(VENV)/.ui: $(STAMP)
 	command -v chromium || { apt-get update && apt-get install --yes chromium; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ui-test]'
+	touch $@
+
+# Exports in a real llama.cpp, which is compiled once: half an hour on one core. CPUs without AVX2 need other LLAMA_FLAGS.
+LLAMA_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
+LLAMA_LEAN := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF \
+	-DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1
+
+test-llama: $(STAMP) .venv-llama/.installed
+	PYTHONPATH=.venv-llama $(BIN)/pytest -n 0 tests/adapter_export/test_llama_cpp.py
+
+.venv-llama/.installed: constraints.txt
+	mkdir -p $(@D)
+	CMAKE_ARGS="$(LLAMA_FLAGS) $(LLAMA_LEAN)" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--constraint constraints.txt --upgrade --target $(@D) llama-cpp-python diskcache
 	touch $@
 
 # Runs with a known fault and healthy ones, and what the package says of each; writes the tables of docs/lens/findings.md.
@@ -130,4 +144,4 @@ compat: $(STAMP) .venv-compat/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers-* .venv-compat .venv-audit outputs site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-peers-* .venv-compat .venv-llama .venv-audit outputs site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

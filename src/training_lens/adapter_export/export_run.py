@@ -6,28 +6,44 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from training_lens.adapter_export.export_plan import EXPORT, ExportOptions, plan_export
-from training_lens.adapter_export.folded_lora import FoldedModule, fold_updates
-from training_lens.adapter_export.peft_forms import write_peft, write_plain
-from training_lens.adapter_export.update_checks import check_copies, check_updates
+from training_lens.adapter_export.folded_lora import fold_updates
+from training_lens.adapter_export.gguf_export import GgufForm
+from training_lens.adapter_export.peft_forms import PeftForm
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import MergeError
 from training_lens.inference.session import Session
 from training_lens.merging.merge_run import decide_scale, keep_refusal, open_in_float32
-from training_lens.merging.verification import MergeCheck, Probes, Verification, probe_adapter, verify_folder
-from training_lens.merging.weight_update import load_updates
-from training_lens.models.adapter_files import CONFIG, WEIGHTS
-from training_lens.models.base_files import save_tokenizer
-from training_lens.models.base_record import require_local_folder
-from training_lens.models.location import locate_model
-from training_lens.models.model_classes import public_class
-from training_lens.models.quantization import loading_options
+from training_lens.merging.verification import MergeCheck, Probes, Reference, Verification, probe_adapter
 from training_lens.utils.devices import free_memory
 from training_lens.utils.files import atomic_folder, write_json, write_text
+from training_lens.utils.logging import get_logger
 
-NOUNS = {"peft": "an adapter in PEFT's format", "plain": "a plain LoRA"}
+logger = get_logger(__name__)
+NOUNS = {
+    "peft": "an adapter in PEFT's format",
+    "plain": "a plain LoRA",
+    "gguf": "a GGUF adapter",
+    "gguf-merged": "a merged GGUF model",
+}
+
+
+class ExportForm(Protocol):
+    """One form: how it is written, read back, and computed with by a program that loads it."""
+
+    def write(self, session: Session, folder: Path) -> None:
+        """Write all files of the form; the session's model may be used up."""
+
+    def describe_use(self) -> str:
+        """How the folder is loaded, as Markdown."""
+
+    def check_file(self, folder: Path) -> tuple[MergeCheck, ...]:
+        """Compare what was written, read back, with the adapter's own files."""
+
+    def compute(self, folder: Path, given: Probes, wanted: Reference) -> tuple[Verification | None, str]:
+        """What another program computes with the folder; or None, and why none does here."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,7 @@ class ExportResult:
 
     output: Path
     report: dict[str, Any]
-    verification: Verification
+    verification: Verification | None  # None: no program that loads this form is at hand
 
 
 def export_adapter(
@@ -57,36 +73,56 @@ def export_adapter(
     plan = plan_export(config, options)
     scale = decide_scale(options.scale, plan.run, "exports")
     session, known = open_in_float32(config, plan.run, options.same_base, "be exported")
-    modules = [] if options.to == "peft" else fold_updates(session.model, scale, NOUNS[options.to])
     given, wanted = probe_adapter(config, plan.run, session, scale)
+    form, rank = _plan_form(session, options, scale, given)
     report = {
         "output": str(plan.output),
-        "form": options.to,
+        "form": options.form,
         "scale": scale,
+        "rank": rank,
         "base_known": known,
-        **_report_settings(session, modules, given),
+        **_report_settings(session, given),
     }
     existing: Literal["replace", "refuse"] = "replace" if options.force else "refuse"
     with atomic_folder(plan.output, existing=existing) as folder, keep_refusal(report, plan.kept_report):
-        job = _write_output(session, modules, folder, options.to, scale)
+        _write_folder(session, form, folder, options.form, scale)
         del session  # the checks load the model again
         free_memory()
         on_written(folder)
-        checks = _check_files(folder, plan.adapter, options.to, scale)
+        checks = form.check_file(folder)
         report["checks"] = [check.as_json() for check in checks]
         _require_passed(checks, plan.kept_report)
-        found = verify_folder(folder, given, wanted, "fp32", plan.base.quantization, job)
-        found = replace(found, checks=(*checks, *found.checks))
+        found, why_not = form.compute(folder, given, wanted)
+        if found:
+            found = replace(found, checks=(*checks, *found.checks))
+            report |= found.as_json()
+            _require_passed(found.checks, plan.kept_report)
         seconds = round(time.perf_counter() - start, 1)
-        report |= {"verified": found.is_ok, **found.as_json(), "seconds": seconds}
-        _require_passed(found.checks, plan.kept_report)
+        report |= {"verified": True, "computed": found is not None, "not_computed": why_not, "seconds": seconds}
         write_json(folder / EXPORT.report, report | EXPORT.list_marks(folder))
         if plan.run:
             write_json(plan.kept_report, report)
     return ExportResult(plan.output, report, found)
 
 
-def _report_settings(session: Session, modules: Sequence[FoldedModule], given: Probes) -> dict[str, Any]:
+def _plan_form(session: Session, options: ExportOptions, scale: float, given: Probes) -> tuple[ExportForm, int | None]:
+    """The form, and the rank of its low-rank updates if it has one for all.
+
+    Raises:
+        AdapterError: the form cannot hold this adapter.
+    """
+    if options.to == "peft":
+        return PeftForm.plan(session, None, scale), None
+    if options.merged:
+        return GgufForm.plan(session, (), scale, options.dtype, given), None
+    modules = fold_updates(session.model, scale, NOUNS[options.form])
+    rank = max(module.rank for module in modules)
+    if options.to == "plain":
+        return PeftForm.plan(session, modules, scale), rank
+    return GgufForm.plan(session, modules, scale, options.dtype, given), rank
+
+
+def _report_settings(session: Session, given: Probes) -> dict[str, Any]:
     """The part of the report besides the measurements."""
     model = session.config.model
     return {
@@ -94,61 +130,19 @@ def _report_settings(session: Session, modules: Sequence[FoldedModule], given: P
         "base": model.id,
         "revision": model.revision,
         "quantization": model.quantization,
-        "modules": len(modules),
-        "rank": max((module.rank for module in modules), default=None),
         "rows": len(given.rows),
         "rows_from": given.origin,
     }
 
 
-def _write_output(
-    session: Session, modules: Sequence[FoldedModule], folder: Path, form: str, scale: float
-) -> dict[str, Any]:
-    """Write all files but the report; returns how the checking process is to load the adapter on its base."""
-    model = session.config.model
-    job = {
-        "is_adapter": True,
-        "class": public_class(session.model),
-        "base": locate_model(model),
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-        "quantization": _describe_quantization(session),
-        "vocabulary": session.model.config.get_text_config().vocab_size,
-        "device": str(session.device),
-        "stop_ids": sorted(session.stop_ids),
-        "pad_id": session.pad_id,
-    }
-    if form == "peft":
-        write_peft(session, scale, folder)
-    else:
-        write_plain(session, modules, folder)
-    save_tokenizer(session.tokenizer, folder, require_local_folder(model), model.trust_remote_code)
-    write_text(folder / "README.md", _describe_folder(session, form, scale))
+def _write_folder(session: Session, form: ExportForm, folder: Path, name: str, scale: float) -> None:
+    """Write all files but the report."""
+    scaled = "" if scale == 1 else f", its update times {scale:g}"
+    described = f"# Adapter\n\nThe adapter {session.adapter}{scaled}, as {NOUNS[name]}; checked, see {EXPORT.report}.\n"
+    form.write(session, folder)
+    write_text(folder / "README.md", f"{described}\n{form.describe_use()}")
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors makes its files private to their owner, and a server is often another user
-    return job
-
-
-def _describe_quantization(session: Session) -> dict[str, Any] | None:
-    options = loading_options(session.config.model, "fp32")
-    return options["quantization_config"].to_dict() if options else None
-
-
-def _describe_folder(session: Session, form: str, scale: float) -> str:
-    base, name = locate_model(session.config.model), public_class(session.model)
-    scaled = "" if scale == 1 else f", its update times {scale:g}"
-    return (
-        f"# Adapter\n\nThe adapter {session.adapter}{scaled}, as {NOUNS[form]}; checked, see {EXPORT.report}.\n\n"
-        f"```python\nfrom peft import PeftModel\nfrom transformers import {name}\n\n"
-        f'model = PeftModel.from_pretrained({name}.from_pretrained("{base}"), "path/to/this/folder")\n```\n'
-    )
-
-
-def _check_files(folder: Path, adapter: Path, form: str, scale: float) -> tuple[MergeCheck, ...]:
-    """Read the written folder back, and compare it with the adapter's own files."""
-    if form == "peft":
-        return (check_copies(adapter, folder, (CONFIG, WEIGHTS) if scale == 1 else (CONFIG,)),)
-    return check_updates(load_updates(adapter), scale, load_updates(folder))
 
 
 def _require_passed(checks: Sequence[MergeCheck], kept: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,77 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training_lens.adapter_export.folded_lora import FoldedModule, pad_to_one_rank, short_target_names
+from training_lens.adapter_export.update_checks import check_copies, check_updates
 from training_lens.inference.session import Session
-from training_lens.merging.weight_update import PREFIX
+from training_lens.merging.verification import MergeCheck, Probes, Reference, Verification, verify_folder
+from training_lens.merging.weight_update import PREFIX, load_updates
 from training_lens.models.adapter_files import CONFIG, WEIGHTS, read_config
 from training_lens.models.adapter_scale import scale_adapter
 from training_lens.models.adapters import save_adapter
+from training_lens.models.base_files import save_tokenizer
+from training_lens.models.base_record import require_local_folder
 from training_lens.models.location import locate_model
+from training_lens.models.model_classes import public_class
+from training_lens.models.quantization import loading_options
 from training_lens.utils.files import write_json
+
+
+@dataclass(frozen=True)
+class PeftForm:
+    """What is written in PEFT's format, and what its checks need once the session is gone."""
+
+    adapter: Path
+    scale: float
+    modules: Sequence[FoldedModule] | None  # of a plain LoRA; None: the adapter as it is
+    quantization: str  # of the base that the adapter computes on
+    job: dict[str, Any]  # how the checking process is to load the adapter on its base
+
+    @staticmethod
+    def plan(session: Session, modules: Sequence[FoldedModule] | None, scale: float) -> PeftForm:
+        """Keep what the checks need of a session."""
+        assert session.adapter is not None
+        model = session.config.model
+        options = loading_options(model, "fp32")
+        job = {
+            "is_adapter": True,
+            "class": public_class(session.model),
+            "base": locate_model(model),
+            "revision": model.revision,
+            "trust_remote_code": model.trust_remote_code,
+            "quantization": options["quantization_config"].to_dict() if options else None,
+            "vocabulary": session.model.config.get_text_config().vocab_size,
+            "device": str(session.device),
+            "stop_ids": sorted(session.stop_ids),
+            "pad_id": session.pad_id,
+        }
+        return PeftForm(session.adapter, scale, modules, model.quantization, job)
+
+    def write(self, session: Session, folder: Path) -> None:
+        """Write adapter and tokenizer."""
+        if self.modules is None:
+            write_peft(session, self.scale, folder)
+        else:
+            write_plain(session, self.modules, folder)
+        model = session.config.model
+        save_tokenizer(session.tokenizer, folder, require_local_folder(model), model.trust_remote_code)
+
+    def describe_use(self) -> str:
+        """How the folder is loaded, as Markdown."""
+        name, base = self.job["class"], self.job["base"]
+        return (
+            f"```python\nfrom peft import PeftModel\nfrom transformers import {name}\n\n"
+            f'model = PeftModel.from_pretrained({name}.from_pretrained("{base}"), "path/to/this/folder")\n```\n'
+        )
+
+    def check_file(self, folder: Path) -> tuple[MergeCheck, ...]:
+        """Read the written folder back, and compare it with the adapter's own files."""
+        if self.modules is None:
+            return (check_copies(self.adapter, folder, (CONFIG, WEIGHTS) if self.scale == 1 else (CONFIG,)),)
+        return check_updates(load_updates(self.adapter), self.scale, load_updates(folder))
+
+    def compute(self, folder: Path, given: Probes, wanted: Reference) -> tuple[Verification | None, str]:
+        """What plain transformers and PEFT compute with the folder, in a fresh process."""
+        return verify_folder(folder, given, wanted, "fp32", self.quantization, self.job), ""
 
 
 def write_peft(session: Session, scale: float, folder: Path) -> None:

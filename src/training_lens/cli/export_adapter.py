@@ -22,9 +22,10 @@ RunArgument = Annotated[
     typer.Argument(metavar="[RUN]", help="A run's id or folder, an experiment, 'latest', or an adapter folder."),
 ]
 To = Annotated[
-    Literal["peft", "plain"],
+    Literal["peft", "plain", "gguf"],
     typer.Option(
-        help="plain: a LoRA of one rank and scale, which any loader reads right; peft: the adapter as PEFT loads it."
+        help="plain: a LoRA of one rank and scale, which any loader reads right; peft: the adapter as PEFT loads it; "
+        "gguf: for llama.cpp and Ollama."
     ),
 ]
 Output = Annotated[
@@ -42,6 +43,11 @@ Force = Annotated[
 SameBase = Annotated[
     bool, typer.Option("--same-base", help="Take model.id for the base that a bare adapter knows by another name.")
 ]
+Merged = Annotated[bool, typer.Option("--merged", help="gguf: write the whole model, with the update in its weights.")]
+Dtype = Annotated[
+    Literal["auto", "f32", "f16", "bf16", "q8_0"],
+    typer.Option(help="gguf, merged: how weights are stored; auto: as in the base's files."),
+]
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,15 @@ class ExportFlags:
     scale: Scale = None
     force: Force = False
     same_base: SameBase = False
+    merged: Merged = False
+    dtype: Dtype = "auto"
 
 
 def export_adapter(run: RunArgument = None, *, write: ExportFlags, options: CommandOptions) -> None:
     """Write an adapter in the form that another program loads, and check that it computes the same there.
 
-    Examples: training-lens export-adapter RUN --to plain; training-lens export-adapter RUN --to peft --output FOLDER;
+    Examples: training-lens export-adapter RUN --to plain;
+    training-lens export-adapter RUN --to gguf --merged --dtype q8_0;
     training-lens export-adapter ADAPTER_FOLDER --to plain model.id=PATH --output FOLDER
     """
     with command(options) as screen:
@@ -90,10 +99,13 @@ def _load_config(options: CommandOptions, run: str | None) -> TrainingConfig:
 
 def _show_exported(screen: Screen, exported: ExportResult) -> None:
     report, found = exported.report, exported.verification
-    title = f"on {report['rows']} rows {report['rows_from']}: {found.positions} positions, {found.answers} answers"
-    rows = [(check.name, f"{check.measured:.2g}", f"{check.allowed:.2g}", "ok") for check in found.checks]
+    title = f"on {report['rows']} rows {report['rows_from']}" if found else "of the written file, read back"
+    title += f": {found.positions} positions, {found.answers} answers" if found else ""
+    rows = [(c["name"], f"{c['measured']:.2g}", f"{c['allowed']:.2g}", "ok") for c in report["checks"]]
     numbers = ("measured", "allowed")
     show_table(screen.console, title, ("checked", *numbers, ""), rows, right=numbers)
+    if report["not_computed"]:
+        screen.print_line(report["not_computed"])
     if not report["base_known"]:
         screen.console.print("nothing says which weights the adapter was trained on: the base was taken by its name")
     screen.print_line(f"the adapter ({report['form']}) is in {exported.output}")
