@@ -55,7 +55,7 @@ class Reader(threading.Thread):
 
 @pytest.mark.parametrize("given", ["", "Bearer wrong", "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer \xe9"])
 def test_a_wrong_key_is_refused_everywhere_but_for_health(server: Server, given: str) -> None:
-    headers = {"authorization": given.encode("latin-1")}
+    headers = {b"authorization": given.encode("latin-1")}
     for path in ("/v1/models", "/metrics", "/v1/nothing"):
         answer = httpx.get(f"{server.url}{path}", headers=headers)
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"

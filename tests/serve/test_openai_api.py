@@ -78,9 +78,9 @@ def test_a_seed_draws_the_same_in_a_crowd_and_as_infer_does(
     with ThreadPoolExecutor(12) as pool:
         drawn = list(pool.map(draw, [*range(6), *range(6)]))
     assert drawn[:6] == drawn[6:] and len({choice for pair in drawn for choice in pair}) == 12
-    settings = {"temperature": 1.0, "top_p": 0.9}
+    settings: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9}
     assert [first for first, _ in drawn[:6]] == [
-        infer(sessions, "lora", PROMPTS[1], seed=s, **settings) for s in range(6)
+        infer(sessions, "lora", PROMPTS[1], None, seed=s, **settings) for s in range(6)
     ]
 
 

@@ -6,7 +6,9 @@ import contextlib
 import io
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +20,7 @@ from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
+    from training_lens.data.sources import DataSource
     from training_lens.inference.batch import FileReport
     from training_lens.inference.session import Session
 
@@ -60,7 +63,8 @@ def infer(prompt: Prompt = None, *, asked: InferOptions, run: AdapterRun = None,
         if prompt is not None:
             _answer_prompt(screen, settings, prompt, asked)
         elif asked.source and asked.output:
-            _answer_file(screen, settings, asked)
+            name = Path(run or settings.inference.adapter).name
+            _answer_file(screen, settings, asked, name)
         else:
             _start_chat(screen, settings, asked)
 
@@ -121,8 +125,8 @@ def _answer_prompt(screen: Screen, settings: TrainingConfig, prompt: str, asked:
     screen.print_result({**result, "answer": given.text, "finish_reason": given.finish_reason})
 
 
-def _answer_file(screen: Screen, settings: TrainingConfig, asked: InferOptions) -> None:
-    """Answer every row of `asked.source` into `asked.output`."""
+def _answer_file(screen: Screen, settings: TrainingConfig, asked: InferOptions, name: str) -> None:
+    """Answer every row of `asked.source` into `asked.output`; `name` is the model's in a file of requests."""
     from training_lens.utils.files import resolve_file_path
 
     source, output = str(asked.source), str(asked.output)
@@ -131,15 +135,42 @@ def _answer_file(screen: Screen, settings: TrainingConfig, asked: InferOptions) 
     from training_lens.display.progress import Progress
     from training_lens.inference.batch import answer_file, input_file, output_file
     from training_lens.inference.session import open_session
+    from training_lens.serve.batch_file import is_batch_file
 
     rows = input_file(source)
     answers = output_file(output, rows)
+    if is_batch_file(rows.files[0]):
+        _refuse_row_options(asked)
+        _answer_batch_file(screen, {name: settings}, rows, answers)
+        return
     session = open_session(settings)
     session.check_domain(asked.domain)
     progress = Progress(screen.console)
     report = answer_file(
         session, rows, answers, settings.inference, domain=asked.domain, base=asked.base, progress=progress
     )
+    screen.print_line(_describe_report(report))
+    screen.print_result(asdict(report))
+
+
+def _refuse_row_options(asked: InferOptions) -> None:
+    if asked.base or asked.domain:
+        raise ConfigurationError(
+            f"--input {asked.source} is in OpenAI's batch format: each line's body names its model, which may be the "
+            "base, and its domain. Leave --base and --domain out."
+        )
+
+
+def _answer_batch_file(screen: Screen, configs: Mapping[str, TrainingConfig], rows: DataSource, output: Path) -> None:
+    """Answer a file in OpenAI's batch format, whose lines name one of these models, or their base."""
+    from training_lens.display.progress import Progress
+    from training_lens.serve.batch_file import answer_batch_file
+    from training_lens.serve.served_models import load_models
+
+    models = load_models(configs)
+    screen.print_line(f"{rows.name} is in OpenAI's batch format; the models are {', '.join(models.by_name)}.")
+    settings = next(iter(configs.values())).inference
+    report = answer_batch_file(models, rows, output, settings, Progress(screen.console))
     screen.print_line(_describe_report(report))
     screen.print_result(asdict(report))
 

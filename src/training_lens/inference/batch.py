@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.sources import DataSource, expand_sources
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError, TrainingLensError
 from training_lens.inference.generator import generate_answers
-from training_lens.inference.prompts import PromptReader, PromptRow, SkippedRow, read_answer_line, read_lines
+from training_lens.inference.prompts import PromptReader, SkippedRow, read_answer_line, read_lines
 from training_lens.inference.session import Session
 from training_lens.models.adapter_files import CONFIG, WEIGHTS
 from training_lens.models.location import locate_model
@@ -59,8 +60,8 @@ def answer_file(
         ConfigurationError: `output` does not hold the start of what would be written now; it is left as it is.
     """
     rows = read_lines(source, session.config.data)
-    lines = _AnswerLines(Path(output))
-    reader = PromptReader(session, rows, source, domain, _describe_answerer(session, settings, base))
+    lines = AnswerLines(Path(output))
+    reader = PromptReader(session, rows, source, domain, describe_answerer(session, settings, base))
     passed_over: list[SkippedRow] = []
     answered = resumed = 0
     with (progress or Progress()).task("answering", len(rows)) as advance:
@@ -110,7 +111,7 @@ def output_file(name: str, source: DataSource) -> Path:
     return path
 
 
-def _describe_answerer(session: Session, settings: InferenceSection, base: bool) -> str:
+def describe_answerer(session: Session, settings: InferenceSection, base: bool) -> str:
     """What decides the answer to a prompt, as JSON: the model, its stop tokens and the sampling settings.
 
     A local base is identified by its name and configuration, an adapter by its weights, read once (sha256).
@@ -128,7 +129,20 @@ def _describe_answerer(session: Session, settings: InferenceSection, base: bool)
     return json.dumps(parts, sort_keys=True)
 
 
-class _AnswerLines:
+class AnsweredRow(Protocol):
+    """A row of the input as the output is matched with it."""
+
+    @property
+    def row(self) -> int: ...
+
+    def explain_mismatch(self, line: bytes, place: str) -> str | None:
+        """Why a complete line does not answer the row, called `place`; None if it does."""
+
+    def can_start_with(self, cut: bytes) -> bool:
+        """Whether an incomplete line may be the start of the row's."""
+
+
+class AnswerLines:
     """The output file: its complete lines, matched with rows one after the other, and the lines appended to it."""
 
     def __init__(self, path: Path) -> None:
@@ -140,7 +154,7 @@ class _AnswerLines:
         self._matched = 0
         self.finish_reasons: Counter[str | None] = Counter()  # of all answers; None of a line that has none
 
-    def match_prompts(self, prompts: Sequence[PromptRow], source: DataSource) -> int:
+    def match_prompts(self, prompts: Sequence[AnsweredRow], source: DataSource) -> int:
         """How many of the prompts have their line already; refuses a line that does not answer its prompt."""
         lines, self._left = self._left[: len(prompts)], self._left[len(prompts) :]
         for prompt, line in zip(prompts, lines, strict=False):

@@ -23,7 +23,7 @@ from training_lens.serve.access_log import AccessLog
 from training_lens.serve.api_errors import ApiError, internal_error
 from training_lens.serve.api_guard import ApiAccess, ApiGuard
 from training_lens.serve.openai_routes import OpenAIRoutes, report_api_error, report_hang_up
-from training_lens.serve.request_rows import RowBuilder
+from training_lens.serve.request_builder import RequestBuilder
 from training_lens.serve.scheduler import Scheduler
 from training_lens.serve.served_models import ServedModels
 from training_lens.serve.server_limits import ServerLimits
@@ -91,7 +91,8 @@ class _DrainingServer(uvicorn.Server):
         api, metrics = self._api, ServerMetrics()
         loops = list[asyncio.AbstractEventLoop]()
         scheduler = Scheduler(api.models, api.limits, metrics, lambda work: _call_in(loops, work))
-        self._scheduler, rows = scheduler, RowBuilder(api.defaults, scheduler.outbox)
+        self._scheduler = scheduler
+        builder = RequestBuilder(api.models, api.defaults, scheduler.outbox, api.limits.seconds)
 
         @asynccontextmanager
         async def run_scheduler(app: Starlette) -> AsyncIterator[None]:
@@ -108,7 +109,7 @@ class _DrainingServer(uvicorn.Server):
             Exception: _report_failure,
         }
         return Starlette(
-            routes=OpenAIRoutes(api.models, scheduler, metrics, rows, api.limits.seconds).routes(),
+            routes=OpenAIRoutes(api.models, scheduler, metrics, builder).routes(),
             middleware=[
                 Middleware(AccessLog, metrics=metrics, write_line=api.write_log),
                 Middleware(ApiGuard, access=access),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -12,13 +11,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from training_lens.errors import TrainingLensError
-from training_lens.inference.session import PromptTooLongError
 from training_lens.serve.access_log import CLIENT_CLOSED, record_of
 from training_lens.serve.api_answers import AnswerWriter
-from training_lens.serve.api_errors import ApiError, prompt_too_long
+from training_lens.serve.api_errors import ApiError
 from training_lens.serve.api_types import ChatRequest, CompletionRequest, GenerationRequest, read_request
-from training_lens.serve.request_rows import RowBuilder, read_prompts
+from training_lens.serve.request_builder import RequestBuilder
 from training_lens.serve.running_request import RunningRequest
 from training_lens.serve.scheduler import Scheduler
 from training_lens.serve.served_models import ServedModel, ServedModels
@@ -29,14 +26,12 @@ from training_lens.utils.files import replace_non_finite
 
 @dataclass(frozen=True)
 class OpenAIRoutes:
-    """What answers requests; each may take `seconds`."""
+    """What answers requests."""
 
     models: ServedModels
     scheduler: Scheduler
     metrics: ServerMetrics
-    rows: RowBuilder
-    seconds: float
-    tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers are not made for several threads
+    builder: RequestBuilder
 
     def routes(self) -> list[Route]:
         return [
@@ -93,31 +88,12 @@ class OpenAIRoutes:
         return JSONResponse(replace_non_finite(writer.write_answer()), headers=headers)
 
     async def _start_request(self, request: Request, asked: GenerationRequest) -> RunningRequest:
-        """Hand the rows of a request to the scheduler.
-
-        Raises:
-            ApiError: it cannot be answered.
-        """
-        record, model = record_of(request), self.models.find_model(asked.model)
-        record.model = model.name
-        prompts = await run_in_threadpool(self._tokenize, model, asked)
-        running = record.running = RunningRequest(model, self.seconds, bool(asked.stream))
-        running.rows += self.rows.build_rows(running, asked, prompts)
+        """Hand a request to the scheduler; an `ApiError` where it cannot be answered."""
+        record = record_of(request)
+        record.model = self.models.find_model(asked.model).name
+        record.running = running = await run_in_threadpool(self.builder.build_request, asked)
         self.scheduler.submit_request(running)
         return running
-
-    def _tokenize(self, model: ServedModel, asked: GenerationRequest) -> list[list[int]]:
-        try:
-            with self.tokenizing:
-                prompts = read_prompts(model, asked)
-        except PromptTooLongError as error:
-            raise prompt_too_long(str(error)) from error
-        except TrainingLensError as error:
-            raise ApiError(400, str(error), "invalid_value") from error
-        longest = max(map(len, prompts))
-        if model.positions and longest >= model.positions:
-            raise prompt_too_long(f"a prompt has {longest} tokens, the model {model.positions} positions.")
-        return prompts
 
 
 async def report_api_error(request: Request, error: Exception) -> Response:

@@ -29,7 +29,7 @@ async def wait_for_answers(running: RunningRequest, request: Request) -> None:
         ApiError: they cannot be given; HangUpError: nobody waits for them any more.
     """
     hang_up = asyncio.ensure_future(_wait_for_hang_up(request))
-    finish = asyncio.ensure_future(_collect_answers(running))
+    finish = asyncio.ensure_future(collect_answers(running))
     try:
         await asyncio.wait({hang_up, finish}, return_when=asyncio.FIRST_COMPLETED)
         if not finish.done():
@@ -45,7 +45,8 @@ async def _wait_for_hang_up(request: Request) -> None:
         pass
 
 
-async def _collect_answers(running: RunningRequest) -> None:
+async def collect_answers(running: RunningRequest) -> None:
+    """Wait until all answers of a request that is not streamed are finished; an `ApiError` where they cannot be."""
     missing = len(running.rows)
     while missing:
         piece = await running.pieces.get()
