@@ -11,6 +11,7 @@ import pytest
 
 from training_lens.runs.journal import Journal, JournalPosition, JournalReader
 from training_lens.runs.metrics_log import read_metrics
+from training_lens.utils.integrity import seal_line
 
 
 def write(path: Path, steps: list[int], after: int = 0) -> None:
@@ -65,6 +66,39 @@ def test_lines_that_a_resume_writes_again_come_once(tmp_path: Path) -> None:
     write(path, [2, 3, 4], after=1)
     assert [(entry.step, entry.values["after"]) for entry in reader.read(100)] == [(4, 1)]
     assert [line.split(":")[1][:2] for line in path.read_text().splitlines()] == [" 0", " 1", " 2", " 3", " 4"]
+
+
+def read_losses(reader: JournalReader) -> list[tuple[int, float]]:
+    """The step and loss of all lines: as tables where the reader has them, else one by one."""
+    found: list[tuple[int, float]] = []
+    while True:
+        if (table := reader.read_table(["loss"])) is not None:
+            found += zip(table.steps.tolist(), table.columns["loss"].tolist(), strict=True)
+        elif entries := reader.read(100):
+            found += [(entry.step, float(entry.values["loss"] or math.nan)) for entry in entries]
+        else:
+            return found
+
+
+def test_a_long_journal_read_as_tables_is_the_same_line_by_line(tmp_path: Path) -> None:
+    path, word = tmp_path / "metrics.jsonl", "x" * 200
+    numbers = [step // 3 for step in range(12_000)]  # several lines a step, also where one table ends
+    lines = [seal_line({"kind": "step", "step": n, "loss": n / 7 if n % 5 else None, "word": word}) for n in numbers]
+    lines[300] = lines[300].replace("step", "stop", 1)  # damaged
+    lines[5000] = seal_line({"step": "1666", "loss": 1.0})
+    lines[9000] = json.dumps({"step": 3000, "loss": 2})  # of an earlier version
+    path.write_text("\n".join(lines))
+    reader = JournalReader(path)
+    found = read_losses(reader)
+    expected = [(entry.step, float(entry.values["loss"] or math.nan)) for entry in JournalReader(path).read(20_000)]
+    assert len(expected) == 11_997 and repr(found) == repr(expected)  # the last line has no end yet
+    assert reader.position == JournalPosition(3999, 2)
+    fresh = JournalReader(path)
+    assert fresh.read_table(["loss"]) is None and fresh.read(301) and fresh.read_table(["loss"]) is not None
+    resumed = tmp_path / "resumed.jsonl"
+    resumed.write_text("\n".join([*lines[:10_000], seal_line({"step": 4000, "loss": 3.0}), ""]))
+    resumed.replace(path)
+    assert read_losses(reader) == [(4000, 3.0)]
 
 
 def test_a_run_that_starts_over_begins_its_journal_anew(tmp_path: Path) -> None:

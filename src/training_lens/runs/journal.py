@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+
+from training_lens.runs.journal_table import TABLE_BYTES, LineTable, parse_table
 from training_lens.utils.files import redact_values_for_file, replace_non_finite, write_text
 from training_lens.utils.integrity import read_line, seal_line
 from training_lens.utils.limits import open_file, read_text
@@ -90,16 +93,51 @@ class JournalReader:
 
     def read(self, most: int) -> list[JournalEntry]:
         """At most `most` new lines. A line that is still being written is left for the next read."""
+        if (file := self._open()) is None:
+            return []
+        with file:
+            return self._read_entries(file, most)
+
+    def read_table(self, names: Sequence[str]) -> LineTable | None:
+        """The next MB of new lines as columns of numbers; a table without lines where they were read before.
+
+        None where less is left, or a line needs a look of its own, as a damaged one: `read` goes on from there.
+
+        Args:
+            names: keys of the lines, whose numbers become columns.
+        """
+        if (file := self._open()) is None:
+            return None
+        with file:
+            block = file.read(TABLE_BYTES)
+        block = block[: block.rfind(b"\n") + 1] if len(block) == TABLE_BYTES else b""
+        table = parse_table(block, names) if block else None
+        return None if table is None else self._take_table(table, len(block))
+
+    def _take_table(self, table: LineTable, size: int) -> LineTable | None:
+        """Move behind the lines of a table; None, and stay, where only some of them are new."""
+        first, last = int(table.steps[0]), int(table.steps[-1])
+        is_known = last < self.position.step
+        is_new = first > self.position.step or (self._seen == self.position and first == self._seen.step)
+        if not (is_known or is_new):
+            return None
+        lines = int(np.count_nonzero(table.steps == last))
+        self._seen = JournalPosition(last, lines + (self._seen.lines if last == self._seen.step else 0))
+        self._offset += size
+        self.position = max(self.position, self._seen)
+        return table.choose_lines(np.full(len(table.steps), is_new))
+
+    def _open(self) -> IO[bytes] | None:
+        """The file at its first line that was not read; None if there is no file."""
         try:
             file = open_file(self.path)
         except FileNotFoundError:
-            return []
-        with file:
-            inode = os.fstat(file.fileno()).st_ino
-            if inode != self._inode:  # a resumed run replaced the file
-                self._inode, self._offset, self._seen = inode, 0, JournalPosition()
-            file.seek(self._offset)
-            return self._read_entries(file, most)
+            return None
+        inode = os.fstat(file.fileno()).st_ino
+        if inode != self._inode:  # a resumed run replaced the file
+            self._inode, self._offset, self._seen = inode, 0, JournalPosition()
+        file.seek(self._offset)
+        return file
 
     def _read_entries(self, file: IO[bytes], most: int) -> list[JournalEntry]:
         entries: list[JournalEntry] = []

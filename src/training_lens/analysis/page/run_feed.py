@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from training_lens.display.downsampling import thin_line
-from training_lens.runs.journal import JournalReader
+from training_lens.runs.journal import JournalReader, parse_line
+from training_lens.runs.journal_table import LineTable
 from training_lens.runs.metrics_log import is_finite_number
 from training_lens.runs.run_folder import RunFolder
 
@@ -47,12 +49,28 @@ class RunFeed:
     def refresh(self) -> RunFeed:
         """Read what was appended since the last call."""
         with self._lock:
-            while entries := self._metrics.read(LINES_AT_ONCE):
-                self._add_metrics([entry.values for entry in entries])
+            while self._read_metrics():
+                pass
             for reader, lines in self._others:
                 while entries := reader.read(LINES_AT_ONCE):
                     lines.extend(dict(entry.values) for entry in entries)
         return self
+
+    def _read_metrics(self) -> bool:
+        """Read some of metrics.jsonl: many lines at once where it has them. False where nothing is left."""
+        if (table := self._metrics.read_table(COLUMNS)) is not None:
+            self._add_table(table)
+            return True
+        entries = self._metrics.read(LINES_AT_ONCE)
+        self._add_metrics([entry.values for entry in entries])
+        return bool(entries)
+
+    def _add_table(self, table: LineTable) -> None:
+        steps = table.choose_lines(table.kinds == "step")
+        for name, column in self.columns.items():
+            column.frombytes(steps.columns[name].tobytes())
+        texts = table.texts[np.isin(table.kinds.astype(str), VALIDATIONS)]
+        self.validations.extend(values for text in texts if (values := parse_line(text)) is not None)
 
     def _add_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         steps = [line for line in lines if line.get("kind") == "step"]
@@ -72,9 +90,9 @@ class RunFeed:
 
     def steps_after(self, step: int) -> dict[str, list[float]]:
         """The columns of the steps after `step`."""
-        columns = dict(zip(COLUMNS, self.read_columns(*COLUMNS), strict=True))
-        start = int(np.searchsorted(columns["step"], step, side="right"))
-        return {name: column[start:].tolist() for name, column in columns.items()}
+        with self._lock:
+            start = bisect_right(self.columns["step"], step)
+            return {name: column[start:].tolist() for name, column in self.columns.items()}
 
     def thin_curves(self, most: int, first: int = 0, last: int | None = None) -> dict[str, list[list[float]]]:
         """Each curve between two steps as [steps, values] of at most `most` points, with its minima and maxima."""
