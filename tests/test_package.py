@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,18 @@ PACKAGES = (
     training_lens.inference, training_lens.integrations, training_lens.models, training_lens.training,
     training_lens.utils,
 )  # fmt: skip
+
+
+POSIX_ALONE = {"fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}
+
+
+def test_no_module_needs_what_windows_lacks_to_be_imported() -> None:
+    for path in Path(training_lens.__file__).parent.rglob("*.py"):
+        imported = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in imported for alias in node.names} | {
+            str(node.module) for node in imported if isinstance(node, ast.ImportFrom)
+        }
+        assert not names & POSIX_ALONE, path
 
 
 def test_public_names() -> None:

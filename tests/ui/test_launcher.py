@@ -24,7 +24,9 @@ from starlette.testclient import TestClient
 
 from training_lens.config.keys import known_keys
 from training_lens.config.schema import TrainingConfig
+from training_lens.errors import ConfigurationError
 from training_lens.runs.run_folder import PROCESS, RunFolder
+from training_lens.ui import run_process
 from training_lens.ui.launcher import build_launch_routes, validate_settings
 from training_lens.ui.settings_form import COMMON, NOT_OFFERED, FormSettings, check_settings, describe_form, look_up
 from training_lens.ui.web import ERROR_HANDLERS, Outputs
@@ -236,6 +238,24 @@ def test_only_the_process_that_trains_the_run_is_ever_signalled(tmp_path: Path, 
         time.sleep(0.2)
         assert bystander.poll() is None
         bystander.kill()
+
+
+@pytest.mark.parametrize("proc", ["/proc", "/there is none"])
+def test_a_process_is_known_and_stopped_on_systems_with_and_without_proc(
+    proc: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_process, "PROC", Path(proc))
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        start = run_process.read_start(process.pid)
+        assert start is not None and run_process.is_same_process(process.pid, start)
+        with pytest.raises(ConfigurationError, match="has ended"):
+            run_process.interrupt_process(process.pid, start + 1)  # an earlier process of this id
+        assert process.poll() is None
+        run_process.interrupt_process(process.pid, start)
+        wait_until(lambda: run_process.read_start(process.pid) is None)  # a zombie, too, has ended
+        assert process.wait() == -signal.SIGINT
+    for pid in (process.pid, 0, -1, 2**40):
+        assert not run_process.is_same_process(pid, start)
 
 
 def test_a_client_that_hangs_up_ends_its_validation() -> None:

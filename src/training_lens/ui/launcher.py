@@ -8,10 +8,8 @@ start that fails before is what the log must explain.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -35,10 +33,13 @@ from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.run_folder import UNFINISHED, RunFolder, new_run_id, runs_folder
 from training_lens.runs.run_lookup import read_status
 from training_lens.ui.run_process import (
+    OWN_GROUP,
+    STOPS_OWN_ALONE,
     find_training_process,
     interrupt_process,
     is_same_process,
-    read_start_ticks,
+    kill_with_children,
+    read_start,
 )
 from training_lens.ui.settings_form import CheckedSettings, check_settings, describe_form, read_settings, write_word
 from training_lens.ui.web import Outputs, is_plain_name, json_response, read_body
@@ -63,13 +64,13 @@ class Launch:
     run: str
     pid: int
     host: str
-    start_ticks: int | None
+    start: float | None
     command: str
     exit_code: int | None = None
 
     @property
     def lives(self) -> bool:
-        return self.host == platform.node() and is_same_process(self.pid, self.start_ticks)
+        return self.host == platform.node() and is_same_process(self.pid, self.start)
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Launcher:
 
     outputs: Outputs
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # the last of each run
-    _interrupted: set[tuple[int, int | None]] = field(default_factory=set)  # a second SIGINT would not let them save
+    _interrupted: set[tuple[int, float | None]] = field(default_factory=set)  # a second signal would not let them save
     _lock: Lock = field(default_factory=Lock)
 
     def start_training(self, settings: CheckedSettings) -> Launch:
@@ -114,7 +115,7 @@ class Launcher:
             return self._launch(run.experiment_name, run.run_id, ["--resume", str(run.root)])
 
     def stop_training(self, experiment: str, run_id: str) -> dict[str, Any]:
-        """Send SIGINT to the process that trains a run, once; says what happens then.
+        """Ask the process that trains a run to stop, once; says what happens then.
 
         Raises:
             ConfigurationError: it does not run on this machine, or its process is not known for sure.
@@ -128,20 +129,24 @@ class Launcher:
                 self._interrupted.add(process)
         return {"run": run_id, "pid": process[0], "message": f"The run {run_id} stops: {what}."}
 
-    def _find_process(self, experiment: str, run_id: str) -> tuple[tuple[int, int | None], str]:
-        """The process that trains a run, or is about to: its id and when it started; and what SIGINT does to it."""
+    def _find_process(self, experiment: str, run_id: str) -> tuple[tuple[int, float | None], str]:
+        """The process that trains a run, or is about to: its id and when it started; and what a stop does to it."""
         try:
             run = self.outputs.open_run(experiment, run_id)
         except HTTPException:  # not yet, or never
             status = "not there"
         else:
             status = read_status(run)
-            if status == "running":
+            if status == "running" and not STOPS_OWN_ALONE:
                 return find_training_process(run), SAVES_ITSELF if run.metrics_file.exists() else ENDS_AT_ONCE
         launch = self._find_living(experiment, run_id)
+        if launch is None and status == "running":
+            raise ConfigurationError(f"the run {run_id} was started elsewhere: press Ctrl-C in its terminal.")
+        if launch is not None and status == "running":
+            return (launch.pid, launch.start), SAVES_ITSELF
         if launch is None or status not in (*UNFINISHED, "not there"):
             raise ConfigurationError(f"the run {run_id} is {status}: there is nothing to stop.")
-        return (launch.pid, launch.start_ticks), ENDS_AT_ONCE
+        return (launch.pid, launch.start), ENDS_AT_ONCE
 
     def describe_launch(self, run_id: str) -> dict[str, Any]:
         """The last launch for a run: whether its process lives, how it ended, and the end of what it printed.
@@ -173,9 +178,10 @@ class Launcher:
             process = subprocess.Popen(
                 [*COMMAND, "train", *words],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                creationflags=OWN_GROUP,
             )  # fmt: skip
         shown = redact_text(shlex.join(["training-lens", "train", *words]))
-        launch = Launch(experiment, run_id, process.pid, platform.node(), read_start_ticks(process.pid), shown)
+        launch = Launch(experiment, run_id, process.pid, platform.node(), read_start(process.pid), shown)
         self._processes[run_id] = process
         write_json(self._place(run_id, "json"), asdict(launch))
         Thread(target=self._await_end, args=(process, launch), name=f"launch {run_id}", daemon=True).start()
@@ -222,14 +228,15 @@ async def validate_settings(settings: CheckedSettings, request: Request) -> dict
     words = ["validate", *settings.words, "--json"]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [*COMMAND, *words], stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
-        )
+            [*COMMAND, *words], stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True,
+            creationflags=OWN_GROUP,
+        )  # fmt: skip
         try:
             await _wait_for_end(process, request)
             code = _as_exit_code(process.poll())
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_with_children(process.pid)
                 process.wait()
         return _describe_validation(code, output, errors, shlex.join(["training-lens", *words[:-1]]))
 

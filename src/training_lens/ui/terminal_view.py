@@ -102,10 +102,13 @@ def _read_single_keys() -> Iterator[int | None]:
     """
     try:
         import termios
-
+    except ImportError:  # Windows
+        yield None
+        return
+    try:
         number = sys.stdin.fileno()
         before = termios.tcgetattr(number)
-    except (ImportError, OSError, ValueError, termios.error):
+    except (OSError, ValueError, termios.error):
         yield None
         return
     single = [*before[:3], before[3] & ~(termios.ICANON | termios.ECHO | termios.ISIG), *before[4:]]

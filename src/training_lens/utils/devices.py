@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import platform
-import resource
-import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
 from training_lens.errors import ConfigurationError
@@ -144,16 +143,17 @@ def peak_bytes(device: torch.device) -> int:
     peak = _read_process_status("VmHWM")  # Linux: getrusage would include the process before exec
     if peak is not None:
         return peak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
 def used_bytes(device: torch.device) -> int:
-    """The bytes in use now, as `peak_bytes` counts them; where the system does not say, the peak."""
-    if counts_memory(device):
-        return allocated_bytes(device)
-    resident = _read_process_status("VmRSS")
-    return peak_bytes(device) if resident is None else resident
+    """The bytes in use now, as `peak_bytes` counts them."""
+    return allocated_bytes(device) if counts_memory(device) else int(psutil.Process().memory_info().rss)
 
 
 def _read_process_status(name: str) -> int | None:
@@ -165,14 +165,12 @@ def _read_process_status(name: str) -> int | None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """The bytes that can still be allocated, without swap; None if the system does not report it."""
+    """The bytes that can still be allocated, without swap; None where nobody says."""
     if counts_memory(device):
         return int(torch.get_device_module(device).mem_get_info(device)[0])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.is_file() and device.type == "cpu" else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+    return int(psutil.virtual_memory().available) if device.type == "cpu" else None
 
 
 def allocated_bytes(device: torch.device) -> int:

@@ -33,7 +33,10 @@ logger = get_logger(__name__)
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Write a file or folder to the disk. Windows opens no folder, and writes names by itself."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -202,13 +205,9 @@ def _is_abandoned(leftover: Path, older_than_seconds: float) -> bool:
 
 
 def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
+    import psutil
+
+    return bool(psutil.pid_exists(pid))
 
 
 def list_files(folder: Path) -> list[Path]:

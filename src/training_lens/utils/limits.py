@@ -30,6 +30,10 @@ BAD_ROWS = 100_000  # of a source: each is kept with its reason
 CHOICES = 1_000  # values of a key in a sweep
 
 
+# Opening a pipe would wait for its writer; Windows has no such flag, and translates line ends without its own.
+OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
 class TooMuchError(ValueError):
     """A value exceeds a limit; the message names the limit, not the place."""
 
@@ -40,7 +44,7 @@ def open_file(path: Path) -> io.BufferedReader:
     Raises:
         OSError: also for devices and pipes, which may be endless or readable only once.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+    descriptor = os.open(path, OPEN_FLAGS)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is a folder, device or pipe, expected a file", str(path))

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first one asks the loop to stop after its step, a second one stops it at once."""
+"""SIGINT, SIGTERM, Windows' Ctrl+Break: the first one asks the loop to stop after its step, a second one at once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 
 logger = get_logger(__name__)
+HANDLED: list[signal.Signals] = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
+]
 
 
 class SignalListener:
@@ -35,12 +38,12 @@ class SignalListener:
         def record(number: int, _frame: FrameType | None) -> None:
             if self.number:
                 raise KeyboardInterrupt
-            self.number = number
+            self.number = number if number == signal.SIGTERM else signal.SIGINT
             logger.warning("%s: saving after this step, then leaving", signal.Signals(number).name)
 
         self._before = {}
         with suppress(ValueError):  # not the main thread
-            self._before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, record) for number in HANDLED}
         return self
 
     def __exit__(self, *_: object) -> None:
