@@ -14,6 +14,8 @@ from slow_cases import mark_slow
 from tiny_models import save_tiny_model
 
 from training_lens import TrainingWrapper
+from training_lens.analysis.page.explanations import describe_explanations
+from training_lens.runs.run_folder import RunFolder
 
 Call = Callable[..., Result]
 FEW = ("evaluation.max_examples=4", "evaluation.resamples=50")
@@ -30,6 +32,13 @@ def test_modules_writes_its_reports_and_the_adapter_without_some(call: Call, run
     assert found["residual"] <= 0.01 and "forward and backward passes" in result.stderr
     assert len(found["written"]["dropped"]) == 9
     assert all((run / "reports" / f"explain-modules.{ending}").is_file() for ending in ("json", "md", "csv", "html"))
+    (shown,) = [one for one in describe_explanations(RunFolder(run)) if one["page"]]
+    assert "The adapter changes the loss from" in shown["sentences"][0]
+    (grid,) = shown["parts"]
+    assert sum(value or 0 for row in grid["values"] for value in row) == pytest.approx(100, abs=2)
+    (run / "reports/explain-modules.json").write_text("{broken")
+    (shown,) = [one for one in describe_explanations(RunFolder(run)) if one["page"]]
+    assert shown["page"] == "reports/explain-modules.html" and not shown["sentences"] and not shown["parts"]
     assert call("infer", "Where?", "--run", "small").exit_code == 0
     named = call("explain", "modules", str(run), *FEW, "--drop", "q_proj,model.layers.0", "--write", "named", "--json")
     assert {name.rsplit(".", 1)[-1] for name in json.loads(named.stdout)["written"]["dropped"]} > {"q_proj"}
@@ -61,6 +70,10 @@ def test_answer_writes_its_reports(call: Call, run: Path) -> None:
     found = json.loads(result.stdout)
     assert found["prompt"] == "Where = here?" and found["token"] == 0 and "6 forward passes" in result.stderr
     assert all((run / "reports" / f"explain-answer.{ending}").is_file() for ending in ("json", "md", "csv", "html"))
+    (shown,) = [one for one in describe_explanations(RunFolder(run)) if one["page"]]
+    answers, tokens = shown["parts"]
+    assert [name for name, _ in answers["answers"]][:2] == ["Prompt", "Base"] and len(shown["sentences"]) >= 2
+    assert [text for text, _ in tokens["tokens"]] == [token["text"] for token in found["tokens"]]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from training_lens.analysis.page.explanations import describe_explanations
 from training_lens.data.row_list import read_row_list
+from training_lens.runs.run_folder import RunFolder
 
 Call = Callable[..., Result]
 
@@ -26,6 +28,9 @@ def test_rows_writes_its_reports_and_the_suspects(call: Call, run: Path) -> None
     assert found["rows"] == 64 and found["most_visits"] == 1 and found["base_loss"] > found["adapter_loss"]
     assert found["held_out_validations"] > 1
     assert all((run / "reports" / f"explain-rows.{ending}").is_file() for ending in ("json", "md", "csv", "html"))
+    (shown,) = [one for one in describe_explanations(RunFolder(run)) if one["page"]]
+    assert "64 training rows" in shown["sentences"][0]
+    assert shown["parts"][0]["rows"] == [(name, str(len(rows))) for name, rows in found["lists"].items()]
     suspects = run / "reports" / "explain-rows-suspects.txt"
     listed = {row["id"] for row in found["lists"]["likely mislabelled"]}
     assert suspects.is_file() == bool(listed)
@@ -39,6 +44,8 @@ def test_memory_writes_its_reports(call: Call, run: Path) -> None:
     assert {row["group"] for row in found["continuations"]} == {"training rows", "unseen rows"}
     assert "no proof of privacy" in result.stderr and "planted no canaries" in " ".join(result.stderr.split())
     assert all((run / "reports" / f"explain-memory.{ending}").is_file() for ending in ("json", "md", "csv", "html"))
+    (shown,) = [one for one in describe_explanations(RunFolder(run)) if one["page"]]
+    assert shown["sentences"][-1].startswith("A low number is no proof") and len(shown["parts"][0]["rows"]) == 6
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,6 @@ def test_shaded_tokens_are_text_whatever_they_hold(tmp_path: Path) -> None:
     shaded = ShadedText("log p", [hostile, empty, ShadedToken("a", 0.0, "")])
     write_page(tmp_path / "page.html", "tokens", [shaded])
     page = (tmp_path / "page.html").read_text()
-    assert "&lt;i&gt;\u23ce\n</span>" in page and "<script" not in page and page.count('class="marked"') == 1
+    assert "&lt;i&gt;\u23ce\n</span>" in page and "<script" not in page and page.count('class="token marked"') == 1
     assert page.count("<span") == 3 and "\u00b7</span>" in page
-    assert [shade.split(" ")[3] for _, shade in shaded.shades()] == ["55%,", "28%,", "0%,"]
+    assert [shade.split(" ")[3] for _, shade in shaded.shades()] == ["45%,", "22%,", "0%,"]

@@ -30,7 +30,7 @@ def test_a_page_loads_nothing_from_elsewhere_and_the_script_once(tmp_path: Path)
 def test_a_page_without_figures_carries_no_script(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", "Words", ["Only words.", Table("A table", ["a", "b"], [["1", "2"]])])
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "<script" not in text and "<td>2</td>" in text
+    assert "<script" not in text and '<td class="number">2</td>' in text
 
 
 def test_pictures_side_by_side_bring_the_script_along(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_phone_shows_the_page_in_its_own_width_and_scrolls_wide_tables(tmp_pat
     write_page(tmp_path / "page.html", "Wide", [Table("A table", ["a", "b"], [["1", "2"]])])
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert 'name="viewport" content="width=device-width' in text
-    assert '<div class="scroll"><table>' in text
+    assert '<div class="scroll" tabindex="0" role="region" aria-label="A table"><table>' in text
 
 
 def test_no_button_sends_a_figures_data_away(tmp_path: Path) -> None:
@@ -63,7 +63,11 @@ def test_a_column_of_prose_is_aligned_left_and_one_of_numbers_is_not(tmp_path: P
     rows = [["one", "1.5", "a sentence that is longer than any number"], ["two", "2.5", "short"]]
     write_page(tmp_path / "page.html", "Prose", [Table("A table", ["a", "b", "c"], rows)])
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert '<td class="words">short</td>' in text and "<td>2.5</td>" in text and '<th class="words">c</th>' in text
+    assert (
+        '<td class="words">short</td>' in text
+        and '<td class="number">2.5</td>' in text
+        and '<th class="words">c</th>' in text
+    )
 
 
 def test_a_shortened_cell_is_whole_on_hover_and_escaped_in_both(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Self-contained HTML pages of text, tables and Plotly figures. They open offline, and all text is escaped.
 
-They fit screens from a phone's width up, and follow light and dark mode.
+They look as the dashboard's pages, fit screens from a phone's width up, and follow light and dark mode.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from training_lens.display.colors import ALARM, COLOURS
 from training_lens.utils.files import redact_for_file, write_text
 from training_lens.utils.formatting import reveal_controls
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 TEMPLATE = "page.html.jinja"
-STRONGEST = 0.55  # opacity of the most shaded token
+STRONGEST = 0.45  # opacity of the most shaded token
 LONGEST_NUMBER = 24  # characters; a column with a longer cell is prose
 Severity = Literal["problem", "warning", "note", "fine"]
 
@@ -126,8 +126,8 @@ class ShadedText:
 
 def _shade(strength: float) -> str:
     """A colour in CSS that text stays readable on, for a strength from -1 to 1."""
-    colour = COLOURS[0] if strength > 0 else ALARM
-    return f"color-mix(in srgb, {colour} {STRONGEST * abs(strength):.0%}, transparent)"
+    colour = "--accent" if strength > 0 else "--line-1"
+    return f"color-mix(in srgb, var({colour}) {STRONGEST * abs(strength):.0%}, transparent)"
 
 
 Part: TypeAlias = "str | Table | ShadedText | BulletList | Callout | SvgPicture | Picture | PictureGrid | Figure"
@@ -146,13 +146,20 @@ def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
 
         script = get_plotlyjs()
     body = redact_for_file(template.render_body(title, parts), path)  # not of the script
-    text = template.render_page(redact_for_file(escape(title), path), body, script)
+    style = read_static("parts.css") + read_static("style.css")
+    text = template.render_page(redact_for_file(escape(title), path), body, style, script)
     write_text(path, text, verbatim=True)
 
 
 def render_card(title: str, parts: Sequence[Part]) -> str:
     """HTML of a few kB for a notebook's cell, with scoped style and no script; `parts` without Plotly figures."""
-    return str(_load_template().render_card(title, parts))
+    return str(_load_template().render_card(title, parts, read_static("parts.css")))
+
+
+@cache
+def read_static(name: str) -> str:
+    """A packaged file of the pages: style, script or module."""
+    return files("training_lens.display").joinpath("static", name).read_text(encoding="utf-8")
 
 
 def _reveal(value: Any) -> Any:

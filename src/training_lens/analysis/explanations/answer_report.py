@@ -41,7 +41,12 @@ def build_answer_report(change: AnswerChange, rows: Sequence[Part] = ()) -> Repo
     if rows:
         parts += ["# Which training rows made it", *rows]
     parts += ["# Every token", token_table(change), "# How it was measured", f"{HOW} {_describe_cost(change)}"]
-    return Report("explain-answer", "Why one answer changed", (*parts, *change.notes), change.as_json())
+    return Report(
+        "explain-answer",
+        "Why one answer changed",
+        (*parts, *change.notes),
+        {**change.as_json(), "sentences": [*describe_answer(change)]},
+    )
 
 
 def _describe_cost(change: AnswerChange) -> str:

@@ -142,7 +142,12 @@ def build_memory_report(found: MemoryExplanation) -> Report:
         caption = whole.caption + (f"; the first {SHOWN}" if len(whole.rows) > SHOWN else "")
         parts += ["# Continuations", Table(caption, whole.columns, whole.rows[:SHOWN])]
     parts += ["# How it was measured", HOW]
-    return Report("explain-memory", "What the adapter remembers of its rows", tuple(parts), found.as_json())
+    return Report(
+        "explain-memory",
+        "What the adapter remembers of its rows",
+        tuple(parts),
+        {**found.as_json(), "sentences": [*describe_memory(found)]},
+    )
 
 
 def _draw_exposures(found: MemoryExplanation) -> Iterator[SvgPicture]:

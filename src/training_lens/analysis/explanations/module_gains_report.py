@@ -32,7 +32,12 @@ def build_module_report(gains: ModuleGains) -> Report:
     parts += [layer_table(gains), TESTED, kind_table(gains), *row_tables(gains)]
     parts += ["# Dropping modules", *describe_drops(gains), drop_table(gains)]
     parts += ["# All modules", module_table(gains), "# How it was measured", f"{HOW} {_describe_rows(gains)}"]
-    return Report("explain-modules", "Where the gain lives", (*parts, *gains.notes), gains.as_json())
+    return Report(
+        "explain-modules",
+        "Where the gain lives",
+        (*parts, *gains.notes),
+        {**gains.as_json(), "sentences": _list_sentences(gains)},
+    )
 
 
 def describe_modules(gains: ModuleGains) -> Iterator[str]:
@@ -57,6 +62,12 @@ def describe_modules(gains: ModuleGains) -> Iterator[str]:
     if replaced := [layer for layer in gains.layers if layer.off < -layer.alone / 2 and layer.alone < 0]:
         names = ", ".join(layer.name for layer in replaced)
         yield f"Others stand in for most of what these layers have alone, so that shares and tests differ: {names}."
+
+
+def _list_sentences(gains: ModuleGains) -> list[str]:
+    """What a reader of the run's page should know: what the numbers say, whether they hold, and what can go."""
+    check = [] if gains.is_complete else [describe_check(gains)]
+    return [*describe_modules(gains), *check, next(describe_drops(gains))]
 
 
 def describe_check(gains: ModuleGains) -> str:

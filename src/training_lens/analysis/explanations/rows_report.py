@@ -202,7 +202,12 @@ def build_rows_report(found: RowsExplanation, notes: Sequence[str] = ()) -> Repo
     if found.held_out is not None and found.held_out.losses.shape[1] > 1:
         parts += ["# Validation rows", held_out_table(found.held_out)]
     parts += ["# How it was measured", HOW]
-    return Report("explain-rows", "The life of each training row", tuple(parts), found.as_json())
+    return Report(
+        "explain-rows",
+        "The life of each training row",
+        tuple(parts),
+        {**found.as_json(), "sentences": [*describe_rows(found), *notes]},
+    )
 
 
 HOW = (

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from training_lens.analysis.page.explanations import describe_explanations
 from training_lens.analysis.page.run_feed import RunFeed, list_active_findings
 from training_lens.analysis.page.run_row import find_total_steps, read_run_row
 from training_lens.config.schema import TrainingConfig
@@ -39,7 +40,6 @@ ANSWER_SCORES = ("exact_match", "numeric", "json_fields", "token_f1", "rougeL", 
 SHOWN_MEASURES = ("loss", *ANSWER_SCORES[:4], "rougeL", "chrf", "token_accuracy", "forward_kl")
 LOG_BYTES = 1 << 16  # of the end of run.log
 SHOWN_FOLDERS = ("reports", "logs", "metadata", "artifacts")
-EXPLANATIONS = ("modules", "rows", "answer", "memory")
 
 
 def describe_run(run: RunFolder, feed: RunFeed) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def describe_run(run: RunFolder, feed: RunFeed) -> dict[str, Any]:
         "data": describe_data(_read_json(run, "data.json")),
         "environment": _read_json(run, "environment.json"),
         "events": list_events(run, feed),
-        "explanations": [name for name in EXPLANATIONS if (run.reports / f"explain-{name}.html").is_file()],
+        "explanations": describe_explanations(run),
         "files": list(list_run_files(run)),
         "folder": str(run.root),
         "resume_command": run.resume_command,

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from posixpath import dirname, join, normpath
 from typing import Any, get_args
@@ -22,12 +21,13 @@ from training_lens.analysis.page.run_feed import FeedCache, RunFeed
 from training_lens.analysis.page.run_page import describe_run, read_log_end
 from training_lens.analyzers.module_groups import By, json_value
 from training_lens.core.registry import AnalyzerRegistry
+from training_lens.display.html import read_static
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import redact_for_file, replace_non_finite, write_text
 
 MODULES = ("dom.js", "format.js", "theme.js", "api.js", "chart.js", "heatmap.js", "report.js")
 PAGES = ("pages/run.js", "pages/runs.js", "pages/compare.js")
-PARTS = ("parts/curves.js", "parts/evaluation.js", "parts/findings.js", "parts/samples.js")
+PARTS = ("parts/samples.js", "parts/curves.js", "parts/evaluation.js", "parts/explanations.js", "parts/findings.js")
 IMPORT = re.compile(r'(from ")(\.[^"]+)(")')
 POLICY = "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; img-src data:"
 POINTS = 600  # of a curve
@@ -105,8 +105,8 @@ def render_page_report(title: str, headline: str, values: str) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">
 <title>{escape(title)}</title>
-<style>{_read_static("vendor/uPlot.min.css")}{_read_static("style.css")}</style>
-<script>{_read_static("vendor/uPlot.iife.min.js")}</script>
+<style>{read_static("vendor/uPlot.min.css")}{read_static("parts.css")}{read_static("style.css")}</style>
+<script>{read_static("vendor/uPlot.iife.min.js")}</script>
 <script type="importmap">{_import_map()}</script>
 </head><body>
 <header class="top"><span class="brand">Training Lens</span><span class="spread"></span>
@@ -135,11 +135,6 @@ def _import_map() -> str:
 def _encode(name: str) -> str:
     """A module as a data address. Its imports are by name there, as such an address has no folder."""
     text = IMPORT.sub(
-        lambda found: f"{found[1]}lens/{normpath(join(dirname(name), found[2]))}{found[3]}", _read_static(name)
+        lambda found: f"{found[1]}lens/{normpath(join(dirname(name), found[2]))}{found[3]}", read_static(name)
     )
     return f"data:text/javascript;base64,{base64.b64encode(text.encode()).decode()}"
-
-
-@cache
-def _read_static(name: str) -> str:
-    return files("training_lens.display").joinpath("static", name).read_text(encoding="utf-8")

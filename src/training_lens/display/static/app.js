@@ -39,11 +39,12 @@ async function showPage() {
   document.title = `${page.title} · Training Lens`;
   markLink(page.under ?? address.name);
   setConnection("");
-  replace(main, element("p", { class: "empty" }, "Reading…"));
+  const place = element("div", {}, element("p", { class: "empty" }, "Reading…")); // a page that comes late draws into its own
+  replace(main, place);
   scrollTo(0, 0);
   try {
     const module = await page.load();
-    const stop = await module.show(main, { ...address, setTitle, setConnection });
+    const stop = await module.show(place, { ...address, setTitle: (title) => number === visit && setTitle(title), setConnection: (words) => number === visit && setConnection(words) });
     if (number === visit) leave = stop ?? (() => {});
     else stop?.();
   } catch (error) {

@@ -5,6 +5,8 @@ import { formatNumber, formatWhole } from "./format.js";
 
 const LEAST_HEIGHT = 180;
 const ROWS_OF_TABLE = 40;
+const FEW_DECADES = 2.5;
+const LOG_MARGIN = 1.2; // of a logarithmic axis, above and below its values
 const LOG_RATIO = 8; // from this ratio of largest to smallest value on, the axis is logarithmic
 
 /**
@@ -13,13 +15,14 @@ const LOG_RATIO = 8; // from this ratio of largest to smallest value on, the axi
  * A line is {name, steps, values, color, kind, width, dash}: `kind` "dots" draws measured points alone, since nothing is
  * known between them. `color` is the name of a CSS variable. A mark is {step, label, color}.
  */
-export function lineChart({ title, x = "step", y, height = 260, onZoom = null, canBeLog = true }) {
+export function lineChart({ title, x = "step", y, height = 260, onZoom = null, canBeLog = true, hint = null }) {
   const box = element("div", { class: "plot", role: "img", "aria-label": title });
   const legend = element("div", { class: "legend" });
   const tableBox = details("The numbers as a table");
   const scale = canBeLog ? button("", toggleScale, { class: "quiet scale" }) : null;
   const root = element("figure", { class: "chart" },
-    element("figcaption", {}, element("span", {}, title), scale), box, legend, tableBox);
+    element("figcaption", {}, element("span", {}, title), scale), box, legend,
+    hint ? element("p", { class: "hint" }, hint) : null, tableBox);
   const state = { plot: null, lines: [], marks: [], isLog: null, hidden: new Set() };
 
   function toggleScale() {
@@ -91,8 +94,13 @@ export function redrawOn(root, draw) {
   root.addEventListener("themechange", draw); // sent to each figure: one at the window would keep old pages alive
 }
 
+const probe = element("span", { class: "hidden" });
+
+/** The colour of a CSS variable in the theme of now, as rgb(). */
 export function readColor(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  if (!probe.isConnected) document.body.append(probe);
+  probe.style.color = `var(${name})`;
+  return getComputedStyle(probe).color;
 }
 
 function widthOf(box) {
@@ -134,11 +142,11 @@ function buildOptions({ x, y, height, width, onZoom, marks, isLog }, lines) {
     height: Math.max(LEAST_HEIGHT, height),
     legend: { show: false },
     cursor: { points: { size: 7 }, drag: { x: true, y: false } },
-    scales: { x: { time: false }, y: isLog ? { distr: 3 } : {} },
+    scales: { x: { time: false }, y: isLog ? { distr: 3, range: (_, low, high) => [low / LOG_MARGIN, high * LOG_MARGIN] } : {} },
     axes: [
-      { ...axis, label: x, labelSize: 22, values: (_, ticks) => ticks.map(shorten) },
+      { ...axis, label: x, labelSize: 20, size: 30, values: (_, ticks) => ticks.map(shorten) },
       { ...axis, label: y, labelSize: 22, size: 58, values: (_, ticks) => ticks.map(shorten),
-        grid: { ...axis.grid, filter: (_, ticks) => ticks.map((tick) => (isLog && !isRound(tick) ? null : tick)) } },
+        ...(isLog ? { filter: keepRound, grid: { ...axis.grid, filter: keepRound } } : {}) },
     ],
     series: [{}, ...lines.map(describeSeries)],
     plugins: [markPlugin(marks), tooltipPlugin(lines, x)],
@@ -147,9 +155,10 @@ function buildOptions({ x, y, height, width, onZoom, marks, isLog }, lines) {
   };
 }
 
-/** Whether a number is 1, 2 or 5 times a power of ten. */
-function isRound(value) {
-  return ["1", "2", "5"].includes(value?.toExponential(3).replace(/\.?0*e.*/, ""));
+/** The ticks of a logarithmic axis that are powers of ten, or 1, 2 and 5 times one where it has few decades. */
+function keepRound(_, ticks) {
+  const digits = ticks.at(-1) > ticks[0] * 10 ** FEW_DECADES ? ["1"] : ["1", "2", "5"];
+  return ticks.map((tick) => (digits.includes(tick?.toExponential(3).replace(/\.?0*e.*/, "")) ? tick : null));
 }
 
 /** The number of a tick, which is a round one: 20k, 0.003, 1e-5. */

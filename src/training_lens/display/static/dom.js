@@ -1,5 +1,6 @@
 // Builds elements. Text is always set as text: nothing that comes from a run, a row or a model is read as markup.
 
+const MOST_SHADE = 45; // percent of the colour: text stays readable on it
 const SVG = "http://www.w3.org/2000/svg";
 
 /** An element: attributes by name, `on...` handlers, `class`; children are nodes, texts, or lists of them. */
@@ -79,6 +80,19 @@ export function table(caption, columns, rows, attributes = {}) {
       element("caption", { class: attributes.shown ? null : "hidden" }, caption),
       element("thead", {}, element("tr", {}, head)),
       element("tbody", {}, body)));
+}
+
+/** A text whose ground is the stronger, the further its share is from 0: of the accent above, orange below. */
+export function shaded(share, text, attributes) {
+  const node = element("span", attributes, text);
+  const color = share < 0 ? "--line-1" : "--accent";
+  if (share) node.style.background = `color-mix(in srgb, var(${color}) ${Math.round(MOST_SHADE * Math.abs(share))}%, transparent)`;
+  return node;
+}
+
+/** A token's text with a sign for each line end, and one for a token without a text. */
+export function showSpace(text) {
+  return text === "" ? "·" : text.replaceAll("\n", "⏎\n");
 }
 
 export function section(title, id, ...children) {

@@ -211,8 +211,7 @@ function showTip(tip, canvas, map, { row, column }, event) {
 }
 
 function parseColor(text) {
-  const hex = text.replace("#", "");
-  return [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16));
+  return text.match(/[\d.]+/g).slice(0, 3).map(Number);
 }
 
 function mixColors(first, second, share) {

@@ -1,7 +1,7 @@
 // The rows of a run as the model sees them: which tokens it learns from, and which rows are long, hard or suspect.
 
 import { fetchJson } from "../api.js";
-import { badge, button, details, element, replace, table } from "../dom.js";
+import { badge, button, details, element, replace, showSpace, table } from "../dom.js";
 import { formatNumber, formatWhole, pluralize } from "../format.js";
 import { chooseRun } from "../parts/choose_run.js";
 
@@ -9,7 +9,7 @@ const PAGE = 25;
 const WAIT = 300; // milliseconds after a key, before the rows are asked for
 
 export async function show(main, address) {
-  const run = await chooseRun(main, address, "data", "Data", () => true);
+  const run = await chooseRun(main, address, { page: "data", title: "Data", isUsable: () => true, nothing: "There is no run yet." });
   if (!run) return;
   const path = `/api/runs/${encodeURIComponent(run.experiment)}/${encodeURIComponent(run.run)}/data`;
   const summary = await fetchJson(path);
@@ -20,6 +20,7 @@ export async function show(main, address) {
     state.offset = 0;
     state.timer = setTimeout(() => load(path, view, state), isLater ? WAIT : 0);
   });
+  if (view.controls.suspects) view.controls.suspects.value = address.query.get("suspects") ?? "";
   replace(main, view.root);
   await load(path, view, state);
 }
@@ -125,7 +126,7 @@ function rowCard(row, split, path) {
     try {
       const whole = await fetchJson(`${path}/rows/${row.index}?split=${encodeURIComponent(split)}`);
       tokens.append(element("p", { class: "tokens" }, whole.tokens.map((token) =>
-        element("span", { class: `token ${token.supervised ? "supervised" : "plain"}`, title: `id ${token.id}` }, token.text === "" ? "·" : token.text.replaceAll("\n", "⏎\n")))));
+        element("span", { class: `token ${token.supervised ? "supervised" : "plain"}`, title: `id ${token.id}` }, showSpace(token.text)))));
     } catch (error) {
       tokens.append(element("p", { class: "fault" }, error.message));
     }

@@ -46,7 +46,8 @@ function buildView(form, state) {
 function groupPart(group, state, view, change) {
   const others = group.fields.filter((field) => !field.common);
   if (!others.length) return null;
-  return details(group.title, element("div", { class: "form-grid" }, others.map((field) => fieldControl(field, state, view, change))));
+  const title = group.title.replaceAll("`", "").replace(/\.$/, "");
+  return details([element("code", {}, group.name), ` ${title}`], element("div", { class: "form-grid" }, others.map((field) => fieldControl(field, state, view, change))));
 }
 
 function fieldControl(field, state, view, change) {

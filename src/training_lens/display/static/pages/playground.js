@@ -1,14 +1,15 @@
 // Base and adapter side by side: streamed answers, the prompt as the model sees it, and how sure each model is.
 
 import { fetchJson, postJson, postLines } from "../api.js";
-import { button, details, element, replace } from "../dom.js";
+import { button, details, element, replace, shaded, showSpace } from "../dom.js";
 import { formatNumber, formatWhole, pluralize } from "../format.js";
 import { chooseRun } from "../parts/choose_run.js";
 
 const SIDES = [["base", "Base"], ["adapter", "Adapter"]];
 
 export async function show(main, address) {
-  const run = await chooseRun(main, address, "playground", "Playground", (row) => row.status === "finished");
+  const isUsable = (row) => row.status === "finished";
+  const run = await chooseRun(main, address, { page: "playground", title: "Playground", isUsable, nothing: "There is no finished run yet: its adapter is what answers here." });
   if (!run) return () => {};
   const path = `/api/runs/${encodeURIComponent(run.experiment)}/${encodeURIComponent(run.run)}/playground`;
   const about = await fetchJson(path);
@@ -105,13 +106,12 @@ function scoredAnswer({ scores, difference }) {
   if (!scores.length) return null;
   const largest = Math.max(...scores.map((score) => Math.abs(score.adapter - score.base)), 1e-9);
   return details("How sure each model is, token by token",
-    element("p", { class: "soft" }, "Green: the adapter finds the token likelier than the base does; red: less likely. Hover for nats.",
+    element("p", { class: "soft" }, "Blue: the adapter finds the token likelier than the base does; orange: less likely. Hover for nats.",
       difference === undefined ? "" : ` In all: ${formatNumber(difference)} nats.`),
     element("p", { class: "tokens" }, scores.map((score) => {
       const change = score.adapter - score.base;
-      const token = element("span", { class: "token", tabindex: "0", title: `base ${formatNumber(score.base)}, adapter ${formatNumber(score.adapter)} (${change > 0 ? "+" : ""}${formatNumber(change)}) nats` }, showSpace(score.text));
-      token.style.backgroundColor = `color-mix(in srgb, var(${change > 0 ? "--fine" : "--problem"}) ${Math.round((45 * Math.abs(change)) / largest)}%, transparent)`;
-      return token;
+      const title = `base ${formatNumber(score.base)}, adapter ${formatNumber(score.adapter)} (${change > 0 ? "+" : ""}${formatNumber(change)}) nats`;
+      return shaded(change / largest, showSpace(score.text), { class: "token", tabindex: "0", title });
     })));
 }
 
@@ -125,8 +125,4 @@ async function showTokens(path, view) {
   } catch (error) {
     replace(view.tokens, element("p", { class: "fault", role: "alert" }, error.message));
   }
-}
-
-function showSpace(text) {
-  return text === "" ? "·" : text.replaceAll("\n", "⏎\n");
 }

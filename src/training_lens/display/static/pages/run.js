@@ -6,6 +6,7 @@ import { badge, button, commandLine, details, element, replace, replaceIfChanged
 import { capitalize, formatBytes, formatDate, formatSeconds, formatValue, formatWhole, pluralize } from "../format.js";
 import { heatMap, heatTable } from "../heatmap.js";
 import { evaluationTable } from "../parts/evaluation.js";
+import { explanations } from "../parts/explanations.js";
 import { findingCards } from "../parts/findings.js";
 import { sampleAnswers } from "../parts/samples.js";
 import { Curves } from "../parts/curves.js";
@@ -146,7 +147,7 @@ function drawPage(view, state, source) {
   drawProgress(view, page, source);
   replaceIfChanged(view.answers, page.samples, () => sampleAnswers(page.samples));
   replaceIfChanged(view.evaluation, page.evaluation, () => evaluationTable(page));
-  replaceIfChanged(view.explanations, page.explanations, () => explanationLinks(page, source));
+  replaceIfChanged(view.explanations, [page.explanations, page.row.status], () => explanations(page, source));
   replaceIfChanged(view.settings, [page.settings, page.data, page.environment], () => settingsPart(page, source));
   replaceIfChanged(view.files, page.files, () => filesPart(page, source));
   if (!state.findings) drawFindings(view, state);
@@ -192,10 +193,17 @@ function nextSteps(state) {
     isUnfinished ? element("div", {}, element("p", {}, "Finish it:"), commandLine(resume)) : null,
     worst ? element("div", {}, element("p", {}, `What to do about "${worst.title}": ${worst.action || worst.decide}.`)) : null,
     row.status === "finished" && headline.verdict.next_command
-      ? element("div", {}, element("p", {}, headline.verdict.basis === "training" ? "Measure it on the held-out rows:" : "Next:"), commandLine(headline.verdict.next_command))
+      ? element("div", {}, element("p", {}, describeCommand(headline.verdict.next_command)), commandLine(headline.verdict.next_command))
       : null,
   ].filter(Boolean);
   return items.length ? element("div", { class: "card" }, element("h2", {}, "What now?"), items) : null;
+}
+
+function describeCommand(command) {
+  if (command.includes("data.validation=FILE")) return "Measure it on more rows, since these are too few or undecided:";
+  if (command.includes("evaluation.decide_by=")) return "Decide by another measure:";
+  if (command.startsWith("training-lens compare")) return "Measure it on the held-out rows:";
+  return command.startsWith("training-lens merge") ? "Write the model with the adapter merged into it:" : "See each finding with its evidence:";
 }
 
 function drawProgress(view, page, source) {
@@ -210,7 +218,7 @@ function drawProgress(view, page, source) {
     ["Speed", progress.tokens_per_second ? `${formatWhole(progress.tokens_per_second)} tokens/s` : "–"],
     ["Peak memory", formatBytes(progress.peak_bytes || null)],
     ["Started", formatDate(row.started)],
-  ];
+  ].filter(([, value]) => value !== "–");
   replace(view.progress,
     isRunning ? element("div", { class: "progress", role: "progressbar", "aria-valuenow": Math.round(100 * share), "aria-valuemin": 0, "aria-valuemax": 100, "aria-label": "Training" }, bar) : null,
     element("dl", { class: "facts" }, facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)))),
@@ -306,16 +314,6 @@ function failure(error) {
   return element("p", { class: "empty" }, error.message);
 }
 
-function explanationLinks(page, source) {
-  const commands = { modules: "Which modules carry the gain", rows: "Which rows teach it and which harm it", answer: "Why it answers as it does", memory: "What it has memorized" };
-  return element("div", { class: "grid" }, Object.entries(commands).map(([name, title]) => {
-    const report = `reports/explain-${name}.html`;
-    return element("div", { class: "card" }, element("h3", {}, title), page.explanations.includes(name)
-      ? element("a", { href: source.fileAddress(report), target: "_blank", rel: "noopener" }, "Open its page")
-      : commandLine(`training-lens explain ${name} ${page.row.run}`));
-  }));
-}
-
 function settingsPart(page, source) {
   const changed = page.settings.filter((setting) => setting.is_changed);
   const columns = [{ name: "setting", cell: (row) => element("code", {}, row.key) }, { name: "value", cell: (row) => formatValue(row.value) }];
@@ -326,8 +324,8 @@ function settingsPart(page, source) {
     replace(log, log.firstElementChild, element("pre", { class: "log", tabindex: "0" }, text));
   });
   return [
-    table("Settings that are not the defaults", columns, changed, { shown: true }),
-    details("All settings", table("All settings", columns, page.settings)),
+    table("Settings that are not the defaults", columns, changed, { shown: true, class: "facts-table" }),
+    details("All settings", table("All settings", columns, page.settings, { class: "facts-table" })),
     ...page.data.map(dataTable),
     ...Object.entries(source.ownResults ?? {}).map(([name, found]) =>
       details(`Analyzer ${name}`, element("pre", { class: "log", tabindex: "0" }, JSON.stringify(found, null, 2)))),

@@ -11,15 +11,14 @@ export class Curves {
   constructor(box, source) {
     Object.assign(this, { box, source, curves: {}, validations: [], events: null, lastStep: 0, zoom: null, added: 0 });
     const onZoom = (first, last) => this.zoomTo(first, last);
-    this.loss = lineChart({ title: "Loss, nats per supervised token", y: "loss", height: 340, onZoom });
+    this.loss = lineChart({ title: "Loss, nats per supervised token", y: "loss", height: 340, onZoom, hint: "Drag across the chart to look closer; double-click to see all." });
     this.norm = lineChart({ title: "Gradient norm before clipping", y: "norm", height: 200 });
     this.rate = lineChart({ title: "Learning rate", y: "rate", height: 200, canBeLog: false });
-    this.reset = element("p", { class: "soft" }, "Drag across the chart to look closer; double-click to see all.");
   }
 
   async load(page, found) {
     this.take(await found);
-    replace(this.box, this.loss.root, this.reset, element("div", { class: "grid" }, this.norm.root, this.rate.root));
+    replace(this.box, this.loss.root, element("div", { class: "grid" }, this.norm.root, this.rate.root));
     this.loss.root.addEventListener("dblclick", () => this.showAll());
     this.mark(page);
   }
