@@ -106,10 +106,6 @@ class InterruptedRunError(TrainingLensError):
         super().__init__(message)
         self.signal_number, self.exit_code = signal_number, 128 + signal_number
 
-    def with_advice(self, advice: str) -> InterruptedRunError:
-        """The same error with advice appended to its message."""
-        return InterruptedRunError(f"{self} {advice}", self.signal_number)
-
 
 class PrunedRunError(TrainingLensError):
     """A callback stopped the run early because it is not worth finishing. Not a failure of the run."""

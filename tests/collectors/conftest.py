@@ -14,9 +14,10 @@ from torch import Tensor
 from training_lens.config.schema import PeftSection
 from training_lens.core.collector import CaptureContext, DataCollector
 from training_lens.core.modules import AdapterModule, ModuleBatches, adapter_modules
-from training_lens.core.probe import Probe, evaluation_mode
+from training_lens.core.probe import Probe
 from training_lens.core.types import Captured, Moment
 from training_lens.models.adapters import attach, trainable_parameters
+from training_lens.models.model_classes import evaluation_mode
 from training_lens.models.token_scores import paired_scores
 
 VOCABULARY = SIZES["vocab_size"]
@@ -97,6 +98,7 @@ class Loop:
         from contextlib import ExitStack
 
         with ExitStack() as around:
+            around.enter_context(torch.no_grad())
             around.enter_context(evaluation_mode(self.model))
             for collector in of:
                 around.enter_context(collector.probe_hooks(context))

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from training_lens.collectors import ActivationExtractor, ActivationsCollector, DivergenceCollector
 from training_lens.collectors.layer_activations import MAX_POSITIONS, TokenPositions, decoder_layers
-from training_lens.core.probe import Probe, evaluation_mode
+from training_lens.core.probe import Probe
 from training_lens.errors import LensError
 from training_lens.models.adapters import base_only
+from training_lens.models.model_classes import evaluation_mode
 
 
 def hidden_states(model: Any, probe: Probe) -> list[Tensor]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from training_lens.core.probe import Probe, evaluation_mode
+from training_lens.core.probe import Probe
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import LensError
@@ -87,14 +87,3 @@ def test_a_cut_keeps_what_is_supervised() -> None:
 
 def test_zero_tokens_give_no_probe() -> None:
     assert Probe.from_dataset(dataset(4), 0, fill_id=0) is None
-
-
-def test_evaluation_mode_restores_training_modes() -> None:
-    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
-    model[2].eval()
-    with evaluation_mode(model):
-        assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
-    assert [m.training for m in model] == [True, True, False] and model.training and torch.is_grad_enabled()
-    with pytest.raises(RuntimeError), evaluation_mode(model):
-        raise RuntimeError
-    assert model[0].training and not model[2].training

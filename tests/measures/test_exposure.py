@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from training_lens.measures.exposure import (
-    LOG2_E,
     chance_of_exposure,
     count_leading,
     expected_exposure,
@@ -49,8 +48,8 @@ def test_a_verdict_on_few_canaries_knows_how_far_chance_goes() -> None:
 def test_the_chance_level_is_the_mean_of_all_ranks_and_grows_to_log2_e() -> None:
     exact = np.mean([math.log2(100) - math.log2(rank) for rank in range(1, 101)])
     assert expected_exposure(100) == pytest.approx(exact)
-    assert expected_exposure(10**7) == pytest.approx(LOG2_E, abs=1e-5)
-    assert exposure_deviation(10**6) == pytest.approx(LOG2_E, abs=1e-3)  # as of an exponential variable
+    assert expected_exposure(10**7) == pytest.approx(math.log2(math.e), abs=1e-5)
+    assert exposure_deviation(10**6) == pytest.approx(math.log2(math.e), abs=1e-3)  # as of an exponential variable
 
 
 def test_continuations_are_counted_by_hand() -> None:

@@ -26,7 +26,7 @@ from training_lens.errors import CheckpointError
 from training_lens.models.adapters import describe_adapter
 from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_listing import BROKEN, config_differences, have_same_validation, read_run
-from training_lens.utils.formatting import format_count, format_seconds
+from training_lens.utils.formatting import cut_text, format_count, format_seconds
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -151,10 +151,9 @@ class RunComparison:
 
     def _repr_html_(self) -> str:
         chart = render_chart(self._loss_curves(), *LOSS_AXES)
-        texts = {key: [json.dumps(value, ensure_ascii=False) for value in both] for key, both in self.config.items()}
         settings = [
-            (key, *(text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…" for text in both))
-            for key, both in texts.items()
+            (key, *(cut_text(json.dumps(value, ensure_ascii=False), LONGEST_VALUE) for value in both))
+            for key, both in self.config.items()
         ]
         parts: list[Part] = [
             Table("", ("", *self.run_names), [("status", *(run.status for run in self._listed)), *self._number_rows()]),

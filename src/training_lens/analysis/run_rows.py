@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training_lens.config.schema import TrainingConfig
 from training_lens.evaluation.evaluation_rows import EvaluationRows
 from training_lens.inference.heldout_examples import validation_examples
 from training_lens.inference.session import Session, open_run
@@ -25,6 +26,13 @@ class RowOptions:
     data: Sequence[str] | None = None
     device: str | None = None
     given: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_settings(cls, settings: TrainingConfig) -> RowOptions:
+        """Those that a command's settings name."""
+        data = [str(source) for source in settings.data.validation] if settings.data.validation else None
+        device, given = settings.model.chosen_device, settings.explicit_values()
+        return cls(settings.evaluation.max_examples, data, device, given)
 
 
 def open_rows(run: RunFolder, options: RowOptions, adapter: Path | None = None) -> tuple[Session, EvaluationRows]:

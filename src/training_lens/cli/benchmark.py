@@ -35,8 +35,7 @@ def benchmark(run: FinishedRun = "latest", *, options: CommandOptions) -> None:
         from training_lens.inference.session import open_run
         from training_lens.utils.files import write_json
 
-        device = None if settings.model.device == "auto" else settings.model.device  # None: that of the run
-        session = open_run(found, device, given=settings.explicit_values())
+        session = open_run(found, settings.model.chosen_device, given=settings.explicit_values())
         report = run_benchmark(session, settings.benchmark, Progress(screen.console))
         write_json(found.reports / "benchmark.json", report.as_json())
         write_benchmark_page(found.reports / "benchmark.html", report)

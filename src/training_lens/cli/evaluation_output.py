@@ -11,6 +11,7 @@ from rich.text import Text
 
 from training_lens.cli.common import Screen, print_table
 from training_lens.errors import ConfigurationError
+from training_lens.utils.formatting import cut_text
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from training_lens.runs.run_folder import RunFolder
 
 SHOWN = 3
+LONGEST_CELL = 300  # characters
 NAME_WIDTH = 18  # characters of a row's name that are never folded
 NAMES = {"evaluation": "evaluate", "evaluation-of-base": "evaluate_base"}  # names of the reports in trackers
 EVALUATION_KEYS = ("evaluation.", "data.validation", "inference.adapter", "inference=")
@@ -112,11 +114,13 @@ def _show_example(screen: Screen, result: EvaluationResult) -> None:
     lines = {"prompt": _prompt_text(result, asked[0]), "expected": result.rows.references[asked[0]]}
     for name, outcome in outcomes.items():
         text = outcome.answers[asked[0]].strip() or "(nothing)"
-        lines[label(name)] = f"{_cut_text(text, 140)} [cut]" if outcome.finish_reasons[asked[0]] == "length" else text
+        lines[label(name)] = (
+            f"{cut_text(text.strip(), 140)} [cut]" if outcome.finish_reasons[asked[0]] == "length" else text
+        )
     width = max(map(len, lines)) + 2
     screen.console.print()
     for name, text in lines.items():
-        screen.print_line(f"{name:<{width}}{_cut_text(' '.join(text.split()), 160)}")
+        screen.print_line(f"{name:<{width}}{cut_text(' '.join(text.split()), 160)}")
     screen.console.print()
 
 
@@ -195,10 +199,5 @@ def _show_samples(screen: Screen, result: EvaluationResult) -> None:
     for i in choose_samples(examples, SHOWN):
         cells = [_prompt_text(result, i), result.rows.references[i]]
         cells += [outcome.answers[i] for outcome in result.outcomes.values()]
-        table.add_row(*(Text(_cut_text(cell)) for cell in cells))
+        table.add_row(*(Text(cut_text(cell.strip(), LONGEST_CELL)) for cell in cells))
     print_table(screen.console, table)
-
-
-def _cut_text(text: str, limit: int = 300) -> str:
-    text = text.strip()
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -122,8 +122,7 @@ def explain_answer(run: Words = None, prompt: Prompt = None, *, asked: AnswerOpt
 
         questions = RowQuestions(verify=asked.verify, subsets=asked.lds)
         replay = open_replay(screen, found, questions, settings) if asked.has_rows else None
-        device = None if settings.model.device == "auto" else settings.model.device
-        session = open_run(found, device, given=settings.explicit_values())
+        session = open_run(found, settings.model.chosen_device, given=settings.explicit_values())
         change = _measure(screen, found, session, question, settings)
         del session
         free_memory()  # rows are ranked around a base of their own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,9 +37,7 @@ def explain_memory(
     Examples: training-lens explain memory; training-lens explain memory RUN --row rows.jsonl:17
     """
     with command(options) as screen:
-        if "=" in run and not Path(run).exists():
-            _, options = options.split_argument(run)
-            run = "latest"
+        run, options = options.split_run(run)
         settings = load_config(options)
         refuse_unused(options.words, USED, "explain memory measures with the run's own config.")
         refuse_adapter_folder(run, "explain memory needs to know the rows that it was trained on")
@@ -50,8 +47,9 @@ def explain_memory(
         from training_lens.analysis.explanations.memory_measurement import MemoryOptions, explain_memory
         from training_lens.display.progress import Progress
 
-        device = None if settings.model.device == "auto" else settings.model.device
-        asked = MemoryOptions(candidates, samples, tuple(row or ()), device, settings.explicit_values())
+        asked = MemoryOptions(
+            candidates, samples, tuple(row or ()), settings.model.chosen_device, settings.explicit_values()
+        )
         measured = explain_memory(found, asked, Progress(screen.console), screen.print_line)
         exposures, continued = report.exposure_table(measured), report.continuation_table(measured)
         for table in (exposures, continued):

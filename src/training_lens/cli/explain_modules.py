@@ -49,9 +49,7 @@ def explain_modules(
     training-lens explain modules RUN --drop offered --write smaller
     """
     with command(options) as screen:
-        if "=" in run and not Path(run).exists():
-            _, options = options.split_argument(run)
-            run = "latest"
+        run, options = options.split_run(run)
         if (write is None) != (drop is None):
             raise ConfigurationError("--drop and --write go together: --drop offered --write FOLDER.")
         settings = load_config(options)
@@ -89,9 +87,7 @@ def open_explained(reference: str, words: list[str], settings: TrainingConfig) -
     from training_lens.analysis.explanations.explained_adapter import ExplainedAdapter
     from training_lens.analysis.run_rows import RowOptions
 
-    others = [str(source) for source in settings.data.validation] if settings.data.validation else None
-    device = None if settings.model.device == "auto" else settings.model.device
-    rows = RowOptions(settings.evaluation.max_examples, others, device, settings.explicit_values())
+    rows = RowOptions.from_settings(settings)
     return ExplainedAdapter.from_run(run, rows)
 
 

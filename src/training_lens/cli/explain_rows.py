@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +11,7 @@ from training_lens.cli.find_runs import locate_run, refuse_adapter_folder
 from training_lens.cli.options import CommandOptions
 from training_lens.cli.truncate_rank import RunArgument
 from training_lens.errors import ConfigurationError
+from training_lens.utils.formatting import cut_text
 
 if TYPE_CHECKING:
     from training_lens.analysis.explanations.row_explanation import RowsExplanation
@@ -63,9 +63,7 @@ def explain_rows(
     Examples: training-lens explain rows; training-lens explain rows RUN --base; training-lens explain rows --retrain
     """
     with command(options) as screen:
-        if "=" in run and not Path(run).exists():
-            _, options = options.split_argument(run)
-            run = "latest"
+        run, options = options.split_run(run)
         settings = load_config(options)
         refuse_unused(options.words, USED, "explain rows reads what the run recorded.")
         if exclude is not None and not retrain:
@@ -91,13 +89,14 @@ def _explain(
     from training_lens.analysis.explanations.row_explanation import explain_rows as explain_recorded_rows
     from training_lens.display.progress import Progress
 
-    device = None if settings.model.device == "auto" else settings.model.device
-    asked = RowsOptions(learned, base, device, settings.explicit_values())
+    asked = RowsOptions(learned, base, settings.model.chosen_device, settings.explicit_values())
     found = explain_recorded_rows(run, asked, Progress(screen.console), screen.print_line)
     for line in report.describe_rows(found):
         screen.print_line(line)
     for name, listed in found.lists.items():
-        shown = [[row.id, row.reason, _cut(row.prompt), _cut(row.answer)] for row in listed[:SHOWN]]
+        shown = [
+            [row.id, row.reason, cut_text(row.prompt, WIDEST), cut_text(row.answer, WIDEST)] for row in listed[:SHOWN]
+        ]
         if shown:
             show_table(screen.console, f"{name}: {len(listed):,} rows", ["row", "why", "prompt", "answer"], shown)
     path = run.reports / "explain-rows-suspects.txt"
@@ -106,10 +105,6 @@ def _explain(
         report.write_suspects(path, found.suspects)
         screen.print_line(f"the {len(found.suspects)} suspects: {path}; to train without them: data.exclude={path}")
     return found
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
 
 
 def _retrain(

@@ -39,6 +39,13 @@ Force = Annotated[bool, typer.Option("--force", help="Write over a file that is 
 HELD_OUT = 0.1
 NO_DOMAIN, FOUND = "none", "domain"  # a field 'domain' is found by itself
 Values = dict[str, Any]  # by dotted key
+# No key of an experiment preset: the file would override a preset on the command line.
+LIVE = ("model.id", "data.train", "data.val_ratio", "output.experiment_name")
+WIDTH = 100
+HEAD = """\
+# Training Lens. A line with '#' right before a key is that key at its default: take the '#' away to change it.
+# Check: training-lens validate --config {file}    Train: training-lens train --config {file}
+"""
 
 
 def init(
@@ -209,15 +216,6 @@ def _check_experiment(answer: str) -> Values:
 
     validate_values({"output": {"experiment_name": answer}})
     return {"output.experiment_name": answer}
-
-
-# No key of an experiment preset: the file would override a preset on the command line.
-LIVE = ("model.id", "data.train", "data.val_ratio", "output.experiment_name")
-WIDTH = 100
-HEAD = """\
-# Training Lens. A line with '#' right before a key is that key at its default: take the '#' away to change it.
-# Check: training-lens validate --config {file}    Train: training-lens train --config {file}
-"""
 
 
 def render_skeleton(values: Mapping[str, Any], file: str = "config.yaml") -> str:

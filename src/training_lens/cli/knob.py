@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -58,9 +57,7 @@ def knob(
     training-lens knob RUN --choose 0.8; training-lens knob RUN --choose offered
     """
     with command(options) as screen:
-        if "=" in run and not Path(run).exists():
-            _, options = options.split_argument(run)
-            run = "latest"
+        run, options = options.split_run(run)
         chosen = _read_choice(choose)
         settings = load_config(options, {"evaluation": {"forgetting": general}} if general else None)
         refuse_unused(options.words, USED, "knob measures with the run's own config.")
@@ -69,9 +66,7 @@ def knob(
         if chosen is None:
             from training_lens.analysis.run_rows import RowOptions
 
-            others = [str(source) for source in settings.data.validation] if settings.data.validation else None
-            device = None if settings.model.device == "auto" else settings.model.device
-            rows = RowOptions(settings.evaluation.max_examples, others, device, settings.explicit_values())
+            rows = RowOptions.from_settings(settings)
             measured = _measure(screen, found, rows, settings, _read_scales(scales), metric)
             result = measured.as_json()
             chosen = _find_offered(measured) if choose else None
@@ -137,8 +132,7 @@ def _choose(screen: Screen, run: RunFolder, scale: float, settings: TrainingConf
     from training_lens.analysis.chosen_scale import choose_scale
     from training_lens.runs.run_folder import describe_scale
 
-    device = None if settings.model.device == "auto" else settings.model.device
-    choose_scale(run, scale, device, settings.explicit_values())
+    choose_scale(run, scale, settings.model.chosen_device, settings.explicit_values())
     says = (
         "the run answers as trained" if scale == 1 else f"from now on {describe_scale(run)}; --choose 1 takes it back"
     )

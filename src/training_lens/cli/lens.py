@@ -33,9 +33,7 @@ def open_analyzers(
     run: str, against: str | None, options: CommandOptions, base: str | None
 ) -> tuple[CheckpointAnalyzer, CheckpointAnalyzer | None]:
     """The analyzers of a run (the latest, where a setting stands in its place) and of the run to compare it with."""
-    if "=" in run and not Path(run).exists():
-        _, options = options.split_argument(run)
-        run = "latest"
+    run, options = options.split_run(run)
     folders = [_locate_folder(name, options, base) for name in (run, against) if name]
     from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 

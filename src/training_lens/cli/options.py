@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from itertools import zip_longest
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -79,6 +80,12 @@ class CommandOptions(ConfigOptions):
     def words(self) -> list[str]:
         """The settings that were typed: `training.lr=1e-4`."""
         return list(self.overrides or [])
+
+    def split_run(self, run: str) -> tuple[str, CommandOptions]:
+        """The run, and the options; a setting in its place joins the settings, and the run is the latest."""
+        if "=" in run and not Path(run).exists():
+            return "latest", self.with_words([run, *self.words])
+        return run, self
 
     def split_argument(self, argument: str | None) -> tuple[str | None, CommandOptions]:
         """An optional argument, and the options; an argument that is a setting joins the settings."""

@@ -14,7 +14,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError, DamagedFileError
 from training_lens.runs.metrics_log import read_logged_values
 from training_lens.runs.run_listing import RunOverview, have_same_validation
-from training_lens.utils.formatting import format_size, pluralize, render_sparkline
+from training_lens.utils.formatting import cut_text, format_size, pluralize, render_sparkline
 from training_lens.utils.nested import find_differences, flatten_sections
 
 GAP = 3  # characters between two columns
@@ -169,8 +169,7 @@ def _show_losses(console: Console, losses: Mapping[str, Sequence[Sequence[float]
 
 
 def _format_value(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= VALUE_SHOWN else f"{text[: VALUE_SHOWN - 1]}…"
+    return cut_text(json.dumps(value, ensure_ascii=False), VALUE_SHOWN)
 
 
 def show_comparison(console: Console, runs: Sequence[RunOverview], differing: Mapping[str, Sequence[Any]]) -> None:

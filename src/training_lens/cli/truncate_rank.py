@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,9 +35,7 @@ def rank(run: RunArgument = "latest", write: Write = None, keep: Keep = None, *,
     training-lens rank RUN --write smaller --keep 95%
     """
     with command(options) as screen:
-        if "=" in run and not Path(run).exists():
-            _, options = options.split_argument(run)
-            run = "latest"
+        run, options = options.split_run(run)
         settings = load_config(options)
         refuse_unused(options.words, USED, "rank measures with the run's own config.")
         if (write is None) != (keep is None):
@@ -53,9 +50,7 @@ def rank(run: RunArgument = "latest", write: Write = None, keep: Keep = None, *,
 
         if write:
             require_new_folder(expand_home(write))
-        others = [str(source) for source in settings.data.validation] if settings.data.validation else None
-        device = None if settings.model.device == "auto" else settings.model.device
-        rows = RowOptions(settings.evaluation.max_examples, others, device, settings.explicit_values())
+        rows = RowOptions.from_settings(settings)
         progress = Progress(screen.console)
         check = measure_rank(found, rows.max_examples, rows.data, rows.device, progress, rows.given)
         _show_check(screen, check)

@@ -63,11 +63,10 @@ def _as_json(plan: RunPlan, estimate: RunEstimate | None) -> dict[str, Any]:
 
 def _show_examples(screen: Screen, plan: RunPlan) -> None:
     """Print three examples as the model sees them, with supervised tokens in green and underlined."""
-    import numpy as np
 
     from training_lens.data.tokenization import decode_spans
 
-    rows = np.unique(np.linspace(0, len(plan.train) - 1, EXAMPLES).astype(int))
+    rows = plan.train.spread_positions(EXAMPLES)
     marks = ("", "") if screen.console.is_terminal else ("«", "»")  # where there are no colours
     legend = ((f"{marks[0]}learned{marks[1]}", "green underline"), ", ", ("read", "dim"))
     screen.console.print(Text.assemble((f"\n{len(rows)} of the training examples", "bold"), ": ", *legend))

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from training_lens.core import table_names as tables
 from training_lens.core.collector import CaptureContext, DataCollector
-from training_lens.core.probe import Probe, evaluation_mode
+from training_lens.core.probe import Probe
 from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import Cadence, Captured, DataType, Moment
 from training_lens.errors import LensError
 from training_lens.measures.activation_measures import drift, linear_cka, random_projection, ratio_error, rms
 from training_lens.models.adapters import base_only
-from training_lens.models.model_classes import decoder_of, unwrap_adapter
+from training_lens.models.model_classes import decoder_of, evaluation_mode, unwrap_adapter
 from training_lens.utils.devices import move_to_one_device
 
 MAX_POSITIONS = 256  # of one batch
@@ -169,9 +169,9 @@ class ActivationExtractor:
         device = next(self._model.parameters()).device
         probe = self._build_probe(batch).move_to(device)
         positions = TokenPositions.from_mask(probe.attention_mask)
-        with evaluation_mode(self._model), base_only(self._model):
-            base = self._run_decoder(probe, positions)
-        with evaluation_mode(self._model):
+        with torch.no_grad(), evaluation_mode(self._model):
+            with base_only(self._model):
+                base = self._run_decoder(probe, positions)
             return LayerStates(base, self._run_decoder(probe, positions), positions)
 
     def _build_probe(self, batch: Probe | Mapping[str, Any] | Sequence[Mapping[str, Any] | str]) -> Probe:

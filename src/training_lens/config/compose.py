@@ -22,6 +22,10 @@ from training_lens.utils.nested import flatten_sections, merge_sections, set_at_
 logger = get_logger(__name__)
 ConfigFiles = str | Path | Sequence[str | Path] | None
 Contents = Sequence[FileContent]
+PRESETS = "training_lens.config.presets"
+USER_FOLDER = Path("config")
+ENDINGS = (".yaml", ".yml")
+ITSELF = "_self_"  # in a preset's `defaults`, where its own keys come
 
 
 def compose(
@@ -153,12 +157,6 @@ def _flatten_space(layer: dict[str, Any]) -> None:
         from training_lens.config.search_space import flatten_keys
 
         sweep["space"] = flatten_keys(sweep["space"])
-
-
-PRESETS = "training_lens.config.presets"
-USER_FOLDER = Path("config")
-ENDINGS = (".yaml", ".yml")
-ITSELF = "_self_"  # in a preset's `defaults`, where its own keys come
 
 
 def packaged_presets() -> dict[str, list[str]]:

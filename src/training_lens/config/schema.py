@@ -51,6 +51,11 @@ class ModelSection(Section):
         False, "use a run's adapter, or resume the run, though files of its base changed since it began"
     )
 
+    @property
+    def chosen_device(self) -> str | None:
+        """The device that was asked for; None: none was."""
+        return None if self.device == "auto" else self.device
+
 
 class PeftSection(Section):
     """The adapter."""

@@ -20,9 +20,10 @@ from training_lens.core.collector import CaptureContext, DataCollector
 from training_lens.core.lens_writer import LensWriter
 from training_lens.core.modules import GradientGetter, is_identity_adapter
 from training_lens.core.overhead_budget import OverheadBudget
-from training_lens.core.probe import evaluation_mode, read_probe_states, score_probe
+from training_lens.core.probe import read_probe_states, score_probe
 from training_lens.core.row_losses import RowLosses, select_rows
 from training_lens.core.types import Cadence, Captured, LensManifest, Moment
+from training_lens.models.model_classes import evaluation_mode
 from training_lens.utils.devices import Precision, autocast
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.integrity import safe_save
@@ -145,11 +146,9 @@ class Capture:
         """See `TrainingLensFramework.record_evaluation`. The divergence from the base is measured at it, too."""
         self._store_row(tables.EVALUATION, step, values)
         if step and self._is_divergence_due(step):
-            self._run_probe(step, self._list_divergence(), is_brief=True)
+            divergence = [c for c in self._collectors_at(Moment.PROBE) if c.name == tables.DIVERGENCE]
+            self._run_probe(step, divergence, is_brief=True)
         self._budget.start_step()
-
-    def _list_divergence(self) -> list[DataCollector]:
-        return [c for c in self._collectors_at(Moment.PROBE) if c.name == tables.DIVERGENCE]
 
     def _is_divergence_due(self, step: int) -> bool:
         """Whether the last measurement is at least a twelfth of the run back."""
@@ -223,6 +222,7 @@ class Capture:
         try:
             with self._budget.measure("probe"), ExitStack() as stack:
                 context.one_pass = is_identity_adapter(context.model)
+                stack.enter_context(torch.no_grad())
                 stack.enter_context(evaluation_mode(context.model))
                 stack.enter_context(autocast(context.probe.input_ids.device, self._facts.precision))
                 for collector in collectors:

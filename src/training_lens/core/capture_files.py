@@ -16,6 +16,7 @@ from training_lens.utils.integrity import read_sealed, write_sealed
 
 LENS = "lens.json"
 FORMAT = 1
+LISTING = "files.json"
 
 
 def write_manifest(folder: Path, manifest: LensManifest) -> None:
@@ -50,9 +51,6 @@ def read_manifest(folder: Path) -> LensManifest:
         raise LensError(
             f"{path} is damaged ({type(error).__name__}: {error}); without it, the captures are lost."
         ) from error
-
-
-LISTING = "files.json"
 
 
 def write_listing(folder: Path, captures: Iterable[Path]) -> None:

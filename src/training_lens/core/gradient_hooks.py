@@ -14,6 +14,9 @@ from torch import Tensor
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
+IGNORE_INDEX = -100  # the label of a token that is not supervised, in transformers
+LOOKED_AT = 512  # tokens of a row, for a template's marks
+LEAST_ROWS, MARK = 3, 3  # rows that a template shows in; tokens of its mark between prompt and answer
 
 
 class GradientHooks:
@@ -132,11 +135,6 @@ class LossHook:
     def _add_loss(self, value: Tensor) -> None:
         self._sum = value if self._passes == 0 else self._sum + value
         self._passes += 1
-
-
-IGNORE_INDEX = -100  # the label of a token that is not supervised, in transformers
-LOOKED_AT = 512  # tokens of a row, for a template's marks
-LEAST_ROWS, MARK = 3, 3  # rows that a template shows in; tokens of its mark between prompt and answer
 
 
 def describe_label_faults(batch: Mapping[str, Any], end_tokens: Any) -> list[str]:

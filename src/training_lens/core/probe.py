@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,19 +122,6 @@ def _unpad_rows(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Itera
                 f"{len(keep)} in its attention_mask. All must have one length."
             )
         yield tokens[keep].cpu(), (labels != IGNORE_INDEX)[keep].cpu()
-
-
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Within the block, no dropout and no gradients; afterwards every module has its old training mode."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def read_probe_states(model: Any, probe: Probe) -> Tensor:

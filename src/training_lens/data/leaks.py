@@ -28,6 +28,12 @@ LEAK_TEXTS: dict[str, str] = {
     "near": "nearly the same text",
 }
 NO_LEAK = -1
+PIECE = 5  # tokens
+THRESHOLD = 0.8
+FEWEST_PIECES = 8  # of a row that is compared
+MOST_ROWS, MOST_SHARE, LEAST_ROWS = 50, 0.1, 3  # training rows that may share a piece: more, and it is a template's
+MOST_TOKENS = 20_000_000
+_POWERS = np.array([pow(0x9E3779B97F4A7C15, i + 1, 2**64) for i in range(PIECE)], dtype=np.uint64)
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,6 @@ def find_leaks(train: TokenDataset, held_out: TokenDataset) -> SplitLeaks:
         found = partners[kind] >= 0
         kinds[found], others[found] = index, partners[kind][found]
     return SplitLeaks(kinds, others)
-
-
-PIECE = 5  # tokens
-THRESHOLD = 0.8
-FEWEST_PIECES = 8  # of a row that is compared
-MOST_ROWS, MOST_SHARE, LEAST_ROWS = 50, 0.1, 3  # training rows that may share a piece: more, and it is a template's
-MOST_TOKENS = 20_000_000
-_POWERS = np.array([pow(0x9E3779B97F4A7C15, i + 1, 2**64) for i in range(PIECE)], dtype=np.uint64)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ EXTRA = ("name", "tool_call_id")
 CALLING = ("function_call", "tool_call")
 MARKED_ANSWER = ("text", "answer_start")  # SQuAD records hold answers with their offsets in the context
 SPELLINGS = (("role", "content"), ("from", "value"))
+FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def read_chat(row: Row, key: str, value: Any, keys: KeyCheck) -> tuple[tuple[Message, ...], bool]:
@@ -222,9 +223,6 @@ def _no_answer_error(row: Row, key: str) -> DatasetError:
         f"{row.place}: '{key}' holds no answer, SQuAD's way to say that there is none. Write the answer that the model "
         "should give, or leave such rows out with data.on_bad_row=skip."
     )
-
-
-FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def read_flag(value: Any) -> bool | None:

@@ -22,6 +22,13 @@ from training_lens.utils.logging import get_logger
 
 FEWEST_ROWS = 8  # with fewer, a shared text may be chance
 SHOWN_ROWS, SHOWN_TEXT = 3, 60
+logger = get_logger(__name__)
+SHOWN = 6  # names that a line lists
+COUNTED = (  # fields of the report that are sums over chunks of rows
+    *("rows", "examples", "dropped_without_answer", "dropped_by_weight", "dropped_too_long"),
+    *("truncated", "answers_truncated", "supervised_tokens_lost", "tokens", "supervised_tokens"),
+)
+KEPT_SHARE = 0.99  # share of rows; the report names the seq_len that keeps so many whole
 
 
 def is_copied_answer(example: Example) -> bool:
@@ -101,15 +108,6 @@ def _describe_row(example: Example) -> str:
     prompt = prompt if len(prompt) <= SHOWN_TEXT else f"...{prompt[-SHOWN_TEXT:]}"
     answer = answer if len(answer) <= SHOWN_TEXT else f"{answer[:SHOWN_TEXT]}..."
     return f"row {example.row}: {prompt!r} -> {answer!r}"
-
-
-logger = get_logger(__name__)
-SHOWN = 6  # names that a line lists
-COUNTED = (  # fields of the report that are sums over chunks of rows
-    *("rows", "examples", "dropped_without_answer", "dropped_by_weight", "dropped_too_long"),
-    *("truncated", "answers_truncated", "supervised_tokens_lost", "tokens", "supervised_tokens"),
-)
-KEPT_SHARE = 0.99  # share of rows; the report names the seq_len that keeps so many whole
 
 
 @dataclass(frozen=True)

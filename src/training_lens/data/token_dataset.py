@@ -259,6 +259,11 @@ class TokenDataset:
     def __iter__(self) -> Iterator[TokenizedExample]:
         return (self[i] for i in range(len(self)))
 
+    def spread_positions(self, most: int) -> np.ndarray:
+        """At most so many positions, spread evenly from the first example to the last, int64."""
+        positions: np.ndarray = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64))
+        return positions
+
     def select(self, positions: np.ndarray) -> TokenDataset:
         """The examples at these positions, in this order; nothing is copied."""
         return TokenDataset(self.source, positions if self.rows is None else self.rows[positions])

@@ -17,6 +17,9 @@ WIDTH, PLOT_HEIGHT, LINE_HEIGHT = 640, 220, 18  # pixels of the drawing; it shri
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40  # margins of the plot
 MOST_POINTS = 240  # of a curve: about one for two pixels
 TICKS = 5  # about as many on an axis at most
+CELL_WIDTH, CELL_HEIGHT, HEADER, LETTER = 48, 22, 26, 7  # pixels; of a letter of 12 pixels at most
+STRONGEST = 0.9  # opacity of the largest number's cell
+DARK = 0.6  # opacity from which a cell's number is white
 
 
 @dataclass(frozen=True)
@@ -193,11 +196,6 @@ def _dashes(curve: Curve) -> str:
 
 def _render_text(across: float, down: float, words: str, anchor: str) -> str:
     return f'<text x="{across:.1f}" y="{down:.1f}" text-anchor="{anchor}" fill="{INK}">{escape(words)}</text>'
-
-
-CELL_WIDTH, CELL_HEIGHT, HEADER, LETTER = 48, 22, 26, 7  # pixels; of a letter of 12 pixels at most
-STRONGEST = 0.9  # opacity of the largest number's cell
-DARK = 0.6  # opacity from which a cell's number is white
 
 
 def render_heat_map(

@@ -66,7 +66,8 @@ def assess_comparison(
     Raises:
         ConfigurationError: the chosen measure was not computed.
     """
-    comparison, everything = leave_trained_rows_out(comparison), comparison
+    everything = comparison
+    comparison = replace(everything, whole=everything.by_leak.get(NEW_ROWS, everything.whole))  # none is in training
     changes = list_changes(comparison, scoring)
     chosen = decide_by or (LOSS if LOSS in changes else ACROSS_TOKENS)
     if chosen not in changes:
@@ -97,11 +98,6 @@ def assess_comparison(
     if verdict.outcome == "better" and but:
         sentence = f"{sentence.removesuffix('.')}; but {', and '.join(but)}."
     return replace(verdict, sentence=sentence, next_command=next_command(verdict, run))
-
-
-def leave_trained_rows_out(comparison: ModelComparison) -> ModelComparison:
-    """The comparison of the rows that are not in training; the same if there are none, or no others."""
-    return replace(comparison, whole=comparison.by_leak.get(NEW_ROWS, comparison.whole))
 
 
 def leak_remarks(comparison: ModelComparison) -> Iterator[Remark]:

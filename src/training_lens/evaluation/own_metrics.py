@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from training_lens.errors import ConfigurationError, EvaluationError
-from training_lens.utils.formatting import describe_error, nearest_name, strip_full_stop
+from training_lens.utils.formatting import cut_text, describe_error, nearest_name, strip_full_stop
 from training_lens.utils.names import expand_home
 
 KEY, GROUP = "evaluation.metrics", "training_lens.metrics"
@@ -208,5 +208,5 @@ def _function_place(function: Any) -> str:
 
 def _quote_pair(prediction: str, reference: str) -> str:
     """Prediction and reference for an error message, each cut to 60 characters."""
-    shown, expected = (repr(text if len(text) <= 60 else f"{text[:59]}…") for text in (prediction, reference))
+    shown, expected = (repr(cut_text(text, 60)) for text in (prediction, reference))
     return f"the answer {shown} to {expected}"

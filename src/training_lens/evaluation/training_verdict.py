@@ -186,11 +186,6 @@ def is_run_folder(source: str) -> bool:
 logger = get_logger(__name__)
 
 
-def read_run_verdict(run: RunFolder) -> Verdict:
-    """The verdict of `compare` unless the run was trained further since, else of its validation."""
-    return read_comparison_verdict(run) or assess_training(read_training_record(run), str(run.root))
-
-
 def read_comparison_verdict(run: RunFolder) -> Verdict | None:
     """The verdict of the run's `compare`; None without one, or where the run was trained further since."""
     path = run.reports / "compare.json"

@@ -162,8 +162,7 @@ def open_session(config: TrainingConfig, beside: Session | None = None) -> Sessi
     run = find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
     if not Path(name).is_dir():
         logger.info("run %s of experiment %s", run.run_id, run.experiment_name)
-    device = None if config.model.device == "auto" else config.model.device
-    return open_run(run, device, given=config.explicit_values(), beside=beside)
+    return open_run(run, config.model.chosen_device, given=config.explicit_values(), beside=beside)
 
 
 def open_run(

@@ -41,6 +41,10 @@ LEAST_FINISH_SECONDS = 600.0  # that W&B may take at the end, when an adapter of
 REFUSED = re.compile(r"error 40[13]\b")  # HTTP status: the key is wrong or has no write permission
 NO_METADATA = "http://127.0.0.1:9"  # instead of a cloud's metadata server, which wandb-core would ask
 OWN_RUN_KEYS = ("run_dir",)  # of the summary: a path of this machine
+logger = get_logger(__name__)
+WEIGHTS = "adapter_model.safetensors"
+FINDING_COLUMNS = ("code", "severity", "title", "where", "measured", "threshold", "confidence", "action", "decide")
+LOSSES = ("validation_loss", "base_validation_loss", "train_loss")
 
 
 class WandBIntegration(Tracker):
@@ -255,12 +259,6 @@ def require_written(folder: Path, step: int) -> None:
         raise IntegrationError(f"{file} cannot be read back ({done.stderr.strip()[-200:]}).") from None
     if found["exit_code"] is None or found["step"] != step:
         raise IntegrationError(f"{file} is incomplete: is the disk full? It is written again.")
-
-
-logger = get_logger(__name__)
-WEIGHTS = "adapter_model.safetensors"
-FINDING_COLUMNS = ("code", "severity", "title", "where", "measured", "threshold", "confidence", "action", "decide")
-LOSSES = ("validation_loss", "base_validation_loss", "train_loss")
 
 
 def build_row(records: Sequence[Record]) -> dict[str, Any]:

@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 
-LOG2_E = math.log2(math.e)  # mean exposure of what was never seen, among infinitely many candidates
-
 
 def measure_exposure(own: float, others: np.ndarray) -> float:
     """The exposure of a canary in bits, from its loss and those of the other candidates, (candidates,).

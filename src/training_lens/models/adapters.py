@@ -165,13 +165,11 @@ def check_adapter(skeleton: Any, peft: PeftSection) -> Adaptation:
     Raises:
         AdapterError: see `attach`; a saved adapter is compared by the shapes in its header.
     """
-    from peft import get_peft_model_state_dict
-
     base = skeleton.name_or_path
     adapted, left_out = _inject_adapter(skeleton, peft)
     if peft.from_adapter:
-        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        check_fit(adapter_folder(peft.from_adapter), {n: tuple(t.shape) for n, t in state.items()}, base)
+        shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(adapted).items()}
+        check_fit(adapter_folder(peft.from_adapter), shapes, base)
     _require_reloadable(adapted)
     return Adaptation(tuple(adapted_modules(adapted)), left_out)
 
@@ -181,15 +179,23 @@ def _require_reloadable(adapted: Any) -> None:
 
     Such an adapter would train, and have no effect wherever it is loaded.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
-    result = set_peft_model_state_dict(adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    result = set_peft_model_state_dict(adapted, saved_tensors(adapted))
     lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
     if lost:
         raise AdapterError(
             f"peft: PEFT cannot load an adapter of a {type(adapted.get_base_model()).__name__} that it saved: it looks "
             f"for other names than those saved ({lost[0]}). Give the text model alone, or another base."
         )
+
+
+def saved_tensors(adapted: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a PEFT model's adapter, by the names under which it is saved; nothing is copied."""
+    from peft import get_peft_model_state_dict
+
+    saved: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return saved
 
 
 def adapted_modules(adapted: Any) -> list[str]:

@@ -75,13 +75,14 @@ def unwrap_adapter(model: Any) -> Any:
 
 @contextmanager
 def evaluation_mode(module: Any) -> Iterator[None]:
-    """In the block the module is in evaluation mode, in which no dropout draws; then in its own again."""
-    was_training = module.training
+    """In the block the module is in evaluation mode, in which no dropout draws; then each part in its own again."""
+    before = {part: part.training for part in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for part, training in before.items():
+            part.training = training
 
 
 def public_class(model: Any) -> str:

@@ -207,7 +207,7 @@ def shorten_plan(plan: RunPlan, steps: int) -> RunPlan:
     assert plan.validation is not None
     full, warmup = plan.schedule.total_steps, plan.config.training.warmup_steps
     shorter = {} if warmup is None else {"warmup_steps": round(warmup * steps / full)}
-    rows = np.unique(np.linspace(0, len(plan.validation) - 1, MOST_ROWS).astype(np.int64))
+    rows = plan.validation.spread_positions(MOST_ROWS)
     config = plan.config.replace_keys(training={"max_steps": steps, **shorter})
     schedule = replace(plan.schedule, max_steps=steps)
     measured = replace(plan.rows, validation=plan.validation.select(rows))

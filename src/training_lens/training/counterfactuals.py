@@ -107,7 +107,7 @@ class RunTests:
                 "data.val_ratio=0.1."
             )
         self._validation = self._plan.validation
-        self._positions = np.unique(np.linspace(0, len(self._validation) - 1, ROWS).astype(np.int64))
+        self._positions = self._validation.spread_positions(ROWS)
         self._rows = self._validation.select(self._positions)
 
     def plan(self, question: Question, steps: int | None = None) -> PlannedTest:
@@ -261,7 +261,8 @@ class RunTests:
         if (recorded := self._summary.get("validation_loss")) is not None:
             loss = float(nll.sum() / self._validation.supervised_counts.sum())
             self._require_same_loss("the validation loss of its adapter", loss, recorded)
-        return nll[self._positions]
+        own: np.ndarray = nll[self._positions]
+        return own
 
     def _resize(self, config: TrainingConfig, test: PlannedTest, seed: int) -> RunPlan:
         """The plan with this config and seed for the test's steps, its warm-up and decay shrunk in proportion."""

@@ -220,8 +220,7 @@ def _cut_step(plan: RunPlan, step: StepPlan, is_packed: bool) -> StepPlan:
 def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
     """Seconds per token of a validation."""
     assert plan.validation is not None
-    rows = np.unique(np.linspace(0, len(plan.validation) - 1, SAMPLED_ROWS).astype(np.int64))
-    sample = plan.validation.select(rows)
+    sample = plan.validation.select(plan.validation.spread_positions(SAMPLED_ROWS))
     budget = plan.micro_batch_tokens
     started = time.perf_counter()
     evaluate_loss(trainer.model, sample, EvaluationOptions(plan.processes, plan.precision, budget, trainer.pad_id))

@@ -14,6 +14,7 @@ from typing import Any
 from training_lens.config.lens_section import LensSection
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.errors import CheckpointError
+from training_lens.models.adapters import saved_tensors
 from training_lens.runs.checkpoint_format import checkpoint_folder, list_checkpoint_steps
 from training_lens.training.loop.callbacks import Callback, StepReport
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
@@ -87,11 +88,8 @@ class StateKeeper(Callback):
 
 def estimate_state_bytes(trainer: Any) -> int:
     """At most what a state takes: the adapter as it is saved, and two moments for each trained number."""
-    from peft import get_peft_model_state_dict
-
-    saved = get_peft_model_state_dict(trainer.model, save_embedding_layers=False)
     moments = sum(2 * parameter.nbytes for parameter in trainer.parameters)
-    return int(sum(tensor.nbytes for tensor in saved.values()) + moments)
+    return int(sum(tensor.nbytes for tensor in saved_tensors(trainer.model).values()) + moments)
 
 
 def drop_states(folder: Path, after: int) -> None:

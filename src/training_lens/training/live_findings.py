@@ -50,6 +50,8 @@ from training_lens.utils.logging import get_logger
 logger = get_logger(__name__)
 MOST_ROW_PASSES = 5  # spikes of which the rows are measured: a forward pass over the step's rows each
 SPIKES = (SPIKE_RULE.code, BATCH_RULE.code)
+COMPARED = 16  # rows drawn at random, and rows that resemble the hardest one
+SCANNED = 20_000  # rows among which those are looked for
 
 
 class LiveFindings(JournalCallback):
@@ -170,10 +172,6 @@ def is_check_due(trainer: Any, step: int) -> bool:
     earlier = range(max(1, step - step % width), step)
     is_first = not any(trainer.is_validation_due(other) or trainer.is_sample_due(other) for other in earlier)
     return is_first or step == trainer.schedule.total_steps
-
-
-COMPARED = 16  # rows drawn at random, and rows that resemble the hardest one
-SCANNED = 20_000  # rows among which those are looked for
 
 
 def measure_spike_rows(trainer: Any, step: int) -> SpikeRows:

@@ -90,8 +90,9 @@ def swap_prompts(dataset: TokenDataset, count: int) -> SwappedRows:
     Tokens of prompts and answers stay as they are, since both were tokenized apart. Left out are rows whose prompt
     would stay the same, and those that would be longer than the longest row.
     """
-    places = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(np.int64))
-    starts = {int(place): start for place in places if (start := _find_answer(dataset[int(place)]))}
+    starts = {
+        int(place): start for place in dataset.spread_positions(count) if (start := _find_answer(dataset[int(place)]))
+    }
     by_domain: dict[str | None, list[int]] = defaultdict(list)
     for place in starts:
         by_domain[dataset[place].domain].append(place)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from training_lens.analysis.explanations.row_evidence import ReplayedRows
 from training_lens.analysis.explanations.training_rows import suggest_row
@@ -24,7 +23,7 @@ from training_lens.data.batching import StepPlan
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.display.progress import Progress
 from training_lens.errors import CheckpointError, ConfigurationError, TrainingError
-from training_lens.models.adapters import restore_adapter
+from training_lens.models.adapters import restore_adapter, saved_tensors
 from training_lens.runs.checkpoint_format import list_checkpoints, verify_checkpoint
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
@@ -168,10 +167,6 @@ class RowReplay:
             restore_adapter(trainer.model, self.run.adapter)
             return -self._load_runner().measure(trainer.model, queries)
 
-    def measure_base(self, queries: TokenDataset) -> np.ndarray:
-        """The log-probability of each query's supervised tokens in the base, (queries,), in nats."""
-        return -self._load_runner().measure_base(queries)
-
     @contextmanager
     def open_trainer(self) -> Iterator[Trainer]:
         """The run's trainer at the run's start; the base is loaded once for all that are opened."""
@@ -191,9 +186,9 @@ class RowReplay:
 
     def _require_same_adapter(self, model: Any, start: int) -> None:
         """Compare the replayed adapter with that of the run, bit for bit."""
-        replayed = _copy_adapter(model)
+        replayed = {name: tensor.detach().clone() for name, tensor in saved_tensors(model).items()}
         restore_adapter(model, self.run.adapter)
-        own = _copy_adapter(model)
+        own = saved_tensors(model)
         if different := [name for name, tensor in own.items() if not torch.equal(replayed[name], tensor)]:
             farthest = max(float((replayed[name] - own[name]).abs().max()) for name in different)
             raise TrainingError(
@@ -223,11 +218,3 @@ class _Beginning:
         trainer.scaler.load_state_dict(self._scaler)
         restore_rng_state(self._rng)
         trainer.state = replace(TrainingState(), micro_batch_tokens=budget)
-
-
-def _copy_adapter(model: Any) -> dict[str, Tensor]:
-    """The tensors of a model's adapter, as they are saved."""
-    from peft import get_peft_model_state_dict
-
-    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().clone() for name, tensor in saved.items()}

@@ -197,7 +197,9 @@ class TrainingWrapper:
                 if plan.processes.is_main:
                     write_summary(run, summarize_run(run, status_after_error(error), trainer, parameters))
                 if isinstance(error, InterruptedRunError):
-                    raise error.with_advice(f"Resume it: {run.resume_command}") from error
+                    raise InterruptedRunError(
+                        f"{error} Resume it: {run.resume_command}", error.signal_number
+                    ) from error
                 raise
             finally:  # kernels and modules refer to each other, which would keep the weights alive
                 uninstall_kernels(trainer.model)

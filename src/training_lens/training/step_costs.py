@@ -25,6 +25,8 @@ COUNTED_STEPS = 1000  # the tokens of longer runs are scaled up from this many s
 PEAK_MARGIN = 1.1  # for what comes later in a run: validation of all rows, checkpoints, captures, sampled answers
 LEAST_ERROR = 0.2  # relative: runs took 0.90 to 1.21 times as long as was estimated, benchmarks/results/estimates.json
 STUDENT_95 = {1: 12.7, 2: 4.3, 3: 3.2, 4: 2.8, 5: 2.6, 6: 2.4, 7: 2.4}  # by degrees of freedom; above: 2
+logger = get_logger(__name__)
+WARM_UP, MEASURED = 1, 4  # steps
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,6 @@ def count_validations(plan: RunPlan) -> int:
     every = plan.config.training.eval_steps or plan.schedule.steps_per_epoch
     due = plan.schedule.total_steps // every
     return 1 + due + (plan.schedule.total_steps % every > 0)
-
-
-logger = get_logger(__name__)
-WARM_UP, MEASURED = 1, 4  # steps
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,16 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def cut_text(text: str, most: int) -> str:
+    """A text of at most so many characters, the last of which is … where some are left out."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def format_share(share: float | None) -> str:
+    """A share in percent: '12.5%'; a dash where there is none."""
+    return "-" if share is None else f"{share:.1%}"
+
+
 def format_interval(interval: tuple[float, float] | None, form: str = "{:+.4f}") -> str:
     """Both ends of an interval: `-0.0210 to +0.0032`; a dash where there is none."""
     return "-" if interval is None else " to ".join(form.format(end) for end in interval)

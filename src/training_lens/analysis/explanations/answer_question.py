@@ -127,7 +127,7 @@ def build_answer(
     else:
         messages, domain = example.messages[:-1], example.domain
         prompt_ids = encode_training_prompt(example, session.preparation)
-    greedy = replace_greedy(settings)
+    greedy = settings.model_copy(update={"temperature": 0.0})
     base, adapter = (generate_answer(session, prompt_ids, greedy, base=of_base) for of_base in (True, False))
     if question.own_answer and example is not None:
         answer, source = example.messages[-1].text, "row"
@@ -144,11 +144,6 @@ def build_answer(
     prompt = "\n".join(part for m in messages for part in (m.text, m.input) if part)
     row = example.id if example else None
     return AnswerText(prompt, row, domain, answer, source, ids, places, base, adapter)  # type: ignore[arg-type]
-
-
-def replace_greedy(settings: InferenceSection) -> InferenceSection:
-    """The settings without sampling."""
-    return settings.model_copy(update={"temperature": 0.0})
 
 
 def _read_text(session: Session, example: Example) -> AnswerText:

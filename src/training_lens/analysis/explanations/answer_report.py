@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from training_lens.analysis.explanations.answer_changes import AnswerChange, ModuleEffect, TokenChange, TokenModules
-from training_lens.analysis.explanations.row_evidence import AnswerRows, RankedRow
+from training_lens.analysis.explanations.row_evidence import AnswerRows
 from training_lens.analysis.explanations.training_rows import label_rows
 from training_lens.analysis.reports.standard import Report
 from training_lens.display.colors import COLOURS
 from training_lens.display.html import BulletList, Callout, Part, ShadedText, ShadedToken, SvgPicture, Table
 from training_lens.display.svg import Curve, render_chart, render_heat_map
 from training_lens.measures.integrated_gradients import TOLERANCE
-from training_lens.utils.formatting import pluralize
+from training_lens.utils.formatting import cut_text, format_share, pluralize
 
 BLUE, RED = COLOURS[:2]
 SOURCES = {"greedy": "the adapter's own (greedy)", "given": "given", "row": "the row's"}
@@ -26,6 +26,12 @@ HOW = (
     "1, the adapter (integrated gradients, arXiv 1703.01365); shares sum to the change. Below 0 a module makes the "
     "token likelier."
 )
+SHOWN_CHARACTERS = 160  # of a row's prompt and of its answer in a table; the JSON has them whole
+HOW_ROWS = (
+    "A score says how a row looks, and not what it did: only a replay of the run without rows measures that. It is "
+    "LESS (arXiv 2402.04333) with the run's own Adam moments."
+)
+MOST_VERIFIED = 10  # rows that the advice leaves out
 
 
 def build_answer_report(change: AnswerChange, rows: Sequence[Part] = ()) -> Report:
@@ -64,9 +70,9 @@ def describe_answer(change: AnswerChange) -> Iterator[str]:
     )
     token = change.tokens[change.token]
     yield (
-        f"Token {change.token + 1}, {_quote(token.text)}, changes by {token.change:+.2f}, from {token.base_logp:.2f} "
-        f"to {token.adapter_logp:.2f}. There the base holds {_quote(token.base_top)} likeliest, the adapter "
-        f"{_quote(token.adapter_top)}."
+        f"Token {change.token + 1}, {token.text!r}, changes by {token.change:+.2f}, from {token.base_logp:.2f} "
+        f"to {token.adapter_logp:.2f}. There the base holds {token.base_top!r} likeliest, the adapter "
+        f"{token.adapter_top!r}."
     )
     if change.layers and change.layers.parts_at is not None:
         last = len(change.layers.layers) - 1
@@ -78,7 +84,7 @@ def describe_answer(change: AnswerChange) -> Iterator[str]:
         yield "By the logit lens base and adapter do not part: the last layer predicts the same."
     if change.at_token.is_complete and change.at_token.change:
         best = max(change.at_token.modules, key=lambda module: abs(module.share))
-        yield f"The largest share in token {change.token + 1} has {best.name}: {_format_share(best.fraction)}."
+        yield f"The largest share in token {change.token + 1} has {best.name}: {format_share(best.fraction)}."
     for name in change.cut:
         yield f"The {name}'s own answer was cut at the limit of tokens (inference.max_new_tokens)."
 
@@ -145,7 +151,7 @@ def token_table(change: AnswerChange, most: int | None = None) -> Table:
 
 def _describe_token(place: int, token: TokenChange) -> list[str]:
     numbers = [f"{token.base_logp:.3f}", f"{token.adapter_logp:.3f}", f"{token.change:+.3f}", f"{token.kl:.3f}"]
-    return [str(place + 1), _quote(token.text), *numbers, _quote(token.base_top), _quote(token.adapter_top)]
+    return [str(place + 1), repr(token.text), *numbers, repr(token.base_top), repr(token.adapter_top)]
 
 
 def _draw_layers(change: AnswerChange) -> Iterator[Part]:
@@ -164,7 +170,7 @@ def _draw_layers(change: AnswerChange) -> Iterator[Part]:
         caption += f" The mean stays above half of the last layer's from layer {change.layers.parts_at} on."
     yield SvgPicture(render_chart(divergences, "layer", "KL, nats"), caption)
     lenses = [curve(f"base, {at}", "base_logp", BLUE, dashed=True), curve(f"adapter, {at}", "adapter_logp", RED)]
-    caption = f"What each layer's lens gives the token {_quote(change.tokens[change.token].text)}."
+    caption = f"What each layer's lens gives the token {change.tokens[change.token].text!r}."
     yield SvgPicture(render_chart(lenses, "layer", "log p, nats"), caption)
 
 
@@ -187,7 +193,7 @@ def group_table(change: AnswerChange, by: str) -> Table:
         row = [name]
         for part in (change.at_token, change.whole):
             share = sum(module.share for module in part.modules if key(module) == name)
-            row += [f"{share:+.4f}", _format_share(share / part.change if part.change else None)]
+            row += [f"{share:+.4f}", format_share(share / part.change if part.change else None)]
         rows.append(row)
     columns = (by, f"token {change.token + 1}", "of change", "answer", "of change")
     return Table(f"change of -log p by {'layer' if by == 'layer' else 'type of module'}, nats", columns, rows)
@@ -203,22 +209,6 @@ def _list_groups(modules: Sequence[ModuleEffect], by: str) -> list[str]:
     if by != "layer":
         return names
     return [*sorted(filter(str.isdigit, names), key=int), *(name for name in names if not name.isdigit())]
-
-
-def _quote(text: str) -> str:
-    return repr(text)
-
-
-def _format_share(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{fraction:.1%}"
-
-
-SHOWN_CHARACTERS = 160  # of a row's prompt and of its answer in a table; the JSON has them whole
-HOW_ROWS = (
-    "A score says how a row looks, and not what it did: only a replay of the run without rows measures that. It is "
-    "LESS (arXiv 2402.04333) with the run's own Adam moments."
-)
-MOST_VERIFIED = 10  # rows that the advice leaves out
 
 
 def build_row_parts(found: AnswerRows) -> list[Part]:
@@ -289,14 +279,8 @@ def ranking_table(found: AnswerRows) -> Table:
     """The rows of the highest scores."""
     columns = ("row", "score", "first step", "tokens", "prompt", "answer")
     label = label_rows(row.id for row in found.ranking)
-    cells = [[label[row.id], *_cells(row), _shorten(row.prompt), _shorten(row.answer)] for row in found.ranking]
+    cells = []
+    for row in found.ranking:
+        texts = [cut_text(" ".join(text.split()), SHOWN_CHARACTERS) for text in (row.prompt, row.answer)]
+        cells.append([label[row.id], f"{row.score:.4g}", str(row.first_step), str(row.supervised_tokens), *texts])
     return Table(f"the highest scores: {found.detail}", columns, cells)
-
-
-def _cells(row: RankedRow) -> list[str]:
-    return [f"{row.score:.4g}", str(row.first_step), str(row.supervised_tokens)]
-
-
-def _shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}..."

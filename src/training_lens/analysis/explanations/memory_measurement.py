@@ -172,7 +172,7 @@ def _collect_continued(
     run: RunFolder, session: Session, rows: TrainingRows, chosen: Sequence[int], samples: int
 ) -> tuple[list[tuple[str, TokenDataset]], list[str]]:
     """The rows that are continued, by group, and what there is to note."""
-    places = np.unique(np.linspace(0, len(rows.dataset) - 1, min(samples, len(rows.dataset))).astype(np.int64))
+    places = rows.dataset.spread_positions(samples)
     found, notes = [(TRAINED, rows.dataset.select(places))] if samples else [], list[str]()
     if samples:
         try:

@@ -10,7 +10,7 @@ from training_lens.analysis.explanations.module_gains import DropTest, ModuleGai
 from training_lens.analysis.reports.standard import Report
 from training_lens.display.html import BulletList, Callout, Part, SvgPicture, Table
 from training_lens.display.svg import render_heat_map
-from training_lens.utils.formatting import format_interval
+from training_lens.utils.formatting import format_interval, format_share
 
 HOW = (
     "Each adapted module has a multiplier on its update, and all go from 0, the base, to 1, the adapter. A module's "
@@ -51,8 +51,8 @@ def describe_modules(gains: ModuleGains) -> Iterator[str]:
         first = sorted(gains.by_layer, key=lambda group: group.share)[0]
         kind = sorted(gains.by_kind, key=lambda group: group.share)[0]
         yield (
-            f"The largest shares: {_name_layer(first.name)} with {_format_share(first.fraction)} of the change, the "
-            f"type {kind.name} with {_format_share(kind.fraction)}."
+            f"The largest shares: {_name_layer(first.name)} with {format_share(first.fraction)} of the change, the "
+            f"type {kind.name} with {format_share(kind.fraction)}."
         )
     worst = max(gains.layers, key=lambda layer: layer.off)
     yield (
@@ -111,7 +111,7 @@ def layer_table(gains: ModuleGains) -> Table:
     fractions = {group.name: group.fraction for group in gains.by_layer}
     rows = []
     for test in gains.layers:
-        row = [test.name, str(test.modules), f"{test.share:+.4f}", _format_share(fractions[test.name])]
+        row = [test.name, str(test.modules), f"{test.share:+.4f}", format_share(fractions[test.name])]
         row += [f"{test.off:+.4f}", format_interval(test.off_interval)]
         row += [f"{test.alone:+.4f}", format_interval(test.alone_interval), f"{test.interaction:+.4f}"]
         rows.append(row)
@@ -122,7 +122,7 @@ def layer_table(gains: ModuleGains) -> Table:
 def kind_table(gains: ModuleGains) -> Table:
     """A row for each type of module."""
     rows = [
-        [g.name, str(g.modules), f"{g.share:+.4f}", format_interval(g.interval), _format_share(g.fraction)]
+        [g.name, str(g.modules), f"{g.share:+.4f}", format_interval(g.interval), format_share(g.fraction)]
         for g in gains.by_kind
     ]
     return Table("by type of module, in nats per token", ("type", "modules", "share", "interval", "of change"), rows)
@@ -139,7 +139,7 @@ def row_tables(gains: ModuleGains) -> Iterator[Table]:
         for group in groups:
             row = [group.name, str(group.rows), f"{group.change:+.4f}", format_interval(group.interval)]
             shares = [group.by_kind[kind] / group.change if group.change else None for kind in kinds]
-            rows.append([*row, *map(_format_share, shares)])
+            rows.append([*row, *map(format_share, shares)])
         columns = (by, "rows", "change", "interval", *kinds)
         yield Table(
             f"{title}: the change of the loss in nats per token, and the share of each type in it", columns, rows
@@ -163,7 +163,7 @@ def module_table(gains: ModuleGains) -> Table:
     rows = []
     for module in sorted(gains.modules, key=lambda m: m.share):
         row = [module.name, module.layer_name, module.kind, f"{module.parameters:,}", f"{module.share:+.6f}"]
-        rows.append([*row, format_interval(module.interval, "{:+.6f}"), _format_share(module.fraction)])
+        rows.append([*row, format_interval(module.interval, "{:+.6f}"), format_share(module.fraction)])
     columns = ("module", "layer", "type", "parameters", "share", "interval", "of change")
     return Table("shares of the change of the loss, nats per supervised token", columns, rows)
 
@@ -176,13 +176,8 @@ def describe_drops(gains: ModuleGains) -> Iterator[str]:
         "before you rely on it."
     )
     if (drop := gains.find_drop(gains.offered)) is not None:
-        yield f"To write it: {drop_command(gains, drop)}"
+        yield f"To write it: training-lens explain modules {gains.run} --drop {drop.label} --write FOLDER"
         yield f"To train without them: peft.target_modules='{target_expression(gains, drop)}'"
-
-
-def drop_command(gains: ModuleGains, drop: DropTest) -> str:
-    """The command that writes the adapter without these modules."""
-    return f"training-lens explain modules {gains.run} --drop {drop.label} --write FOLDER"
 
 
 def target_expression(gains: ModuleGains, drop: DropTest) -> str:
@@ -208,7 +203,3 @@ def _join_alternative(before: str, after: str, layers: Sequence[str]) -> str:
 
 def _name_layer(name: str) -> str:
     return f"layer {name}" if name.isdigit() else f"the modules {name} the layers"
-
-
-def _format_share(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{fraction:.1%}"

@@ -12,7 +12,6 @@ from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.evaluation.comparison_verdict import HARDLY_READ
 from training_lens.evaluation.training_verdict import read_comparison_verdict
-from training_lens.evaluation.verdict import Remark, Verdict
 from training_lens.measures.curves import NORMAL_95
 from training_lens.runs.run_folder import RunFolder
 
@@ -57,7 +56,7 @@ TITLES = {
 def check_prompt_use(recording: Recording) -> Finding:
     """Whether answers depend on their prompts. No curve tells; a comparison measures it."""
     verdict = read_comparison_verdict(RunFolder(recording.folder))
-    remark = _find_remark(verdict) if verdict else None
+    remark = next((each for each in (verdict.remarks if verdict else ()) if each.code.startswith("prompt_")), None)
     if remark is None:
         return _judge_swaps(recording)
     if remark.code == "prompt_used":
@@ -91,7 +90,3 @@ def _judge_swaps(recording: Recording) -> Finding:
     return RULE.report_inconclusive(
         "The answers hardly depend on their prompts" if high < little else UNKNOWN, measured, test, evidence
     )
-
-
-def _find_remark(verdict: Verdict) -> Remark | None:
-    return next((remark for remark in verdict.remarks if remark.code.startswith("prompt_")), None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from training_lens.analysis.findings.finding import Finding
 from training_lens.evaluation.verdict import ORDER
@@ -81,9 +80,4 @@ def log_findings(found: Sequence[Finding]) -> None:
 
 def write_findings(found: Sequence[Finding], reports: Path) -> None:
     """Write preflight.json into a run's folder of reports."""
-    write_sealed(reports / FILE, {"findings": findings_json(found)})
-
-
-def findings_json(found: Sequence[Finding]) -> list[dict[str, Any]]:
-    """The findings as plain values."""
-    return [asdict(each) for each in found]
+    write_sealed(reports / FILE, {"findings": [asdict(each) for each in found]})

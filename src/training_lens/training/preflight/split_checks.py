@@ -134,7 +134,7 @@ def compare_samples(a: np.ndarray, b: np.ndarray) -> SampleDistance:
 
 def check_resemblance(train: RowScan, validation: RowScan) -> Finding:
     """Whether validation rows are of the kind of the training rows: lengths, words and domains."""
-    sides = [_sample_rows(scan.dataset) for scan in (train, validation)]
+    sides = [s.dataset.select(s.dataset.spread_positions(SAMPLED_ROWS)) for s in (train, validation)]
     if min(map(len, sides)) < COMPARED_ROWS:
         return UNLIKE.report_inconclusive(
             "Too few rows to compare training and validation",
@@ -161,11 +161,6 @@ def check_resemblance(train: RowScan, validation: RowScan) -> Finding:
         f"{sides[0].lengths.mean():.0f} and {sides[1].lengths.mean():.0f}",
         evidence=evidence,
     )
-
-
-def _sample_rows(dataset: TokenDataset) -> TokenDataset:
-    """At most `SAMPLED_ROWS` rows, spread evenly."""
-    return dataset.select(np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLED_ROWS)).astype(np.int64)))
 
 
 def _measure_surprisals(scan: RowScan, train: TokenDataset, validation: TokenDataset) -> tuple[np.ndarray, np.ndarray]:

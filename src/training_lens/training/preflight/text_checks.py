@@ -119,7 +119,7 @@ def _join_triples(classes: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray,
 
 def check_random_text(scan: RowScan) -> Finding:
     """Whether answers of some rows are random characters."""
-    places = np.unique(np.linspace(0, len(scan.dataset) - 1, min(len(scan.dataset), SAMPLED_ROWS)).astype(np.int64))
+    places = scan.dataset.spread_positions(SAMPLED_ROWS)
     gains, is_even = _measure_gains(
         scan.dataset.select(places), CharacterTable.from_tokenizer(scan.tokenizer, len(scan.targets))
     )
