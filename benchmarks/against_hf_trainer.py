@@ -23,8 +23,8 @@ from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
 from training_lens.models.adapters import attach, load_adapter
 from training_lens.models.factory import load_model, load_tokenizer
+from training_lens.utils.devices import seed_everything
 from training_lens.utils.processes import Processes
-from training_lens.utils.seeding import seed_everything
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@
 bases (the packaged one on its rows, tinystories on four sets), and rates, ranks, schedules, row counts and lengths
 that a seed draws. It starts no pair after `--seconds` and continues where it was stopped; forty minutes on one core.
 
-`fit` fits the law of `training_lens.measures.loss_forecast` to the pairs of even number, and counts how often its
+`fit` fits the law of `training_lens.measures.curves` to the pairs of even number, and counts how often its
 interval holds the truth for the pairs of odd number, which it has not seen. Both write `results/forecast.json`. Needs
 ../shared.
 """
@@ -29,7 +29,7 @@ import numpy as np
 from machine import described
 
 from training_lens import TrainingConfig, TrainingWrapper, embedded
-from training_lens.measures.loss_forecast import FLOOR, fit_law, measure_late_gain, measure_multiple
+from training_lens.measures.curves import FLOOR, fit_law, measure_late_gain, measure_multiple
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
 

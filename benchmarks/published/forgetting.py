@@ -46,8 +46,8 @@ from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss,
 from training_lens.measures.singular_values import find_intruders, update_norm
 from training_lens.models.factory import load_model
 from training_lens.training.plan import RunPlan
+from training_lens.utils.devices import seed_everything
 from training_lens.utils.processes import Processes
-from training_lens.utils.seeding import seed_everything
 
 RATES = (3e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)

@@ -39,7 +39,7 @@ from training_lens.models.factory import load_model
 from training_lens.models.token_scores import supervised_scores
 from training_lens.training.loop.callbacks import Callback
 from training_lens.training.plan import RunPlan
-from training_lens.utils.seeding import seed_everything
+from training_lens.utils.devices import seed_everything
 
 RANKS = (4, 16, 64)
 ALPHAS = {"lora": 32.0, "rslora": 8.0}  # s = 2 at r = 16 with either

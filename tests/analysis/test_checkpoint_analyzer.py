@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from training_lens import CheckpointAnalyzer
+from training_lens.core.collector import AnalyzerRegistry
 from training_lens.core.recording import DataAnalyzer, Recording
-from training_lens.core.registry import AnalyzerRegistry
 from training_lens.errors import ConfigurationError, LensError
 
 NAME = "model.layers.0.self_attn.q_proj"

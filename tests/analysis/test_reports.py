@@ -17,9 +17,9 @@ import torch
 
 from training_lens.analysis.checkpoint_analyzer import Analysis
 from training_lens.analysis.findings import Finding
-from training_lens.analysis.reports.comparison_report import comparison
 from training_lens.analysis.reports.executive import three_lines
 from training_lens.analysis.reports.standard import KINDS, StandardReports
+from training_lens.analysis.reports.technical import comparison
 from training_lens.analysis.run_facts import read_changes, read_losses
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording

@@ -21,11 +21,11 @@ from training_lens.analyzers import (
 )
 from training_lens.analyzers.convergence_analyzer import smooth_series
 from training_lens.config.lens_section import LensSection
+from training_lens.core.collector import AnalyzerRegistry
 from training_lens.core.lens_store import LensStore
 from training_lens.core.lens_writer import LensWriter
 from training_lens.core.modules import module_record
 from training_lens.core.recording import DataAnalyzer, Recording
-from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import RUN, Captured, DataType, LensManifest, Series
 
 NAMES = ("layers.0.q_proj", "layers.1.q_proj")

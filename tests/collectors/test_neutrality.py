@@ -17,10 +17,10 @@ from torch import Tensor
 from training_lens.collectors import ActivationExtractor, LoRAActivationTracker
 from training_lens.core import table_names as tables
 from training_lens.core.capture import RunFacts
+from training_lens.core.collector import CollectorRegistry
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.lens_store import LensStore
 from training_lens.core.probe import Probe
-from training_lens.core.registry import CollectorRegistry
 
 OF_ROWS = {tables.ROW_LOSSES, tables.HELD_OUT_LOSSES}  # the trainer's, not a collector's
 SECTIONS: list[dict[str, Any]] = [

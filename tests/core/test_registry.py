@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from training_lens.core.collector import CaptureContext, DataCollector
+from training_lens.core.collector import AnalyzerRegistry, CaptureContext, CollectorRegistry, DataCollector
 from training_lens.core.recording import DataAnalyzer, Recording
-from training_lens.core.registry import AnalyzerRegistry, CollectorRegistry
 from training_lens.core.types import Captured, DataType
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import ROOT

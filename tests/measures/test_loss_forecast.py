@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training_lens.measures.loss_forecast import (
+from training_lens.measures.curves import (
     FLOOR,
     MEASURED_LAW,
     ForecastLaw,

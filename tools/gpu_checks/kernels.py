@@ -20,8 +20,7 @@ from training_lens.models.adapters import attach, trainable_parameters
 from training_lens.models.fast.engine import Engine
 from training_lens.models.fast.install import uninstall_kernels
 from training_lens.models.fast.tolerance import ROUNDING, WHOLE_MODEL, relative_error
-from training_lens.utils.devices import DTYPES, Precision, autocast
-from training_lens.utils.seeding import seed_everything
+from training_lens.utils.devices import DTYPES, Precision, autocast, seed_everything
 
 PRIVATE = re.compile(r"torch\.(?:ops\.\w+|_(?!_)\w+)(?:\.\w+)*")
 LENGTHS = {True: (40, 23, 57, 9), False: (700, 300, 1021, 64)}  # of the compared examples, by whether shapes are small

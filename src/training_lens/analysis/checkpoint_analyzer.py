@@ -21,8 +21,8 @@ from training_lens.analyzers.similarity_analyzer import (
     decompose_updates,
 )
 from training_lens.core import table_names as tables
+from training_lens.core.collector import AnalyzerRegistry
 from training_lens.core.recording import Recording
-from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import Series
 from training_lens.errors import LensError
 from training_lens.measures.factors import Factors

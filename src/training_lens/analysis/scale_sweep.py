@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from training_lens.analysis.base_text import sample_base_text
 from training_lens.analysis.run_rows import RowOptions, open_rows
 from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.display.progress import Progress
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.evaluation.evaluation_rows import EvaluationRows
+from training_lens.evaluation.evaluation_rows import EvaluationRows, sample_base_text
 from training_lens.evaluation.evaluator import BaseStates
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
 from training_lens.evaluation.run_evaluation import BrokenAdapterError, ModelEvaluator

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from training_lens.analyzers.activation_analyzer import ActivationAnalyzer
-from training_lens.analyzers.convergence_analyzer import ConvergenceAnalyzer
+from training_lens.analyzers.convergence_analyzer import ActivationAnalyzer, ConvergenceAnalyzer
 from training_lens.analyzers.lora_analyzer import GradientAnalyzer, LoRAAnalyzer
 from training_lens.analyzers.similarity_analyzer import SimilarityAnalyzer
 

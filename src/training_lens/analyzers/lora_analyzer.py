@@ -20,8 +20,8 @@ from training_lens.analyzers.module_groups import (
     update_strength,
 )
 from training_lens.core import table_names as tables
+from training_lens.core.collector import AnalyzerRegistry
 from training_lens.core.recording import DataAnalyzer, Recording
-from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import DataType, Series
 
 END_SHARE = 0.1  # of the run: its end

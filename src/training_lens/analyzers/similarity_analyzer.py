@@ -13,8 +13,8 @@ from torch import Tensor
 from training_lens.analyzers.module_groups import json_number, spread_indices
 from training_lens.analyzers.saved_factors import FactorBatch, batch_factors, snapshot_factors
 from training_lens.core import table_names as tables
+from training_lens.core.collector import AnalyzerRegistry
 from training_lens.core.recording import DataAnalyzer, Recording
-from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import DataType, ModuleRecord
 from training_lens.errors import LensError
 from training_lens.measures.directions import principal_angles, update_cosine

@@ -59,8 +59,8 @@ def report(
 
 def _write_comparison(first: Analysis, second: Analysis, folder: Path, format: str) -> Path:
     """Two runs side by side: the dashboard's page of them, or what captures alone give for runs of other trainers."""
-    from training_lens.analysis.reports.comparison_report import comparison
     from training_lens.analysis.reports.page_report import write_comparison_page
+    from training_lens.analysis.reports.technical import comparison
     from training_lens.runs.run_folder import RunFolder
 
     runs = [RunFolder(analysis.recording.folder) for analysis in (first, second)]

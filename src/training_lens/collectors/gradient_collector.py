@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from training_lens.core import table_names as tables
-from training_lens.core.collector import CaptureContext, DataCollector
-from training_lens.core.registry import CollectorRegistry
+from training_lens.core.collector import CaptureContext, CollectorRegistry, DataCollector
 from training_lens.core.types import Captured, DataType, Moment
 from training_lens.measures.directions import adam_update_rms, self_check
 from training_lens.measures.factors import Factors, frobenius

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from training_lens.core import table_names as tables
-from training_lens.core.collector import CaptureContext, DataCollector
+from training_lens.core.collector import CaptureContext, CollectorRegistry, DataCollector
 from training_lens.core.probe import Probe
-from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import Cadence, Captured, DataType, Moment
 from training_lens.errors import LensError
 from training_lens.measures.activation_measures import drift, linear_cka, random_projection, ratio_error, rms

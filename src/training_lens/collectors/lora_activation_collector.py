@@ -12,9 +12,8 @@ from torch import Tensor
 
 from training_lens.collectors.layer_activations import TokenPositions
 from training_lens.core import table_names as tables
-from training_lens.core.collector import CaptureContext, DataCollector
+from training_lens.core.collector import CaptureContext, CollectorRegistry, DataCollector
 from training_lens.core.modules import AdapterModule, adapter_modules
-from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import Cadence, Captured, DataType, Moment
 from training_lens.utils.devices import move_to_device, move_to_one_device
 

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from training_lens.core import table_names as tables
-from training_lens.core.collector import CaptureContext, DataCollector
+from training_lens.core.collector import CaptureContext, CollectorRegistry, DataCollector
 from training_lens.core.modules import AdapterModule
-from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import Cadence, Captured, DataType
 from training_lens.measures.adapter_measures import adapter_norms, update_spectrum
 from training_lens.measures.factors import Factors

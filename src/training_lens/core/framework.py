@@ -13,12 +13,11 @@ from torch import Tensor
 
 from training_lens.config.lens_section import LensSection
 from training_lens.core.capture import Capture, RunFacts
-from training_lens.core.collector import CaptureContext, DataCollector
+from training_lens.core.collector import CaptureContext, CollectorRegistry, DataCollector
 from training_lens.core.gradient_hooks import GradientHooks
 from training_lens.core.lens_store import RunningCaptures
 from training_lens.core.modules import AdapterModule, GradientGetter, ModuleBatches, adapter_modules
 from training_lens.core.probe import Probe
-from training_lens.core.registry import CollectorRegistry
 from training_lens.core.row_losses import RowLosses
 from training_lens.core.table_names import HELD_OUT_LOSSES, ROW_LOSSES
 from training_lens.core.trainer_callback import build_trainer_callback

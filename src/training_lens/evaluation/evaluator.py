@@ -15,9 +15,8 @@ from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import EvaluationError
 from training_lens.models.model_classes import evaluation_mode
 from training_lens.models.token_scores import TokenScores, paired_scores, read_base_states, supervised_scores
-from training_lens.utils.devices import Precision, autocast, free_memory
+from training_lens.utils.devices import Precision, autocast, free_memory, keep_freed_memory
 from training_lens.utils.formatting import describe_error
-from training_lens.utils.heap import keep_freed_memory
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 from training_lens.utils.resource_errors import is_out_of_memory

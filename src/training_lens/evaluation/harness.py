@@ -24,12 +24,11 @@ from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
-from training_lens.utils.devices import DTYPES
+from training_lens.utils.devices import DTYPES, restore_rng_state, rng_state, seed_everything
 from training_lens.utils.formatting import describe_error, did_you_mean
 from training_lens.utils.hub_access import require_hub
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
-from training_lens.utils.seeding import restore_rng_state, rng_state, seed_everything
 
 logger = get_logger(__name__)
 KEY = "evaluation.tasks"

@@ -21,8 +21,8 @@ from training_lens.inference.decoder import log_once
 from training_lens.inference.fallback_generate import count_batch_rows, generate_padded, needs_long_factors
 from training_lens.inference.sampler import Completion, Sampler, generation_options
 from training_lens.inference.session import Session
+from training_lens.utils.devices import keep_freed_memory
 from training_lens.utils.formatting import describe_error
-from training_lens.utils.heap import keep_freed_memory
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 

@@ -23,8 +23,8 @@ from training_lens.serve.running_request import Piece, RunningRequest, ServedRow
 from training_lens.serve.served_models import ServedModels
 from training_lens.serve.server_limits import ServerLimits, prefill_tokens
 from training_lens.serve.server_metrics import ServerMetrics
+from training_lens.utils.devices import keep_freed_memory
 from training_lens.utils.formatting import describe_error
-from training_lens.utils.heap import keep_freed_memory
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import describe_shortage
 

@@ -25,10 +25,8 @@ from training_lens.training.loop.lr_schedule import default_lr
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan
 from training_lens.training.run import TrainingWrapper, build_trainer
-from training_lens.utils.devices import free_memory
-from training_lens.utils.heap import keep_freed_memory
+from training_lens.utils.devices import free_memory, keep_freed_memory, restore_rng_state, rng_state
 from training_lens.utils.logging import quiet_screen
-from training_lens.utils.seeding import restore_rng_state, rng_state
 
 HELD_OUT = 0.1  # of the training rows, where the config has no validation rows
 MOST_ROWS = 256  # held-out rows that each run is measured on

@@ -36,9 +36,8 @@ from training_lens.training.step_costs import (
     measure_pace,
     micro_batch_sizes,
 )
-from training_lens.utils.devices import available_bytes, counts_memory, peak_bytes, reset_peak
+from training_lens.utils.devices import available_bytes, counts_memory, keep_freed_memory, peak_bytes, reset_peak
 from training_lens.utils.formatting import describe_error
-from training_lens.utils.heap import keep_freed_memory
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 

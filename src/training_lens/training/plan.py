@@ -13,7 +13,7 @@ import torch
 from training_lens import embedded
 from training_lens.analysis.findings.finding import Finding
 from training_lens.config.schema import TrainingConfig
-from training_lens.core.registry import CollectorRegistry
+from training_lens.core.collector import CollectorRegistry
 from training_lens.data.batching import Schedule
 from training_lens.data.file_readers import check_csv_settings
 from training_lens.data.split_report import log_split

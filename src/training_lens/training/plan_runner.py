@@ -24,7 +24,7 @@ from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan, plan_run
 from training_lens.training.resume import read_global_batch, require_same_tokens
 from training_lens.training.run import build_trainer
-from training_lens.utils.heap import keep_freed_memory
+from training_lens.utils.devices import keep_freed_memory
 from training_lens.utils.logging import hide_screen_notes
 
 

@@ -31,9 +31,9 @@ from training_lens.training.loop.checkpoint_manager import TrainingState, load_c
 from training_lens.training.loop.memory_budget import explain_out_of_memory
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan_runner import PlanRunner, plan_recorded_run, run_steps
+from training_lens.utils.devices import restore_rng_state, rng_state
 from training_lens.utils.formatting import format_count
 from training_lens.utils.logging import get_logger
-from training_lens.utils.seeding import restore_rng_state, rng_state
 
 logger = get_logger(__name__)
 

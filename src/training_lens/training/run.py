@@ -58,13 +58,12 @@ from training_lens.training.resume import (
 from training_lens.training.samples import SampleWriter
 from training_lens.training.step_costs import EstimateCallback
 from training_lens.training.summary import TrainingSummary, status_after_error, summarize_run, write_summary
-from training_lens.utils.devices import get_device
+from training_lens.utils.devices import get_device, seed_everything
 from training_lens.utils.files import atomic_folder, list_files, require_writable
 from training_lens.utils.formatting import format_count
 from training_lens.utils.integrity import record_hashes, write_sealed
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
 from training_lens.utils.machine import PACKAGES
-from training_lens.utils.seeding import seed_everything
 
 logger = get_logger(__name__)
 SHOWN_PATH = 200  # most characters of a path in an error

@@ -12,8 +12,8 @@ from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_ru
 from training_lens.config.schema import TrainingConfig
 from training_lens.core import table_names as tables
 from training_lens.core.capture_files import LENS, LISTING, list_captures, write_listing, write_manifest
+from training_lens.core.collector import CollectorRegistry
 from training_lens.core.lens_store import COST, read_cost, table_folders
-from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import LensManifest
 from training_lens.data.token_cache import cache_folder
 from training_lens.errors import CheckpointError, DamagedFileError

@@ -21,11 +21,10 @@ from training_lens.inference.session import LoadedModel, Session, build_session
 from training_lens.models.model_classes import evaluation_mode
 from training_lens.training.loop.callbacks import JournalCallback, StepReport
 from training_lens.training.plan import RunPlan
-from training_lens.utils.devices import autocast, free_memory
+from training_lens.utils.devices import autocast, free_memory, preserve_rng_state
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
-from training_lens.utils.seeding import preserve_rng_state
 
 logger = get_logger(__name__)
 OPENING = 8  # tokens of a text without a prompt that the model is given to continue

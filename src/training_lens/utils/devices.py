@@ -1,11 +1,13 @@
-"""Devices and number types, and their memory: available, peak, freed."""
+"""Devices, number types and random state; memory: available, peak, freed, and kept in glibc's heap."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import platform
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +15,15 @@ import psutil
 import torch
 
 from training_lens.errors import ConfigurationError
-from training_lens.utils.heap import trim_heap
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = ("cuda", "mps", "cpu")
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt(3)
+LARGEST_KEPT = 32 * 2**20  # bytes; the largest block that glibc allocates from its heap
+KEPT_BY_ITSELF = 2 * LARGEST_KEPT  # bytes; glibc's default for this MMAP_THRESHOLD
+ALL = 2**31 - 1
+_open = False  # whether a block is active
 
 
 def get_device(name: str = "auto") -> torch.device:
@@ -188,3 +194,71 @@ def free_memory() -> None:
     torch.cuda.empty_cache()  # does nothing where CUDA was never used
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+@contextmanager
+def keep_freed_memory() -> Iterator[None]:
+    """In the block glibc keeps freed memory; it returns it to the system at the end. Does nothing without glibc.
+
+    A training step frees its activations and the next one allocates as much again; so does a decoding step. Each new
+    page from the system costs time, most of all in virtual machines.
+    """
+    global _open
+    libc = _load_glibc()
+    if libc is None or _open:
+        yield
+        return
+    libc.mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
+    libc.mallopt(TRIM_THRESHOLD, ALL)
+    _open = True
+    try:
+        yield
+    finally:
+        _open = False
+        libc.mallopt(TRIM_THRESHOLD, KEPT_BY_ITSELF)
+        trim_heap()
+
+
+def trim_heap() -> None:
+    """Return the memory that glibc keeps to the system; does nothing without glibc."""
+    libc = _load_glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _load_glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch on every device. Training uses neither `random` nor NumPy's global state."""
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """The random state of the CPU and of every CUDA device, as uint8 tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state |= {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def restore_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Restore a state from `rng_state`; devices that do not exist here are skipped."""
+    torch.set_rng_state(state["cpu"])
+    for name, tensor in state.items():
+        if name.startswith("cuda:") and int(name[5:]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(tensor, int(name[5:]))
+
+
+@contextmanager
+def preserve_rng_state() -> Iterator[None]:
+    """Restore the random state at the end of the block."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        restore_rng_state(state)

@@ -19,8 +19,7 @@ from training_lens.analysis.findings.rank import read_rank_check
 from training_lens.analyzers.convergence_analyzer import STEADY_RATE, measure_late_rate
 from training_lens.core.recording import Recording
 from training_lens.display.html import Severity
-from training_lens.measures.curves import remaining_gain
-from training_lens.measures.loss_forecast import MEASURED_LAW, LossForecast, forecast_loss
+from training_lens.measures.curves import MEASURED_LAW, LossForecast, forecast_loss, remaining_gain
 
 ERRORS = 2.0  # standard errors on each side of a gain: a 95 % interval
 NOISES = 4.0  # a gain that may be 0 and is surely below this many noises is not worth waiting for

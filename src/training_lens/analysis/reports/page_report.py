@@ -20,7 +20,7 @@ from training_lens.analysis.page.run_compare import compare_layers, compare_runs
 from training_lens.analysis.page.run_feed import FeedCache, RunFeed
 from training_lens.analysis.page.run_page import describe_run, read_log_end
 from training_lens.analyzers.module_groups import By, json_value
-from training_lens.core.registry import AnalyzerRegistry
+from training_lens.core.collector import AnalyzerRegistry
 from training_lens.display.html import read_static
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import redact_for_file, replace_non_finite, write_text

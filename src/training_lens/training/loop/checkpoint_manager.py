@@ -22,8 +22,8 @@ from training_lens.runs.checkpoint_format import (
 )
 from training_lens.training.loop.callbacks import StepReport
 from training_lens.training.loop.optimizer import optimizer_tensors, restore_optimizer
+from training_lens.utils.devices import restore_rng_state, rng_state
 from training_lens.utils.files import TEMPORARY, read_json, sweep_temporaries, write_json
-from training_lens.utils.seeding import restore_rng_state, rng_state
 
 ADAPTER, OPTIMIZER, RNG, STATE = "adapter", "optimizer.safetensors", "rng.safetensors", "state.json"
 

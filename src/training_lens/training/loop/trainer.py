@@ -31,12 +31,17 @@ from training_lens.training.loop.lr_schedule import lr_at
 from training_lens.training.loop.memory_budget import REHEARSED_TOKENS, measure_token_budget
 from training_lens.training.loop.optimizer import build_optimizer, clip_gradients, grad_norm, sum_gradients
 from training_lens.training.loop.signals import SignalListener
-from training_lens.utils.devices import autocast, counts_memory, free_memory
+from training_lens.utils.devices import (
+    autocast,
+    counts_memory,
+    free_memory,
+    keep_freed_memory,
+    preserve_rng_state,
+    trim_heap,
+)
 from training_lens.utils.formatting import describe_error
-from training_lens.utils.heap import keep_freed_memory, trim_heap
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
-from training_lens.utils.seeding import preserve_rng_state
 
 logger = get_logger(__name__)
 NO_GRADIENT = (

@@ -9,13 +9,11 @@ from pathlib import Path
 from training_lens.analysis.findings.finding import Finding
 from training_lens.evaluation.verdict import ORDER
 from training_lens.training.plan import RunPlan
-from training_lens.training.preflight.row_checks import check_disagreement, check_duplicates
-from training_lens.training.preflight.row_scan import scan_rows
-from training_lens.training.preflight.split_checks import check_domains, check_leaks, check_resemblance
-from training_lens.training.preflight.text_checks import check_random_text
-from training_lens.training.preflight.token_checks import (
+from training_lens.training.preflight.row_checks import (
     TRUNCATED,
     UNKNOWN,
+    check_disagreement,
+    check_duplicates,
     check_end_tokens,
     check_padding,
     check_supervised_prompts,
@@ -23,6 +21,9 @@ from training_lens.training.preflight.token_checks import (
     check_truncation,
     check_unknown_characters,
 )
+from training_lens.training.preflight.row_scan import scan_rows
+from training_lens.training.preflight.split_checks import check_domains, check_leaks, check_resemblance
+from training_lens.training.preflight.text_checks import check_random_text
 from training_lens.utils.integrity import write_sealed
 from training_lens.utils.logging import get_logger
 
