@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training_lens.errors import AdapterError
-from training_lens.models.adapter_scale import adapter_layers, base_module
+from training_lens.models.adapter_scale import adapter_layers, base_module, factors_of
 from training_lens.models.omissions import is_linear
 
 MERGE_INSTEAD = "Merge it: training-lens merge writes plain weights that every program loads."
@@ -58,15 +58,10 @@ def fold_updates(adapted: Any, scale: float, form: str) -> list[FoldedModule]:
 def _fold_module(path: str, layer: Any, scale: float, form: str) -> FoldedModule:
     _require_low_rank(path, layer, form)
     (name,) = layer.active_adapters
-    is_embedding = name in layer.lora_embedding_A
-    a, b = (
-        (layer.lora_embedding_A[name], layer.lora_embedding_B[name])
-        if is_embedding
-        else (layer.lora_A[name].weight, layer.lora_B[name].weight)
-    )
+    a, b = factors_of(layer, name)
     factor = scale * layer.scaling[name]
     folded = (factor * b.detach().double()).float().cpu()
-    return FoldedModule(path, a.detach().float().cpu(), folded, is_embedding)
+    return FoldedModule(path, a.detach().float().cpu(), folded, name in layer.lora_embedding_A)
 
 
 def _require_low_rank(path: str, layer: Any, form: str) -> None:

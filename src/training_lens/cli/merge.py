@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -48,6 +49,7 @@ Force = Annotated[
 SameBase = Annotated[
     bool, typer.Option("--same-base", help="Take model.id for the base that a bare adapter knows by another name.")
 ]
+BASE_UNKNOWN = "nothing says which weights the adapter was trained on: the base was taken by its name"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def merge(run: Run = None, *, write: WriteOptions, options: CommandOptions) -> N
     training-lens merge --run ADAPTER_FOLDER model.id=PATH --output FOLDER
     """
     with command(options) as screen:
-        settings = _load_config(options, run)
+        settings = load_merge_config(options, run, "merge")
         from training_lens.merging.merge_plan import MergeOptions, plan_merge
 
         asked = MergeOptions(**vars(write) | {"output": Path(write.output) if write.output else None})
@@ -84,22 +86,28 @@ def merge(run: Run = None, *, write: WriteOptions, options: CommandOptions) -> N
         screen.print_result(merged.report)
 
 
-def _load_config(options: CommandOptions, run: str | None) -> TrainingConfig:
-    """The config, with `--run` as the adapter; settings that a merge would ignore are refused."""
+def load_merge_config(options: CommandOptions, run: str | None, command: str) -> TrainingConfig:
+    """The config, with a run as the adapter; settings that the command would ignore are refused."""
     from training_lens.runs.run_lookup import uses_own_model
 
     settings = load_run_config(options, run)
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else (*OF_ANY_RUN, "data.validation=")
-    refuse_unused(options.words, ("inference.adapter", "output.", *own), "merge takes what the run's own config says.")
+    used = ("inference.adapter", "output.", *own)
+    refuse_unused(options.words, used, f"{command} takes what the run's own config says.")
     return locate_adapter(settings)
+
+
+def show_checks(screen: Screen, title: str, report: Mapping[str, Any]) -> None:
+    """Print a report's checks: what was measured, and how far it may differ."""
+    rows = [(check["name"], f"{check['measured']:.2g}", f"{check['allowed']:.2g}", "ok") for check in report["checks"]]
+    numbers = ("measured", "allowed")
+    show_table(screen.console, title, ("checked", *numbers, ""), rows, right=numbers)
 
 
 def _show_merged(screen: Screen, merged: MergeResult) -> None:
     report, found = merged.report, merged.verification
     title = f"on {report['rows']} rows {report['rows_from']}: {found.positions} positions, {found.answers} answers"
-    rows = [(check.name, f"{check.measured:.2g}", f"{check.allowed:.2g}", "ok") for check in found.checks]
-    numbers = ("measured", "allowed")
-    show_table(screen.console, title, ("checked", *numbers, ""), rows, right=numbers)
+    show_checks(screen, title, report)
     line = (
         f"max logit difference {found.max_logit_difference:.2g} where logits spread by {found.logit_spread:.2g}; "
         f"{found.greedy_agreement:.0%} of the answers are the same, {found.ties} part at a tie"
@@ -109,7 +117,7 @@ def _show_merged(screen: Screen, merged: MergeResult) -> None:
         moved = f"rounding to {report['dtype']} moves the logits by {found.distance_share:.2%} of what the adapter does"
         screen.print_line(f"{moved}; --dtype fp32 is exact")
     if not report["base_known"]:
-        screen.console.print("nothing says which weights the adapter was trained on: the base was taken by its name")
+        screen.print_line(BASE_UNKNOWN)
     if report["untied"]:
         screen.console.print("embedding and head were one weight, and are two now: the adapter changes one of them")
     if report["newer_form"] and report["kind"] == "merged":

@@ -10,20 +10,18 @@ import typer
 from training_lens.cli.common import Screen, command, load_config, refuse_unused, show_table
 from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
+from training_lens.cli.truncate_rank import RunArgument
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from training_lens.integrations.delivery import IntegrationState
 
-RunName = Annotated[
-    str, typer.Argument(metavar="[RUN]", help="A run's id or folder, an experiment (its last run), or 'latest'.")
-]
 Status = Annotated[bool, typer.Option("--status", help="Send nothing: show what is connected, and what is not sent.")]
 Again = Annotated[bool, typer.Option("--again", help="Send everything, also what was sent: for a place that lost it.")]
 
 
-def sync(run: RunName = "latest", *, status: Status = False, again: Again = False, options: CommandOptions) -> None:
+def sync(run: RunArgument = "latest", *, status: Status = False, again: Again = False, options: CommandOptions) -> None:
     """Send what of a run is not sent yet, to every place that its config names; or to others that you name here.
 
     Examples: training-lens sync; training-lens sync RUN tracking.wandb.mode=online;

@@ -94,6 +94,13 @@ def _scale_layer(path: str, layer: Any, scale: float) -> Iterator[tuple[Tensor, 
         )
 
 
+def factors_of(layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    """A and B of a PEFT layer's adapter."""
+    if name in layer.lora_embedding_B:
+        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
 def _output_factors(layer: Any, name: str) -> list[Tensor]:
     """B, with its bias and PiSSA's frozen half where there are any; each has the outputs as its first dimension."""
     if name in layer.lora_embedding_B:
@@ -104,12 +111,7 @@ def _output_factors(layer: Any, name: str) -> list[Tensor]:
 def _scale_dora(layer: Any, name: str, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
     from peft.utils.integrations import dequantize_module_weight
 
-    is_embedding = name in layer.lora_embedding_B
-    a, b = (
-        (layer.lora_embedding_A[name], layer.lora_embedding_B[name])
-        if is_embedding
-        else (layer.lora_A[name].weight, layer.lora_B[name].weight)
-    )
+    a, b = factors_of(layer, name)
     dora, weight = layer.lora_magnitude_vector[name], dequantize_module_weight(layer.get_base_layer()).to(a.dtype)
     update = b @ a  # (out, in)
     towards = scale * dora.weight / dora.get_weight_norm(weight, update, layer.scaling[name])  # (out,): e
