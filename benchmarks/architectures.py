@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,11 @@ def plain_model(folder: Path, adapter: Path | None = None, training: bool = Fals
 
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=training).eval() if adapter else model
+    if adapter is None:
+        return model
+    with warnings.catch_warnings():  # PEFT says so of the ranks of experts, and gives them these ranks all the same
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=training).eval()
 
 
 def plain_loss(model: Any, examples: Sequence[Example]) -> Tensor:

@@ -133,15 +133,3 @@ def test_wrong_options_are_refused_before_anything_is_loaded(
         file.unlink()
     with pytest.raises(ConfigurationError, match=said):
         export_adapter(validate_values({"inference": {"adapter": adapter}}), ExportOptions("plain", **options))
-
-
-def test_an_adapter_of_experts_by_parameter_is_refused(
-    write_adapter: Callable[..., Path], export_config: Callable[..., Any], tmp_path: Path
-) -> None:
-    folder = write_adapter()
-    config = read_json(folder / "adapter_config.json")
-    write_json(folder / "adapter_config.json", config | {"target_parameters": ["mlp.experts.gate_up_proj"]})
-    with pytest.raises(
-        AdapterError, match=r"uses target_parameters; only plain LoRA and DoRA adapters can be exported"
-    ):
-        export_adapter(export_config(folder), ExportOptions("plain", tmp_path / "out"))

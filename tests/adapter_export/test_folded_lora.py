@@ -14,9 +14,10 @@ from tiny_models import tiny_model
 
 from training_lens.adapter_export.folded_lora import FoldedModule, fold_updates, pad_to_one_rank, short_target_names
 from training_lens.adapter_export.update_checks import check_updates
+from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError
 from training_lens.merging.weight_update import LowRankUpdate, load_updates
-from training_lens.models.adapters import save_adapter
+from training_lens.models.adapters import attach, save_adapter
 
 
 def as_updates(modules: Sequence[FoldedModule]) -> dict[str, LowRankUpdate]:
@@ -69,6 +70,12 @@ def test_one_roundoff_more_than_rounding_makes_is_seen(tmp_path: Path) -> None:
 def test_what_is_no_low_rank_update_is_refused(peft: dict[str, Any], said: str) -> None:
     with pytest.raises(AdapterError, match=said):
         fold_updates(adapt(tiny_model(), **peft), 1.0, "a plain LoRA")
+
+
+def test_experts_in_one_parameter_are_refused() -> None:
+    adapted = attach(tiny_model("Mixtral"), PeftSection(r=4))
+    with pytest.raises(AdapterError, match=r"experts.down_proj' carries a ParamWrapper on a MixtralExperts.* Merge it"):
+        fold_updates(adapted, 1.0, "a plain LoRA")
 
 
 def test_targets_are_named_by_their_last_part_unless_that_matches_another_module() -> None:

@@ -19,6 +19,7 @@ from training_lens import embedded
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError, ModelLoadingError
 from training_lens.models.adapters import adapted_modules, attach, check_adapter
+from training_lens.models.experts import target_name
 from training_lens.models.fast.engine import Engine
 from training_lens.models.fast.install import unpackable_layers
 
@@ -72,24 +73,24 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 LATENT = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]
 FEED = ["down_proj", "gate_proj", "up_proj"]
+EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
 ADAPTED = {
-    "deepseek": LATENT,
-    "shared expert": sorted(ATTENTION + FEED),
+    "deepseek": sorted(LATENT + EXPERTS),
+    "shared expert": sorted(ATTENTION + FEED + EXPERTS),
     "mamba hybrid": sorted([*ATTENTION, *FEED, "in_proj"]),
     "fused projections": ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"],
-    "chunked": sorted(ATTENTION + FEED),
+    "chunked": sorted(ATTENTION + FEED + EXPERTS),
     "delta wrapper": sorted([*ATTENTION, *FEED, "in_proj_a", "in_proj_b", "in_proj_qkv", "in_proj_z", "out_proj"]),
     "wrapper": sorted(ATTENTION + FEED),
 }
 LEFT_OUT = {
     "deepseek": {
         "gate": "routers",
-        "experts": "experts stay frozen",
         "gate_proj": "takes this name to mean the experts",
     },
-    "shared expert": {"shared_expert_gate": "routers and gates", "experts": "experts stay frozen"},
+    "shared expert": {"shared_expert_gate": "routers and gates"},
     "mamba hybrid": {"out_proj": "reads the weight itself", "conv1d": "not a linear layer"},
-    "chunked": {"router": "routers", "experts": "experts stay frozen"},
+    "chunked": {"router": "routers"},
     "delta wrapper": {"qkv": "vision or audio tower", "conv1d": "not a linear layer"},
     "wrapper": {"linear_1": "vision or audio tower", "fc1": "vision or audio tower"},
 }
@@ -230,7 +231,7 @@ def test_a_run_resumes_and_its_adapter_loads_in_plain_peft(
     _, found = benchmark.reload(folder, run.adapter)
     assert found["reload_difference"] < 1e-5 < found["effect"]
     record = json.loads((run.metadata / "adaptation.json").read_text())
-    assert {path.rsplit(".", 1)[-1] for path in record["adapted"]} <= set(ADAPTED[kind])
+    assert {target_name(path) for path in record["adapted"]} <= set(ADAPTED[kind])
 
 
 @pytest.mark.parametrize("name", slow_but(list(REWRITTEN)[::3], REWRITTEN))
@@ -240,7 +241,7 @@ def test_adapters_on_kinds_that_peft_rewrites_load_again(name: str) -> None:
     model = BASES.build_model(CONFIG_MAPPING[kind](**sizes)).requires_grad_(False)
     adaptation = check_adapter(model, SMALL)
     assert {"o_proj", "out_proj"} & set(adaptation.names)
-    assert not any("expert" in path.replace("shared_expert", "") for path in adaptation.adapted)
+    assert not any("experts stay frozen" in omission.reason for omission in adaptation.left_out)
 
 
 @pytest.mark.slow

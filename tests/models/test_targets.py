@@ -104,8 +104,6 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(section: dict[str,
 def test_fused_experts_are_refused_by_their_class() -> None:
     with pytest.raises(AdapterError, match=r"'model.layers.0.mlp.experts' is a MixtralExperts; only linear layers"):
         attach(tiny_model("Mixtral"), PeftSection(target_modules=["experts"]))
-    adapted = attach(tiny_model("Mixtral"), PeftSection(r=4))
-    assert {path.rsplit(".", 1)[-1][1:] for path in adapted_paths(adapted)} == {"_proj"}
 
 
 def test_a_name_to_train_whole_means_that_name_alone() -> None:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from training_lens.adapter_export.gguf_package import load_tensor, read_tensors
 from training_lens.adapter_export.gguf_tensors import GgufNames, convert_weights, find_head, has_tied_ends
 from training_lens.errors import MergeError
 from training_lens.merging.verification import MergeCheck, Probes, Reference, Verification, compare_outputs
-from training_lens.merging.weight_update import ROUNDOFF, LowRankUpdate, WholeUpdate
+from training_lens.merging.weight_update import ROUNDOFF, Update, is_stored_turned
 from training_lens.utils.files import read_json, write_json
 
 # The spacing of numbers around 1, and the smallest spacing, of each kind.
@@ -32,7 +31,7 @@ NO_LLAMA = "llama_cpp is not installed here, so llama.cpp did not compute with i
 
 
 def check_gguf_weights(
-    path: Path, base: Any, updates: Mapping[str, LowRankUpdate | WholeUpdate], scale: float, kind: Kind
+    path: Path, base: Any, updates: Mapping[str, Update], scale: float, kind: Kind
 ) -> tuple[MergeCheck, MergeCheck]:
     """Compare every stored number with W + scale dW, computed in float64 from the base's and the adapter's weights.
 
@@ -62,21 +61,17 @@ def _end_names(model: Any) -> set[str]:
     return {f"{embedding}.weight", f"{find_head(model)}.weight"}
 
 
-def _update_weights(
-    base: Any, updates: Mapping[str, LowRankUpdate | WholeUpdate], scale: float
-) -> Iterator[tuple[str, Tensor]]:
+def _update_weights(base: Any, updates: Mapping[str, Update], scale: float) -> Iterator[tuple[str, Tensor]]:
     """The base's weights with the updates, one after the other, in float64 where they change."""
     for name, weight in base.state_dict().items():
         update = updates.get(name)
         if update is None:
             yield name, weight
             continue
-        # PEFT's A and B map inputs to outputs; Conv1D and embeddings keep their weights as (in, out).
-        module = base.get_submodule(name.rpartition(".")[0])
-        is_turned = isinstance(update, LowRankUpdate) and not isinstance(module, torch.nn.Linear)
-        before = (weight.T if is_turned else weight).double()
+        is_turned = is_stored_turned(update, base.get_submodule(name.rpartition(".")[0]))
+        before = (weight.mT if is_turned else weight).double()
         after = before + scale * update.compute_change(before, slice(None))[0]
-        yield name, after.T if is_turned else after
+        yield name, after.mT if is_turned else after
 
 
 def _largest_error(found: Tensor, wanted: Tensor, kind: Kind) -> float:

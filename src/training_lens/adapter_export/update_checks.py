@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from training_lens.merging.verification import MergeCheck
-from training_lens.merging.weight_update import ROUNDOFF, LowRankUpdate, WholeUpdate
+from training_lens.merging.weight_update import ROUNDOFF, LowRankUpdate, Update
 
 BLOCK = 2**22  # numbers of an update at a time: 32 MB in float64
 SLACK = 1 + 1e-6  # of the bound, for the comparison's own rounding in float64
-Updates = Mapping[str, LowRankUpdate | WholeUpdate]
+Updates = Mapping[str, Update]
 
 
 def check_updates(trained: Updates, scale: float, written: Updates) -> tuple[MergeCheck, MergeCheck]:
@@ -31,7 +31,7 @@ def check_updates(trained: Updates, scale: float, written: Updates) -> tuple[Mer
     )
 
 
-def _largest_error(trained: LowRankUpdate | WholeUpdate, scale: float, written: LowRankUpdate | WholeUpdate) -> float:
+def _largest_error(trained: Update, scale: float, written: Update) -> float:
     """The largest error of one update over the allowed one; infinite where they are not both low-rank, of one shape."""
     if not isinstance(trained, LowRankUpdate) or not isinstance(written, LowRankUpdate):
         return math.inf

@@ -28,7 +28,14 @@ from training_lens.errors import AdapterError, LensError, ModelLoadingError
 from training_lens.measures.adapter_measures import adapter_norms, update_spectrum
 from training_lens.measures.factors import Factors
 from training_lens.measures.singular_values import dora_change, top_singular_value
-from training_lens.merging.weight_update import LowRankUpdate, load_updates, low_rank_keys, read_scaling
+from training_lens.merging.weight_update import (
+    ExpertUpdate,
+    LowRankUpdate,
+    load_updates,
+    low_rank_keys,
+    read_rank,
+    read_scaling,
+)
 from training_lens.models.adapter_files import (
     CONFIG,
     WEIGHTS,
@@ -38,6 +45,7 @@ from training_lens.models.adapter_files import (
     require_plain,
     saved_shapes,
 )
+from training_lens.models.experts import expert_name, name_wrappers
 from training_lens.models.factory import weight_files
 from training_lens.models.location import local_folder
 from training_lens.utils.logging import get_logger
@@ -66,8 +74,13 @@ class SavedAdapter:
             updates = load_updates(self.folder)
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"{self.folder / WEIGHTS} is broken ({error}). Copy or save it again.") from error
-        found = {record.name: updates[f"{record.name}.weight"] for record in self.records}
-        return {name: update for name, update in found.items() if isinstance(update, LowRankUpdate)}
+        found: dict[str, LowRankUpdate] = {}
+        for name, update in updates.items():
+            if isinstance(update, LowRankUpdate):
+                found[name.removesuffix(".weight")] = update
+            elif isinstance(update, ExpertUpdate):
+                found |= {expert_name(name, number): update.select(number) for number in range(update.experts)}
+        return {record.name: found[record.name] for record in self.records}
 
 
 def open_adapter(folder: Path, step: int = 0) -> SavedAdapter:
@@ -79,8 +92,14 @@ def open_adapter(folder: Path, step: int = 0) -> SavedAdapter:
     config = read_config(require_adapter(folder))
     require_plain(config, folder, "the lens", "be read", also=ELSEWHERE)
     shapes = saved_shapes(folder)
-    records = [_build_record(path, keys, shapes, config, folder) for path, keys in low_rank_keys(shapes).items()]
-    pairs = tuple(sorted((record for record in records if record), key=_natural_order))
+    found = low_rank_keys(shapes)
+    experts = name_wrappers(found, config)
+    records = (
+        _build_records(path, keys, shapes, config, folder) for path, keys in found.items() if path not in experts
+    )
+    own = [record for each in records for record in each]
+    own += [r for path, name in experts.items() for r in _build_expert_records(name, found[path], shapes, config)]
+    pairs = tuple(sorted(own, key=_natural_order))
     if not pairs:
         raise AdapterError(
             f"{folder / WEIGHTS} holds no pair of LoRA matrices among its {len(shapes)} tensors. Give the folder that "
@@ -89,9 +108,18 @@ def open_adapter(folder: Path, step: int = 0) -> SavedAdapter:
     return SavedAdapter(folder, step, pairs, config)
 
 
-def _build_record(
+def _build_expert_records(
+    parameter: str, keys: Mapping[str, str], shapes: Shapes, config: Mapping[str, Any]
+) -> list[ModuleRecord]:
+    rank, a, b = read_rank(parameter, config), shapes[keys["A"]], shapes[keys["B"]]
+    scaling = read_scaling(parameter, rank, config)
+    names = [expert_name(parameter, number) for number in range(a[0] // rank)]
+    return [module_record(name, (rank, a[1]), (b[0], rank), scaling) for name in names]
+
+
+def _build_records(
     path: str, keys: Mapping[str, str], shapes: Shapes, config: Mapping[str, Any], folder: Path
-) -> ModuleRecord | None:
+) -> list[ModuleRecord]:
     a, b = (shapes.get(keys.get(part, "")) for part in "AB")
     if a is None or b is None or (len(a) == 2 == len(b) and a[0] != b[1]):
         raise AdapterError(
@@ -100,14 +128,15 @@ def _build_record(
         )
     if not len(a) == 2 == len(b):
         logger.info("the lens does not read %s in %s: its adapter is not a pair of matrices", path, folder)
-        return None
+        return []
     variant = "dora" if "magnitude_vector" in keys else "lora"
-    return module_record(path, a, b, read_scaling(path, a[0], config), variant)
+    return [module_record(path, a, b, read_scaling(path, a[0], config), variant)]
 
 
 def _natural_order(record: ModuleRecord) -> list[tuple[int, str]]:
     """A sort key that puts layers.10 after layers.9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in record.name.split(".")]
+    parts = record.name.replace("[", ".").rstrip("]").split(".")  # of an expert, its number is the last
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def require_alike(adapters: list[SavedAdapter]) -> None:

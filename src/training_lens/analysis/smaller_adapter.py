@@ -16,8 +16,17 @@ from training_lens.display.progress import Progress
 from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.evaluation.evaluator import EvaluationOptions, token_sums
 from training_lens.measures.singular_values import energy_rank, singular_values, truncate_rank, update_norm
-from training_lens.merging.weight_update import LowRankUpdate, load_updates, low_rank_keys, read_scaling
+from training_lens.merging.weight_update import (
+    ExpertUpdate,
+    LowRankUpdate,
+    Update,
+    load_updates,
+    low_rank_keys,
+    read_rank,
+    read_scaling,
+)
 from training_lens.models.adapter_files import CONFIG, WEIGHTS, read_config, require_plain
+from training_lens.models.experts import name_wrappers, split_a, split_b
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import atomic_folder, write_json
 from training_lens.utils.processes import Processes
@@ -95,11 +104,16 @@ def _write_files(source: Path, folder: Path, at: RankLoss) -> None:
 
     settings, tensors = read_config(source), load_file(source / WEIGHTS)
     ranks: dict[str, int] = {}
-    for path, keys in low_rank_keys(tensors).items():
+    found = low_rank_keys(tensors)
+    experts = name_wrappers(found, settings)
+    for path, keys in found.items():
         a, b = tensors[keys["A"]], tensors[keys["B"]]
-        update = read_scaling(path, len(a), settings) * b.double()
-        ranks[path] = min(_choose_rank(a, update, at), len(a))
-        for part, tensor in zip("AB", _cut_factors(a, update, ranks[path]), strict=True):
+        name = experts.get(path, path)
+        rank = read_rank(name, settings) if path in experts else len(a)
+        update = read_scaling(name, rank, settings) * b.double()
+        small_a, small_b = _cut_experts(a, update, len(a) // rank, at)
+        ranks[name] = len(small_a) * rank // len(a)
+        for part, tensor in zip("AB", (small_a, small_b), strict=True):
             tensors[keys[part]] = tensor.to(a.dtype).contiguous()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     write_json(folder / CONFIG, _with_ranks(settings, ranks), verbatim=True)
@@ -114,6 +128,17 @@ def _cut_factors(a: Tensor, update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) of the best approximation of `update` @ `a`."""
     small_a, small_b = truncate_rank(a, update, 1.0, rank)
     return small_a[:rank], small_b[:, :rank]
+
+
+def _cut_experts(a: Tensor, update: Tensor, experts: int, at: RankLoss) -> tuple[Tensor, Tensor]:
+    """A and B of a module, or of all experts of a parameter, each cut to its rank and padded to the largest of them."""
+    parts = list(zip(split_a(a, experts), split_b(update, experts), strict=True))
+    ranks = [min(_choose_rank(*part, at), len(part[0])) for part in parts]
+    cut = [truncate_rank(*part, 1.0, rank) for part, rank in zip(parts, ranks, strict=True)]
+    kept = max(ranks)
+    small_a = torch.cat([one[:kept] for one, _ in cut])
+    small_b = torch.stack([other[:, :kept] for _, other in cut], -1).flatten(1)  # (out, rank, experts)
+    return small_a, small_b
 
 
 def _with_ranks(settings: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -133,13 +158,19 @@ def _measure_distance(source: Path, folder: Path) -> float:
     """
     found, errors = load_updates(folder), [0.0]
     for name, whole in load_updates(source).items():
-        cut = found[name]
-        if isinstance(whole, LowRankUpdate) and isinstance(cut, LowRankUpdate):
-            b, small = whole.factor * whole.b.double(), cut.factor * cut.b.double()
-            best_a, best_b = _cut_factors(whole.a, b, len(cut.a))
+        for one, cut in zip(_list_pairs(whole), _list_pairs(found[name]), strict=True):
+            b, small = one.factor * one.b.double(), cut.factor * cut.b.double()
+            best_a, best_b = _cut_factors(one.a, b, int(cut.a.any(1).sum()))
             apart = update_norm(torch.cat([best_a, cut.a.double()]), torch.cat([best_b, -small], 1), 1.0)
-            errors.append(float(apart / update_norm(whole.a, b, 1.0).clamp(min=1e-30)))
+            errors.append(float(apart / update_norm(one.a, b, 1.0).clamp(min=1e-30)))
     return max(errors)
+
+
+def _list_pairs(update: Update) -> list[LowRankUpdate]:
+    """The low-rank updates in an update: its own, or one of each expert."""
+    if isinstance(update, ExpertUpdate):
+        return [update.select(number) for number in range(update.experts)]
+    return [update] if isinstance(update, LowRankUpdate) else []
 
 
 def _measure_loss(run: RunFolder, folder: Path, options: RowOptions, progress: Progress) -> float:

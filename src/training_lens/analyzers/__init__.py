@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from training_lens.analyzers.convergence_analyzer import ActivationAnalyzer, ConvergenceAnalyzer
 from training_lens.analyzers.lora_analyzer import GradientAnalyzer, LoRAAnalyzer
+from training_lens.analyzers.router_load_analyzer import RouterLoadAnalyzer
 from training_lens.analyzers.similarity_analyzer import SimilarityAnalyzer
 
 WeightAnalyzer = LoRAAnalyzer
@@ -13,6 +14,7 @@ __all__ = [
     "ConvergenceAnalyzer",
     "GradientAnalyzer",
     "LoRAAnalyzer",
+    "RouterLoadAnalyzer",
     "SimilarityAnalyzer",
     "WeightAnalyzer",
 ]

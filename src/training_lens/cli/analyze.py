@@ -43,6 +43,7 @@ MEANING = (
     "over a layer's modules: strength, |dW| / |W|; effective rank, how many directions dW uses; 90 % rank, how many of "
     "them hold 90 % of |dW|²."
 )
+ROUTING = "used as evenly as: so many experts with equal shares have the entropy of these; least, most: shares of one."
 ALIKE = (
     "cosine of dW: 1 is the same update, 0 an unrelated one; angles are between what the two updates write: 0° is the "
     "same directions, 90° none shared."
@@ -138,6 +139,7 @@ def _show_analysis(screen: Screen, analysis: Analysis) -> None:
     for line in three_lines(analysis):
         console.print(Text(f"  {line}"))
     _show_layers(screen, analysis.results.get("weights", {}))
+    _show_router_load(screen, analysis.results.get("router_load", {}))
     console.print("\nfindings", style="bold")
     for finding in analysis.findings:
         _show_finding(screen, finding)
@@ -175,6 +177,26 @@ def _show_layers(screen: Screen, weights: Mapping[str, Any]) -> None:
         rows.append([str(layer), f"{shares[layer]:.1%}", *typical])
     show_table(screen.console, f"what changed, by layer{left_out}", columns, rows, right=columns)
     screen.console.print(MEANING)
+
+
+def _show_router_load(screen: Screen, load: Mapping[str, Any]) -> None:
+    """Print how evenly the routers use the experts: the least even layers, in their order."""
+    layers = load.get("layers", {})
+    least = sorted(layers, key=lambda path: layers[path]["effective"] / len(layers[path]["share"]))[:MOST_ROWS]
+    if not least:
+        return
+    left_out = f"; the {MOST_ROWS} least even of {len(layers)}" if len(layers) > MOST_ROWS else ""
+    columns = ("experts", "used as evenly as", "by the base", "least", "most", "without a token")
+    rows = []
+    for path in (path for path in layers if path in least):
+        own = layers[path]
+        known = [share for share in own["share"] if share is not None]
+        even = [f"{own[key]:.3g}" for key in ("effective", "base_effective")]
+        ends = [f"{end(known):.1%}" if known else "-" for end in (min, max)]
+        rows.append([path, str(len(own["share"])), *even, *ends, str(len(own["unused"]))])
+    title = f"what the routers give the experts, of the probe's tokens at step {load['step']}{left_out}"
+    show_table(screen.console, title, ("layer", *columns), rows, right=columns)
+    screen.console.print(ROUTING)
 
 
 def _format_median(modules: Sequence[Mapping[str, Any]], measure: str, form: str) -> str:

@@ -13,6 +13,7 @@ from training_lens.collectors.layer_activations import (
     LayerStates,
 )
 from training_lens.collectors.lora_activation_collector import LoRAActivationsCollector, LoRAActivationTracker
+from training_lens.collectors.router_load_collector import RouterLoadCollector
 from training_lens.collectors.weight_collector import (
     AdapterSnapshotsCollector,
     AdapterWeightsCollector,
@@ -32,5 +33,6 @@ __all__ = [
     "LoRAActivationTracker",
     "LoRAActivationsCollector",
     "OptimizerStateCollector",
+    "RouterLoadCollector",
     "SpectraCollector",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch.linalg import vector_norm
 
 from training_lens.core import table_names as tables
 from training_lens.core.collector import CaptureContext, CollectorRegistry, DataCollector
+from training_lens.core.modules import stack_experts
 from training_lens.core.types import Captured, DataType, Moment
 from training_lens.measures.directions import adam_update_rms, self_check
 from training_lens.measures.factors import Factors, frobenius
+from training_lens.models.experts import split_a, split_b
 from training_lens.utils.devices import move_to_device, move_to_one_device
 from training_lens.utils.logging import get_logger
 
@@ -122,13 +124,11 @@ class OptimizerStateCollector(DataCollector):
                 kind = type(context.optimizer).__name__ if context.optimizer else "no optimizer"
                 logger.info("the lens captures no %s: %s keeps no float exp_avg_sq with one eps", self.name, kind)
             return None
-        parts = [
-            {
-                "update_rms_a": adam.update_rms([m.a for m in batch.modules]),
-                "update_rms_b": adam.update_rms([m.b for m in batch.modules]),
-            }
-            for batch in context.batches
-        ]
+        parts = []
+        for batch in context.batches:
+            (a, b), experts = batch.parameters(), batch.modules[0].experts
+            rms_a, rms_b = adam.update_rms(a, experts, split_a), adam.update_rms(b, experts, split_b)
+            parts.append({"update_rms_a": rms_a, "update_rms_b": rms_b})
         return Captured(context.batches.restore_order_all(parts), rows=context.module_names)
 
 
@@ -140,17 +140,18 @@ class _AdamState:
     groups: Mapping[int, Mapping[str, Any]]
     eps: float
 
-    def update_rms(self, parameters: Sequence[Tensor]) -> Tensor:
-        """(parameters,), for parameters of one shape; NaN for one without a gradient or a state."""
-        gradients = torch.stack([_tensor_or_nan(p.grad, p) for p in parameters])
-        moments = torch.stack([_tensor_or_nan(self.state.get(p, {}).get("exp_avg_sq"), p) for p in parameters])
+    def update_rms(self, parameters: Sequence[Tensor], experts: int, split: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """(modules,), for parameters of one shape, each of so many experts; NaN without a gradient or a state."""
+        own = [_tensor_or_nan(self.state.get(p, {}).get("exp_avg_sq"), p) for p in parameters]
+        moments = stack_experts(own, experts, split)
+        gradients = stack_experts((_tensor_or_nan(p.grad, p) for p in parameters), experts, split)
         # Adam's own step counts are on the CPU, those of its fused form on the parameters' device.
         counts = move_to_one_device(torch.as_tensor(self.state.get(p, {}).get("step", 1)).float() for p in parameters)
         unstepped = {"betas": (0.0, 0.0)}  # any value: these parameters have no moment either
         betas = torch.tensor([self.groups.get(id(p), unstepped)["betas"][1] for p in parameters])
-        steps = torch.stack(counts)
+        steps, betas = torch.stack(counts).repeat_interleave(experts), betas.repeat_interleave(experts)
         corrections = -torch.expm1(steps * move_to_device(betas.log(), steps.device))  # 1 - beta2^t, exact close to 1
-        moments = moments.float().div_(move_to_device(corrections, moments.device)[:, None, None])
+        moments = moments.div_(move_to_device(corrections, moments.device)[:, None, None])
         return adam_update_rms(gradients, moments, self.eps)
 
 

@@ -29,6 +29,8 @@ class LoRAActivationTracker:
     them. W x is the output minus s B A x and bias; with DoRA or several active adapters, the frozen layer runs once
     more. It leaves the model unchanged.
 
+    Experts of one parameter are left out: each gets tokens of its own within the module.
+
     Args:
         model: a PEFT model.
         modules: the adapted modules to measure; None: all.
@@ -48,7 +50,8 @@ class LoRAActivationTracker:
     def __init__(
         self, model: Any, modules: Sequence[AdapterModule] | None = None, attention_mask: Tensor | None = None
     ) -> None:
-        self._model, self._modules = model, tuple(modules or adapter_modules(model))
+        self._model = model
+        self._modules = tuple(m for m in modules or adapter_modules(model) if m.expert is None)
         self._fixed = TokenPositions.from_mask(attention_mask) if attention_mask is not None else None
         self._positions: TokenPositions | None = self._fixed
         self._sums: dict[int, Tensor] = {}  # index of a module -> (parts, 2): sum of squares, count
@@ -154,6 +157,7 @@ class LoRAActivationsCollector(DataCollector):
         with LoRAActivationTracker(context.model, context.modules, context.probe.attention_mask) as self._tracker:
             yield
 
-    def collect(self, context: CaptureContext, step: int) -> Captured:
+    def collect(self, context: CaptureContext, step: int) -> Captured | None:
         """Measure the tracked pass."""
-        return Captured(self._tracker.measures(), rows=context.module_names)
+        names = self._tracker.names
+        return Captured(self._tracker.measures(), rows=names) if names else None

@@ -140,6 +140,12 @@ TABLE = (
         _split_modules,
         "`all` and `all-linear` are `auto`; `q_proj,v_proj` is a list",
     ),
+    ForeignKey(
+        "lora_target_parameters",
+        "peft.target_parameters",
+        lambda value: _split_modules(value) if value else "none",
+        "null: `none`; `a,b` is a list",
+    ),
     ForeignKey("lora_target_linear", "peft.target_modules", _convert_switch("auto"), "true: `auto`"),
     ForeignKey("use_dora peft_use_dora", "peft.use_dora"),
     ForeignKey("use_rslora peft_use_rslora", "peft.variant", _convert_switch("rslora", "lora"), "true: `rslora`"),

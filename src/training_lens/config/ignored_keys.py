@@ -90,9 +90,7 @@ OPTIMIZATION: dict[str, tuple[Any, ...]] = {
     **_list_values("task_type lora_task_type", "CAUSAL_LM", None),
     **_list_values("lr_scheduler_kwargs model_init_kwargs dataset_kwargs", None, {}, "{}", ""),
     **_list_values("push_to_hub greater_is_better fan_in_fan_out", False, None),
-    **_list_values(
-        "neftune_noise_alpha optim_target_modules data_seed layers_to_transform lora_target_parameters eos_token", None
-    ),
+    **_list_values("neftune_noise_alpha optim_target_modules data_seed layers_to_transform eos_token", None),
 }
 OF_DATA = {"dataset_name": "data.train", "dataset_config": "data.train", "dataset_train_split": "data.train"}
 PACKED = "there a step takes batch_size rows of packed examples, here batch_size examples; raise training.batch_size"

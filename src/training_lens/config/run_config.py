@@ -62,10 +62,14 @@ def locate_outputs(run: RunFolder) -> Path:
 
 
 def _without_old_names(values: Settings) -> dict[str, Any]:
-    output = values.get("output")
-    if not isinstance(output, dict):
-        return dict(values)
-    return {**values, "output": {key: value for key, value in output.items() if not _is_old_name(key, value)}}
+    """The values as this version reads them: earlier ones left the experts of a mixture frozen, and did not say so."""
+    output, peft = values.get("output"), values.get("peft")
+    found = dict(values)
+    if isinstance(output, dict):
+        found["output"] = {key: value for key, value in output.items() if not _is_old_name(key, value)}
+    if isinstance(peft, dict):
+        found["peft"] = {"target_parameters": "none", **peft}
+    return found
 
 
 def _is_old_name(key: str, value: Any) -> bool:

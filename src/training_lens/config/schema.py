@@ -76,6 +76,14 @@ class PeftSection(Section):
         "expression for whole module paths, such as '.*layers\\.[0-3]\\..*_proj'",
         min_length=1,
     )
+    target_parameters: str | list[str] = setting(
+        "auto",
+        "experts that a layer keeps in one parameter; auto: all, where target_modules is auto; none: they stay frozen; "
+        "names such as [experts.down_proj]; or one regular expression for whole paths of parameters",
+    )
+    expert_rank: int | None = setting(
+        None, "rank of each expert's adapter; null: r / experts per token, at least 1", ge=1
+    )
     rank_pattern: dict[str, Count] = setting({}, "other ranks for some modules: {name or end of a module path: rank}")
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = setting(
         {}, "other lora_alpha for some modules, like rank_pattern"

@@ -16,21 +16,24 @@ from training_lens.core.types import ModuleRecord
 from training_lens.errors import LensError
 from training_lens.measures.factors import Factors
 from training_lens.models import pissa
+from training_lens.models.experts import adapted_path, expert_name, is_expert_adapter, split_a, split_b
 from training_lens.utils.devices import move_to_device, move_to_one_device
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)\.")
 WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module)\.)*(?:base_model\.model\.)?(?:_orig_mod\.)?")
+OF_EXPERT = "expert_"  # begins the type of an expert
 KINDS = {"out_proj": "o"} | {f"{kind}_proj": kind for kind in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterModule:
-    """One adapted module: its trained and its frozen parameters.
+    """One adapted module, or one expert of a parameter that holds several: its trained and its frozen parameters.
 
     `a` (rank, in) and `b` (out, rank) are the trained parameters, `magnitude` (out,) DoRA's. `frozen_a` and `frozen_b`
-    are the other halves of PiSSA's factors, so that dW = scaling [b, frozen_b] [a; frozen_a].
+    are the other halves of PiSSA's factors, so that dW = scaling [b, frozen_b] [a; frozen_a]. Of an expert, `a` and `b`
+    hold the factors of all `experts` of its parameter; `factors` gives its own.
     """
 
     record: ModuleRecord
@@ -40,6 +43,8 @@ class AdapterModule:
     frozen_a: Tensor | None = None
     frozen_b: Tensor | None = None
     magnitude: torch.nn.Parameter | None = None
+    expert: int | None = None
+    experts: int = 1
 
     @property
     def name(self) -> str:
@@ -50,9 +55,16 @@ class AdapterModule:
         """A, B and DoRA's magnitude."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
+    def trained_factors(self) -> tuple[Tensor, Tensor]:
+        """The trained A (rank, in) and B (out, rank), not copied: what is written to them is written to the adapter."""
+        a, b = self.a.detach(), self.b.detach()
+        if self.expert is None:
+            return a, b
+        return split_a(a, self.experts)[self.expert], split_b(b, self.experts)[self.expert]
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of dW = scaling B A, with PiSSA's frozen halves; not copied for other adapters."""
-        a, b = self.a.detach(), self.b.detach()
+        a, b = self.trained_factors()
         if self.frozen_a is None or self.frozen_b is None:
             return a, b
         return pissa.concatenate_halves(a, self.frozen_a, 0), pissa.concatenate_halves(b, self.frozen_b, 1)
@@ -64,7 +76,10 @@ class AdapterModule:
         """
         from peft.utils.integrations import dequantize_module_weight
 
-        base = self.module.get_base_layer()  # type: ignore[operator]
+        base: Any = self.module.get_base_layer()  # type: ignore[operator]
+        if self.expert is not None:
+            expert: Tensor = self.module.get_param()[self.expert].detach().float()  # type: ignore[operator]
+            return expert.T if getattr(base, "is_transposed", False) else expert
         weight = getattr(base, "weight", None)
         packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
         if packed or not isinstance(weight, Tensor):
@@ -87,10 +102,12 @@ def adapter_modules(model: Any) -> tuple[AdapterModule, ...]:
     from peft.tuners.lora import LoraLayer
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
-    first: dict[int, AdapterModule] = {}  # by its A, which shared layers and tied adapters have in common
+    first: dict[
+        tuple[int, int | None], AdapterModule
+    ] = {}  # by A, which shared layers and tied adapters have in common
     for name, layer in layers:
-        for module in _layer_adapters(strip_wrappers(name), layer):
-            first.setdefault(id(module.a), module)
+        for module in _layer_adapters(adapted_path(strip_wrappers(name), layer), layer):
+            first.setdefault((id(module.a), module.expert), module)
     found = list(first.values())
     training = {m.record.adapter for m in found if any(p.requires_grad for p in m.trained_parameters)}
     if not found:
@@ -136,10 +153,12 @@ def _describe_missing_adapter(model: Any, layers: int) -> str:
 
 
 def _layer_adapters(name: str, layer: Any) -> Iterator[AdapterModule]:
-    """One module for each adapter on a layer."""
+    """One module for each adapter on a layer, and for each of its experts."""
     for adapter, down in layer.lora_A.items():
         up = layer.lora_B[adapter]
-        if not isinstance(down, torch.nn.Linear) or getattr(layer, "num_experts", 1) != 1:
+        if is_expert_adapter(layer):
+            yield from _expert_adapters(name, layer, adapter)
+        elif not isinstance(down, torch.nn.Linear):
             logger.info("the lens does not capture %s: its adapter is not a pair of matrices", name)
         elif parametrize.is_parametrized(down, "weight"):
             (a, frozen_a), (b, frozen_b) = pissa.split_halves(down), pissa.split_halves(up)
@@ -148,6 +167,14 @@ def _layer_adapters(name: str, layer: Any) -> Iterator[AdapterModule]:
             yield _build_module(name, layer, adapter, down.weight, up.weight)
     for adapter, a in layer.lora_embedding_A.items():
         yield _build_module(name, layer, adapter, a, layer.lora_embedding_B[adapter])
+
+
+def _expert_adapters(name: str, layer: Any, adapter: str) -> Iterator[AdapterModule]:
+    a, b, experts = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.num_experts
+    shapes = split_a(a, experts).shape[1:], split_b(b, experts).shape[1:]
+    for expert in range(experts):
+        record = module_record(expert_name(name, expert), *shapes, float(layer.scaling[adapter]), "lora", adapter)
+        yield AdapterModule(record, layer, a, b, expert=expert, experts=experts)
 
 
 def _build_module(
@@ -194,9 +221,12 @@ def layer_and_kind(name: str) -> tuple[int | None, str]:
     Example:
         >>> layer_and_kind("model.layers.3.self_attn.q_proj"), layer_and_kind("lm_head")
         ((3, 'q'), (None, 'lm_head'))
+        >>> layer_and_kind("model.layers.3.mlp.experts.down_proj[7]")
+        (3, 'expert_down')
     """
-    layer, last = LAYER.search(name), name.rsplit(".", 1)[-1]
-    return int(layer[1]) if layer else None, KINDS.get(last, last)
+    layer, (last, bracket, _) = LAYER.search(name), name.rsplit(".", 1)[-1].partition("[")
+    kind = f"{OF_EXPERT}{last.removesuffix('_proj')}" if bracket else KINDS.get(last, last)
+    return int(layer[1]) if layer else None, kind
 
 
 def strip_wrappers(name: str) -> str:
@@ -230,11 +260,17 @@ class ModuleBatch:
 
     def _copy_factors(self, tensor_of: Callable[[torch.nn.Parameter], Tensor]) -> Factors:
         magnitudes = [tensor_of(m.magnitude) for m in self.modules if m.magnitude is not None]
+        (a, b), experts = self.parameters(), self.modules[0].experts
         return Factors(
-            stack_float32(tensor_of(m.a) for m in self.modules),
-            stack_float32(tensor_of(m.b) for m in self.modules),
+            stack_experts((tensor_of(p) for p in a), experts, split_a),
+            stack_experts((tensor_of(p) for p in b), experts, split_b),
             stack_float32(magnitudes) if magnitudes else None,
         )
+
+    def parameters(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+        """The A and the B of all modules, in order; those that experts share once."""
+        first = self.modules[:: self.modules[0].experts]  # all experts of a parameter are here, one after the other
+        return [m.a for m in first], [m.b for m in first]
 
     def full_factors(self, trained: Factors) -> Factors:
         """The factors of dW: those that train, and for PiSSA the frozen halves too."""
@@ -252,7 +288,7 @@ class ModuleBatches:
         positions_by_shape: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for i, m in enumerate(modules):
             parts = (m.frozen_a is None, m.magnitude is None)
-            positions_by_shape[m.a.shape, m.b.shape, m.record.scaling, parts, m.a.device].append(i)
+            positions_by_shape[m.a.shape, m.b.shape, m.experts, m.record.scaling, parts, m.a.device].append(i)
         self._batches = [
             ModuleBatch(tuple(positions), tuple(modules[i] for i in positions), modules[positions[0]].record.scaling)
             for positions in positions_by_shape.values()
@@ -282,3 +318,10 @@ def _measure_or_nan(part: Mapping[str, Tensor], name: str) -> Tensor:
 def stack_float32(tensors: Iterable[Tensor]) -> Tensor:
     """Tensors of one shape as one float32 tensor with a leading dimension, detached."""
     return torch.stack([tensor.detach() for tensor in tensors]).float()
+
+
+def stack_experts(tensors: Iterable[Tensor], experts: int, split: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """As `stack_float32`, with each tensor split into those of its experts, one after the other."""
+    if experts == 1:
+        return stack_float32(tensors)
+    return torch.cat([split(tensor.detach(), experts) for tensor in tensors]).float()

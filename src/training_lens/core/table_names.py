@@ -13,6 +13,7 @@ OPTIMIZER = "optimizer_state"
 LORA_ACTIVATIONS = "lora_activations"
 ACTIVATIONS = "activations"
 DIVERGENCE = "divergence"
+ROUTER_LOAD = "router_load"
 LOSS = "loss"
 EVALUATION = "evaluation"
 ROW_LOSSES = "row_losses"
@@ -77,6 +78,10 @@ MEASURES: dict[str, dict[str, str]] = {
         "rms": "root mean square of the layer's output",
         "drift": "|h - h0|_F / |h0|_F, h0 without the adapter",
         "cka": "debiased linear CKA of h and h0",
+    },
+    ROUTER_LOAD: {
+        "share": "share of the probe's tokens that a mixture's expert gets; a layer's sum to 1",
+        "base_share": "the same without the adapter",
     },
     DIVERGENCE: {
         "kl": "mean over the probe's supervised tokens of KL(p_base || p_adapter), nats",

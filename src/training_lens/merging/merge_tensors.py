@@ -16,6 +16,7 @@ from training_lens.models.adapter_scale import adapter_layers, base_module
 from training_lens.models.base_files import write_config
 from training_lens.models.base_record import require_local_folder, stored_precision
 from training_lens.models.checkpoint_files import CheckpointNames, edit_checkpoint, stored_tensors, write_checkpoint
+from training_lens.models.experts import is_expert_adapter
 from training_lens.models.omissions import is_linear
 from training_lens.models.quantization import dequantize_model, is_quantized
 from training_lens.utils.devices import DTYPES, Precision
@@ -38,20 +39,20 @@ def check_mergeable(adapted: Any) -> None:
     """Refuse an adapter that has no plain weights.
 
     Raises:
-        AdapterError: names the module: not a LoRA or DoRA on a linear layer or embedding.
+        AdapterError: names the module: not a LoRA or DoRA on a linear layer, an embedding or experts.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.variants import DoraLinearVariant
 
     for path, layer in adapter_layers(adapted):
         base = base_module(layer)
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer) and not is_expert_adapter(layer):
             is_plain = all(isinstance(variant, DoraLinearVariant) for variant in layer.lora_variant.values())
             is_plain = is_plain and not any(layer.lora_bias.values())
             if not is_plain or not (is_linear(base) or isinstance(base, torch.nn.Embedding)):
                 raise AdapterError(
                     f"'{path}' carries a {type(layer).__name__} on a {type(base).__name__} that cannot be merged; only "
-                    "LoRA and DoRA on linear layers and embeddings can. Serve the adapter itself."
+                    "LoRA and DoRA on linear layers, embeddings and experts can. Serve the adapter itself."
                 )
 
 
@@ -72,8 +73,9 @@ def merge_weights(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> M
     was_quantized = is_quantized(adapted)
     model = dequantize_model(adapted.get_base_model()).float()
     changed = []
-    for path, layer in adapter_layers(adapted):
+    for adapted_name, layer in adapter_layers(adapted):
         plain = base_module(layer)
+        path = adapted_name.rpartition(".")[0] if is_expert_adapter(layer) else adapted_name
         for name, update in _compute_updates(layer, plain):
             if not torch.isfinite(update).all():
                 raise AdapterError(f"the adapter's update of '{path}.{name}' is not finite: training diverged.")
@@ -97,6 +99,9 @@ def _compute_updates(layer: Any, plain: Any) -> Iterator[tuple[str, Tensor]]:
         yield from ((n, trained[n].detach().float() - p) for n, p in plain.named_parameters())
     elif name in layer.lora_variant:  # DoRA
         yield "weight", layer.lora_variant[name].merge_safe(layer, name, plain.weight) - plain.weight
+    elif is_expert_adapter(layer):
+        update = layer.get_delta_weight(name).float()
+        yield layer.parameter_name, update.reshape(layer.get_param().shape)
     else:
         yield "weight", layer.get_delta_weight(name).float()
 

@@ -130,7 +130,7 @@ def compute_reference(session: Session, given: Probes, scale: float = 1.0) -> Re
 # How far a merged model may be from its adapter: the largest logit difference over the logits' spread (of 1 at least),
 # and the mean KL in nats.
 # Both sides compute in float32, so for fp32 only the order of summation differs. That bf16 and fp16 weights are rounded
-# correctly is checked one by one (`merged_weights`), so here only differences that rounding cannot make are refused:
+# correctly is checked one by one (`weight_update`), so here only differences that rounding cannot make are refused:
 # over ten times what was measured. 4 bits are as none: the dequantized weights are the numbers that the adapter
 # computed with. LLM.int8() also rounds a layer's input, which merged weights cannot.
 TOLERANCES = {"fp32": (1e-4, 1e-6), "fp16": (0.05, 1e-3), "bf16": (0.5, 0.01), "8bit": (0.5, 0.01)}

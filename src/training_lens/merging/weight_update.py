@@ -20,6 +20,7 @@ from training_lens.errors import MergeError, ModelLoadingError
 from training_lens.merging.reload import load_delta
 from training_lens.merging.verification import MergeCheck
 from training_lens.models.adapter_files import WEIGHTS, read_config
+from training_lens.models.experts import name_wrappers
 from training_lens.models.factory import load_model
 from training_lens.models.quantization import dequantize_model
 from training_lens.models.targets import pattern_of
@@ -56,6 +57,33 @@ class LowRankUpdate:
 
 
 @dataclass(frozen=True)
+class ExpertUpdate:
+    """s B_e A_e of each expert e of a parameter; A and B hold those of all, see `models.experts`."""
+
+    a: Tensor  # (experts x rank, in)
+    b: Tensor  # (out, rank x experts)
+    factor: float  # s
+    experts: int
+
+    @property
+    def rank(self) -> int:
+        """Of each expert."""
+        return len(self.a) // self.experts
+
+    def compute_change(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """As `LowRankUpdate.compute_change`, of the experts in `rows`: (experts, out, in) each."""
+        each = [self.select(e) for e in range(self.experts)[rows]]
+        changes = [update.compute_change(own, slice(None)) for update, own in zip(each, weight, strict=True)]
+        updates, noise = zip(*changes, strict=True)
+        return torch.stack(updates), torch.stack(noise)
+
+    def select(self, number: int) -> LowRankUpdate:
+        """The update of one expert."""
+        first = number * self.rank
+        return LowRankUpdate(self.a[first : first + self.rank], self.b[:, number :: self.experts], self.factor, None)
+
+
+@dataclass(frozen=True)
 class WholeUpdate:
     """A parameter that was trained itself; `trained` is its new value."""
 
@@ -71,14 +99,34 @@ def _roundoff_bound(terms: int) -> float:
     return (8 + 4 * math.sqrt(terms)) * ROUNDOFF
 
 
-def load_updates(folder: Path) -> dict[str, LowRankUpdate | WholeUpdate]:
+Update = LowRankUpdate | ExpertUpdate | WholeUpdate
+
+
+def is_stored_turned(update: Update, module: Any) -> bool:
+    """Whether `module` keeps the weight of an update as (in, out): Conv1D, embeddings, and the experts of gpt-oss.
+
+    PEFT's A and B map inputs to outputs.
+    """
+    if isinstance(update, ExpertUpdate):
+        return bool(getattr(module, "is_transposed", False))
+    return isinstance(update, LowRankUpdate) and not isinstance(module, torch.nn.Linear)
+
+
+def load_updates(folder: Path) -> dict[str, Update]:
     """The updates of an adapter folder that `adapters.load_adapter` accepts, by the names of the model's weights."""
     from safetensors.torch import load_file
 
     settings, tensors = read_config(folder), load_file(folder / WEIGHTS)
-    updates: dict[str, LowRankUpdate | WholeUpdate] = {}
-    for path, keys in low_rank_keys(tensors).items():
+    updates: dict[str, Update] = {}
+    found = low_rank_keys(tensors)
+    experts = name_wrappers(found, settings)
+    for path, keys in found.items():
         parts = {part: tensors.pop(key) for part, key in keys.items()}
+        if parameter := experts.get(path):
+            rank = read_rank(parameter, settings)
+            factor = read_scaling(parameter, rank, settings)
+            updates[parameter] = ExpertUpdate(parts["A"], parts["B"], factor, len(parts["A"]) // rank)
+            continue
         factor = read_scaling(path, len(parts["A"]), settings)
         updates[f"{path}.weight"] = LowRankUpdate(parts["A"], parts["B"], factor, parts.get("magnitude_vector"))
     for key, tensor in tensors.items():
@@ -95,6 +143,13 @@ def low_rank_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
         if low_rank:
             found[path][part.removeprefix("embedding_").removesuffix(".weight")] = key
     return found
+
+
+def read_rank(path: str, settings: Mapping[str, Any]) -> int:
+    """The rank of a module, or of each expert of a parameter, by adapter_config.json."""
+    patterns = settings.get("rank_pattern") or {}
+    pattern = pattern_of(path, patterns)
+    return int(patterns[pattern] if pattern else settings["r"])
 
 
 def read_scaling(path: str, rank: int, settings: Mapping[str, Any]) -> float:
@@ -175,17 +230,13 @@ def _find_changed_others(written: MergeOutput, found: Weights, weights: Weights,
             yield name
 
 
-def _largest_error(
-    written: MergeOutput, found: Tensor | None, base: Any, name: str, update: LowRankUpdate | WholeUpdate
-) -> float:
+def _largest_error(written: MergeOutput, found: Tensor | None, base: Any, name: str, update: Update) -> float:
     """The largest error of one changed weight over the allowed one; infinite where it is missing or NaN."""
     before = base.get_parameter(name).detach().cpu()
     if found is None or found.shape != before.shape:
         return math.inf
-    # PEFT's A and B map inputs to outputs; Conv1D and embeddings keep their weights as (in, out).
-    module = base.get_submodule(name.rpartition(".")[0])
-    if isinstance(update, LowRankUpdate) and not isinstance(module, torch.nn.Linear):
-        found, before = found.T, before.T
+    if is_stored_turned(update, base.get_submodule(name.rpartition(".")[0])):
+        found, before = found.mT, before.mT
     largest = 0.0
     length = max(1, BLOCK * len(before) // before.numel())
     for rows in (slice(start, start + length) for start in range(0, len(before), length)):

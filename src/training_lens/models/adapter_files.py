@@ -24,12 +24,13 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 
 NEEDED = ("r", "lora_alpha", "target_modules")
+TARGETS = ("target_modules", "target_parameters")  # one of them may be empty
 # Keys of an adapter's configuration that `PeftSection` has, too, or that do not change what it computes.
 PLAIN = {
     *(*NEEDED, "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "use_rslora"),
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out"),
     *("inference_mode", "init_lora_weights", "lora_dropout", "modules_to_tie", "peft_type", "peft_version"),
-    *("revision", "task_type"),
+    *("revision", "target_parameters", "task_type"),
 }
 # Always written: the adapter's kind and base, for programs that read the file without PEFT.
 NAMING = {*NEEDED, "peft_type", "task_type", "base_model_name_or_path"}
@@ -159,8 +160,9 @@ def drop_defaults(folder: Path) -> None:
     usual, settings = LoraConfig().to_dict(), read_config(folder)
     kept = {key: value for key, value in settings.items() if key in NAMING or value != usual.get(key)}
     kept.pop("peft_version", None)
-    if isinstance(kept.get("target_modules"), list):
-        kept["target_modules"].sort()  # a set's order is another in each process
+    for key in TARGETS:
+        if isinstance(kept.get(key), list):
+            kept[key].sort()  # a set's order is another in each process
     write_json(folder / CONFIG, kept, verbatim=True)
 
 
@@ -174,6 +176,8 @@ def _read_section(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
         "modules_to_save": config.get("modules_to_save") or [],
+        "target_parameters": sorted(config.get("target_parameters") or []) or "none",
+        "expert_rank": config["r"] if config.get("target_parameters") else None,
         **{key: config[key] for key in NEEDED},
     }
     try:
@@ -206,7 +210,7 @@ def require_plain(config: dict[str, Any], folder: Path, key: str, doing: str, al
         )
     usual = LoraConfig().to_dict()
     others = [k for k, v in config.items() if k not in {*PLAIN, *also} and v and v != usual.get(k)]
-    missing = [k for k in NEEDED if not config.get(k)]
+    missing = [k for k in NEEDED if not config.get(k) and not (k in TARGETS and any(config.get(t) for t in TARGETS))]
     if others or missing:
         what = f"uses {', '.join(others)}" if others else f"does not say {', '.join(missing)}"
         raise AdapterError(f"{key}: {folder} {what}; only plain LoRA and DoRA adapters can {doing}.")

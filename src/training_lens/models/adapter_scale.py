@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from training_lens.errors import AdapterError
+from training_lens.models.experts import adapted_path
 
 SMALLEST_ROW_FACTOR = 1e-6  # of DoRA's c, which may cross 0 beyond scale 1
 
@@ -60,12 +61,14 @@ def _list_changes(adapted: Any, scale: float) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def adapter_layers(adapted: Any) -> list[tuple[str, Any]]:
-    """PEFT's wrappers of the adapted modules, with their paths in the plain model."""
+    """PEFT's wrappers of the adapted modules and parameters of experts, with their paths in the plain model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     modules = adapted.get_base_model().named_modules(remove_duplicate=False)
-    return [(path, m) for path, m in modules if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    return [
+        (adapted_path(path, m), m) for path, m in modules if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
 
 
 def base_module(layer: Any) -> Any:

@@ -25,8 +25,16 @@ from training_lens.models.adapter_files import (
     require_finite,
     saved_shapes,
 )
+from training_lens.models.experts import (
+    adapted_path,
+    choose_expert_rank,
+    choose_parameters,
+    describe_targets,
+    is_expert_adapter,
+    target_name,
+)
 from training_lens.models.model_classes import is_found_by_type
-from training_lens.models.omissions import Omission, is_linear, last_part
+from training_lens.models.omissions import Omission, is_linear
 from training_lens.models.quantization import element_count
 from training_lens.models.targets import check_targets, choose_targets, whole_modules
 from training_lens.utils.formatting import describe_error
@@ -53,18 +61,21 @@ class Adaptation:
 
     adapted: tuple[str, ...]  # paths in the base, without modules that are trained whole
     left_out: tuple[Omission, ...]
+    expert_rank: int | None = None  # of each expert in one parameter
 
     def as_json(self) -> dict[str, Any]:
         """As written to the run's metadata."""
-        return {"adapted": list(self.adapted), "left_out": [asdict(omission) for omission in self.left_out]}
+        found = {"adapted": list(self.adapted), "left_out": [asdict(omission) for omission in self.left_out]}
+        return found | ({"expert_rank": self.expert_rank} if self.expert_rank else {})
 
     @property
     def names(self) -> list[str]:
-        """The last parts of the adapted paths, sorted."""
-        return sorted({last_part(path) for path in self.adapted})
+        """The last parts of the adapted paths, sorted; of experts in one parameter with their module's."""
+        return sorted({target_name(path) for path in self.adapted})
 
     def __str__(self) -> str:
-        return f"{len(self.adapted)} modules: {', '.join(self.names)}"
+        experts = f"; each expert at rank {self.expert_rank}" if self.expert_rank else ""
+        return f"{len(self.adapted)} modules: {', '.join(self.names)}{experts}"
 
 
 def log_adaptation(adaptation: Adaptation) -> None:
@@ -96,11 +107,15 @@ def _inject_adapter(model: Any, peft: PeftSection) -> tuple[Any, tuple[Omission,
 
     size = peft.model_dump(include={"r", "lora_alpha", "rank_pattern", "alpha_pattern"})
     whole, tied = whole_modules(model, peft.modules_to_save)
-    names, left_out = choose_targets(model, peft)
+    experts = choose_parameters(model, peft)
+    names, left_out = choose_targets(model, peft, experts)
+    told = describe_targets(model, experts, peft)
+    size["rank_pattern"] = told.rank_pattern
     config = LoraConfig(
         task_type="CAUSAL_LM" if is_found_by_type(model) else None,  # None: PEFT then saves the base's class by name
         lora_dropout=peft.lora_dropout,
         target_modules=names,
+        target_parameters=told.names or None,
         use_dora=peft.use_dora,
         use_rslora=peft.variant == "rslora",
         modules_to_save=whole or None,
@@ -108,7 +123,7 @@ def _inject_adapter(model: Any, peft: PeftSection) -> tuple[Any, tuple[Omission,
         **(pissa.double_rank(peft) if peft.init == "pissa" else size),
     )
     targets = {n: m for n, m in model.named_modules() if n and check_target_module_exists(config, n)}
-    check_targets(model, targets, peft)
+    check_targets(model, targets, peft, experts)
     # Conv1D keeps its weight as (in, out).
     config.fan_in_fan_out = any(is_linear(m) and not isinstance(m, torch.nn.Linear) for m in targets.values())
     try:
@@ -116,7 +131,7 @@ def _inject_adapter(model: Any, peft: PeftSection) -> tuple[Any, tuple[Omission,
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError, UserWarning) as error:
         raise AdapterError(f"peft: this model cannot take this adapter: {error}") from error
-    different = sorted(set(adapted_modules(adapted)).symmetric_difference(targets))
+    different = sorted(set(adapted_modules(adapted)).symmetric_difference([*targets, *experts]))
     if different:
         raise AdapterError(
             f"peft.target_modules: PEFT adapts other modules of this model than it was asked to: {different[0]} and "
@@ -171,7 +186,9 @@ def check_adapter(skeleton: Any, peft: PeftSection) -> Adaptation:
         shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(adapted).items()}
         check_fit(adapter_folder(peft.from_adapter), shapes, base)
     _require_reloadable(adapted)
-    return Adaptation(tuple(adapted_modules(adapted)), left_out)
+    has_experts = any(is_expert_adapter(m) for m in adapted.modules())
+    rank = choose_expert_rank(adapted.config, peft) if has_experts else None
+    return Adaptation(tuple(adapted_modules(adapted)), left_out, rank)
 
 
 def _require_reloadable(adapted: Any) -> None:
@@ -199,10 +216,11 @@ def saved_tensors(adapted: Any) -> dict[str, torch.Tensor]:
 
 
 def adapted_modules(adapted: Any) -> list[str]:
-    """Paths, in the base, of the modules that carry a LoRA in a PEFT model."""
+    """Paths, in the base, of the modules and of the parameters of experts that carry a LoRA in a PEFT model."""
     from peft.tuners.lora import LoraLayer
 
-    return [path for path, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)]
+    named = adapted.get_base_model().named_modules()
+    return [adapted_path(path, m) for path, m in named if isinstance(m, LoraLayer)]
 
 
 @contextmanager
@@ -211,6 +229,8 @@ def _filter_peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # PEFT holds patterns against modules alone, and takes them for parameters of experts all the same.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         warnings.filterwarnings("error", message="You have requested `ensure_weight_tying`")
         warnings.filterwarnings("error", message="Found missing adapter keys")
         yield

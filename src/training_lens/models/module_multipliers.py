@@ -7,7 +7,8 @@ trained whole, the path lies in its outputs.
 
 So the derivative by alpha is <dL/dy, y1 - y0>, which for LoRA is <dL/dB', B> with B' = alpha B the factor in use. It
 asks for no gradient by an adapter's own parameters, of which PEFT's DoRA computes another one (it detaches the norm).
-A module that several places share has one multiplier; tied weights have one for each place.
+A module that several places share has one multiplier; tied weights have one for each place. Experts in one parameter
+have one together, on their B.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from training_lens.errors import AdapterError
 from training_lens.models.adapter_scale import adapter_layers, base_module
+from training_lens.models.experts import is_expert_adapter
 from training_lens.models.token_scores import backward_nll
 
 
@@ -88,6 +91,9 @@ class ModuleMultipliers:
         try:
             self._values = values
             for i, layer in enumerate(self.layers):
+                if is_expert_adapter(layer):
+                    handles.append(self._multiply_experts(i, layer))
+                    continue
                 hook, module, with_kwargs = self._build_hook(i, layer)
                 handles.append(module.register_forward_hook(hook, with_kwargs=with_kwargs))
             yield
@@ -123,6 +129,14 @@ class ModuleMultipliers:
 
         return blend, layer, True
 
+    def _multiply_experts(self, i: int, layer: Any) -> Any:
+        """Multiply B of the experts in a parameter; what is returned has `remove`."""
+        if isinstance(self._values, Tensor) and len(self._values) > 1:
+            raise MixedRowsError(self.names[i])
+        (name,) = layer.active_adapters
+        value = self._values[0, i] if isinstance(self._values, Tensor) else float(self._values[i])
+        return _MultipliedWeight(layer.lora_B[name], value)
+
     def _is_one(self, i: int) -> bool:
         return not isinstance(self._values, Tensor) and self._values[i] == 1
 
@@ -150,14 +164,29 @@ class ModuleMultipliers:
         return column.view(-1, *[1] * (output.ndim - 1))
 
 
+class _MultipliedWeight(torch.nn.Module):
+    """A linear layer's weight times a number, until `remove`."""
+
+    def __init__(self, linear: torch.nn.Module, factor: Tensor | float) -> None:
+        super().__init__()
+        self._linears, self._factor = (linear,), factor  # in a tuple, so that it is no part of this module
+        parametrize.register_parametrization(linear, "weight", self)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self._factor
+
+    def remove(self) -> None:
+        parametrize.remove_parametrizations(self._linears[0], "weight", leave_parametrized=False)
+
+
 def find_output_factor(layer: Any) -> Any:
     """The module that computes B (A x) of a plain LoRA on a linear layer, whose multiple is that of the update.
 
-    None of other layers: with DoRA, on an embedding, trained whole.
+    None of other layers: with DoRA, on an embedding or experts, trained whole.
     """
     from peft.tuners.lora import LoraLayer
 
-    if not isinstance(layer, LoraLayer) or layer.lora_variant:
+    if not isinstance(layer, LoraLayer) or layer.lora_variant or is_expert_adapter(layer):
         return None
     (name,) = layer.active_adapters
     return dict(layer.lora_B).get(name)

@@ -26,7 +26,7 @@ SHAPE_ONLY = {"data", "device", "dtype", "element_size", "ndim", "shape", "size"
 NOT_LANGUAGE = "not in the language model, but in a vision or audio tower or its projector"
 OF_ROUTER = "routers and gates of experts stay as they were trained"
 OF_CROSS_ATTENTION = "cross-attention to images, which text alone never reaches"
-OF_EXPERTS = "experts stay frozen: a layer keeps all of them in one parameter, which is not a linear layer"
+OF_EXPERTS = "experts stay frozen"
 OF_PARAMETERS = "not a linear layer"
 
 

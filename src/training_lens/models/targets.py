@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError
+from training_lens.models.experts import describe_frozen
 from training_lens.models.omissions import OF_EXPERTS, ModuleSurvey, Omission, group_by_reason, is_linear
 from training_lens.utils.formatting import did_you_mean
 
@@ -29,17 +30,23 @@ def find_paths(modules: Iterable[str], name: str) -> list[str]:
     return [path for path in modules if path == name or path.endswith(f".{name}")]
 
 
-def choose_targets(model: Any, peft: PeftSection) -> tuple[str | list[str], tuple[Omission, ...]]:
+def choose_targets(
+    model: Any, peft: PeftSection, experts: Collection[str] = ()
+) -> tuple[str | list[str], tuple[Omission, ...]]:
     """The modules that `peft.target_modules` matches in this model.
+
+    Args:
+        experts: the paths of the parameters of experts that are adapted.
 
     Raises:
         AdapterError: nothing to adapt, or a name or expression without a match; lists the modules and the nearest name.
     """
     survey = ModuleSurvey(model)
-    others = dict(survey.other_matrices())
+    others = {path: reason for path, reason in survey.other_matrices() if not _is_adapted(survey, path, experts)}
+    if frozen := [path for path, reason in others.items() if reason == OF_EXPERTS]:
+        others |= dict.fromkeys(frozen, describe_frozen(model, frozen))
     if peft.target_modules != "auto":
-        experts = {path: reason for path, reason in others.items() if reason == OF_EXPERTS}
-        return _matching_names(survey, peft.target_modules), group_by_reason(experts)
+        return _matching_names(survey, peft.target_modules), group_by_reason({path: others[path] for path in frozen})
     found = {path: survey.why_not_auto(path) or survey.why_unfit(path) for path in survey.linear_layers}
     layers = {path: survey.linear_layers[path] for path, reason in found.items() if not reason}
     narrow = _narrow_layers(model, layers, peft)
@@ -49,6 +56,12 @@ def choose_targets(model: Any, peft: PeftSection) -> tuple[str | list[str], tupl
     ambiguous = {_last_name(path) for path in set(survey.modules).difference(wanted)}
     names = sorted({path if _last_name(path) in ambiguous else _last_name(path) for path in wanted})
     return names, group_by_reason({path: why for path, why in (found | narrow | others).items() if why})
+
+
+def _is_adapted(survey: ModuleSurvey, path: str, experts: Collection[str]) -> bool:
+    """Whether all matrices of experts that the module at `path` holds are adapted."""
+    held = [name for name, p in survey.modules[path].named_parameters(recurse=False) if p.ndim == 3]
+    return bool(held) and all(f"{path}.{name}" in experts for name in held)
 
 
 def _narrow_layers(model: Any, layers: Modules, peft: PeftSection) -> dict[str, str]:
@@ -94,17 +107,17 @@ def _explain_no_match(expression: str, last: list[str], example: str) -> str:
     )
 
 
-def check_targets(model: Any, targets: Modules, peft: PeftSection) -> None:
-    """Check the modules that PEFT would adapt.
+def check_targets(model: Any, targets: Modules, peft: PeftSection, experts: Collection[str] = ()) -> None:
+    """Check the modules that PEFT would adapt, besides parameters of `experts` at these paths.
 
     Raises:
         AdapterError: a module is not a linear layer, or no adapter works on it; a rank is too high; a pattern matches
             nothing.
     """
-    if not targets:
+    if not targets and not experts:
         raise AdapterError("peft.target_modules: all of them are in peft.modules_to_save too; keep each in one.")
-    _check_patterns("rank_pattern", peft.rank_pattern, targets)
-    _check_patterns("alpha_pattern", peft.alpha_pattern, targets)
+    _check_patterns("rank_pattern", peft.rank_pattern, [*targets, *experts])
+    _check_patterns("alpha_pattern", peft.alpha_pattern, [*targets, *experts])
     survey = ModuleSurvey(model)
     for path, module in targets.items():
         _check_class(path, module, peft)
@@ -150,7 +163,7 @@ def pattern_of(path: str, patterns: Mapping[str, float]) -> str | None:
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
-def _check_patterns(what: str, patterns: Mapping[str, float], targets: Modules) -> None:
+def _check_patterns(what: str, patterns: Mapping[str, float], targets: Collection[str]) -> None:
     for key in patterns:
         _compile_pattern(f"peft.{what}", key)
         if not any(pattern_of(path, {key: 1}) for path in targets):

@@ -59,13 +59,17 @@ class HistogramWriter(JournalCallback):
 def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters by name: MODULE.A, MODULE.B, DoRA's MODULE.magnitude; others keep their own name.
 
-    With PiSSA, A and B are the trained halves.
+    With PiSSA, A and B are the trained halves; those of all experts of a parameter are one.
     """
     try:
         modules = adapter_modules(model)
     except LensError:  # fully trained modules only, or adapters that are no pair of matrices
         modules = ()
-    names = {id(p): f"{m.name}.{end}" for m in modules for p, end in zip(m.trained_parameters, _ENDS, strict=False)}
+    names = {
+        id(p): f"{m.name.partition('[')[0]}.{end}"
+        for m in modules
+        for p, end in zip(m.trained_parameters, _ENDS, strict=False)
+    }
     parameters = trainable_parameters(model)
     return {names.get(id(p)) or strip_wrappers(n).replace(".modules_to_save.default", ""): p for n, p in parameters}
 

@@ -165,7 +165,7 @@ def rewrite_lens_manifest(run: RunFolder) -> None:
     names = [folder.name for folder in table_folders(run.lens)]
     kinds = {n: tables.LOOP_TABLES.get(n) or CollectorRegistry.get(n).data_type for n in names}
     places = {path: place for place, path in enumerate(run.read_metadata("adaptation.json")["adapted"])}
-    modules = sorted(open_adapter(adapter).records, key=lambda module: places[module.name])
+    modules = sorted(open_adapter(adapter).records, key=lambda module: places[module.name.partition("[")[0]])
     write_manifest(run.lens, LensManifest(tuple(modules), "training-lens", kinds, settings))
 
 

@@ -23,6 +23,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "r": int | None,
         "rank_pattern": dict[str, int] | None,
         "target_modules": list[str] | str | None,
+        "target_parameters": list[str] | None,
     },
     "base.json": {"files": Files, "id": str, "revision": str | None, "sha256": Files, "weights": str | None},
     "data.json": {

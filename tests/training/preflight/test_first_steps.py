@@ -100,7 +100,7 @@ def test_every_kind_of_adapter_passes(small_config: Config, sections: dict[str, 
 
 def parameter(name: str, **outcome: bool) -> AdapterParameter:
     fine = {"requires_grad": True, "is_held": True, "is_reached": True, "is_moved": True}
-    return AdapterParameter(f"base_model.model.{name}.default.weight", **{**fine, **outcome})
+    return AdapterParameter(f"base_model.model.{name}.default.weight", name.split(".lora_")[0], **{**fine, **outcome})
 
 
 def test_causes_are_told_apart() -> None:

@@ -12,6 +12,7 @@ from training_lens.analysis.findings.evidence import list_names, thin_points
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analyzers.module_groups import gradient_norms, step_ratio
 from training_lens.core import table_names as tables
+from training_lens.core.modules import OF_EXPERT
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord, Series
 from training_lens.measures.curves import robust_z
@@ -96,9 +97,14 @@ def _count_late_steps(recording: Recording, measures: dict[str, Series]) -> int:
 
 
 def _group_siblings(modules: Sequence[ModuleRecord], series: Series) -> list[list[str]]:
-    """Names of modules of one type and shape that ever have a value over 0, if there are enough of them."""
+    """Names of modules of one type and shape that ever have a value over 0, if there are enough of them.
+
+    Experts are left out: each has as much of a gradient as its router gives it tokens.
+    """
     alike: dict[object, list[str]] = defaultdict(list)
     for module in modules:
+        if module.kind.startswith(OF_EXPERT):
+            continue
         if module.name in series.names and (np.nan_to_num(series.column(module.name)) > 0).any():
             alike[module.kind, module.in_features, module.out_features].append(module.name)
     return [names for names in alike.values() if len(names) >= LEAST_SIBLINGS]

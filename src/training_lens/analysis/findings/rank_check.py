@@ -100,7 +100,7 @@ def measure_rank(
 
 def _energy_ranks(modules: Sequence[AdapterModule], share: float) -> dict[str, int]:
     """How many directions of each module's dW hold this share of its squared norm."""
-    spectra = {m.name: singular_values(m.a.detach(), m.b.detach(), m.record.scaling) for m in modules}
+    spectra = {m.name: singular_values(*m.trained_factors(), m.record.scaling) for m in modules}
     return {name: int(energy_rank(spectrum, share)) for name, spectrum in spectra.items()}
 
 
@@ -144,7 +144,8 @@ class _TruncationLosses:
 @contextmanager
 def truncate_modules(modules: Sequence[AdapterModule], ranks: Mapping[str, int]) -> Iterator[None]:
     """Inside the context, each module's dW is its best approximation of the rank in `ranks`."""
-    before = [(m, m.a.detach().clone(), m.b.detach().clone()) for m in modules]
+    own = [(m, *m.trained_factors()) for m in modules]
+    before = [(m, a.clone(), b.clone()) for m, a, b in own]
     try:
         for module, a, b in before:
             _set_factors(module, *truncate_rank(a, b, module.record.scaling, ranks[module.name]))
@@ -155,16 +156,16 @@ def truncate_modules(modules: Sequence[AdapterModule], ranks: Mapping[str, int])
 
 
 def _set_factors(module: AdapterModule, a: torch.Tensor, b: torch.Tensor) -> None:
-    with torch.no_grad():
-        module.a.copy_(a)
-        module.b.copy_(b)
+    for own, given in zip(module.trained_factors(), (a, b), strict=True):
+        own.copy_(given)
 
 
 def _build_rank_pattern(energy: Mapping[str, int]) -> dict[str, int]:
-    """The largest rank over layers by the last part of the module name, at least 1."""
+    """The largest rank over layers and experts by the last part of the module name (of experts: two), at least 1."""
     pattern: dict[str, int] = {}
     for name, rank in energy.items():
-        last = name.partition("#")[0].rsplit(".", 1)[-1]
+        path, bracket, _ = name.partition("#")[0].partition("[")
+        last = ".".join(path.split(".")[-2 if bracket else -1 :])
         pattern[last] = max(1, rank, pattern.get(last, 1))
     return pattern
 

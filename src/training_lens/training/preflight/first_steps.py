@@ -14,13 +14,17 @@ from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.errors import TrainingError
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.models.broken_weights import describe_broken_weights, describe_zero_weights
+from training_lens.models.experts import adapted_path
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback, StepReport
 from training_lens.training.plan import RunPlan
 from training_lens.training.preflight.check_plan import log_findings, sort_findings, write_findings
+from training_lens.training.preflight.expert_check import ExpertCheck
 from training_lens.training.preflight.split_checks import UNLIKE
 from training_lens.utils.formatting import list_names
+from training_lens.utils.logging import get_logger
 
+logger = get_logger(__name__)
 UPDATES = 2  # A gets its first gradient in the second one, as B is 0 before the first
 NEAR_CHANCE, SPREAD, UNSURE = 0.02, 0.05, 0.9  # of ln(vocabulary)
 UNLIKE_SIGMAS, UNLIKE_SHARE = 6.0, 0.25
@@ -41,20 +45,22 @@ BASE = Rule(
 class AdapterParameter:
     """A parameter of the adapter, and what became of it in the first updates.
 
-    `is_reached`: by a gradient that is not 0; `is_moved`: an update changed it; `is_held`: the optimizer has it.
+    `module` is what it adapts, as a path in the base. `is_reached`: by a gradient that is not 0; `is_moved`: an update
+    changed it; `is_held`: the optimizer has it.
     """
 
     name: str
+    module: str
     requires_grad: bool
     is_held: bool
     is_reached: bool
     is_moved: bool
 
-    @property
-    def module(self) -> str:
-        """The adapted module, as a path in the base."""
-        path = self.name.split(".lora_")[0].split(".modules_to_save.")[0]
-        return path.removeprefix("base_model.model.")
+
+def find_adapted(model: Any, name: str) -> str:
+    """The path in the base of the module or parameter that the adapter's parameter `name` belongs to."""
+    path = name.split(".lora_")[0].split(".modules_to_save.")[0]
+    return adapted_path(path.removeprefix("base_model.model."), model.get_submodule(path))
 
 
 def explain_still_modules(parameters: Sequence[AdapterParameter]) -> dict[str, str]:
@@ -101,6 +107,7 @@ class FirstStepsCheck(Callback):
         self._named: list[tuple[str, torch.nn.Parameter]] = []
         self._reached: torch.Tensor | None = None
         self._before: torch.Tensor | None = None
+        self._experts: ExpertCheck | None = None
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         """Refuse a base whose loss is not finite.
@@ -120,6 +127,11 @@ class FirstStepsCheck(Callback):
             for name, parameter in trainer.model.named_parameters()
             if ".lora_" in name or parameter.requires_grad
         ]
+        self._experts = ExpertCheck(trainer.model)
+
+    def on_train_end(self, trainer: Any) -> None:
+        if self._experts is not None:
+            self._experts.finish()
 
     def on_gradients(self, trainer: Any, step: int) -> None:
         if self._updates >= UPDATES or not self._named:
@@ -130,6 +142,8 @@ class FirstStepsCheck(Callback):
         reached = torch.stack(norms) > 0
         self._reached = reached if self._reached is None else self._reached | reached
         self._before = _measure_weights(parameters) if self._before is None else self._before
+        if self._experts is not None:
+            self._experts.add_gradients()
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         """Stop a run in which nothing, or not every adapted module, trains.
@@ -148,6 +162,8 @@ class FirstStepsCheck(Callback):
             require_gradients(trainer, report, self._plan.facts.vocabulary)
         if self._updates == UPDATES or report.step == trainer.schedule.total_steps:
             self._require_training_modules(trainer, report)
+            if self._experts is not None:
+                self._experts.finish()
 
     def _check_first_batch(self, trainer: Any, report: StepReport) -> None:
         """The base's loss on the first batch, which the fresh adapter leaves as it is."""
@@ -210,14 +226,24 @@ class FirstStepsCheck(Callback):
         held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
         found = torch.stack([self._reached, moved]).tolist()  # the check's sync point
         checked = [
-            AdapterParameter(name, p.requires_grad, id(p) in held, *outcome)
+            AdapterParameter(name, find_adapted(trainer.model, name), p.requires_grad, id(p) in held, *outcome)
             for (name, p), *outcome in zip(self._named, *found, strict=True)
         ]
-        causes = explain_still_modules(checked)
+        causes, experts = explain_still_modules(checked), None
+        if self._experts is not None and not only_frozen:
+            experts = self._experts.judge()
+            causes |= {name: why for name, why in experts.causes.items() if name.partition("[")[0] not in causes}
         if only_frozen:
             causes = {name: cause for name, cause in causes.items() if cause.startswith(FROZEN)}
         if causes and self._updates:
-            raise _still_modules_error(causes, len({p.module for p in checked}), report)
+            counts = f"{len({p.module for p in checked})} adapted modules"
+            counts += f" and {experts.total} experts" if experts is not None and experts.total else ""
+            raise _still_modules_error(causes, counts, report)
+        if experts is not None and experts.not_routed:
+            logger.info(
+                "step %d: %d of %d adapted experts were not routed to yet, and stay as they were: %s",
+                *(report.step, len(experts.not_routed), experts.total, list_names(experts.not_routed, SHOWN)),
+            )
 
 
 def _measure_weights(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
@@ -258,12 +284,12 @@ def require_gradients(trainer: Any, report: StepReport, vocabulary: int) -> None
     )
 
 
-def _still_modules_error(causes: Mapping[str, str], modules: int, report: StepReport) -> TrainingError:
+def _still_modules_error(causes: Mapping[str, str], adapted: str, report: StepReport) -> TrainingError:
     by_cause: dict[str, list[str]] = {}
     for name, cause in causes.items():
         by_cause.setdefault(cause, []).append(name)
     parts = [f"{cause}: {list_names(names, SHOWN)}" for cause, names in by_cause.items()]
     return TrainingError(
-        f"step {report.step}: {len(causes)} of {modules} adapted modules do not train. {'; '.join(parts)}. Leave "
+        f"step {report.step}: {len(causes)} of {adapted} do not train. {'; '.join(parts)}. Leave "
         "modules that these rows do not use out of peft.target_modules; a callback must not freeze or replace any."
     )
