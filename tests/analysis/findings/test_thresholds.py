@@ -308,6 +308,7 @@ CASES: list[tuple[str, Plant, float, str, float, str]] = [
     ("rate_high", held_out_over_base, 2.9, "fine", 3.1, INCONCLUSIVE),
     ("rate_high", lambda run, steps: keep_steps(run, steps, "loss"), 9, INCONCLUSIVE, 10, "fine"),
     ("rate_low", lambda run, straight: slow(run, straightness=straight), 0.79, INCONCLUSIVE, 0.81, "warning"),
+    ("rate_low", lambda run, bend: slow(run, 0.0, 0.3, bend), 0.61, INCONCLUSIVE, 0.59, "fine"),
     ("rate_low", lambda run, cosine: slow(run, cosine=cosine), 0.29, INCONCLUSIVE, 0.31, "warning"),
     ("rate_low", lambda run, late: slow(run, late=late), 0.39, INCONCLUSIVE, 0.41, "warning"),
     ("rate_low", slow_under_a_falling_rate, 0.39, INCONCLUSIVE, 0.41, "warning"),

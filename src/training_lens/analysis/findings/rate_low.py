@@ -76,11 +76,11 @@ def _check_curves(recording: Recording) -> Finding:
     evidence = {"straightness": straight, "loss": thin_points(x=steps, y=losses)}
     if ahead and len(others) + falls >= 2:  # two signs without a falling loss: the rate is so low that it never fell
         return RULE.report_symptom("warning", "The learning rate is too low", "; ".join(measured), evidence=evidence)
-    is_open = ahead and bool(others) and not _is_settled(recording, *curve)
-    if is_open or (falls and (straight > BENT or others)):
+    is_ruled_out = straight < BENT or _is_settled(recording, *curve)
+    if not is_ruled_out or (falls and (straight > BENT or others)):
         return RULE.report_inconclusive(
             "The learning rate may be too low",
-            "; ".join(measured),
+            "; ".join(measured if is_ruled_out else [*measured, "the loss has not settled"]),
             "a run with the same seed and length at three times the rate: its loss is lower if this rate is too low",
             evidence,
         )
