@@ -12,7 +12,6 @@ import pytest
 import torch
 from slow_cases import slow_but
 from tiny_models import save_tiny_model
-from training_lens.utils.seeding import seed_everything
 
 from training_lens import TrainingWrapper
 from training_lens.analysis.adapter_analyzers import LoRAParameterAnalyzer
@@ -26,6 +25,7 @@ from training_lens.models.adapters import attach
 from training_lens.models.factory import load_model, load_tokenizer
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
+from training_lens.utils.devices import seed_everything
 
 Config = Callable[..., Any]
 STEPS, ROWS = 20, 64
