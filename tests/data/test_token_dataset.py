@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,17 @@ def test_round_trip_over_several_batches(tmp_path: Path) -> None:
         assert dataset.supervised_counts.tolist() == [int(e.loss_mask[1:].sum()) for e in made]
         assert dataset.domains.tolist() == [e.domain for e in made]
         assert dataset.files.tolist() == ["f"] * 25 and dataset.digests.tolist() == list(range(25))
+
+
+def test_reading_does_not_wait_for_pandas(tmp_path: Path) -> None:
+    """pyarrow imports it in many of its conversions: a quarter of a second of each command's start."""
+    write_examples(tmp_path / "x.arrow", [TokenizedRows.from_examples(examples(3))])
+    code = (
+        "import sys; from training_lens.data.token_dataset import TokenDataset as T; d = T.open(sys.argv[1]); "
+        "print(len([*d]), len([*d.iterate_columns()]), d.lengths, d.supervised_counts, d.identities, d.ids, d.domains);"
+        "sys.exit('pandas' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.arrow")], check=True)
 
 
 def test_a_selection_is_a_view_in_its_order(tmp_path: Path) -> None:

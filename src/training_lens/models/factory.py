@@ -14,7 +14,7 @@ from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError, OutOfMemoryError, TrainingLensError
 from training_lens.models.location import WEIGHTS, locate_model
-from training_lens.models.model_classes import build_model, load_class
+from training_lens.models.model_classes import build_model, load_class, require_generating
 from training_lens.models.quantization import keep_trainable, loading_options
 from training_lens.models.rotary import separate_examples
 from training_lens.utils.devices import DTYPES, Precision
@@ -94,7 +94,7 @@ def read_facts(model: ModelSection) -> ModelFacts:
 
     with _explain_failures("configuration", model):
         config = _read_config(model)
-        load_class(config)  # refuses models that are not decoder-only
+        require_generating(config)
         text = config.get_text_config()
         positions = getattr(text, "max_position_embeddings", None)
         names = ("hidden_size", "num_hidden_layers", "vocab_size")

@@ -45,6 +45,20 @@ def load_class(config: Any) -> Any:
     )
 
 
+def require_generating(config: Any) -> None:
+    """Refuse what `load_class` refuses; a class that transformers lists for the model type is not imported for it.
+
+    Raises:
+        ModelLoadingError: as `load_class`.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = next(iter(getattr(config, "architectures", None) or ()), None)
+    is_listed = named is not None and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) == named
+    if not is_listed or getattr(config, "is_encoder_decoder", False):
+        load_class(config)
+
+
 def is_generating(found: Any) -> bool:
     """Whether this is a model class that can generate, so one with an output head over the vocabulary."""
     from transformers import GenerationMixin, PreTrainedModel
