@@ -10,10 +10,12 @@ import sysconfig
 import tomllib
 import venv
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
+import grimp
 import pytest
 from forked import run_python  # type: ignore[import-not-found]
 from packaging.requirements import Requirement
@@ -112,6 +114,13 @@ AFTERWARDS = [
     ["experiment", "list"],
     ["sync", "--status"],
 ]
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside functions and those for types alone count, too."""
+    graph = grimp.build_graph("training_lens", cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.fixture(scope="session")

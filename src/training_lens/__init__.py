@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from training_lens import errors
 from training_lens._lazy import attach
+from training_lens._version import __version__ as __version__
 from training_lens.errors import (
     AdapterError,
     CheckpointError,
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 
     LoRACheckpointAnalyzer = CheckpointAnalyzer
     LoRATrainingWrapper = TrainingWrapper
-
-__version__ = "0.1.0"
 
 __getattr__, __dir__, _names = attach(
     {

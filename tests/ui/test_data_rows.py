@@ -19,8 +19,8 @@ from training_lens.analysis.explanations.training_rows import open_rows_of
 from training_lens.display.progress import Progress
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
+from training_lens.ui.browsed_rows import OpenedRuns
 from training_lens.ui.data_rows import build_data_routes
-from training_lens.ui.data_splits import OpenedRuns
 from training_lens.ui.token_pieces import build_decode, decode_pieces
 from training_lens.ui.web import ERROR_HANDLERS, Outputs
 

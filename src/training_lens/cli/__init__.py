@@ -57,7 +57,7 @@ cli = typer.Typer(
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        from training_lens import __version__
+        from training_lens._version import __version__
 
         print(f"training-lens {__version__}")
         raise typer.Exit

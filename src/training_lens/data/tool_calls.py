@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from training_lens.data.chat_template import ChatTemplate
 from training_lens.data.examples import Message, Row
 from training_lens.data.row_keys import CALL, FUNCTION, KeyCheck
+from training_lens.data.turn_templates import TurnTemplate
 from training_lens.data.values import describe_value, look_up_value, parse_json
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import list_names
 from training_lens.utils.limits import load_bounded_json
-
-if TYPE_CHECKING:
-    from training_lens.data.templates import Template
 
 ToolCall = dict[str, Any]
 Tool = Mapping[str, Any]
@@ -134,7 +133,7 @@ def find_calls(value: Any, tools: Sequence[Tool]) -> list[Mapping[str, Any]] | N
 
 
 def fit_tools(
-    template: Template, messages: Sequence[Message], tools: Sequence[Tool]
+    template: ChatTemplate | TurnTemplate, messages: Sequence[Message], tools: Sequence[Tool]
 ) -> tuple[Sequence[Message], Sequence[Tool], list[str]]:
     """The chat as this template can render it, with remarks on what became text.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-import training_lens
+from training_lens._version import __version__
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.file_readers import check_csv_settings
@@ -320,7 +320,7 @@ def build_manifest(
     rows = Counter(catalogue.files[file] for file in catalogue.file)
     return {
         "made_by": MADE_BY,
-        "version": training_lens.__version__,
+        "version": __version__,
         "settings": config.prepare.model_dump(),
         "data": config.data.model_dump(include={"fields", "csv", "on_bad_row", "domain", "strip_end_marks"}),
         "sources": {

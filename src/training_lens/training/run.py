@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-import training_lens
+from training_lens._version import __version__
 from training_lens.analysis.run_reader import Run
 from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, remember_consent
 from training_lens.config.schema import TrainingConfig
@@ -179,7 +179,7 @@ class TrainingWrapper:
             send_while_training(run, self._integrations) if plan.processes.is_main else nullcontext(),
             explain_out_of_memory(plan.config),
         ):
-            logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
+            logger.debug("training-lens %s, run %s", __version__, run.run_id)
             if plan.processes.is_main and not resume:
                 log_findings(plan.findings)
                 write_findings(plan.findings, run.reports)
@@ -323,7 +323,7 @@ def _describe_environment(config: TrainingConfig) -> dict[str, Any]:
     import torch
 
     return {
-        "training_lens": training_lens.__version__,
+        "training_lens": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": str(get_device(config.model.device)),

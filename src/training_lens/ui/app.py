@@ -11,7 +11,8 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from training_lens import __version__, display
+from training_lens import display
+from training_lens._version import __version__
 from training_lens.ui.data_rows import build_data_routes
 from training_lens.ui.guard import Access, Guard
 from training_lens.ui.launcher import build_launch_routes

@@ -15,14 +15,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from training_lens.errors import ConfigurationError, TrainingLensError
-from training_lens.ui.row_filters import FoundRows, RowFilters, Sort, find_rows
+from training_lens.ui.row_filters import FoundRows, RowFilters, Sort
 from training_lens.ui.token_pieces import build_decode, decode_pieces, find_mark_ends
 from training_lens.ui.web import Outputs, json_response, read_number
 from training_lens.utils.formatting import pluralize
 
 if TYPE_CHECKING:
     from training_lens.data.split_report import SplitReport
-    from training_lens.ui.data_splits import OpenedRuns, RowSplit, RunRows
+    from training_lens.ui.browsed_rows import BrowsedRows, OpenedRuns
+    from training_lens.ui.data_splits import RowSplit
     from training_lens.ui.row_marks import RowMarks
 
 MOST_ROWS, ROWS = 100, 25  # of an answer
@@ -38,7 +39,7 @@ MEANINGS = {
 }
 
 
-def summarize_run(rows: RunRows) -> dict[str, Any]:
+def summarize_run(rows: BrowsedRows) -> dict[str, Any]:
     """What the run's splits hold; one whose rows are gone has an error instead.
 
     Raises:
@@ -57,7 +58,7 @@ def summarize_run(rows: RunRows) -> dict[str, Any]:
     return {"splits": splits, "notes": list(describe_selection(rows))}
 
 
-def summarize_split(rows: RunRows, split: RowSplit) -> dict[str, Any]:
+def summarize_split(rows: BrowsedRows, split: RowSplit) -> dict[str, Any]:
     """The numbers of one split, and how its files were read."""
     marks, lengths = rows.read_marks(split), split.dataset.lengths
     return {
@@ -106,14 +107,14 @@ def summarize_losses(name: str, marks: RowMarks) -> dict[str, Any] | None:
     return {"rows": len(known), "every": marks.every, "meaning": MEANINGS[name], **compute_quantiles(known)}
 
 
-def list_mappings(rows: RunRows, name: str) -> list[dict[str, str]]:
+def list_mappings(rows: BrowsedRows, name: str) -> list[dict[str, str]]:
     """How the fields of each source were read; rows that are held out or left out are read as those of data.train."""
     own = name if name == "validation" and name in rows.record else "train"
     mappings = rows.record[own].get("mappings", {})
     return [{"source": source, "read_as": described} for source, described in mappings.items()][:MOST_NAMES]
 
 
-def describe_split(rows: RunRows, name: str) -> Iterator[str]:
+def describe_split(rows: BrowsedRows, name: str) -> Iterator[str]:
     """What was noted and lost while the files of a split were read, a sentence each."""
     from training_lens.data.split_report import describe_losses, describe_remarks
 
@@ -133,7 +134,7 @@ def _read_report(values: dict[str, Any]) -> SplitReport | None:
         return None
 
 
-def describe_selection(rows: RunRows) -> Iterator[str]:
+def describe_selection(rows: BrowsedRows) -> Iterator[str]:
     """Which of the rows were trained on, a sentence each."""
     data, record = rows.config.data, rows.record
     if data.val_ratio:
@@ -151,7 +152,7 @@ def describe_selection(rows: RunRows) -> Iterator[str]:
         yield f"Made-up rows that measure what is memorized (data.canaries): {planted:,}, of the source 'canary'."
 
 
-def show_row(rows: RunRows, split: RowSplit, index: int, longest: int) -> dict[str, Any]:
+def show_row(rows: BrowsedRows, split: RowSplit, index: int, longest: int) -> dict[str, Any]:
     """One row: its facts, and its tokens up to `longest` as segments of one mark each."""
     facts, ids, marks = _read_tokens(rows, split, index, longest)
     ends = find_mark_ends(marks)
@@ -160,7 +161,7 @@ def show_row(rows: RunRows, split: RowSplit, index: int, longest: int) -> dict[s
     return facts | {"segments": [{"text": text, "supervised": bool(marks[end - 1])} for text, end in shown]}
 
 
-def show_tokens(rows: RunRows, split: RowSplit, index: int) -> dict[str, Any]:
+def show_tokens(rows: BrowsedRows, split: RowSplit, index: int) -> dict[str, Any]:
     """One row with every token; of one character in several tokens, the last has the text."""
     facts, ids, marks = _read_tokens(rows, split, index, LONGEST_SHOWN)
     pieces = decode_pieces(build_decode(rows.token_rules), ids, range(1, len(ids) + 1))
@@ -169,7 +170,7 @@ def show_tokens(rows: RunRows, split: RowSplit, index: int) -> dict[str, Any]:
 
 
 def _read_tokens(
-    rows: RunRows, split: RowSplit, index: int, longest: int
+    rows: BrowsedRows, split: RowSplit, index: int, longest: int
 ) -> tuple[dict[str, Any], list[int], np.ndarray]:
     """A row's facts, its first `longest` tokens, and which of them are targets: never the first."""
     example, marks, length = split.read_row(index), rows.read_marks(split), int(split.dataset.lengths[index])
@@ -191,7 +192,7 @@ def _read_tokens(
     return facts, example.input_ids[:longest].tolist(), is_target
 
 
-def show_page(rows: RunRows, split: RowSplit, found: FoundRows, page: slice) -> dict[str, Any]:
+def show_page(rows: BrowsedRows, split: RowSplit, found: FoundRows, page: slice) -> dict[str, Any]:
     """One page of the rows that were found."""
     shown = [show_row(rows, split, index, LONGEST_LISTED) for index in found.positions[page].tolist()]
     return {"split": split.name, "total": len(found.positions), "remark": found.remark, "rows": shown}
@@ -248,14 +249,14 @@ class DataPages:
         filters, sort = read_filters(request), read_sort(request)
         offset, limit = read_number(request, "offset", 0, MOST_ROW), read_number(request, "limit", ROWS, MOST_ROWS)
 
-        def build_page(rows: RunRows) -> dict[str, Any]:
+        def build_page(rows: BrowsedRows) -> dict[str, Any]:
             split = rows.open_split(_read_split(request))
-            return show_page(rows, split, find_rows(rows, split, filters, sort), slice(offset, offset + limit))
+            return show_page(rows, split, rows.find_rows(split, filters, sort), slice(offset, offset + limit))
 
         return await self._answer(request, build_page)
 
     async def send_row(self, request: Request) -> Response:
-        def build_row(rows: RunRows) -> dict[str, Any]:
+        def build_row(rows: BrowsedRows) -> dict[str, Any]:
             split, index = rows.open_split(_read_split(request)), request.path_params["index"]
             if index >= len(split.dataset):
                 raise HTTPException(404, f"There is no row {index}: {split.name} has {len(split.dataset):,} rows.")
@@ -263,11 +264,11 @@ class DataPages:
 
         return await self._answer(request, build_row)
 
-    async def _answer(self, request: Request, build_answer: Callable[[RunRows], dict[str, Any]]) -> Response:
+    async def _answer(self, request: Request, build_answer: Callable[[BrowsedRows], dict[str, Any]]) -> Response:
         run = self._outputs.requested_run(request)
 
         def open_and_answer() -> dict[str, Any]:
-            from training_lens.ui.data_splits import OpenedRuns
+            from training_lens.ui.browsed_rows import OpenedRuns
 
             self._opened = self._opened or OpenedRuns()
             return build_answer(self._opened.open_run(run))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +22,9 @@ if TYPE_CHECKING:
     from training_lens.data.examples import TokenizedExample
     from training_lens.data.token_dataset import TokenDataset
     from training_lens.data.token_pipeline import Preparation
-    from training_lens.ui.row_filters import FoundRows
-    from training_lens.ui.row_marks import RowMarks
 
 TRAIN, VALIDATION, EXCLUDED = "train", "validation", "excluded"
 SPLITS = (TRAIN, VALIDATION, EXCLUDED)
-MOST_RUNS = 2  # that stay open; a run of 1,000,000 rows takes about 150 MB
 
 
 @dataclass(frozen=True)
@@ -118,12 +114,9 @@ class RunRows:
 
         self.run, self.config = run, read_run_config(run)
         self.record = _read_record(run)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._splits: dict[str, RowSplit] = {}
-        self._marks: dict[str, RowMarks] = {}
         self._tokenizer, self._rules = cast(Any, None), cast(Any, None)
-        self.search_lock = threading.Lock()
-        self.searches: OrderedDict[object, FoundRows] = OrderedDict()
 
     @property
     def split_names(self) -> list[str]:
@@ -144,20 +137,10 @@ class RunRows:
         """
         if name not in self.split_names:
             raise ConfigurationError(f"split: '{name[:40]}' is none of this run's: {', '.join(self.split_names)}.")
-        with self._lock:
+        with self.lock:
             if name not in self._splits:
                 self._splits[name] = RowSplit(name, self._select_rows(name))
             return self._splits[name]
-
-    def read_marks(self, split: RowSplit) -> RowMarks:
-        """What is known of the split's rows now: a run that trains adds losses."""
-        from training_lens.ui.row_marks import read_row_marks, read_state
-
-        with self._lock:
-            state = read_state(self.run)
-            if split.name not in self._marks or self._marks[split.name].state != state:
-                self._marks[split.name] = read_row_marks(self.run, split, state)
-            return self._marks[split.name]
 
     @property
     def token_rules(self) -> Any:
@@ -165,7 +148,7 @@ class RunRows:
 
         A finished run has them in a file of its own, which is read in milliseconds and without transformers.
         """
-        with self._lock:
+        with self.lock:
             if self._rules is None:
                 self._rules = read_saved_rules(self.run) or self.tokenizer.backend_tokenizer
             return self._rules
@@ -177,7 +160,7 @@ class RunRows:
         Raises:
             ConfigurationError: it carries code that the user has not allowed, or is not on this machine.
         """
-        with self._lock:
+        with self.lock:
             if self._tokenizer is None:
                 self._tokenizer = load_run_tokenizer(self.run)
             return self._tokenizer
@@ -313,24 +296,3 @@ def _limit_rows(dataset: TokenDataset, config: TrainingConfig) -> TokenDataset:
     from training_lens.data.batching import limit_examples
 
     return limit_examples(dataset, config.data.max_examples, config.training.seed)
-
-
-class OpenedRuns:
-    """The runs whose rows were used most recently, at most `most` of them."""
-
-    def __init__(self, most: int = MOST_RUNS) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._runs: OrderedDict[Path, tuple[object, RunRows]] = OrderedDict()
-
-    def open_run(self, run: RunFolder) -> RunRows:
-        """The rows of a run; opened anew if another run has its place now."""
-        stat = (run.metadata / "data.json").stat()
-        written = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-        with self._lock:
-            known = self._runs.get(run.root)
-            if known is None or known[0] != written:
-                self._runs[run.root] = (written, RunRows(run))
-            self._runs.move_to_end(run.root)
-            while len(self._runs) > self._most:
-                self._runs.popitem(last=False)
-            return self._runs[run.root][1]

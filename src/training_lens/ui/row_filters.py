@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 Sort = Literal["order", "length", "-length", "loss", "-loss"]
 MOST_SEARCHED, MOST_TOKENS = 20_000, 20_000_000  # rows and tokens that one search reads
 CHUNK = 500  # rows that are decoded in one call
-KEPT_SEARCHES = 8  # of a run, so that the next page searches nothing again
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,6 @@ class FoundRows:
 
     positions: np.ndarray
     remark: str | None = None
-
-
-def find_rows(rows: RunRows, split: RowSplit, filters: RowFilters, sort: Sort) -> FoundRows:
-    """The rows that pass the filters, sorted."""
-    marks = rows.read_marks(split)
-    positions = sort_rows(np.flatnonzero(filter_columns(split, marks, filters)), split, marks, sort)
-    if filters.text is None:
-        return FoundRows(positions)
-    key = (split.name, filters, sort, marks.state)
-    with rows.search_lock:  # one search of a run at a time
-        found = rows.searches.pop(key, None) or search_text(rows, split, positions, filters.text)
-        rows.searches[key] = found
-        while len(rows.searches) > KEPT_SEARCHES:
-            rows.searches.popitem(last=False)
-        return found
 
 
 def filter_columns(split: RowSplit, marks: RowMarks, filters: RowFilters) -> np.ndarray:
