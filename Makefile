@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The suite starts many processes, each of which would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo docs test test-slow test-ui test-llama planted fuzz faults wheel-test audit check format peers compat clean
+.PHONY: setup demo docs test test-slow test-ui test-llama test-mlx planted fuzz faults wheel-test audit check format peers compat clean
 
 setup: $(STAMP)
 
@@ -66,6 +66,15 @@ test-llama: $(STAMP) .venv-llama/.installed
 	mkdir -p $(@D)
 	CMAKE_ARGS="$(LLAMA_FLAGS) $(LLAMA_LEAN)" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--constraint constraints.txt --upgrade --target $(@D) llama-cpp-python diskcache
+	touch $@
+
+# Exports in a real mlx-lm, on the CPU.
+test-mlx: $(STAMP) .venv-mlx/.installed
+	PYTHONPATH=.venv-mlx $(BIN)/pytest -n 0 tests/adapter_export/test_mlx_lm.py
+
+.venv-mlx/.installed: constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt --upgrade \
+		--target $(@D) mlx mlx-cpu mlx-lm
 	touch $@
 
 # Runs with a known fault and healthy ones, and what the package says of each; writes the tables of docs/lens/findings.md.
@@ -144,4 +153,4 @@ compat: $(STAMP) .venv-compat/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers-* .venv-compat .venv-llama .venv-audit outputs site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-peers-* .venv-compat .venv-llama .venv-mlx .venv-audit outputs site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

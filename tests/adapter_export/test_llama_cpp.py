@@ -16,6 +16,7 @@ from training_lens.runs.run_folder import RunFolder
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("gguf")
+pytestmark = pytest.mark.usefixtures("forked_python")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

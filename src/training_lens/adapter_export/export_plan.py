@@ -15,7 +15,7 @@ from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import sweep_temporaries
 from training_lens.utils.names import expand_home
 
-Form = Literal["peft", "plain", "gguf"]
+Form = Literal["peft", "plain", "gguf", "mlx"]
 Dtype = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 EXPORT = OutputKind(
     report="export.json", made_by="training-lens export-adapter", writer="export", content="an exported adapter"

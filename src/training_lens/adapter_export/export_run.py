@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from training_lens.adapter_export.export_plan import EXPORT, ExportOptions, plan_export
 from training_lens.adapter_export.folded_lora import fold_updates
 from training_lens.adapter_export.gguf_export import GgufForm
+from training_lens.adapter_export.mlx_form import MlxForm
 from training_lens.adapter_export.peft_forms import PeftForm
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import MergeError
@@ -27,6 +28,7 @@ NOUNS = {
     "plain": "a plain LoRA",
     "gguf": "a GGUF adapter",
     "gguf-merged": "a merged GGUF model",
+    "mlx": "an adapter for mlx-lm",
 }
 
 
@@ -119,6 +121,8 @@ def _plan_form(session: Session, options: ExportOptions, scale: float, given: Pr
     rank = max(module.rank for module in modules)
     if options.to == "plain":
         return PeftForm.plan(session, modules, scale), rank
+    if options.to == "mlx":
+        return MlxForm.plan(session, modules, scale), rank
     return GgufForm.plan(session, modules, scale, options.dtype, given), rank
 
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from training_lens.adapter_export import llama_reload
 from training_lens.adapter_export.gguf_files import Kind, choose_kind
 from training_lens.adapter_export.gguf_package import load_tensor, read_tensors
-from training_lens.adapter_export.gguf_tensors import GgufNames, convert_weights, find_head, has_tied_ends
-from training_lens.errors import MergeError
+from training_lens.adapter_export.gguf_tensors import GgufNames, convert_weights
+from training_lens.adapter_export.model_ends import find_head, has_tied_ends
+from training_lens.adapter_export.other_programs import compute_elsewhere
 from training_lens.merging.verification import MergeCheck, Probes, Reference, Verification, compare_outputs
 from training_lens.merging.weight_update import ROUNDOFF, Update, is_stored_turned
-from training_lens.utils.files import read_json, write_json
 
 # The spacing of numbers around 1, and the smallest spacing, of each kind.
 SPACING = {"f32": (2.0**-23, 2.0**-149), "f16": (2.0**-10, 2.0**-24), "bf16": (2.0**-7, 2.0**-133)}
@@ -87,11 +82,6 @@ def _largest_error(found: Tensor, wanted: Tensor, kind: Kind) -> float:
     return float(error.nan_to_num(nan=math.inf, posinf=math.inf).max()) if error.numel() else 0.0
 
 
-def has_llama_cpp() -> bool:
-    """Whether llama.cpp can be called from here, through the package llama_cpp."""
-    return importlib.util.find_spec("llama_cpp") is not None
-
-
 @dataclass(frozen=True)
 class LlamaJob:
     """GGUF files for llama.cpp, and what it is asked besides the probes."""
@@ -108,21 +98,11 @@ def compute_in_llama_cpp(job: LlamaJob, given: Probes, wanted: Reference, kind: 
     Raises:
         MergeError: llama.cpp cannot load the files.
     """
-    with tempfile.TemporaryDirectory(prefix="training-lens-llama-") as place:
-        path = Path(place) / "job.json"
-        longest = max([*map(len, given.rows), *(len(ids) + limit for ids, limit in given.prompts)])
-        files = {"model": str(job.model), "adapter": str(job.adapter) if job.adapter else None}
-        asked = {"positions": longest + 8, "stop_ids": job.stop_ids, "texts": list(job.texts)}
-        write_json(path, {**asdict(given), **files, **asked}, verbatim=True)
-        command = [sys.executable, "-P", llama_reload.__file__, str(path)]  # -P keeps its folder out of the imports
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
-        if done.returncode:
-            last = done.stderr.strip().rsplit("\n", 1)[-1] or f"exit code {done.returncode}"
-            raise MergeError(f"llama.cpp cannot load what was written in {job.adapter or job.model}: {last}")
-        answers, tokens = (read_json(path.with_name(name)) for name in ("greedy.json", "tokens.json"))
-        with safe_open(path.with_name("logits.safetensors"), "pt") as file:
-            found = [file.get_tensor(str(i)) for i in range(len(given.rows))]
-    verification = compare_outputs(found, answers, wanted, f"llama.cpp {kind}", "none")
-    split = sum(mine != theirs for mine, theirs in zip(job.texts.values(), tokens, strict=True))
+    longest = max([*map(len, given.rows), *(len(ids) + limit for ids, limit in given.prompts)])
+    files = {"model": str(job.model), "adapter": str(job.adapter) if job.adapter else None}
+    asked = {**files, "positions": longest + 8, "stop_ids": job.stop_ids, "texts": list(job.texts)}
+    found = compute_elsewhere("llama.cpp", llama_reload.__file__, asked, given)
+    verification = compare_outputs(found.logits, found.answers, wanted, f"llama.cpp {kind}", "none")
+    split = sum(mine != theirs for mine, theirs in zip(job.texts.values(), found.others["tokens"], strict=True))
     texts = MergeCheck("texts that llama.cpp splits into other tokens", float(split), 0.0)
     return Verification(**{**vars(verification), "checks": (texts, *verification.checks)})

@@ -14,7 +14,6 @@ from training_lens.adapter_export.gguf_checks import (
     LlamaJob,
     check_gguf_weights,
     compute_in_llama_cpp,
-    has_llama_cpp,
 )
 from training_lens.adapter_export.gguf_files import (
     ADAPTER,
@@ -27,6 +26,7 @@ from training_lens.adapter_export.gguf_files import (
 from training_lens.adapter_export.gguf_tensors import GgufNames
 from training_lens.adapter_export.gguf_tokenizer import StopTokens, tokenizer_values
 from training_lens.adapter_export.modelfile import write_modelfile
+from training_lens.adapter_export.other_programs import is_installed
 from training_lens.adapter_export.update_checks import check_updates
 from training_lens.config.schema import ModelSection
 from training_lens.inference.session import Session
@@ -133,7 +133,7 @@ class GgufForm:
 
         An adapter is tried on its base as GGUF in float32, which is written for that and removed.
         """
-        if not has_llama_cpp():
+        if not is_installed("llama_cpp"):
             return None, NO_LLAMA
         if self.is_merged:
             job = LlamaJob(folder / MODEL, None, self.stop_ids, self.texts)

@@ -20,7 +20,8 @@ from training_lens.adapter_export.gguf_package import (
     require_gguf,
     write_tensors,
 )
-from training_lens.adapter_export.gguf_tensors import GgufNames, convert_weights, find_head, has_tied_ends
+from training_lens.adapter_export.gguf_tensors import GgufNames, convert_weights
+from training_lens.adapter_export.model_ends import find_head, has_tied_ends
 from training_lens.errors import AdapterError
 from training_lens.merging.weight_update import LowRankUpdate
 

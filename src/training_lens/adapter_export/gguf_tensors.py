@@ -10,6 +10,7 @@ from torch import Tensor
 
 from training_lens.adapter_export.gguf_architectures import GgufArchitecture, find_architecture, rope_factors
 from training_lens.adapter_export.gguf_package import require_gguf
+from training_lens.adapter_export.model_ends import find_head
 from training_lens.errors import AdapterError
 
 LEFT_OUT = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -83,16 +84,6 @@ def convert_weights(
     factors = rope_factors(names.config)
     if factors is not None:
         yield "rope_freqs.weight", factors
-
-
-def find_head(model: Any) -> str:
-    """The path of the output head."""
-    return next((path for path, module in model.named_modules() if module is model.get_output_embeddings()), "")
-
-
-def has_tied_ends(model: Any) -> bool:
-    """Whether embedding and output head are one weight."""
-    return bool(model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr())
 
 
 def _arrange(names: GgufNames, model: Any, path: str, last: str, tensor: Tensor) -> Tensor:

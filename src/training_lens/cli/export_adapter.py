@@ -21,10 +21,10 @@ RunArgument = Annotated[
     typer.Argument(metavar="[RUN]", help="A run's id or folder, an experiment, 'latest', or an adapter folder."),
 ]
 To = Annotated[
-    Literal["peft", "plain", "gguf"],
+    Literal["peft", "plain", "gguf", "mlx"],
     typer.Option(
         help="plain: a LoRA of one rank and scale, which any loader reads right; peft: the adapter as PEFT loads it; "
-        "gguf: for llama.cpp and Ollama."
+        "gguf: for llama.cpp and Ollama; mlx: for mlx-lm."
     ),
 ]
 Output = Annotated[
