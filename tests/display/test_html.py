@@ -70,6 +70,15 @@ def test_a_column_of_prose_is_aligned_left_and_one_of_numbers_is_not(tmp_path: P
     )
 
 
+def test_short_words_align_left_and_numbers_with_their_gaps_right(tmp_path: Path) -> None:
+    rows = [["base", "What is 3?", "+1.5", "-"], ["adapter", "3 plus 4", "-", "-"], ["both", "no", "2.0% to 3.1%", "7"]]
+    table = Table("A table", ["who", "text", "loss", "rows"], rows)
+    assert table.number_columns() == [False, False, True, True]
+    write_page(tmp_path / "page.html", "Prose", [table])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<td>no</td>" in text and '<td class="number">+1.5</td>' in text
+
+
 def test_a_shortened_cell_is_whole_on_hover_and_escaped_in_both(tmp_path: Path) -> None:
     cell = ShortenedCell(f'/home/"x"/{EVIL}.jsonl:7', f"{EVIL}:7")
     write_page(tmp_path / "page.html", "Rows", [Table("A table", ["row", "loss"], [[cell, "1.5"]])])

@@ -5,6 +5,7 @@ They look as the dashboard's pages, fit screens from a phone's width up, and fol
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 TEMPLATE = "page.html.jinja"
 STRONGEST = 0.45  # opacity of the most shaded token
 LONGEST_NUMBER = 24  # characters; a column with a longer cell is prose
+NUMBER, NO_NUMBER = re.compile(r"[+-]?\.?\d"), ("", "-")
 Severity = Literal["problem", "warning", "note", "fine"]
 
 
@@ -39,7 +41,7 @@ class ShortenedCell(str):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column names, with a caption. The first column and prose align left, numbers right.
+    """Rows of text under column names, with a caption. The first column and words align left, numbers right.
 
     On a phone a table with several columns of prose has a line for each cell, with its column's name.
     """
@@ -53,6 +55,15 @@ class Table:
         return [
             any(len(getattr(row[i], "short", row[i])) > LONGEST_NUMBER for row in self.rows)
             for i in range(len(self.columns))
+        ]
+
+    def number_columns(self) -> list[bool]:
+        """Which columns align right: those besides the first and prose whose cells begin as numbers, most of them."""
+        prose = self.prose_columns()
+        cells = [[row[i] for row in self.rows if row[i] not in NO_NUMBER] for i in range(len(self.columns))]
+        return [
+            i > 0 and not prose[i] and 2 * sum(map(bool, map(NUMBER.match, column))) >= len(column)
+            for i, column in enumerate(cells)
         ]
 
 
@@ -93,7 +104,7 @@ class Picture:
 class PictureGrid:
     """Pictures side by side, or one below the other on narrow pages."""
 
-    pictures: Sequence[Picture]
+    pictures: Sequence[Picture | SvgPicture]
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,7 @@ def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
             (4.8 MB) is inlined once if there is a figure.
     """
     template, script = _load_template(), ""
-    if any(not isinstance(part, str | Table | ShadedText | BulletList | Callout | SvgPicture) for part in parts):
+    if any(map(_needs_plotly, parts)):
         from plotly.offline import get_plotlyjs
 
         script = get_plotlyjs()
@@ -149,6 +160,12 @@ def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
     style = read_static("parts.css") + read_static("style.css")
     text = template.render_page(redact_for_file(escape(title), path), body, style, script)
     write_text(path, text, verbatim=True)
+
+
+def _needs_plotly(part: Part) -> bool:
+    if isinstance(part, PictureGrid):
+        return any(isinstance(picture, Picture) for picture in part.pictures)
+    return not isinstance(part, str | Table | ShadedText | BulletList | Callout | SvgPicture)
 
 
 def render_card(title: str, parts: Sequence[Part]) -> str:

@@ -55,7 +55,7 @@ def render_chart(curves: Sequence[Curve], x: str, y: str, *, log_x: bool = False
         line = f'<path d="M{LEFT} {down}h24" stroke="{curve.colour}" stroke-width="2"{_dashes(curve)}/>'
         mark = _render_ring(LEFT + 12, down, curve.colour) if curve.is_marked else line
         parts += [mark, _render_text(LEFT + 32, down + 4, curve.name, "start")]
-    return _render_drawing(parts, len(shown))
+    return _render_drawing(parts, [curve.name for curve in shown], f"{y} by {x}")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def render_dots(groups: Sequence[Dots], x: str, y: str) -> str:
         down = PLOT_HEIGHT + 4 + LINE_HEIGHT * row
         mark = f'<circle cx="{LEFT + 12}" cy="{down}" r="4" fill="{group.colour}"/>'
         parts += [*_render_dots(group, axes), mark, _render_text(LEFT + 32, down + 4, group.name, "start")]
-    return _render_drawing(parts, len(shown))
+    return _render_drawing(parts, [group.name for group in shown], f"{y} by {x}")
 
 
 def _render_dots(group: Dots, axes: _Axes) -> Iterator[str]:
@@ -98,11 +98,14 @@ def _render_dots(group: Dots, axes: _Axes) -> Iterator[str]:
         )
 
 
-def _render_drawing(parts: Sequence[str], legend_lines: int) -> str:
-    height = PLOT_HEIGHT + LINE_HEIGHT * legend_lines
+def _render_drawing(parts: Sequence[str], names: Sequence[str], title: str) -> str:
+    """The SVG, whose label for screen readers says what is drawn."""
+    height = PLOT_HEIGHT + LINE_HEIGHT * len(names)
+    label = escape(reveal_controls(f"{title}: {', '.join(names)}"))
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" style="max-width: 100%; height: auto" '
-        f'role="img" xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12">{"".join(parts)}</svg>'
+        f'role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12">'
+        f"{''.join(parts)}</svg>"
     )
 
 
@@ -220,9 +223,11 @@ def render_heat_map(
                 number = form.format(values[i, j])
                 cell = _render_cell(left + CELL_WIDTH * j, down, float(values[i, j]) / largest, number)
                 parts.append(f"<g><title>{escape(titles.format(name, column, number))}</title>{cell}</g>")
+    label = f"{len(rows)} rows by {len(columns)} columns of numbers: {escape(reveal_controls(', '.join(columns)))}"
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" style="max-width: 100%; height: auto" role="img" '
-        f'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12">{"".join(parts)}</svg>'
+        f'aria-label="{label}" xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12">'
+        f"{''.join(parts)}</svg>"
     )
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from training_lens.display.html import Table, write_page
+import numpy as np
+
+from training_lens.display.colors import COLOURS
+from training_lens.display.html import Part, PictureGrid, SvgPicture, Table, write_page
+from training_lens.display.svg import Curve, render_chart
 from training_lens.inference.benchmark_run import METHOD, Benchmark, Speed
 from training_lens.utils.formatting import format_size
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
 COLUMNS = "model, prompt, batch, first token, per token, latency, p50, p95, p99, tok/s, peak MB".split(", ")
-COLORS = {"base": "#6e7781", "adapter": "#bc4c00", "merged": "#0969da"}
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+COLORS = dict(zip(("base", "adapter", "merged"), COLOURS, strict=False))
+MEASURES: tuple[tuple[str, str, Callable[[Speed], float]], ...] = (
+    ("Throughput", "tokens per second", lambda speed: speed.tokens_per_second),
+    ("Time to first token", "ms, mean", lambda speed: 1000 * speed.first_token.mean),
+    ("Time per token, the mean of the decode steps", "ms", lambda speed: 1000 * speed.token.mean),
+    ("Latency, the 95th percentile of whole calls", "ms", lambda speed: 1000 * speed.latency.p95),
+)
 
 
 def build_table(report: Benchmark) -> Table:
@@ -52,39 +56,35 @@ def list_skipped_cells(report: Benchmark) -> list[str]:
 
 def write_benchmark_page(path: Path, report: Benchmark) -> None:
     """One HTML file: the figures, the numbers, and how they were measured."""
-    figures = [
-        _draw_figure(report, "Throughput", "tokens per second", lambda speed: speed.tokens_per_second),
-        _draw_figure(report, "Time to first token", "ms, mean", lambda speed: 1000 * speed.first_token.mean),
-        _draw_figure(report, "Time per token", "ms, mean of the decode steps", lambda speed: 1000 * speed.token.mean),
-        _draw_figure(report, "Latency", "ms, p95 of whole calls", lambda speed: 1000 * speed.latency.p95),
-    ]
+    figures: list[Part] = []
+    for length in report.settings.prompt_lengths:
+        if any(cell.speed for cell in report.cells if cell.prompt_length == length):
+            figures += [f"# Prompts of {length} tokens", _draw_charts(report, length)]
     settings = report.settings
     method = (
         f"Prompts: {report.prompts}, cut to length with seed {settings.seed}. For each row {settings.new_tokens} new "
         f"tokens, greedy, end tokens or not; {settings.warmup} calls to warm up, then {settings.repetitions} that "
         f"count, {', '.join(settings.models)} in turn. {METHOD}"
     )
-    parts = [f"Run {report.run}", *figures, "# Numbers", build_table(report), *list_skipped_cells(report)]
+    parts: list[Part] = [f"Run {report.run}", *figures, "# Numbers", build_table(report), *list_skipped_cells(report)]
     write_page(path, "Inference benchmark", [*parts, "# How it was measured", _describe_machine(report), method])
 
 
-def _draw_figure(report: Benchmark, title: str, unit: str, measure: Callable[[Speed], float]) -> Figure:
-    """A line for each model (its color) and prompt length (its dash), over batch sizes."""
-    import plotly.graph_objects as go
+def _draw_charts(report: Benchmark, length: int) -> PictureGrid:
+    """A chart of each measure over batch sizes, with a line for each model, for prompts of one length."""
+    pictures = []
+    for title, unit, measure in MEASURES:
+        curves = [_read_curve(report, model, length, measure) for model in report.settings.models]
+        known = [curve for curve in curves if len(curve.steps)]
+        pictures.append(SvgPicture(render_chart(known, "batch size, rows", unit, log_x=True), title))
+    return PictureGrid(pictures)
 
-    figure = go.Figure()
-    for length, dash in zip(report.settings.prompt_lengths, cycle(DASHES), strict=False):
-        for model in report.settings.models:
-            cells = [c for c in report.cells if (c.model, c.prompt_length) == (model, length)]
-            points = sorted((c.batch_size, measure(c.speed)) for c in cells if c.speed)
-            line = {"color": COLORS[model], "dash": dash}
-            x, y = [str(size) for size, _ in points], [value for _, value in points]
-            figure.add_scatter(x=x, y=y, name=f"{model}, prompt {length}", mode="lines+markers", line=line)
-    figure.update_layout(title=title, template="plotly_white", height=420, margin={"t": 50, "b": 50})
-    sizes = [str(size) for size in sorted(report.settings.batch_sizes)]
-    figure.update_xaxes(title="batch size (rows)", type="category", categoryorder="array", categoryarray=sizes)
-    figure.update_yaxes(title=unit, rangemode="tozero")
-    return figure
+
+def _read_curve(report: Benchmark, model: str, length: int, measure: Callable[[Speed], float]) -> Curve:
+    cells = [cell for cell in report.cells if (cell.model, cell.prompt_length) == (model, length)]
+    points = sorted((cell.batch_size, measure(cell.speed)) for cell in cells if cell.speed)
+    sizes, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return Curve(model, sizes, values, COLORS[model], dots=True)
 
 
 def _describe_machine(report: Benchmark) -> str:

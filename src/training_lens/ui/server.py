@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import secrets
 from collections.abc import Callable
 
@@ -39,5 +41,13 @@ def serve(outputs: Outputs, host: str, port: int, announce: Callable[[str], None
         timeout_graceful_shutdown=SECONDS_TO_CLOSE,
         ws="none",
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_worth_showing)
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's log is no request that was cancelled, as open pages are when the server ends."""
+    kind = record.exc_info[0] if record.exc_info else None
+    is_cancelled = kind is not None and issubclass(kind, asyncio.CancelledError)
+    return not (is_cancelled or "timeout graceful shutdown" in record.getMessage())

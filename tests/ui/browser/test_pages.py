@@ -9,10 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from forked import fork_command
 from ui.run_factory import step_line, write_run
 
+from training_lens.display.html import (
+    BulletList,
+    Callout,
+    PictureGrid,
+    ShadedText,
+    ShadedToken,
+    SvgPicture,
+    Table,
+    write_page,
+)
+from training_lens.display.svg import Curve, render_chart, render_heat_map
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import seal_line
 
@@ -201,6 +213,21 @@ def test_no_page_breaks_a_rule_of_accessibility_or_overflows_its_screen(
             page.wait_for_timeout(150)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{address} at {width}"
         page.set_viewport_size({"width": 1280, "height": 900})
+    curve = Curve("loss", np.arange(3.0), np.arange(3.0), "#0072B2")
+    pictures = [
+        SvgPicture(render_chart([curve], "step", "loss"), "A chart"),
+        SvgPicture(render_heat_map(["a"], ["b"], np.ones((1, 1))), "A map"),
+    ]
+    words = [Callout("warning", "It jumps", [("where", "step 7")]), ShadedText("log p", [ShadedToken("a", 1.0, "a")])]
+    table = Table("A table", ["", "loss", "why"], [["row", "1.5", "a sentence that is longer than any number"]])
+    write_page(
+        own_outputs / "page.html",
+        "A page",
+        ["Words.", "# A heading", table, BulletList(["one"]), *words, PictureGrid(pictures)],
+    )
+    page.goto((own_outputs / "page.html").as_uri())
+    found = axe.Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
 
 
 def test_the_report_of_a_run_is_its_page_and_needs_no_server(

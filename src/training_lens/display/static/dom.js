@@ -75,11 +75,14 @@ export function table(caption, columns, rows, attributes = {}) {
   const body = rows.map((row) =>
     element("tr", {}, columns.map((column, i) =>
       element(i ? "td" : "th", { class: column.number ? "number" : null, scope: i ? null : "row" }, column.cell(row)))));
-  return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${caption} (table)` },
-    element("table", attributes,
-      element("caption", { class: attributes.shown ? null : "hidden" }, caption),
-      element("thead", {}, element("tr", {}, head)),
-      element("tbody", {}, body)));
+  return [
+    attributes.shown ? element("p", { class: "caption", "aria-hidden": "true" }, caption) : null,
+    element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${caption} (table)` },
+      element("table", { class: attributes.class },
+        element("caption", { class: "hidden" }, caption),
+        element("thead", {}, element("tr", {}, head)),
+        element("tbody", {}, body))),
+  ];
 }
 
 /** A text whose ground is the stronger, the further its share is from 0: of the accent above, orange below. */

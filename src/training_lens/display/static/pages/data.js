@@ -2,7 +2,7 @@
 
 import { fetchJson } from "../api.js";
 import { badge, button, details, element, replace, showSpace, table } from "../dom.js";
-import { formatNumber, formatWhole, pluralize } from "../format.js";
+import { capitalize, formatNumber, formatWhole, pluralize } from "../format.js";
 import { chooseRun } from "../parts/choose_run.js";
 
 const PAGE = 25;
@@ -120,6 +120,7 @@ function drawRows(view, found, path) {
 function rowCard(row, split, path) {
   const facts = [shortName(row.source ?? ""), row.domain, `${formatWhole(row.length)} tokens, ${formatWhole(row.supervised)} learned from`,
     row.loss === null || row.loss === undefined ? "" : `loss ${formatNumber(row.loss)}`].filter(Boolean).join(" · ");
+  const [, list, reason] = /^([^:]*)(?:: (.*))?$/s.exec(row.suspect ?? "");
   const tokens = details("Token by token");
   tokens.addEventListener("toggle", async () => {
     if (!tokens.open || tokens.childElementCount > 1) return;
@@ -132,8 +133,8 @@ function rowCard(row, split, path) {
     }
   });
   return element("article", { class: "card sample" },
-    element("h2", { class: "row-name" }, shortName(String(row.id)), " ", row.suspect ? badge(row.suspect, "warning") : null),
-    element("p", { class: "soft" }, facts),
+    element("h2", { class: "row-name" }, shortName(String(row.id)), " ", list ? badge(list, "warning") : null),
+    element("p", { class: "soft" }, facts, reason ? [element("br"), capitalize(reason)] : null),
     element("pre", { class: "text" }, row.segments.map((segment) => (segment.supervised ? element("mark", { class: "supervised" }, segment.text) : segment.text))),
     row.cut ? element("p", { class: "soft" }, `${pluralize(row.left, "more token")} are left out here.`) : null, tokens);
 }

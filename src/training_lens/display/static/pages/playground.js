@@ -39,7 +39,7 @@ function buildView(run, about, actions) {
     scaleLabel: element("output", {}, formatNumber(about.chosen_scale ?? 1)),
     status: element("p", { role: "status", class: "soft" }),
     tokens: element("div", {}),
-    answers: Object.fromEntries(SIDES.map(([side]) => [side, element("div", { class: "text" })])),
+    answers: Object.fromEntries(SIDES.map(([side, title]) => [side, element("div", { class: "text" }, element("span", { class: "soft" }, `What the ${title.toLowerCase()} answers comes here.`))])),
     facts: Object.fromEntries(SIDES.map(([side]) => [side, element("p", { class: "soft" })])),
     scores: Object.fromEntries(SIDES.map(([side]) => [side, element("div", {})])),
   };
