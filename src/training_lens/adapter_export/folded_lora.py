@@ -79,9 +79,14 @@ def _require_low_rank(path: str, layer: Any, form: str) -> None:
             f"'{path}' is adapted by DoRA, whose update depends on the base's weights and has full rank: no plain LoRA "
             f"computes it. {MERGE_INSTEAD}"
         )
+    if isinstance(layer, ParamWrapper):
+        raise AdapterError(
+            f"'{path}' adapts a layer's experts, which share one parameter, and {form} has places for linear layers "
+            f"alone. {MERGE_INSTEAD}"
+        )
     base = base_module(layer)
     is_plain = not layer.lora_variant and not any(layer.lora_bias.values())
-    if isinstance(layer, ParamWrapper) or not is_plain or not (is_linear(base) or isinstance(base, torch.nn.Embedding)):
+    if not is_plain or not (is_linear(base) or isinstance(base, torch.nn.Embedding)):
         raise AdapterError(
             f"'{path}' carries a {type(layer).__name__} on a {type(base).__name__}, whose update {form} cannot hold; "
             f"only LoRA on linear layers and embeddings can be exported so. {MERGE_INSTEAD}"

@@ -159,5 +159,9 @@ def _begin_as_trained(given: Probes, session: Session) -> dict[str, bool]:
 
 
 def _list_texts(session: Session, given: Probes) -> dict[str, list[int]]:
-    texts = [session.tokenizer.decode(ids, skip_special_tokens=True) for ids in given.rows[:TEXTS]]
-    return {text: session.tokenizer(text, add_special_tokens=False).input_ids for text in texts if text}
+    """Texts of the rows, and the tokens that they are split into where none stands for a special token."""
+    added = session.tokenizer.added_tokens_decoder  # beside which a tokenizer may add or drop blanks
+    plain = [[i for i in ids if i not in added] for ids in given.rows[:TEXTS]]
+    texts = [session.tokenizer.decode(ids) for ids in plain]
+    split = {"add_special_tokens": False, "split_special_tokens": True}
+    return {text: session.tokenizer(text, **split).input_ids for text in texts if text}

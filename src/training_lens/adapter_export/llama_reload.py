@@ -67,7 +67,7 @@ def run_job(path: Path) -> None:
     )
     answers = [decode_greedily(model, ids, limit, job["stop_ids"]) for ids, limit in job["prompts"]]
     path.with_name("greedy.json").write_text(json.dumps(answers), encoding="utf-8")
-    texts = [model.tokenize(text.encode(), add_bos=False, special=True) for text in job["texts"]]
+    texts = [model.tokenize(text.encode(), add_bos=False, special=False) for text in job["texts"]]
     path.with_name("tokens.json").write_text(json.dumps(texts), encoding="utf-8")
 
 
