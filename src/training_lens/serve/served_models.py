@@ -178,7 +178,12 @@ class _Loader:
             )
             for name, session in self._sessions.items()
         }  # fmt: skip
-        if not any(model.is_base for model in models.values()):
+        served = next((model.name for model in models.values() if model.is_base), None)
+        if served and base_name:
+            raise ConfigurationError(
+                f"--base-name {base_name}: the base has the name '{served}'; give {base_name}=none."
+            )
+        if served is None:
             model_id = base.config.model.id
             name = base_name or (Path(model_id).name if Path(model_id).is_dir() else model_id)
             if name in models:
