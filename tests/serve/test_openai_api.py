@@ -183,6 +183,7 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "two lengths": (GOOD | {"max_tokens": 1, "max_completion_tokens": 2}, 400, "invalid_value"),
     "forced call": (GOOD | {"tools": [TOOL], "tool_choice": "required"}, 400, "invalid_value"),
     "top alone": (GOOD | {"top_logprobs": 2}, 400, "invalid_value"),
+    "an empty stop": (GOOD | {"stop": ""}, 400, "invalid_value"),
     "a misspelling": (GOOD | {"temprature": 1}, 400, "unknown_parameter"),
     "json mode": (GOOD | {"response_format": {"type": "json_object"}}, 400, "unsupported_parameter"),
     "a penalty": (GOOD | {"frequency_penalty": 1.5}, 400, "unsupported_parameter"),
@@ -219,6 +220,7 @@ def test_other_requests_are_refused(server: Server) -> None:
     assert http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
     assert http.get("/v1/nothing").json()["error"]["code"] == "not_found"
     assert http.get("/v1/completions").status_code == 405
+    wait_until(lambda: any(line["outcome"] == "method_not_allowed" for line in server.read_log()))
     foreign = http.get("/v1/models", headers={"host": "evil.example"})
     assert foreign.status_code == 421 and foreign.json()["error"]["code"] == "wrong_host"
 

@@ -56,6 +56,7 @@ def test_the_command_has_every_adapter_and_the_template(
         f"--tokenizer {tokenizer} --chat-template {tokenizer / 'chat_template.jinja'}",
         f"--enable-lora --max-loras 1 --max-lora-rank 8 --lora-modules lora={model.adapter}",
         "--dtype float32",
+        "--allowed-origins []",
     ):
         assert expected in options
 

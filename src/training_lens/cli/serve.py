@@ -135,7 +135,9 @@ def _serve_here(screen: Screen, configs: Mapping[str, TrainingConfig], asked: Se
     from training_lens.serve.draining_server import ServedApi, serve_api
     from training_lens.serve.served_models import load_models
     from training_lens.serve.server_limits import count_cache_tokens
+    from training_lens.web.listener import listen
 
+    listen(asked.host, asked.port, 1).close()  # refuse a port in use before models load for minutes
     models, limits = load_models(configs, asked.base_name), _build_limits(asked)
     if asked.cache_tokens is None:
         limits = limits.with_cache_tokens(count_cache_tokens(models.decoders[0]))

@@ -14,11 +14,14 @@ def read_key() -> str | None:
     """The key that the environment gives.
 
     Raises:
-        ConfigurationError: it is none that a client could send.
+        ConfigurationError: no client could send it.
     """
     key = os.environ.get(KEY_VARIABLE)
     if key is not None and not (key.strip() == key and key and key.isascii() and key.isprintable()):
-        raise ConfigurationError(f"{KEY_VARIABLE} is empty, or holds what no HTTP header can.")
+        raise ConfigurationError(
+            f"{KEY_VARIABLE} is empty, begins or ends with a space, or has characters that no HTTP header can hold. "
+            "Set it to printable ASCII characters, or unset it."
+        )
     return key
 
 
@@ -30,6 +33,6 @@ def check_access(host: str, key: str | None) -> None:
     """
     if key is None and not is_loopback(host):
         raise ConfigurationError(
-            f"--host {host}: others can reach this address, so the server needs a key. Set {KEY_VARIABLE}, which "
-            "clients then give as their API key; or leave --host out: this machine alone."
+            f"--host {host}: other machines can reach this address, so the server needs a key. Set {KEY_VARIABLE}, "
+            "which clients then give as their API key; or leave --host out to serve this machine alone."
         )

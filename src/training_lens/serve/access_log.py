@@ -71,6 +71,9 @@ class AccessLog:
 
         try:
             await self._app(scope, receive, send_noted)
+        except Exception:  # a fault of ours, which the outermost middleware answers
+            record.outcome, record.status, is_complete = "internal_error", 500, True
+            raise
         finally:
             if not is_complete or record.status == CLIENT_CLOSED:
                 record.outcome, record.status = "cancelled", CLIENT_CLOSED

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from training_lens.serve.access_log import record_of
 from training_lens.serve.api_errors import ApiError
 from training_lens.web.body_limit import BodyTooLargeError, has_large_body, limit_body
-from training_lens.web.listener import list_loopback_hosts
+from training_lens.web.listener import LOOPBACK, list_loopback_hosts
 
 OPEN_PATHS = ("/health", "/ready")  # for what restarts servers, which has no key
 MOST_DISCARDED = 256 << 20  # bytes of a refused body that are still read, so that its sender reads why
@@ -22,20 +22,21 @@ MOST_DISCARDED = 256 << 20  # bytes of a refused body that are still read, so th
 class ApiAccess:
     """Who may use the server.
 
-    Without a `key` it listens to this machine alone, and a request must name it so in its Host header.
+    Without a `key` it listens to this machine alone, and the Host header of a request must say so. `host` and `port`
+    are the server's own.
     """
 
     port: int
     body_bytes: int
     key: str | None = None
+    host: str = LOOPBACK[0]
 
     def find_fault(self, scope: Scope) -> ApiError | None:
         """Why a request is refused; None if it is not."""
         headers = Headers(scope=scope)
-        if self.key is None and headers.get("host", "") not in list_loopback_hosts(self.port):
-            return ApiError(
-                421, f"This server answers at {', '.join(list_loopback_hosts(self.port))} alone.", "wrong_host"
-            )
+        hosts = list_loopback_hosts(self.port, self.host)
+        if self.key is None and headers.get("host", "").lower() not in hosts:
+            return ApiError(421, f"This server answers only at {', '.join(hosts)}.", "wrong_host")
         if self.key is not None and scope["path"] not in OPEN_PATHS and not self._accepts(headers):
             return ApiError(
                 401,
@@ -47,9 +48,11 @@ class ApiAccess:
             return too_large(self.body_bytes)
         if (
             scope["method"] == "POST"
-            and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
+            and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json"
         ):
-            return ApiError(415, "The body must be application/json.", "unsupported_media_type")
+            return ApiError(
+                415, "The body must be JSON, with the header Content-Type: application/json.", "unsupported_media_type"
+            )
         return None
 
     def _accepts(self, headers: Headers) -> bool:
@@ -59,7 +62,7 @@ class ApiAccess:
 
 
 def too_large(most: int) -> ApiError:
-    return ApiError(413, f"A request may have {most:,} bytes.", "request_too_large")
+    return ApiError(413, f"The body of a request may have at most {most:,} bytes.", "request_too_large")
 
 
 class ApiGuard:

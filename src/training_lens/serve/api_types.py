@@ -34,6 +34,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "suffix": (None, ""),
 }
+SHAPES = {  # of keys that take several types
+    "stop": f"text of 1 to 1000 characters, or a list of at most {MOST_STOPS} such texts",
+    "prompt": "text, a list of texts, a list of tokens, or a list of lists of tokens",
+}
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -164,12 +168,12 @@ def read_request(body: bytes, kind: type[ApiRequest]) -> tuple[ApiRequest, list[
     """The request in a body, and the names of its keys that are ignored.
 
     Raises:
-        ApiError: it is no JSON, or has keys or values that this server does not take; names the first.
+        ApiError: it is not JSON, or has keys or values that this server does not take; names the first.
     """
     try:
         values = load_bounded_json(body, parse_constant=_refuse_constant)
     except (ValueError, UnicodeDecodeError) as error:
-        raise ApiError(400, f"The body is no JSON: {error}.", "invalid_json") from error
+        raise ApiError(400, f"The body is not valid JSON: {error}.", "invalid_json") from error
     if not isinstance(values, dict):
         raise ApiError(400, f"The body holds a {type(values).__name__}, expected an object.", "invalid_json")
     ignored = sorted(values.keys() & IGNORED)
@@ -198,7 +202,9 @@ def _explain_problem(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     place = ".".join(map(str, problem["loc"]))[:200]
     if problem["type"] == "extra_forbidden":
         hint = did_you_mean(str(key), list(kind.model_fields))
-        return ApiError(400, f"{place}: is no parameter that this server knows.{hint}", "unknown_parameter", key)
+        return ApiError(400, f"{place}: unknown parameter.{hint}", "unknown_parameter", key)
     if problem["type"] == "missing":
         return ApiError(400, f"{place}: is missing.", "missing_required_parameter", key)
+    if key in SHAPES:
+        return ApiError(400, f"{key}: expected {SHAPES[key]}.", "invalid_value", key)
     return ApiError(400, f"{place}: {problem['msg']}; given {str(problem['input'])[:100]!r}.", "invalid_value", key)

@@ -32,6 +32,7 @@ from training_lens.serve.stream import HangUpError
 from training_lens.web.listener import format_address, listen
 
 MOST_CONNECTIONS = 4096
+ENDPOINTS = "The API has POST /v1/chat/completions, POST /v1/completions and GET /v1/models."
 SECONDS_AFTER_DRAIN = 2  # for the last bytes of what was finished in time
 
 
@@ -58,7 +59,7 @@ def serve_api(api: ServedApi, host: str, port: int, key: str | None, announce: C
     check_access(host, key)
     listener = listen(host, port, MOST_CONNECTIONS)
     port = listener.getsockname()[1]
-    server = _DrainingServer(api, ApiAccess(port, api.limits.body_bytes, key))
+    server = _DrainingServer(api, ApiAccess(port, api.limits.body_bytes, key, host))
     announce(f"{format_address(host, port)}/v1")
     with listener:
         server.run(sockets=[listener])
@@ -127,11 +128,9 @@ def _call_in(loops: list[asyncio.AbstractEventLoop], work: Callable[[], None]) -
 async def _report_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     codes = {404: "not_found", 405: "method_not_allowed"}
-    path = f"{request.method} {request.url.path[:200]}"
-    message = f"{path}: {error.detail}."
-    return ApiError(
-        error.status_code, message, codes.get(error.status_code), headers=dict(error.headers or {})
-    ).as_response()
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}. {ENDPOINTS}"
+    code, headers = codes.get(error.status_code), dict(error.headers or {})
+    return await report_api_error(request, ApiError(error.status_code, message, code, headers=headers))
 
 
 async def _report_failure(request: Request, error: Exception) -> Response:

@@ -129,7 +129,9 @@ def _read_text_prompt(model: ServedModel, prompt: str | list[int], domain: str |
     size = model.session.model.get_input_embeddings().weight.shape[0]
     wrong = next((token for token in prompt if token >= size), None)
     if wrong is not None:
-        raise ApiError(400, f"prompt: token {wrong} is none of the model's {size}.", "invalid_value", "prompt")
+        raise ApiError(
+            400, f"prompt: token {wrong} is outside the model's vocabulary of {size}.", "invalid_value", "prompt"
+        )
     model.session.require_room(prompt)
     return prompt
 

@@ -105,6 +105,7 @@ def build_command(models: Sequence[VllmModel], base_name: str, host: str, port: 
     model = models[0].config.model
     command = [PROGRAM, "serve", locate_model(model), "--served-model-name", base_name]
     command += ["--host", host, "--port", str(port), "--max-num-seqs", str(limits.rows)]
+    command += ["--allowed-origins", "[]"]  # vLLM's default lets pages of every site read answers
     command += ["--generation-config", "auto"]  # as here: the model's generation_config.json counts
     dtype = model.dtype if model.dtype != "auto" else models[0].config.training.precision
     command += ["--dtype", DTYPES.get(dtype, "auto")]

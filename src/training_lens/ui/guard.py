@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from training_lens.web.body_limit import has_large_body, limit_body
-from training_lens.web.listener import list_loopback_hosts
+from training_lens.web.listener import LOOPBACK, list_loopback_hosts
 
 COOKIE = "training_lens_token"
 LONGEST_BODY = 1 << 20  # bytes of a request
@@ -36,15 +36,21 @@ SECURITY_HEADERS = {
 class Access:
     """Who may use the dashboard.
 
-    `port` is the server's own. Without a `token` the server listens to this machine alone, and a request must name it
-    in its Host header, see `list_loopback_hosts`.
+    `host` and `port` are the server's own. Without a `token` the server listens to this machine alone, and a request
+    must name it in its Host header, see `list_loopback_hosts`.
     """
 
     port: int
     token: str | None = None
+    host: str = LOOPBACK[0]
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The Host headers that are answered without a token."""
+        return list_loopback_hosts(self.port, self.host)
 
     def knows_host(self, host: str) -> bool:
-        return self.token is not None or host in list_loopback_hosts(self.port)
+        return self.token is not None or host.lower() in self.hosts
 
     def accepts_token(self, given: str) -> bool:
         return self.token is None or hmac.compare_digest(given.encode(), self.token.encode())
@@ -76,8 +82,7 @@ class Guard:
         if len(scope["path"]) + len(scope["query_string"]) > LONGEST_URL:
             return PlainTextResponse("The address is too long.\n", 414)
         if not self._access.knows_host(headers.get("host", "")):
-            names = ", ".join(list_loopback_hosts(self._access.port))
-            return PlainTextResponse(f"This server answers at {names} alone.\n", 421)
+            return PlainTextResponse(f"This server answers only at {', '.join(self._access.hosts)}.\n", 421)
         if scope["method"] not in READING and (fault := _find_cross_site_fault(headers)):
             return PlainTextResponse(f"{fault}\n", 403)
         if has_large_body(headers, LONGEST_BODY):
@@ -116,7 +121,7 @@ def _find_cross_site_fault(headers: Headers) -> str:
     origin = headers.get("origin")
     if origin is not None and origin.partition("://")[2] != headers.get("host"):
         return "Refused: a page of another site sent this."
-    if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         return "Refused: the body must be application/json."
     return ""
 

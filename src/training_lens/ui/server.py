@@ -30,7 +30,7 @@ def serve(outputs: Outputs, host: str, port: int, announce: Callable[[str], None
     """
     listener = listen(host, port, MOST_CONNECTIONS)
     port = listener.getsockname()[1]
-    access = Access(port, None if is_loopback(host) else secrets.token_urlsafe(24))
+    access = Access(port, None if is_loopback(host) else secrets.token_urlsafe(24), host)
     announce(f"{format_address(host, port)}/" + (f"?token={access.token}" if access.token else ""))
     config = uvicorn.Config(
         build_app(outputs, access),
