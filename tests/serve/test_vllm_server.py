@@ -94,7 +94,10 @@ def test_vllm_takes_the_place_of_the_process_and_gets_the_key_by_its_environment
 
 
 def test_where_vllm_is_asked_for_and_cannot_serve_all_reasons_are_given(tmp_path: Path, outputs: Path) -> None:
-    process = fork_command(tmp_path, "serve", "dora", "--engine", "vllm", f"output.base_output_dir={outputs}")
+    process = fork_command(
+        tmp_path, "serve", "dora", "--engine", "vllm", "--queue", "3", f"output.base_output_dir={outputs}"
+    )
     process.join(30)
     error = (tmp_path / "stderr.txt").read_text()
     assert process.exitcode == 2 and "no CUDA GPU" in error and "'dora': it is a DoRA" in error
+    assert "--queue is taken by our own server alone" in error and "--timeout" not in error

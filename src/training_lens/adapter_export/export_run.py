@@ -142,7 +142,8 @@ def _report_settings(session: Session, given: Probes) -> dict[str, Any]:
 def _write_folder(session: Session, form: ExportForm, folder: Path, name: str, scale: float) -> None:
     """Write all files but the report."""
     scaled = "" if scale == 1 else f", its update times {scale:g}"
-    described = f"# Adapter\n\nThe adapter {session.adapter}{scaled}, as {NOUNS[name]}; checked, see {EXPORT.report}.\n"
+    described = f"# Adapter\n\nThe adapter {session.adapter}{scaled}, as {NOUNS[name]}. What was checked, and by which "
+    described += f"program, is in {EXPORT.report}.\n"
     form.write(session, folder)
     write_text(folder / "README.md", f"{described}\n{form.describe_use()}")
     for file in folder.iterdir():

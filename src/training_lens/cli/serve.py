@@ -48,6 +48,9 @@ Engine = Annotated[
 ]
 
 
+OWN_LIMITS = ("queue", "cache_tokens", "timeout", "drain")  # options that vLLM has nothing for
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """Where the server listens, and how much it takes on."""
@@ -116,12 +119,15 @@ def _try_vllm(screen: Screen, configs: Mapping[str, TrainingConfig], asked: Serv
         return False
     import torch
 
-    from training_lens.serve.vllm_server import VllmModel, build_command, find_obstacles, run_vllm
+    from training_lens.serve.vllm_server import VllmModel, build_command, find_obstacles, is_installed, run_vllm
 
     models = [VllmModel.from_settings(name, settings) for name, settings in configs.items()]
-    if obstacles := find_obstacles(models, torch.cuda.is_available()):
+    has_gpu = torch.cuda.is_available()
+    if obstacles := [*find_obstacles(models, has_gpu), *_list_own_settings(configs, asked)]:
         if asked.engine == "vllm":
             raise ConfigurationError([f"--engine vllm: {obstacle}." for obstacle in obstacles])
+        if has_gpu and is_installed():
+            screen.print_line(f"not served with vLLM: {'; '.join(obstacles)}")
         return False
     base_name = asked.base_name or models[0].config.model.id
     command_line = build_command(models, base_name, asked.host, asked.port, _build_limits(asked))
@@ -129,6 +135,16 @@ def _try_vllm(screen: Screen, configs: Mapping[str, TrainingConfig], asked: Serv
     screen.print_result({"engine": "vllm", "command": command_line})
     run_vllm(command_line, key)
     return True
+
+
+def _list_own_settings(configs: Mapping[str, TrainingConfig], asked: ServeOptions) -> list[str]:
+    """What the user set and only our own server takes."""
+    given = [
+        f"--{name.replace('_', '-')}" for name in OWN_LIMITS if getattr(asked, name) != getattr(ServeOptions, name)
+    ]
+    for config in configs.values():
+        given += [f"inference.{key}" for key in config.explicit_values().get("inference", {}) if key != "adapter"]
+    return [f"{name} is taken by our own server alone" for name in dict.fromkeys(given)]
 
 
 def _serve_here(screen: Screen, configs: Mapping[str, TrainingConfig], asked: ServeOptions, key: str | None) -> None:

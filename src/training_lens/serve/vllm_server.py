@@ -84,10 +84,14 @@ class VllmModel:
             yield f"'{self.name}': its prompts begin with a domain, which vLLM cannot add"
 
 
+def is_installed() -> bool:
+    return shutil.which(PROGRAM) is not None
+
+
 def find_obstacles(models: Sequence[VllmModel], has_gpu: bool) -> list[str]:
     """All that stands against vLLM here; empty where it can serve these models."""
     found = [] if has_gpu else ["there is no CUDA GPU here"]
-    if shutil.which(PROGRAM) is None:
+    if not is_installed():
         found.append("vllm is not installed: pip install vllm, in an environment of its own if it needs another torch")
     for model in models:
         found += model.find_faults()
