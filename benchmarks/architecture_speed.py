@@ -2,10 +2,10 @@
 
     python benchmarks/architecture_speed.py [--source DIR] [--only llama phi3] [--repeats 3]
 
-Models of some 20 M random weights, in bf16 where oneDNN computes that and else in float32, with LoRA of rank 16 on all
-linear layers, and a Llama in 4 bits. Ours are the command `train` and the answers that `infer` gives (decode_speed.py),
-of this checkout and of DIR, in processes of their own. HF is a loop over padded batches of the same rows with PEFT and
-AdamW, and `generate`, on the model and adapter of ours.
+Models of some 20 M random weights, mixtures of more, in bf16 where oneDNN computes that and else in float32, with LoRA
+of rank 16 on all linear layers and experts, and a Llama in 4 bits. Ours are the command `train` and the answers that
+`infer` gives (decode_speed.py), of this checkout and of DIR, in processes of their own. HF is a loop over padded
+batches of the same rows with PEFT and AdamW, and `generate`, on the model and adapter of ours.
 
 Printed and stored in `results/architecture_speed.json`: useful tokens per second of training (padding does not count),
 the median over steps without the first two; new tokens per second of the adapter's greedy answers to 1 and 8 prompts of
@@ -51,6 +51,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", {}),
     "cohere2": ("Cohere2", WINDOW),
     "llama, 4 bits": ("Llama", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 448}),
+    "qwen3 moe": ("Qwen3Moe", {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 112}),
 }
 DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}[PRECISION]
 BATCH, WARM, PROMPT, NEW, ROWS_DECODED = 8, 2, 64, 32, (1, 8)
