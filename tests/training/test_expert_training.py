@@ -32,6 +32,7 @@ STEPS, ROWS = 20, 64
 KINDS: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
     "Mixtral": {},
+    "LongcatFlash": {},
 }
 SIZES = {"vocab_size": 1024, "initializer_range": 0.08, "max_position_embeddings": 512}
 
@@ -103,7 +104,7 @@ def hf_losses(config: Any, dataset: TokenDataset, folder: Path) -> list[float]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", slow_but(["Qwen3Moe"], KINDS))
+@pytest.mark.parametrize("kind", slow_but(["Qwen3Moe"], ["Qwen3Moe", "Mixtral"]))
 def test_losses_are_those_of_peft_in_the_hf_trainer(
     kind: str, small_config: Config, mixture: Any, tmp_path: Path
 ) -> None:
@@ -152,6 +153,17 @@ def test_an_expert_without_tokens_is_named_and_stops_nothing(
     train(config, ChangeTraining(start=avoid_the_last))
     lines = [line for line in caplog.messages if "not routed to yet" in line]
     assert len(lines) == 1 and "adapted experts were not routed to yet" in lines[0] and "experts.down_proj[" in lines[0]
+
+
+@pytest.mark.slow
+def test_identity_experts_have_tokens_and_nothing_to_train(small_config: Config, mixture: Any) -> None:
+    """LongCat's: their slices of one of the two parameters are never used."""
+    sizes = {
+        "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 32,
+        "num_layers": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "head_dim": 8, "num_key_value_heads": 4, "num_hidden_layers": 2,
+    }  # fmt: skip
+    train(small_config(model={"id": mixture("LongcatFlash", **sizes)}, training={"max_steps": 3}))
 
 
 def test_the_lens_sees_each_expert_and_changes_no_bit(small_config: Config, mixture: Any) -> None:

@@ -235,7 +235,7 @@ class Routing:
 
     chosen: Tensor  # (tokens, experts per token), numbers of experts
     weights: Tensor | None  # alike, the router's
-    experts: int  # of the layer
+    experts: int  # of the layer, with those that compute nothing (LongCat's identity experts)
 
 
 def read_routing(module: nn.Module, args: Sequence[Any]) -> Routing | None:
@@ -243,7 +243,7 @@ def read_routing(module: nn.Module, args: Sequence[Any]) -> Routing | None:
     if len(args) < 2 or not isinstance(args[1], Tensor) or args[1].is_floating_point() or args[1].ndim != 2:
         return None
     weights = args[2] if len(args) > 2 and isinstance(args[2], Tensor) and args[2].shape == args[1].shape else None
-    experts = next(len(p) for p in module.parameters() if p.ndim == 3)
+    experts = max(len(p) for p in module.parameters() if p.ndim == 3)
     return Routing(args[1].detach(), None if weights is None else weights.detach(), experts)
 
 

@@ -37,10 +37,11 @@ class ExpertFactors:
     a: nn.Parameter
     b: nn.Parameter
     experts: int
+    computing: int  # the first so many; others are identities (LongCat), whose factors are never used
 
     def names(self) -> list[str]:
-        """Of each expert, as in the lens."""
-        return [expert_name(self.path, expert) for expert in range(self.experts)]
+        """Of each expert that computes, as in the lens."""
+        return [expert_name(self.path, expert) for expert in range(self.computing)]
 
     def norms(self, a: Tensor, b: Tensor) -> Tensor:
         """Norms of two tensors like A and B, of each expert's slice, (experts, 2), float64 where the device has it."""
@@ -95,7 +96,8 @@ class ExpertCheck:
             moved = (each.norms(each.a, each.b) != before).any(1)
             gradient = largest.amax(1)
             routed = self._routed.get(each.owner, torch.zeros_like(gradient)) > 0
-            table = torch.stack(move_to_one_device([routed.double(), gradient.double(), moved.double()]), 1).tolist()
+            outcomes = [part[: each.computing].double() for part in (routed, gradient, moved)]
+            table = torch.stack(move_to_one_device(outcomes), 1).tolist()
             for name, (is_routed, norm, is_moved) in zip(each.names(), table, strict=True):
                 if is_routed and not norm:
                     causes[name] = NO_GRADIENT
@@ -103,7 +105,7 @@ class ExpertCheck:
                     causes[name] = NO_UPDATE
                 elif not norm:
                     not_routed.append(name)
-        return ExpertOutcome(causes, not_routed, sum(each.experts for each in self._factors))
+        return ExpertOutcome(causes, not_routed, sum(each.computing for each in self._factors))
 
     def _watch(self, path: str, routing: Routing, output: Any) -> None:
         if not isinstance(output, Tensor) or not output.requires_grad:
@@ -128,4 +130,5 @@ def find_factors(model: Any) -> Iterator[ExpertFactors]:
             (name,) = layer.lora_A
             parameter = adapted_path(path, layer)
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-            yield ExpertFactors(parameter, parameter.rpartition(".")[0], a, b, layer.num_experts)
+            computing = min(len(p) for p in layer.get_base_layer().parameters(recurse=False) if p.ndim == 3)
+            yield ExpertFactors(parameter, parameter.rpartition(".")[0], a, b, layer.num_experts, computing)
