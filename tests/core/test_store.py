@@ -709,3 +709,8 @@ def test_captures_of_a_running_process_are_those_of_the_store_after_a_flush(fold
         running.table("weight")
     with pytest.raises(LensError, match="no measure is called 'nrm'"):
         running.series("weights", "nrm")
+    one.flush()
+    running.refresh()
+    for columns in (["step"], ["module", "norm"], []):
+        seen_table, stored = (each.table("weights", columns) for each in (running, LensStore(folder)))
+        assert seen_table.column_names == stored.column_names and seen_table.to_pydict() == stored.to_pydict()

@@ -16,6 +16,7 @@ from training_lens.analysis.findings.live_checks import CHECKS
 from training_lens.cli import cli
 from training_lens.config.lens_section import FindingCode
 from training_lens.config.schema import TrainingConfig
+from training_lens.errors import TrainingError
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.live_findings import SPIKES
 from training_lens.training.loop.callbacks import Callback
@@ -107,3 +108,14 @@ def test_the_command_says_that_a_finding_stopped_it_by_its_exit_code(few_rows: d
     }  # fmt: skip
     found = CliRunner().invoke(cli, ["train", *(f"{key}={value}" for key, value in keys.items())])
     assert found.exit_code == 3 and "stopped by rate_high" in found.output
+
+
+def test_a_value_that_is_not_finite_is_a_finding_of_the_run_that_stops(small_config: Config) -> None:
+    class Poison(Callback):
+        def on_step_end(self, trainer: Any, report: Any) -> None:
+            trainer.parameters[0].data.fill_(float("nan"))
+
+    listener = Listener()
+    with pytest.raises(TrainingError, match="not finite"):
+        train(small_config(training=SHORT, lens={}), Poison(), listener)
+    assert [(finding.code, finding.severity) for finding in listener.heard] == [("nonfinite", "problem")]

@@ -20,7 +20,7 @@ from torch.linalg import matrix_norm
 from training_lens.analyzers.saved_factors import FactorBatch, batch_factors
 from training_lens.config.schema import ModelSection
 from training_lens.core import table_names as tables
-from training_lens.core.arrow import MODULE, STEP, arrow_table, require_measure, suggest_name
+from training_lens.core.arrow import MODULE, STEP, arrow_table, choose_columns, suggest_name
 from training_lens.core.modules import module_record
 from training_lens.core.recording import Captures
 from training_lens.core.types import Captured, ModuleRecord
@@ -267,11 +267,7 @@ class CheckpointCaptures(Captures):
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A table with the columns step, module and its measures, or those of `columns`."""
         table = self._read_table(name)
-        for column in columns or ():
-            if column not in table.column_names:
-                require_measure(table, column)
-        kept = [c for c in table.column_names if columns is None or c in (STEP, MODULE, *columns)]
-        return table.select(kept)
+        return table.select(choose_columns(table, columns))
 
     def measures(self, name: str) -> tuple[str, ...]:
         return tuple(column for column in self._read_table(name).column_names if column not in (STEP, MODULE))

@@ -229,6 +229,18 @@ def _locate_values(
     return table, per_row[new], names, np.cumsum(new) - 1, np.searchsorted(used, codes)
 
 
+def choose_columns(table: pa.Table, measures: Sequence[str] | None) -> list[str]:
+    """Step, module and the measures, in the table's order; all columns if `measures` is None.
+
+    Raises:
+        LensError: the table lacks one of them; names the nearest that it has.
+    """
+    for measure in measures or ():
+        if measure not in table.column_names:
+            require_measure(table, measure)
+    return [c for c in table.column_names if measures is None or c in (STEP, MODULE, *measures)]
+
+
 def require_measure(table: pa.Table, measure: str) -> None:
     """Check that the table has a measure.
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from training_lens.core.arrow import (
     MODULE,
     STEP,
+    choose_columns,
     concat_tables,
     extract_complete_series,
     extract_series,
     polars_frame,
-    require_measure,
     suggest_name,
 )
 from training_lens.core.capture_files import LISTING, describe_loss, find_missing_captures, read_manifest
@@ -81,13 +81,10 @@ class LensStore(Captures):
         segments = list_segments(self._table_folder(name))
         try:
             header = self._read_header(segments)
-            for column in columns or ():
-                if column not in header.column_names:
-                    require_measure(header, column)
+            wanted = choose_columns(header, columns)
             rows = [self.read_or_skip(segment, lambda s: read_segment(s, columns)) for segment in segments]
         except FileNotFoundError:  # merged into another segment after it was listed
             return self.table(name, columns)
-        wanted = [c for c in header.column_names if columns is None or c in (STEP, MODULE, *columns)]
         return concat_tables([header.select(wanted), *(table for table in rows if table is not None)])
 
     def measures(self, name: str) -> tuple[str, ...]:
@@ -225,9 +222,7 @@ class RunningCaptures(Captures):
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         header = self._read_header(name)
-        for column in columns or ():
-            require_measure(header, column)
-        wanted = [c for c in header.column_names if columns is None or c in (STEP, MODULE, *columns)]
+        wanted = choose_columns(header, columns)
         parts = [self._read_columns(segment, wanted) for segment in self._segments.get(name, ())]
         if name in self._pending:
             pending = self._build_pending(name)
