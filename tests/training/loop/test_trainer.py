@@ -170,6 +170,20 @@ def test_early_stopping_stops_after_its_patience(small_config: Config, tmp_path:
     assert (state.step, state.best_step, state.best_loss) == (3, 1, best)
 
 
+def test_a_run_that_a_finding_stops_validates_and_saves_its_last_step(small_config: Config, tmp_path: Path) -> None:
+    class Stop(Steer):
+        def on_step_end(self, trainer: Any, report: StepReport) -> None:
+            super().on_step_end(trainer, report)
+            if report.step == 2:
+                trainer.request_stop("rate_high")
+
+    trainer = assembled(small_config(training={"epochs": 5, "eval_steps": 5}), tmp_path)
+    trainer.callbacks = (stop := Stop(0.008, 0.004),)
+    state = trainer.fit()
+    assert (state.step, state.best_step, [state.best_loss]) == (2, 2, stop.losses)
+    assert [p.name for p in trainer.checkpoints.folder.iterdir()] == ["step-00000002"]
+
+
 @pytest.mark.slow
 def test_best_and_last_checkpoints_are_kept(small_config: Config, tmp_path: Path) -> None:
     trainer = assembled(small_config(training={"eval_steps": 1}), tmp_path)

@@ -159,6 +159,8 @@ class Trainer:
                 self._validate_sample()
                 trim_heap()
             is_stopped = self._is_stop_requested()
+            if is_stopped and not self.is_validation_due(plan.number):
+                self._validate()  # as at any other end of the run
             if is_stopped or self._is_checkpoint_due(plan.number):
                 self._save_checkpoint()
             self._stop_if_interrupted()
