@@ -73,6 +73,8 @@ def test_one_row_is_a_list_of_one() -> None:
         (Dataset.from_list(ROWS).to_iterable_dataset(), "is a stream"),
         (pd.DataFrame([["a", "b"]], columns=["q", "q"]), "several columns of one name"),
         ({"question": ["a"], "answer": ["b"]}, "these are columns"),
+        ([*ROWS, None], rf"^train: item {len(ROWS) + 1} of {len(ROWS) + 1} is None, where others are rows; give"),
+        (["rows.jsonl", *ROWS, ...], r"item 1 of \d is 'rows.jsonl' \(and 1 more\), where others are rows"),
     ],
 )
 def test_what_is_no_list_of_rows_is_refused_with_the_way_out(value: Any, message: str) -> None:

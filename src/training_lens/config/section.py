@@ -104,7 +104,13 @@ def as_list(value: Any) -> Any:
 
 
 def as_rows(value: Any) -> Any:
-    """As `as_list`; tables and single rows as a list of rows."""
+    """As `as_list`; tables and single rows as a list of rows.
+
+    Raises:
+        ValueError: columns, or a list of rows that holds something else.
+    """
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        _require_rows(value)
     if isinstance(value, list) and value and not isinstance(value[0], str | Path | dict):
         tables = [rows_of_table(item) for item in value]
         return value if None in tables else [row for rows in tables for row in rows or ()]
@@ -115,6 +121,17 @@ def as_rows(value: Any) -> Any:
     if len(value) > 1 and are_lists and not any(isinstance(cell, dict) for column in value.values() for cell in column):
         raise ValueError("these are columns; give a list of rows, or a pandas DataFrame of the columns")
     return [value]
+
+
+def _require_rows(values: list[Any]) -> None:
+    others = [(i, value) for i, value in enumerate(values, 1) if not isinstance(value, dict)]
+    if others:
+        number, value = others[0]
+        more = f" (and {len(others) - 1:,} more)" if others[1:] else ""
+        raise ValueError(
+            f"item {number:,} of {len(values):,} is {value!r:.100}{more}, where others are rows; give rows alone, "
+            "or paths alone"
+        )
 
 
 def expand_path_text(value: str) -> str:
