@@ -67,9 +67,21 @@ def test_options_that_were_meant_otherwise(call: Call, arguments: list[str], mes
     assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.stderr
 
 
-def test_a_mistyped_option_is_still_an_option(call: Call) -> None:
-    result = call("train", "--jsn")
-    assert result.exit_code == 2 and "--json" in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train', 'rank'? training-lens --help says"),
+        (["experiment", "lst", "--json"], "Did you mean 'list'? training-lens experiment --help says"),
+        (["train", "--jsn"], "No such option: --jsn (Possible options: --json"),
+        (["--jsn"], "No such option: --jsn"),
+        (["push"], "Missing argument 'RUN'. training-lens push --help says"),
+        (["report", "--kind", "long"], "Invalid value for '--kind': 'long' is not one of 'executive'"),
+    ],
+)
+def test_wrong_words_are_refused_in_one_paragraph(call: Call, arguments: list[str], message: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2 and not result.stdout and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ") and message in result.stderr
 
 
 def test_the_run_that_answers_is_named_on_standard_error(call: Call) -> None:

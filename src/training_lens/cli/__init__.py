@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from training_lens.cli.options import HELP_OPTIONS, build_command
+from training_lens.cli.options import HELP_OPTIONS, build_command, refuse_wrong_usage
 from training_lens.utils.streams import protect_output
 
 COMMANDS = {
@@ -36,6 +36,14 @@ class CommandGroup(TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.commands: dict[str, Any] = dict.fromkeys(PANELS)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with refuse_wrong_usage():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with refuse_wrong_usage():
+            return super().invoke(ctx)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in PANELS and self.commands[cmd_name] is None:

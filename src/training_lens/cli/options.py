@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from itertools import zip_longest
@@ -161,6 +162,21 @@ class SettingsCommand(TyperCommand):
             )
             if word in choices and is_other:
                 yield "open"
+
+
+@contextmanager
+def refuse_wrong_usage() -> Iterator[None]:
+    """Say what typer finds wrong in the words typed as every other error is said: one paragraph, exit code 2."""
+    try:
+        yield
+    except Exception as error:  # typer has brought a copy of click's errors since 0.29
+        is_help = type(error).__name__ == "NoArgsIsHelpError"
+        if is_help or not hasattr(error, "format_message") or getattr(error, "exit_code", 1) != 2:
+            raise
+        context = getattr(error, "ctx", None)
+        place = context.command_path if context else "training-lens"
+        said = error.format_message().replace("Value error, ", "").rstrip(".")
+        _refuse_usage(f"{said}{'' if said.endswith('?') else '.'} {place} --help says what can be given.")
 
 
 def _refuse_usage(problem: str | None) -> None:
