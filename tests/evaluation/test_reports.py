@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,13 @@ def test_markdown_tables_have_equally_many_cells_in_every_line(result: Evaluatio
     assert len(blocks) >= 4
     for block in blocks:
         assert len({line.replace("\\|", "").count("|") for line in block.splitlines()}) == 1
+
+
+def test_two_runs_have_their_names_in_every_table(result: EvaluationResult) -> None:
+    named = replace(result.comparison, labels={"base": "run-1", "adapter": "run-2"})
+    blocks = render_markdown(replace(result, comparison=named)).split("\n\n")
+    heads = [block.splitlines()[0] for block in blocks if block.startswith("|")]
+    assert not re.search(r"\b(base|adapter)\b", "".join(heads)) and "| row | run-1 | run-2 | change |" in heads
 
 
 def test_all_three_files_are_written(result: EvaluationResult, tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ def _show_tables(screen: Screen, result: EvaluationResult) -> None:
         _print_table(screen, "the adapter on corrupted prompts", head, lines)
     for name, moved in (("most improved rows", comparison.improved), ("most worsened rows", comparison.worsened)):
         if moved:
-            _print_table(screen, name, reports.MOVED_COLUMNS, reports.moved_rows(moved, False))
+            head, *lines = reports.moved_table(comparison, moved, whole_path=False)
+            _print_table(screen, name, head, lines)
     if comparison.tasks:
         _print_table(screen, "lm-eval", reports.task_columns(comparison), reports.task_rows(comparison))
     if comparison.forgetting:

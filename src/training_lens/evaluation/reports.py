@@ -101,15 +101,14 @@ def control_table(comparison: ModelComparison, intervals: bool = True) -> list[C
     return lines
 
 
-def moved_rows(moved: Sequence[MovedRow], whole_path: bool = True) -> Iterator[Cells]:
-    """A line for each row: id, losses, change."""
+def moved_table(comparison: ModelComparison, moved: Sequence[MovedRow], whole_path: bool = True) -> list[Cells]:
+    """The header, then a line for each row: id, losses, change."""
+    lines: list[Cells] = [("row", *map(comparison.model_label, comparison.models), "change")]
     for row in moved:
         change = row.adapter_loss - row.base_loss
         name = row.id if whole_path else Path(row.id).name
-        yield (name, f"{row.base_loss:.4f}", f"{row.adapter_loss:.4f}", f"{change:+.4f}")
-
-
-MOVED_COLUMNS: Cells = ("row", "base", "adapter", "change")
+        lines.append((name, f"{row.base_loss:.4f}", f"{row.adapter_loss:.4f}", f"{change:+.4f}"))
+    return lines
 
 
 def task_rows(comparison: ModelComparison) -> Iterator[Cells]:
@@ -147,7 +146,7 @@ def render_markdown(result: EvaluationResult) -> str:
     for title, moved in (("Most improved", comparison.improved), ("Most worsened", comparison.worsened)):
         if moved:
             parts.append(f"{title}, loss in nats per supervised token:")
-            parts.append(_render_table([MOVED_COLUMNS, *moved_rows(moved)]))
+            parts.append(_render_table(moved_table(comparison, moved)))
     parts.append(_render_table([task_columns(comparison), *task_rows(comparison)]))
     if comparison.forgetting:
         parts.append(forgetting_line(comparison))
