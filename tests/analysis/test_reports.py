@@ -270,6 +270,12 @@ def test_three_lines_end_a_training(recording: Recording) -> None:
     assert three_lines(_analysis(recording, FINE))[2] == "no problems found"
 
 
+def test_what_is_measured_before_the_first_step_is_no_captured_step(record: Record) -> None:
+    probed = ([0, 1], {"relative_drift": np.zeros((2, 5))})
+    recording = record({tables.ACTIVATIONS: probed, tables.LOSS: ([1], {"loss": [3.0]})})
+    assert "modules over 1 steps" in three_lines(_analysis(recording, FINE))[0]
+
+
 def test_each_of_the_three_lines_fits_a_screen_however_long_names_and_actions_are(recording: Recording) -> None:
     wordy = replace(FOUND, where=", ".join(["model.layers.10.self_attn.q_proj"] * 9), action="look at it again " * 30)
     lines = three_lines(_analysis(recording, wordy))

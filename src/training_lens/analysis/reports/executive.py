@@ -143,7 +143,8 @@ def collect_values(analysis: Analysis) -> dict[str, object]:
 def three_lines(analysis: Analysis) -> list[str]:
     """What training prints at its end: the capture, its check and cost; what changed; the worst finding, its action."""
     recording = analysis.recording
-    steps = max((steps for _, _, steps, _, _ in list_captured(recording)), default=0)
+    counts = ((steps, last) for _, _, steps, last, _ in list_captured(recording))
+    steps = max((min(count, last or count) for count, last in counts), default=0)  # step 0 trains nothing
     cost = cost_brief(recording).partition(" time of")[0]
     taken = (
         f"captured: {len(recording.modules)} modules over {steps:,} steps; {read_certificate(recording).as_phrase()}"
