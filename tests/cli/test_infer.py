@@ -60,7 +60,7 @@ def test_a_file_is_answered_resumed_and_reported(call: Call, finished_run: RunFo
     assert report["cut"] == 2
     assert report["passed_over"][0]["row"] == 2 and "rows.jsonl, row 2 passed over" in first.stderr
     again = call(*asked, "--domain", "hill")
-    assert "is finished: all 2 answers are there, nothing was changed; 1 rows passed over." in again.stdout
+    assert "is finished: all 2 answers are there, nothing was changed; 1 row passed over." in again.stdout
     assert "2 of the 2 answers were cut (finish_reason length)" in again.stdout
     assert call(*asked, "--domain", "hil").exit_code == 2
     Path("bad.jsonl").write_text('{"question": ""}\n')

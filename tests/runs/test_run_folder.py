@@ -81,7 +81,7 @@ def test_the_last_run_is_the_same_for_every_use(base: str) -> None:
     last = make(Path(base), "20260105T000000Z-eeee", "interrupted", "b")
     assert find_run("latest", base) == find_run("latest", base, finished=False) == last
     with pytest.raises(
-        CheckpointError, match=r"eeee \(interrupted\).*one is .*dddd, or finish it with .*--resume .*eeee"
+        CheckpointError, match=r"eeee \(interrupted\).*one is .*dddd\. To finish .*eeee: .*--resume .*eeee"
     ):
         find_run("latest", base, finished=True)
 

@@ -17,6 +17,7 @@ from training_lens.cli.common import AdapterRun, Screen, command, load_adapter_c
 from training_lens.cli.missing_files import check_files
 from training_lens.cli.options import CommandOptions
 from training_lens.errors import ConfigurationError
+from training_lens.utils.formatting import pluralize
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -182,7 +183,7 @@ def _describe_report(report: FileReport) -> str:
     else:
         before = f", {report.resumed} of them before" if report.resumed else ""
         line = f"{report.answered} of {report.rows} rows answered in {report.output}{before}"
-    line += f"; {len(report.passed_over)} rows passed over." if report.passed_over else "."
+    line += f"; {pluralize(len(report.passed_over), 'row')} passed over." if report.passed_over else "."
     if report.cut:
         line += (
             f"\n{report.cut} of the {report.answered} answers were cut (finish_reason length): they reached "

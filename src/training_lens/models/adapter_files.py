@@ -87,7 +87,10 @@ def adapter_folder(reference: str) -> Path:
     run = RunFolder(path)
     if run.metadata.is_dir() and not (path / CONFIG).is_file():
         if not run.adapter.is_dir():
-            raise AdapterError(f"peft.from_adapter: the run '{reference}' has no adapter yet; finish it with --resume.")
+            raise AdapterError(
+                f"peft.from_adapter: the run '{reference}' has no adapter yet. To finish it: training-lens train "
+                f"--resume {reference}"
+            )
         if run.scaled.is_dir():
             logger.info(
                 "peft.from_adapter: training continues from the adapter as trained, not times %g", run.adapter_scale

@@ -121,9 +121,9 @@ def require_usable(
     other = next((run_id for run_id, status in earlier if status in usable), None)
     instead = f"The last {what} one is {other}" if other else f"No run in {place} is {what}"
     can_resume = finished and status in ("interrupted", "failed")
-    remedy = f", or finish it with training-lens train --resume {run_id}" if can_resume else ""
+    remedy = f" To finish {run_id}: training-lens train --resume {run_id}" if can_resume else ""
     raise CheckpointError(
-        f"the run that started last in {place} is {run_id} ({status}); expected one that is {what}. {instead}{remedy}."
+        f"the run that started last in {place} is {run_id} ({status}); expected one that is {what}. {instead}.{remedy}"
     )
 
 
