@@ -10,6 +10,8 @@ import pytest
 
 import training_lens
 from training_lens.analysis.advice import translate_advice
+from training_lens.analysis.findings.interventions import QUESTIONS, Question, name_test
+from training_lens.analysis.findings.rate_low import RULE as RATE_LOW
 from training_lens.config.keys import known_keys
 from training_lens.config.schema import TrainingConfig
 
@@ -34,6 +36,13 @@ def test_no_key_of_ours_is_left_for_another_trainer(origin: str) -> None:
     for text in texts():
         translated = translate_advice(text, origin)
         assert not OURS.search(translated) and "training-lens " not in translated, text
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_no_test_run_is_offered_for_another_trainer(question: Question) -> None:
+    decide = name_test(RATE_LOW.report_inconclusive("Not known", "2 steps", "at least 50 steps"), question).decide
+    assert "--test" in translate_advice(decide, "training-lens")
+    assert translate_advice(decide, "transformers") == "at least 50 steps"
 
 
 def test_ours_stays_as_it_is_and_others_have_their_own_words() -> None:

@@ -104,7 +104,8 @@ def test_rank_needs_a_run_of_ours_that_is_finished(call: Call, run: Path, adapte
 def test_tests_are_of_runs_of_ours_and_say_what_they_take(call: Call, run: Path, adapter: Path) -> None:
     assert "is none. Leave it out" in refused(call("analyze", str(adapter), "--test", "rate"))
     assert "give --test, too" in refused(call("analyze", str(run), "--test-steps", "5"), 2)
-    assert "'rates' is none of" in refused(call("analyze", str(run), "--test=rates"), 2)
+    for wrong in (["--test=rates"], ["--test", "rates"]):
+        assert "--test: 'rates' is none of" in refused(call("analyze", str(run), *wrong), 2)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_version_help_and_completion_need_no_torch(call: Call) -> None:
         (["train", "--config", "a.yaml", "--from", "axoltl"], "Did you mean 'axolotl'?"),
         (["train", "--from", "hf"], "--from hf says how --config FILE is read; give --config FILE, too."),
         (["experiment", "list", "--output.base_output_dir=x"], "Did you mean output.base_output_dir=x?"),
+        (["experiment", "list", "first"], "'first' is no override; write key=value"),
         (["infer", "--inference.temperature", "1"], "Did you mean inference.temperature=1?"),
         (["train", "--config", "a.yaml", "--config", "b.yaml"], "--config b.yaml: cannot be read"),
     ],

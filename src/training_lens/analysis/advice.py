@@ -43,6 +43,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
 }
 OUR_KEY = re.compile("|".join(rf"(?<![\w.]){re.escape(words)}(?!\w)" for words in WORDS))
 
+TEST_RUNS = re.compile(r"training-lens analyze RUN --test \w+; or ")  # they repeat a run, which others do not leave
+
 
 def translate_advice(text: str, origin: str) -> str:
     """Advice with our config keys, in the words of the loop that trained.
@@ -52,7 +54,7 @@ def translate_advice(text: str, origin: str) -> str:
     """
     if origin == OURS:
         return text
-    return OUR_KEY.sub(lambda match: WORDS[match[0]][origin != HF_TRAINER], text)
+    return OUR_KEY.sub(lambda match: WORDS[match[0]][origin != HF_TRAINER], TEST_RUNS.sub("", text))
 
 
 def translate_finding(finding: Finding, origin: str) -> Finding:

@@ -67,7 +67,8 @@ def analyze(
     with command(options) as screen:
         if test_steps and not test:
             raise ConfigurationError("--test-steps says how long the runs of --test are; give --test, too.")
-        questions = _parse_questions(test) if test else None
+        stray = [word for word in options.words if "=" not in word]  # --test itself takes only what it knows
+        questions = _parse_questions(stray[0] if stray and test == "open" else test) if test else None
         consent = [word for word in options.words if test and word.startswith(CONSENT)]
         others = options.with_words([word for word in options.words if word not in consent])
         analyzer, other = open_analyzers(run, against, others, base)

@@ -165,6 +165,10 @@ def refuse_unused(overrides: list[str] | None, used: tuple[str, ...], why: str) 
         why: the reason, for the message.
     """
     others = [text for text in overrides or [] if not text.startswith(("+", *used))]
+    if stray := [text for text in others if "=" not in text]:
+        from training_lens.config.overrides import describe_no_override
+
+        raise ConfigurationError(describe_no_override(stray[0]))
     if others:
         keys = ", ".join(f"{key}*" if key.endswith(".") else key for key in used)
         raise ConfigurationError(f"{', '.join(others)}: {why} It takes {keys}.")
