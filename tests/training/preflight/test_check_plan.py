@@ -111,6 +111,13 @@ def test_so_are_weights_above_1(check: Check, write_rows: Callable[..., Path]) -
     assert check(files, data={"weights": [1, 1]}, training={"epochs": 2})["duplicates"].severity == "fine"
 
 
+def test_planted_canaries_are_no_repeated_rows(check: Check) -> None:
+    found = check(rows(30), data={"canaries": 2, "canary_repeats": [1, 8]})["duplicates"]
+    assert found.severity == "fine" and found.measured.startswith("30 rows are 30 different ones")
+    both = check(rows(30) * 2, data={"canaries": 2, "canary_repeats": [1, 8]})["duplicates"]
+    assert both.measured.startswith("60 rows are 30 different ones") and "canary" not in both.measured
+
+
 def test_visits_are_those_of_the_schedule() -> None:
     mix = DataMixture(np.array([0, 0, 1]), (2.0, 1.0))
     schedule = Schedule(3, global_batch=5, epochs=3, max_steps=None, seed=0, mix=mix)

@@ -11,6 +11,7 @@ import numpy as np
 
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.data.batching import Schedule
+from training_lens.data.canaries import SOURCE as CANARIES
 from training_lens.data.split_report import SplitReport
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import DatasetError
@@ -222,9 +223,13 @@ def count_visits(schedule: Schedule) -> np.ndarray:
 
 
 def check_duplicates(scan: RowScan, schedule: Schedule) -> Finding:
-    """The share of rows that repeat another, and the epochs that they and the weights amount to."""
-    visits = count_visits(schedule)
-    group = _group_rows(_hash_prompts(scan.dataset), scan.dataset.identities[:, 0])
+    """The share of rows that repeat another, and the epochs that they and the weights amount to.
+
+    Planted canaries are left out: they repeat because data.canary_repeats says so.
+    """
+    own = np.flatnonzero(scan.dataset.files != CANARIES)
+    visits = count_visits(schedule)[own]
+    group = _group_rows(_hash_prompts(scan.dataset)[own], scan.dataset.identities[own, 0])
     rows, distinct = len(group), int(group.max()) + 1
     by_row = np.bincount(group, weights=visits)
     mean, most = float(visits.sum() / distinct), float(by_row.max())
@@ -240,7 +245,11 @@ def check_duplicates(scan: RowScan, schedule: Schedule) -> Finding:
         return DUPLICATES.report_fine("No row is repeated", measured, evidence=evidence)
     first = np.unique(group, return_index=True)[1]
     repeats = np.setdiff1d(np.arange(rows), first)[:3]
-    shown = [scan.show_row(int(i)) | {"repeats": scan.dataset.example_id(int(first[group[i]]))} for i in repeats]
+    originals = own[first[group[repeats]]]
+    shown = [
+        scan.show_row(int(row)) | {"repeats": scan.dataset.example_id(int(original))}
+        for row, original in zip(own[repeats], originals, strict=True)
+    ]
     named = "; ".join(f"{row['row']} repeats {row['repeats']}" for row in shown)
     return DUPLICATES.report_symptom(
         "warning" if is_often or share >= REPEATED else "note",
