@@ -15,7 +15,7 @@ from tiny_models import save_tiny_model
 
 from training_lens import TrainingWrapper
 from training_lens.analysis.page.explanations import describe_explanations
-from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_folder import RunFolder, runs_folder
 
 Call = Callable[..., Result]
 FEW = ("evaluation.max_examples=4", "evaluation.resamples=50")
@@ -89,6 +89,18 @@ def test_answer_writes_its_reports(call: Call, run: Path) -> None:
 def test_what_answer_cannot_use_is_refused(call: Call, run: Path, words: list[str], problem: str) -> None:
     result = call("explain", "answer", str(run), *words)
     assert result.exit_code == 2 and problem in result.stderr.replace("\n", " ")
+
+
+def test_a_run_that_was_given_a_name_is_no_prompt(call: Call) -> None:
+    RunFolder(runs_folder("outputs", "default") / "mine").create()
+    result = call("explain", "answer", "mine")
+    assert result.exit_code == 2 and "explain answer mine: give a prompt after the run" in result.stderr
+
+
+@pytest.mark.parametrize("what", ["rows", "memory"])
+def test_an_adapter_without_its_run_is_refused_for_that(call: Call, run: Path, what: str) -> None:
+    result = call("explain", what, str(shutil.copytree(RunFolder(run).adapter, "adapter")), "model.id=x")
+    assert result.exit_code == 2 and f"explain {what}" in result.stderr and "It takes" not in result.stderr
 
 
 @pytest.mark.slow

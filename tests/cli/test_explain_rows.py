@@ -52,11 +52,15 @@ def test_memory_writes_its_reports(call: Call, run: Path) -> None:
     ("words", "problem"),
     [
         (["rows", "--learned", "1.5"], "--learned 1.5: give a probability"),
-        (["rows", "training.lr=1"], "explain rows reads what the run recorded"),
+        (
+            ["rows", "training.lr=1"],
+            "It takes output.*, model.device, model.accept_changed_base, model.trust_remote_code.",
+        ),
+        (["rows", "--retrain", "--exclude", "lost.txt"], "error: --exclude: 'lost.txt' is not there."),
         (["memory", "--row", "lost.jsonl:1"], "'lost.jsonl:1' is none of the 64 rows"),
         (["memory", "--candidates", "3"], "--candidates 3: give 16"),
     ],
 )
 def test_what_they_cannot_use_is_refused(call: Call, run: Path, words: list[str], problem: str) -> None:
     result = call("explain", words[0], str(run), *words[1:])
-    assert result.exit_code == 2 and problem in " ".join(result.stderr.split())
+    assert result.exit_code in (1, 2) and problem in " ".join(result.stderr.split())

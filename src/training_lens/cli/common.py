@@ -170,7 +170,7 @@ def refuse_unused(overrides: list[str] | None, used: tuple[str, ...], why: str) 
 
         raise ConfigurationError(describe_no_override(stray[0]))
     if others:
-        keys = ", ".join(f"{key}*" if key.endswith(".") else key for key in used)
+        keys = ", ".join(f"{key}*" if key.endswith(".") else key.rstrip("=") for key in used)
         raise ConfigurationError(f"{', '.join(others)}: {why} It takes {keys}.")
 
 

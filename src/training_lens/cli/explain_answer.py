@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -105,6 +105,8 @@ def explain_answer(run: Words = None, prompt: Prompt = None, *, asked: AnswerOpt
     with command(options) as screen:
         reference, text, words = _split_words(run, prompt, options.words, asked.row is not None)
         settings = load_config(options.with_words(words))
+        if text is not None and reference == "latest":
+            _refuse_run_alone(text, settings.output.base_output_dir)
         from training_lens.analysis.explanations.answer_question import AnswerQuestion
 
         place = None if asked.token is None else asked.token - 1
@@ -189,9 +191,20 @@ def _split_words(
         words, given = [given[1], *words], given[:1]
     if len(given) == 1:
         if given[0] == "latest" or Path(given[0]).is_dir() or parse_start_time(given[0]):
-            raise ConfigurationError(f"explain answer {given[0]}: give a prompt after the run, or --row ID.")
+            _refuse_missing_prompt(given[0])
         return "latest", given[0], words
     return (given[0], given[1], words) if given else ("latest", None, words)
+
+
+def _refuse_run_alone(word: str, base_output_dir: str) -> None:
+    from training_lens.runs.run_lookup import find_run_folders
+
+    if word in (run.run_id for run in find_run_folders(base_output_dir)):
+        _refuse_missing_prompt(word)
+
+
+def _refuse_missing_prompt(run: str) -> NoReturn:
+    raise ConfigurationError(f"explain answer {run}: give a prompt after the run, or --row ID.")
 
 
 def _show(screen: Screen, change: AnswerChange) -> None:

@@ -38,9 +38,9 @@ def explain_memory(
     """
     with command(options) as screen:
         run, options = options.split_run(run)
+        refuse_adapter_folder(run, "explain memory needs to know the rows that it was trained on")
         settings = load_config(options)
         refuse_unused(options.words, USED, "explain memory measures with the run's own config.")
-        refuse_adapter_folder(run, "explain memory needs to know the rows that it was trained on")
         found = locate_run(run, settings.output, finished=True)
         found.require_adapter()
         from training_lens.analysis.explanations import memory_report as report

@@ -32,8 +32,8 @@ Retrain = Annotated[
     bool,
     typer.Option(
         "--retrain",
-        help="Train twice more, without the suspects and without as many random rows of like length, and measure both "
-        "on the validation rows.",
+        help="Replay the run without the suspects, and without as many random rows of like length, and measure both on "
+        "the validation rows.",
     ),
 ]
 Exclude = Annotated[
@@ -64,11 +64,15 @@ def explain_rows(
     """
     with command(options) as screen:
         run, options = options.split_run(run)
+        refuse_adapter_folder(run, "explain rows reads the losses of rows that a run recorded")
         settings = load_config(options)
         refuse_unused(options.words, USED, "explain rows reads what the run recorded.")
         if exclude is not None and not retrain:
             raise ConfigurationError("--exclude FILE says what --retrain leaves out; give both.")
-        refuse_adapter_folder(run, "explain rows reads the losses of rows that a run recorded")
+        if exclude is not None:
+            from training_lens.data.row_list import read_row_list
+
+            read_row_list(exclude, "--exclude")  # before the run is read
         found = locate_run(run, settings.output, finished=True if base or retrain else None)
         explained = _explain(screen, found, base, learned, settings)
         notes, result = list[str](), explained.as_json()
@@ -117,7 +121,7 @@ def _retrain(
 
     left_out = [row.id for row in found.suspects]
     if exclude is not None:
-        left_out = [f"{source}:{number}" for source, number in read_row_list(exclude).lines]
+        left_out = [f"{source}:{number}" for source, number in read_row_list(exclude, "--exclude").lines]
     if not left_out:
         raise ConfigurationError("--retrain: there are no suspects to leave out. Name rows with --exclude FILE.")
     retraining = RetrainingWithoutRows(run, left_out, Progress(screen.console), settings.explicit_values())

@@ -85,8 +85,11 @@ class RowList:
         )
 
 
-def read_row_list(path: str | Path) -> RowList:
+def read_row_list(path: str | Path, key: str = KEY) -> RowList:
     """The rows that a file lists. What stands behind a tab is a remark; so are empty lines and those with # first.
+
+    Args:
+        key: what named the file, for errors.
 
     Raises:
         DatasetError: the file is missing, unreadable or names no row, or a line is no id; names file and line.
@@ -95,9 +98,9 @@ def read_row_list(path: str | Path) -> RowList:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise DatasetError(f"{KEY}: '{path}' is not there.{suggest_path(file)}") from error
+        raise DatasetError(f"{key}: '{path}' is not there.{suggest_path(file)}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{KEY}: {path} cannot be read as text ({error}). Give a file of row ids.") from error
+        raise DatasetError(f"{key}: {path} cannot be read as text ({error}). Give a file of row ids.") from error
     lines: dict[tuple[str, int], int] = {}
     for line, content in enumerate(text.splitlines(), 1):
         row_id = content.partition("\t")[0].strip()
@@ -106,12 +109,12 @@ def read_row_list(path: str | Path) -> RowList:
         source, _, number = row_id.rpartition(":")
         if not source or not number.isdecimal():
             raise DatasetError(
-                f"{KEY}: {path}, line {line}: {row_id[:80]!r} is no row id; expected a source and a row number, such "
+                f"{key}: {path}, line {line}: {row_id[:80]!r} is no row id; expected a source and a row number, such "
                 "as data/rows.jsonl:17."
             )
         lines.setdefault((source, int(number)), line)
     if not lines:
-        raise DatasetError(f"{KEY}: {path} names no row. Leave out {KEY}, or list ids, one a line.")
+        raise DatasetError(f"{key}: {path} names no row. Leave out {KEY}, or list ids, one a line.")
     return RowList(file, lines)
 
 
