@@ -116,17 +116,18 @@ def few_rows(make_once: Callable[..., Path]) -> dict[str, list[str]]:
 def _write_short_rows(folder: Path, **counts: int) -> None:
     from training_lens import embedded
 
-    for split, name in (("train", embedded.TRAIN), ("validation", embedded.HELDOUT)):
-        lines = embedded.PATHS[name].read_text(encoding="utf-8").splitlines(keepends=True)
+    files = {"train": embedded.PATHS[embedded.TRAIN], "validation": embedded.PATHS[embedded.HELDOUT]}
+    for split, count in counts.items():
+        lines = files[split].read_text(encoding="utf-8").splitlines(keepends=True)
         short = [line for line in lines if len(line) <= 240]
-        (folder / f"{split}.jsonl").write_text("".join(short[: counts[split]]), encoding="utf-8")
+        (folder / f"{split}.jsonl").write_text("".join(short[:count]), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
-def small_config_in(few_rows: dict[str, Any]) -> Callable[..., Any]:
+def small_config_in(few_rows: dict[str, Any], tiny_base: Path) -> Callable[..., Any]:
     """`small_config` for fixtures that outlive a test: its first argument is the folder of outputs.
 
-    The lens is off where no `lens` section is given.
+    The model is `tiny_base`, and the lens is off, where no `model` and no `lens` section is given.
     """
     from training_lens.config.compose import validate_values
 
@@ -134,6 +135,7 @@ def small_config_in(few_rows: dict[str, Any]) -> Callable[..., Any]:
         own = sections.get("data", {})
         splits = () if "train" in own else ("train",) if "val_ratio" in own else ("train", "validation")
         values: dict[str, Any] = {
+            "model": {"id": str(tiny_base)},
             "data": {"max_examples": 48, **{split: few_rows[split] for split in splits}},
             "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3},
             "peft": {"r": 4},
@@ -152,15 +154,20 @@ def small_config_in(few_rows: dict[str, Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def small_config(tmp_path: Path, small_config_in: Callable[..., Any]) -> Callable[..., Any]:
-    """A config of a short run on the embedded model and few of its rows, with sections replaced by keyword."""
+    """A config of a short run of a tiny model on a few embedded rows, with sections replaced by keyword."""
     return partial(small_config_in, tmp_path / "outputs")
 
 
 @pytest.fixture(scope="session")
 def finished_run(make_once: Callable[..., Path]) -> Any:
     """The folder of a short finished run of the embedded default, with its three domains; for reading alone."""
-    folder = make_once("finished", lambda folder: _train(folder, data={"max_examples": 64}, training={"epochs": 1}))
-    return _share(_only_run(folder))
+
+    def make(folder: Path) -> None:
+        _write_short_rows(folder, validation=30)  # so many that a verdict's evidence is not thin
+        data = {"max_examples": 64, "validation": [str(folder / "validation.jsonl")]}
+        _train(folder, data=data, training={"epochs": 1})
+
+    return _share(_only_run(make_once("finished", make)))
 
 
 @pytest.fixture(scope="session")

@@ -61,8 +61,8 @@ def tiny_model(kind: str = "Llama", dtype: torch.dtype = torch.float32, **change
 def save_tiny_model(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """The folder, with such a model and the files of the embedded tokenizer."""
     tiny_model(kind, dtype, **changes).save_pretrained(folder)
-    for file in Path(embedded.PATHS[embedded.MODEL]).glob("*token*"):
-        shutil.copy(file, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(embedded.PATHS[embedded.MODEL]) / name, folder)
     return folder
 
 

@@ -128,20 +128,13 @@ def trainer_output(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def run_without_captures(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def run_without_captures(small_config_in: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run of ours that was trained with the lens off. For reading alone."""
-    from training_lens import TrainingConfig, TrainingWrapper
+    from training_lens import TrainingWrapper
     from training_lens.runs.run_folder import RunFolder
 
-    values = {
-        "data": {"max_examples": 32, **few_rows},
-        "training": {"epochs": 1, "batch_size": 8},
-        "peft": {"r": 2},
-        "lens": {"enabled": False},
-        "tracking": {"tensorboard": False},
-        "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))},
-    }
-    return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))
+    config = small_config_in(tmp_path_factory.mktemp("outputs"), data={"max_examples": 32}, peft={"r": 2})
+    return RunFolder(Path(TrainingWrapper(config).train().run_dir))
 
 
 @pytest.fixture

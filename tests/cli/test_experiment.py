@@ -89,7 +89,7 @@ def test_the_list_is_narrowed(call: Call, runs: dict[str, RunFolder]) -> None:
 def test_show_tells_a_real_run(call: Call, finished_run: RunFolder) -> None:
     result = call("experiment", "show", str(finished_run.root))
     assert result.exit_code == 0, result.stderr
-    for said in ("finished", "max_examples", "64", "heldout.jsonl", "training loss, steps 1 to", "0 (base)", "█"):
+    for said in ("finished", "max_examples", "64", "validation.jsonl", "training loss, steps 1 to", "0 (base)", "█"):
         assert said in result.stdout, said
     told = result_of(call("experiment", "show", str(finished_run.root), "--json"))
     summary = finished_run.read_metadata("summary.json")

@@ -23,15 +23,29 @@ from terminal_screen import Terminal, TerminalScreen  # type: ignore[import-not-
 from training_lens.runs.run_folder import RunFolder, runs_folder
 
 Call = Callable[..., Result]
-SMALL = ("peft.r=4", "training.batch_size=8", "training.eval_steps=4", "tracking.tensorboard=false")
+SMALL = (
+    "peft.r=4",
+    "training.batch_size=8",
+    "training.eval_steps=4",
+    "tracking.tensorboard=false",
+    "lens.report=false",
+)
 LAST_LINE = "q ends"  # of a frame
 
 
 @pytest.fixture
-def settings(few_rows: dict[str, list[str]]) -> list[str]:
+def settings(few_rows: dict[str, list[str]], tiny_base: Path) -> list[str]:
     """Of a run of 12 steps with 3 validations, in the default output folder."""
     data = [f"data.{split}={files[0]}" for split, files in few_rows.items()]
-    return [*data, "data.max_examples=96", "training.epochs=1", *SMALL, "output.run_id=mine", "lens.flush_seconds=0.1"]
+    return [
+        f"model.id={tiny_base}",
+        *data,
+        "data.max_examples=96",
+        "training.epochs=1",
+        *SMALL,
+        "output.run_id=mine",
+        "lens.flush_seconds=0.1",
+    ]
 
 
 @pytest.fixture

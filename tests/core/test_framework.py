@@ -39,24 +39,19 @@ class OwnRun:
 
 
 @pytest.fixture(scope="module")
-def own(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> OwnRun:
+def own(small_config_in: Config, tmp_path_factory: pytest.TempPathFactory) -> OwnRun:
     folder = tmp_path_factory.mktemp("own")
-    config = TrainingConfig.model_validate(
-        {
-            "data": {"max_examples": STEPS * BATCH * ACCUMULATION, **few_rows},
-            "training": {
-                "epochs": 1,
-                "batch_size": BATCH,
-                "gradient_accumulation_steps": ACCUMULATION,
-                "lr": 3e-3,
-                "scheduler": "constant",
-                "warmup_ratio": 0.0,
-                "max_grad_norm": CLIP,
-            },
-            "peft": {"r": 4},
-            "lens": {"report": False, "spectra_every": 1, "probe_every": 2},
-            "output": {"base_output_dir": str(folder)},
-        }
+    config = small_config_in(
+        folder,
+        data={"max_examples": STEPS * BATCH * ACCUMULATION},
+        training={
+            "batch_size": BATCH,
+            "gradient_accumulation_steps": ACCUMULATION,
+            "scheduler": "constant",
+            "warmup_ratio": 0.0,
+            "max_grad_norm": CLIP,
+        },
+        lens={"spectra_every": 1, "probe_every": 2},
     )
     wrapper = TrainingWrapper(config)
     plan = wrapper.plan()

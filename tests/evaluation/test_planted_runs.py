@@ -179,10 +179,10 @@ def test_two_runs_are_called_by_their_names(good: Session, ruined: Session, held
 def test_a_base_that_is_right_already_and_a_domain_that_is_lost_are_said(
     good: Session, held_out: list[Example]
 ) -> None:
-    asked = held_out[:10]
+    asked = [example for example in held_out if example.domain == "forest"]
     said = ModelEvaluator(good, ANSWERS).evaluate(asked, base=True).outcomes["base"].answers
     known = [
-        replace(e, messages=(*e.messages[:-1], Message("assistant", text.strip())), domain="forest")
+        replace(e, messages=(*e.messages[:-1], Message("assistant", text.strip())))
         for e, text in zip(asked, said, strict=True)
     ]
     perfect = evaluate(good, known, ANSWERS)

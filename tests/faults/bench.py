@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cases import FOLDER, ONE_STEP, PREPARE, SWEEP, TRAIN, Case, Result, files_of, write_rows  # type: ignore[import-not-found]
+from cases import FOLDER, ONE_STEP, PREPARE, SWEEP, TRAIN, Case, Result, files_of, write_inputs  # type: ignore[import-not-found]
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "src"
@@ -163,7 +163,7 @@ class Bench:
         state = self.place / "states" / name
         if not state.is_dir():
             with self.sandbox() as folder:
-                write_rows(folder)
+                write_inputs(folder)
                 self._fill_state(name, folder)
                 shutil.copytree(folder, state, symlinks=True)
         return state

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiny_models import save_tiny_model  # type: ignore[import-not-found]
+
 RUN = "run"
 FOLDER = f"outputs/experiments/default/runs/{RUN}"
 TRAIN = (
-    "train", "data.train=rows.jsonl", "data.validation=held.jsonl", "training.batch_size=4", "training.max_steps=5",
-    "training.save_steps=2", "training.eval_steps=3", "training.lr=3e-3", "peft.r=4", "tracking.samples=1",
-    "tracking.histograms_every=2", f"output.run_id={RUN}",
+    "train", "model.id=base", "data.train=rows.jsonl", "data.validation=held.jsonl", "training.batch_size=4",
+    "training.max_steps=5", "training.save_steps=2", "training.eval_steps=3", "training.lr=3e-3", "peft.r=4",
+    "tracking.samples=1", "tracking.histograms_every=2", f"output.run_id={RUN}",
 )  # fmt: skip
 TIMES = ("seconds", "time", "per_second", "memory", "bytes", "started", "finished", "created", "date", "versions")
 
@@ -38,8 +40,9 @@ class Case:
     looks_for_damage: bool = False  # its answer may be exit code 1
 
 
-def write_rows(folder: Path) -> None:
-    """Rows to train on, and others to validate on."""
+def write_inputs(folder: Path) -> None:
+    """A tiny model, rows to train on, and others to validate on."""
+    save_tiny_model(folder / "base", vocab_size=1024)
     for name, numbers in (("rows", range(20)), ("held", range(20, 24))):
         lines = [{"question": f"How many pears has {i}?", "answer": f"It has {i + 1} pears."} for i in numbers]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -108,7 +111,7 @@ def deleted(folder: Path, _: str) -> Result:
 
 INFER = ("infer", "--run", FOLDER, "--input", "held.jsonl", "--output", "answers.jsonl", "inference.max_new_tokens=4")
 SWEEP = (
-    "sweep", "sweep=lr", "data.train=rows.jsonl", "data.validation=held.jsonl", "training.max_steps=1",
+    "sweep", "sweep=lr", "model.id=base", "data.train=rows.jsonl", "data.validation=held.jsonl", "training.max_steps=1",
     "training.batch_size=4", "sweep.trials=2", "peft.r=2",
 )  # fmt: skip
 BENCHMARK = (
@@ -117,13 +120,15 @@ BENCHMARK = (
 )  # fmt: skip
 PREPARE = ("prepare", "data.train=rows.jsonl", "data.val_ratio=0.2")
 FROM_PREPARED = (
-    "train", "data.train=outputs/data/default/train.jsonl", "data.validation=outputs/data/default/validation.jsonl",
-    *(argument for argument in TRAIN[1:] if not argument.startswith("data.")),
+    "train", "model.id=base", "data.train=outputs/data/default/train.jsonl",
+    "data.validation=outputs/data/default/validation.jsonl",
+    *(argument for argument in TRAIN[2:] if not argument.startswith("data.")),
 )  # fmt: skip
 EXPORT = ("export", FOLDER, "--data-type", "loss")
 ONE_STEP = (
-    "train", "data.train=rows.jsonl", "training.batch_size=4", "training.max_steps=1", "training.save_steps=null",
-    "tracking.samples=0", "tracking.tensorboard=false", "lens.enabled=false", f"output.run_id={RUN}",
+    "train", "model.id=base", "data.train=rows.jsonl", "training.batch_size=4", "training.max_steps=1",
+    "training.save_steps=null", "tracking.samples=0", "tracking.tensorboard=false", "lens.enabled=false",
+    f"output.run_id={RUN}",
 )  # fmt: skip
 JUDGED = values(f"{FOLDER}/reports/compare.json", f"{FOLDER}/reports/evaluation.json")
 CASES = {

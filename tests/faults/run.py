@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from bench import Bench, Outcome, Tally  # type: ignore[import-not-found]
 from cases import CASES  # type: ignore[import-not-found]

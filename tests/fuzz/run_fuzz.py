@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from fuzz_cases import SUBJECTS, World, run_case, study_config
 from fuzz_sandbox import BAD, Outcome
 
@@ -24,6 +25,7 @@ COLUMNS = ("result", "clear error", *BAD)
 def make_world(folder: Path) -> World:
     """A run of a few steps, with lens and checkpoints, and its mirror. What cases need is imported with it."""
     import torch
+    from tiny_models import save_tiny_model
 
     from training_lens import TrainingConfig, TrainingWrapper
     from training_lens.analysis import StandardReports  # noqa: F401  # forked processes have it
@@ -32,6 +34,7 @@ def make_world(folder: Path) -> World:
     compose([], ["training.lr=1e-3"], None, None)  # what is made once in a process is made here, for all
     torch.set_num_threads(1)  # a process that is forked beside threads of ours would wait for them
     values = {
+        "model": {"id": str(save_tiny_model(folder / "base", vocab_size=1024))},
         "data": {"max_examples": 16, **write_first_rows(folder, 32)},
         "training": {"max_steps": 2, "warmup_ratio": 0, "batch_size": 4},
         "tracking": {"tensorboard": False, "samples": 1},

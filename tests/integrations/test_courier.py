@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from training_lens import TrainingWrapper
+from training_lens.integrations.courier import Courier
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
 
@@ -47,7 +48,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def wait_until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_until(true: Callable[[], Any], seconds: float = 180.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := true()):
         assert time.monotonic() < deadline, "it never came"
@@ -77,6 +78,25 @@ def test_a_killed_training_is_sent_as_far_as_it_came(own: Path, couriers_of: Cou
     (metrics,) = own.glob("outputs/experiments/default/runs/*/logs/metrics.jsonl")
     lines = [f"{line['kind']} {line['step']}" for line in read_metrics(metrics)]
     assert told.read_text().splitlines() == [*lines, "interrupted"]
+
+
+def test_a_tracker_that_hangs_holds_neither_the_others_nor_the_courier(
+    own: Path, own_run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = own / "told"
+    custom = {"courier_trackers.Hangs": {"file": ""}, "courier_trackers.Steps": {"file": str(told)}}
+    config = own_run.read_metadata("config.json")
+    config["tracking"] |= {"custom": custom, "tensorboard": False, "send_seconds": 0.1, "wait_seconds": 0.5}
+    own_run.write_metadata("config.json", config)
+    last = read_metrics(own_run.metrics_file)[-1]
+    courier = Courier(own_run, seconds=0.5)
+    with caplog.at_level("DEBUG", "training_lens"):
+        courier.start()
+        wait_until(lambda: told.exists() and f"{last['kind']} {last['step']}\n" in told.read_text())
+        courier.finish()  # an hour before the tracker would
+    log = " ".join(record.getMessage() for record in caplog.records)
+    assert "lines of its journals, its end (no answer within 0.5 s)" in log.split("hangs: not sent: ")[1]
+    assert "courier: hangs left" in log and "exit code" not in log, "it has left by itself"
 
 
 @pytest.mark.slow

@@ -21,10 +21,10 @@ from training_lens.utils.files import hash_file
 
 
 @pytest.fixture
-def run(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
+def run(lens_run: RunFolder, tmp_path: Path) -> RunFolder:
     """A run of one's own, to be changed."""
-    root = tmp_path / "outputs/experiments/default/runs" / finished_run.run_id
-    shutil.copytree(finished_run.root, root, ignore=shutil.ignore_patterns("step-*.safetensors"))
+    root = tmp_path / "outputs/experiments/default/runs" / lens_run.run_id
+    shutil.copytree(lens_run.root, root)
     return RunFolder(root)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,10 +160,10 @@ def test_an_adapter_of_another_shape_is_refused(run: RunFolder, tmp_path: Path) 
         )
 
 
-def test_an_adapter_that_changes_nothing_is_refused(run: RunFolder, small_config: Callable[..., Any]) -> None:
-    from training_lens.config.schema import PeftSection
+def test_an_adapter_that_changes_nothing_is_refused(run: RunFolder) -> None:
+    from training_lens.config.schema import ModelSection, PeftSection
 
-    model = load_model(small_config().model, torch.device("cpu"), "fp32")
+    model = load_model(ModelSection(), torch.device("cpu"), "fp32")
     (run.metadata / "hashes.json").unlink()
     save_adapter(attach(model, PeftSection(r=4)), run.adapter)
     with pytest.raises(AdapterError, match=r"computes exactly what its base does: nothing to merge"):

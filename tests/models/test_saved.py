@@ -98,7 +98,8 @@ def test_a_plan_leaves_unset_what_was_never_set(small_config: Config, tmp_path: 
     plain = TrainingWrapper(small_config()).plan().config
     assert plain.peft.model_fields_set == {"r"}
     saved(tmp_path / "adapter")
-    resolved = TrainingWrapper(small_config(peft={"from_adapter": str(tmp_path / "adapter")})).plan().config
+    going_on = small_config(model={"id": "embedded"}, peft={"from_adapter": str(tmp_path / "adapter")})
+    resolved = TrainingWrapper(going_on).plan().config
     assert resolved.peft.r == 4 and not {"lora_dropout", "lora_plus_ratio"} & resolved.peft.model_fields_set
 
 

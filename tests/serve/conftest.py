@@ -20,7 +20,7 @@ def outputs(make_once: Callable[..., Path], tiny_base: Path, few_rows: dict[str,
         for name, peft in PEFT.items():
             values = {
                 "model": {"id": str(tiny_base)},
-                "data": {**few_rows, "max_examples": 24},
+                "data": {**few_rows, "max_examples": 24, "template": "alpaca"},
                 "training": {"epochs": 1, "batch_size": 8, "lr": 5e-2, "seed": len(name)},
                 "peft": {"r": 4, **peft},
                 "lens": {"enabled": False},

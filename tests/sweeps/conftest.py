@@ -1,4 +1,4 @@
-"""Sweeps of very short trials: two steps on 24 rows."""
+"""Sweeps of very short trials: two steps of a tiny model on 24 rows."""
 
 from __future__ import annotations
 
@@ -50,11 +50,12 @@ def put_database(database: Path, folder: Path) -> None:
 
 
 @pytest.fixture
-def sweep_config(tmp_path: Path, empty_database: Path) -> Callable[..., TrainingConfig]:
+def sweep_config(tmp_path: Path, tiny_base: Path, empty_database: Path) -> Callable[..., TrainingConfig]:
     """A sweep's config on 24 rows with 8 to validate; keywords go into its sweep section. Its database is there."""
 
     def build(training: dict[str, Any] | None = None, **sweep: Any) -> TrainingConfig:
         values = {
+            "model": {"id": str(tiny_base)},
             "data": {"train": ROWS[:24], "validation": ROWS[24:]},
             "training": {"epochs": 1, "max_steps": 2, **(training or {})},
             "peft": {"r": 4},

@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
 from slow_cases import slow_but
+from tiny_models import SIZES
 
 from training_lens import TrainingWrapper
 from training_lens.config.compose import compose
@@ -55,7 +56,7 @@ def test_each_trial_is_a_run_and_the_best_one_trains_from_its_file(sweep_config:
     board, best = result.leaderboard, result.leaderboard.best
     assert best is not None and len(shown) == board.count_trials("finished") == 5  # the grid, and the default settings
     assert (shown[0].trial, shown[0].is_default) == (0, True) and not any(row.is_default for row in shown[1:])
-    assert shown[0].params == {"training.lr": default_lr(192), "peft.r": 4}
+    assert shown[0].params == {"training.lr": default_lr(SIZES["hidden_size"]), "peft.r": 4}
     losses = [row.validation_loss or 0 for row in board.rows]
     assert losses == sorted(losses) and best.params["training.lr"] > 1e-4
     assert set(board.importances) == {"training.lr", "peft.r"}

@@ -73,7 +73,7 @@ def test_live_findings_change_no_bit_of_the_adapter(small_config: Config, poison
 
 
 def test_stop_on_stops_the_run_and_saves_it(small_config: Config) -> None:
-    config = small_config(training={**SHORT, "lr": 0.5}, lens={"stop_on": ["rate_high"]})
+    config = small_config(model={"id": "embedded"}, training={**SHORT, "lr": 0.5}, lens={"stop_on": ["rate_high"]})
     summary = TrainingWrapper(config).train()
     run = RunFolder(Path(summary.run_dir))
     assert (summary.status, summary.stopped_by) == ("finished", "rate_high") and summary.steps < 24
@@ -89,8 +89,9 @@ def test_a_resumed_run_has_the_lines_of_one_that_did_not_stop(small_config: Conf
                 raise RuntimeError
 
     training, lens = {**SHORT, "lr": 0.5}, {"scalars_every": 1, "probe_every": 4, "spectra_every": 8}
-    whole = train(small_config(training=training, lens=lens, output={"run_id": "whole"}))
-    cut = small_config(training=training, lens=lens, output={"run_id": "cut"})
+    sections: dict[str, Any] = {"model": {"id": "embedded"}, "training": training, "lens": lens}
+    whole = train(small_config(**sections, output={"run_id": "whole"}))
+    cut = small_config(**sections, output={"run_id": "cut"})
     with pytest.raises(RuntimeError):
         train(cut, Fail())
     resumed = RunFolder(Path(TrainingWrapper.resume(whole.root.parent / "cut").run_dir))

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from training_lens.config.run_config import read_run_config
 from training_lens.core.lens_store import LensStore
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
-from training_lens.evaluation.evaluator import TokenSums
+from training_lens.evaluation.evaluator import EvaluationOptions, TokenSums, token_sums
+from training_lens.inference.session import open_run
+from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
-from training_lens.training.prompt_swaps import compare_losses, swap_prompts
+from training_lens.training.prompt_swaps import LEAST_ROWS, compare_losses, swap_prompts
 from training_lens.training.run import TrainingWrapper
 
 
@@ -53,6 +56,26 @@ def test_the_gain_is_a_ratio_of_sums_with_its_error() -> None:
         found.append(compare_losses(own, TokenSums(other, tokens, tokens)))
     gains, errors = np.array(found).T
     assert gains.mean() == pytest.approx(0.3, abs=0.005) and errors.mean() == pytest.approx(gains.std(), rel=0.1)
+
+
+def test_the_recorded_gains_are_those_of_the_saved_adapter_and_of_its_base(
+    finished_run: RunFolder, tmp_path: Path
+) -> None:
+    output = {"run_id": None, "base_output_dir": str(tmp_path)}
+    plan = TrainingWrapper(read_run_config(finished_run).replace_keys(output=output)).plan()
+    model = open_run(finished_run).model
+    assert plan.validation is not None
+    swapped = swap_prompts(plan.validation, LEAST_ROWS)  # of so short a run
+    options = EvaluationOptions(plan.processes, "fp32", 4096, plan.tokenizer.eos_token_id)
+    store = LensStore(finished_run.lens)
+    for name, base in (("swap", False), ("base_swap", True)):
+        with base_only(model, base):
+            own = token_sums(model, plan.validation.select(swapped.positions), options).nll
+            wanted = compare_losses(own, token_sums(model, swapped.dataset, options))
+        for part, value in wanted._asdict().items():
+            recorded = store.series("evaluation", f"{name}_{part}").values[-1, 0]
+            assert recorded == pytest.approx(value, rel=1e-4, abs=1e-5), f"{name}_{part}"
+    assert store.series("evaluation", "swap_rows").values[-1, 0] == len(swapped.positions)
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from training_lens.training.row_retraining import RetrainedLosses, RetrainingWit
 Config = Callable[..., TrainingConfig]
 
 
-@pytest.mark.slow
 def test_the_run_repeats_and_is_compared_with_random_rows(small_config: Config) -> None:
     run = RunFolder(Path(TrainingWrapper(small_config(training={"max_steps": 3})).train().run_dir))
     ids = [row_id for line in read_steps(run) for row_id in line[:2]]

@@ -90,7 +90,7 @@ def test_a_run_leaves_everything_in_its_folder(whole: RunFolder) -> None:
     assert run.status == "finished"
     config = run.read_metadata("config.json")
     assert (
-        config["training"]["lr"] == 3e-3 and config["data"]["template"] == "chat" and config["model"]["seq_len"] == 512
+        config["training"]["lr"] == 3e-3 and config["data"]["template"] == "chat" and config["model"]["seq_len"] == 2048
     )
     assert config["output"]["run_id"] == run.run_id
     data = run.read_metadata("data.json")
@@ -233,7 +233,7 @@ RESUMED: dict[str, dict[str, Any]] = {
         "training": {"lr": 1e-3, "scheduler": "cosine_with_restarts", "scheduler_cycles": 2, "min_lr_ratio": 0.1},
     },
     "adafactor": {"peft": {"use_dora": True}, "training": {"optimizer": "adafactor"}},
-    "adamw_8bit": {"peft": {"r": 32}, "training": {"optimizer": "adamw_8bit"}},
+    "adamw_8bit": {"model": {"id": "embedded"}, "peft": {"r": 32}, "training": {"optimizer": "adamw_8bit"}},
     "pissa": {"peft": {"init": "pissa", "lora_dropout": 0.1}, "training": {"weight_decay": 0.1}},
     "whole_modules": {"peft": {"modules_to_save": ["norm"]}, "training": {"gradient_checkpointing": True}},
 }

@@ -154,7 +154,8 @@ def test_answers_take_a_bounded_share_of_the_runs_tokens(small_config: Config, t
     """Those of the base, of the last step and of evenly spread validations between; each as its adapter answers."""
     training = {"max_steps": 24, "epochs": 1, "batch_size": 4, "eval_steps": 1}
     tracking = {**SHOWN, "samples": 4, "sample_tokens": 100}
-    run = run_of(small_config(data={"train": ROWS * 4, "val_ratio": 0.05}, training=training, tracking=tracking))
+    data = {"train": ROWS * 4, "val_ratio": 0.05}
+    run = run_of(small_config(model={"id": "embedded"}, data=data, training=training, tracking=tracking))
     steps = [line["step"] for line in lines(run)]
     assert steps[0] == 0 and steps[-1] == 24 and 3 <= len(steps) < 8
     assert max(np.diff(steps)) <= min(np.diff(steps)) + 1

@@ -59,7 +59,7 @@ def run(small_config_in: Config, tmp_path_factory: pytest.TempPathFactory) -> Ru
     config = small_config_in(
         folder / "outputs",
         data={"train": [str(path)], "max_examples": None},
-        training={"epochs": 3},
+        training={"epochs": 3, "lr": 2e-2},
         lens={"collectors": ["adapter_weights"], "probe_tokens": 0},
     )
     return RunFolder(Path(TrainingWrapper(config).train().run_dir))

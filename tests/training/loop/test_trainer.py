@@ -108,7 +108,7 @@ def test_frozen_weights_are_bit_identical_after_training(small_config: Config, t
     learned = {n: p.clone() for n, p in trainable_parameters(trainer.model)}
     trainer.fit()
     after = dict(trainer.model.named_parameters())
-    assert len(frozen) == 47 and all(torch.equal(after[n], p) for n, p in frozen.items())
+    assert all("lora_" in n for n in learned) and all(torch.equal(after[n], p) for n, p in frozen.items())
     assert all(not torch.equal(after[n], p) for n, p in learned.items())
 
 
@@ -146,7 +146,7 @@ def test_a_step_reports_what_it_trained_on(small_config: Config, tmp_path: Path)
 
 
 class Steer(Callback):
-    """After each step the adapter becomes random noise of a given scale: up to 0.024, more of it is a higher loss."""
+    """After each step the adapter becomes noise; of the embedded model up to 0.024, more of it is a higher loss."""
 
     def __init__(self, *scales: float) -> None:
         self.scales, self.losses = scales, list[float]()
@@ -161,7 +161,8 @@ class Steer(Callback):
 
 
 def test_early_stopping_stops_after_its_patience(small_config: Config, tmp_path: Path) -> None:
-    config = small_config(training={"epochs": 5, "eval_steps": 1, "early_stopping_patience": 2})
+    training = {"epochs": 5, "eval_steps": 1, "early_stopping_patience": 2}
+    config = small_config(model={"id": "embedded"}, training=training)
     trainer, steer = assembled(config, tmp_path), Steer(0.008, 0.02, 0.014, 0.002)
     trainer.callbacks = (steer,)
     state = trainer.fit()
@@ -186,7 +187,7 @@ def test_a_run_that_a_finding_stops_validates_and_saves_its_last_step(small_conf
 
 @pytest.mark.slow
 def test_best_and_last_checkpoints_are_kept(small_config: Config, tmp_path: Path) -> None:
-    trainer = assembled(small_config(training={"eval_steps": 1}), tmp_path)
+    trainer = assembled(small_config(model={"id": "embedded"}, training={"eval_steps": 1}), tmp_path)
     trainer.callbacks = (steer := Steer(0.012, 0.004, 0.016, 0.02, 0.024, 0.008),)
     trainer.fit()
     assert steer.losses.index(min(steer.losses)) == 1
@@ -221,7 +222,8 @@ def test_a_non_finite_step_stops_before_the_update(small_config: Config, tmp_pat
 
 @pytest.mark.slow
 def test_a_resumed_early_stop_stays_stopped(small_config: Config, tmp_path: Path) -> None:
-    config = small_config(training={"epochs": 5, "eval_steps": 1, "early_stopping_patience": 1})
+    training = {"epochs": 5, "eval_steps": 1, "early_stopping_patience": 1}
+    config = small_config(model={"id": "embedded"}, training=training)
     first = assembled(config, tmp_path)
     first.callbacks = (Steer(0.008, 0.02),)
     assert first.fit().step == 2
