@@ -11,7 +11,8 @@ import pytest
 
 from training_lens.data.columns import TokenizedRows
 from training_lens.data.examples import TokenizedExample
-from training_lens.data.token_dataset import Checksums, TokenDataset, write_examples
+from training_lens.data.token_dataset import TokenDataset, write_examples
+from training_lens.data.token_file import Checksums
 from training_lens.errors import DamagedFileError
 from training_lens.utils.integrity import read_sealed
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.report_files import Report
 from training_lens.analysis.scale_sweep import Knob, KnobPoint
 from training_lens.display.colors import COLOURS
 from training_lens.display.html import BulletList, Part, SvgPicture, Table

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training_lens.analysis.checkpoint_captures import CheckpointCaptures
 from training_lens.analysis.logs import TRAINER_STATE, Log, read_our_log, read_trainer_log
 from training_lens.analysis.saved_adapters import (
-    CheckpointCaptures,
     SavedAdapter,
     has_adapter_files,
     open_adapter,

@@ -20,7 +20,8 @@ from training_lens.data.examples import TokenizedExample
 from training_lens.data.notes import refuse_unusable_sources
 from training_lens.data.sources import DataSource, expand_sources
 from training_lens.data.split_report import SplitCounter, SplitReport
-from training_lens.data.token_dataset import TokenDataset, TokenTable, write_examples
+from training_lens.data.token_dataset import TokenDataset, write_examples
+from training_lens.data.token_file import TokenTable
 from training_lens.data.token_pipeline import Preparation, collect_all_errors, tokenize_chunks
 from training_lens.data.tokenization import CharacterCoverage
 from training_lens.display.progress import Progress

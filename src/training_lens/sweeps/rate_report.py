@@ -8,7 +8,7 @@ from itertools import cycle
 
 import numpy as np
 
-from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.report_files import Report
 from training_lens.display.colors import COLOURS
 from training_lens.display.html import BulletList, Part, SvgPicture, Table
 from training_lens.display.svg import Curve, render_chart

@@ -9,7 +9,7 @@ import numpy as np
 from training_lens.analysis.explanations.answer_changes import AnswerChange, ModuleEffect, TokenChange, TokenModules
 from training_lens.analysis.explanations.row_evidence import AnswerRows
 from training_lens.analysis.explanations.training_rows import label_rows
-from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.report_files import Report
 from training_lens.display.colors import COLOURS
 from training_lens.display.html import BulletList, Callout, Part, ShadedText, ShadedToken, SvgPicture, Table
 from training_lens.display.svg import Curve, render_chart, render_heat_map

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from training_lens.analysis.explanations.module_gains import DropTest, ModuleGains
-from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.report_files import Report
 from training_lens.display.html import BulletList, Callout, Part, SvgPicture, Table
 from training_lens.display.svg import render_heat_map
 from training_lens.utils.formatting import format_interval, format_share

@@ -18,7 +18,7 @@ from training_lens.analysis.explanations.row_explanation import (
     RowVisits,
 )
 from training_lens.analysis.explanations.training_rows import label_rows
-from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.report_files import Report
 from training_lens.display.colors import COLOURS
 from training_lens.display.html import BulletList, Part, ShortenedCell, SvgPicture, Table
 from training_lens.display.svg import Dots, render_dots

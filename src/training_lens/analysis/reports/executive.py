@@ -10,7 +10,7 @@ import numpy as np
 
 from training_lens.analysis.checkpoint_analyzer import Analysis
 from training_lens.analysis.findings.finding import Finding
-from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.report_files import Report
 from training_lens.analysis.run_facts import (
     cost_brief,
     cost_sentence,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from training_lens.analysis.checkpoint_analyzer import Analysis
-from training_lens.analysis.reports.report import WRITERS, Report, require_known
+from training_lens.analysis.reports.report_files import WRITERS, Report, require_known
 from training_lens.utils.files import require_writable
 
 KINDS = ("executive", "technical", "diagnostic")

@@ -12,7 +12,7 @@ from training_lens.analysis.figures.catalogue import REPORT_FIGURES
 from training_lens.analysis.figures.run_figures import plot_cost, plot_loss
 from training_lens.analysis.figures.style import match_scales
 from training_lens.analysis.reports.executive import WRONG, build_verdict, collect_values
-from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.report_files import Report
 from training_lens.analysis.run_facts import (
     cost_sentence,
     find_verdict,
