@@ -39,8 +39,8 @@ def options() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize(("words", "empty"), list(zip(options(), cycle(["", " ", "\t"]), strict=False)), ids=str)
 def test_no_option_takes_an_empty_text(call: Call, words: tuple[str, ...], empty: str) -> None:
     needed = {"export": ("--data-type", "loss"), "tag": ("RUN", "x"), "compare": ("a", "b"), "push": ("RUN",)}
-    needed |= {"show": ("RUN",), "delete": ("RUN",)}
-    of_runs = words[0] in ("experiment", "export", "push")
+    needed |= {"show": ("RUN",), "delete": ("RUN",), "export-adapter": ("--to", "plain")}
+    of_runs = words[0] in ("experiment", "export", "export-adapter", "push")
     result = call(*words, empty, *(needed.get(words[-2], ()) if of_runs else ()))
     assert result.exit_code == 2 and f"error: {words[-1]}: given without a value" in result.stderr, result.output
     assert not list(Path().iterdir())

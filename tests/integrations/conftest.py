@@ -58,12 +58,19 @@ def sent_run(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
-def lens_run(small_config_in: Callable[..., Any], make_once: Callable[..., Path]) -> RunFolder:
+def lens_run(few_rows: dict[str, list[str]], make_once: Callable[..., Path]) -> RunFolder:
     """A short run with its lens and its report, sent nowhere; for reading alone."""
-    from training_lens import TrainingWrapper
+    from training_lens import TrainingConfig, TrainingWrapper
 
     def make(folder: Path) -> None:
-        TrainingWrapper(small_config_in(folder, training={"logging_steps": 2}, lens={"report": True})).train()
+        values = {
+            "data": {"max_examples": 48, **few_rows},
+            "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3, "logging_steps": 2},
+            "peft": {"r": 4},
+            "tracking": {"tensorboard": False, "samples": 0, "histograms_every": None},
+            "output": {"base_output_dir": str(folder)},
+        }
+        TrainingWrapper(TrainingConfig.model_validate(values)).train()
 
     (root,) = make_once("lens_run", make).glob("experiments/default/runs/*")
     return RunFolder(root)

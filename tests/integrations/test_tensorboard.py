@@ -37,10 +37,10 @@ ALL = {"scalars": 0, "tensors": 0}
 
 
 @pytest.fixture(scope="module")
-def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A finished run, shown in TensorBoard."""
-    own = {"model": {"id": str(tiny_base)}, "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))}}
-    return RunFolder(Path(TrainingWrapper(TrainingConfig(**SETTINGS, **own)).train().run_dir))
+    output = {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))}
+    return RunFolder(Path(TrainingWrapper(TrainingConfig(**SETTINGS, output=output)).train().run_dir))
 
 
 def read(run: RunFolder) -> EventAccumulator:

@@ -19,6 +19,7 @@ import pytest
 from slow_cases import slow_but
 
 from training_lens import TrainingWrapper
+from training_lens.config.compose import validate_values
 from training_lens.errors import IntegrationError
 from training_lens.integrations.delivery import IntegrationState
 from training_lens.integrations.record import RunRecord
@@ -36,6 +37,20 @@ WEIGHTS = "adapter_model.safetensors"
 KEY = "0123456789abcdef" * 3
 SAMPLE = {"id": "a-1", "prompt": "Where is the cat?", "expected": "On the mat.", "generated": "On the mat."}
 HISTOGRAM = {"counts": [1, 2, 3], "low": -0.5, "high": 1.0}
+
+
+def config(folder: Path, rows: dict[str, list[str]], lens: bool = True, **sent: Any) -> Any:
+    """A run of six steps with its lens and report."""
+    return validate_values(
+        {
+            "data": {"max_examples": 48, **rows},
+            "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3, "logging_steps": 2},
+            "peft": {"r": 4},
+            "tracking": {"tensorboard": False, "samples": 0, "histograms_every": None, "wandb": sent},
+            "lens": {"enabled": lens},
+            "output": {"base_output_dir": str(folder)},
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -245,11 +260,10 @@ def _processes(name: str) -> list[int]:
 
 @pytest.mark.slow
 def test_a_killed_client_changes_no_bit_and_all_is_there_in_the_end(
-    trained: RunFolder, small_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: RunFolder, few_rows: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    sending = small_config(training={"logging_steps": 2}, tracking={"wandb": {"mode": "offline"}})
-    killer = KillsTheClient()
+    killer, sending = KillsTheClient(), config(tmp_path, few_rows, lens=False, mode="offline")
     run = RunFolder(Path(TrainingWrapper(sending, callbacks=(killer,)).train().run_dir))
     assert killer.killed
     assert (run.adapter / WEIGHTS).read_bytes() == (trained.adapter / WEIGHTS).read_bytes()

@@ -24,7 +24,7 @@ LONG = {"model": "lora", "prompt": "the cat", "max_tokens": 1900, "ignore_eos": 
 def server(start_server: Callable[..., Server]) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(KEY_VARIABLE, KEY)
-        started = start_server("lora", "--rows", "1", "--queue", "1", "--timeout", "1.5")
+        started = start_server("lora", "--rows", "1", "--queue", "1", "--timeout", "0.8")
     started.http.headers["authorization"] = f"Bearer {KEY}"
     yield started
 
@@ -79,7 +79,7 @@ def test_a_full_queue_is_429_and_a_late_answer_ends(server: Server) -> None:
     first.join(20)
     second.join(20)
     assert first.is_done and first.events[-1]["error"]["code"] == "request_timeout"
-    late = server.http.post("/v1/completions", json=LONG)
+    late = server.http.post("/v1/completions", json=LONG | {"n": 2})
     assert late.status_code == 504 and late.json()["error"]["code"] == "request_timeout"
     assert server.http.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
 

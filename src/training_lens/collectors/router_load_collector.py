@@ -12,7 +12,7 @@ from torch import Tensor
 from training_lens.core import table_names as tables
 from training_lens.core.collector import CaptureContext, CollectorRegistry, DataCollector
 from training_lens.core.types import Cadence, Captured, DataType, Moment
-from training_lens.models.experts import Routing, count_routed, expert_name, watch_routing
+from training_lens.models.experts import Routing, count_routed, expert_modules, expert_name, watch_routing
 
 
 @CollectorRegistry.register
@@ -28,6 +28,10 @@ class RouterLoadCollector(DataCollector):
 
     name, data_type = tables.ROUTER_LOAD, DataType.ACTIVATIONS
     moment, cadence = Moment.PROBE, Cadence.PROBE
+
+    def applies_to(self, context: CaptureContext) -> bool:
+        """Only to a mixture."""
+        return bool(expert_modules(context.model))
 
     @contextmanager
     def probe_hooks(self, context: CaptureContext) -> Iterator[None]:

@@ -69,7 +69,8 @@ class Capture:
     ) -> None:
         self.context, self._section = context, section
         self._facts = facts
-        self._active = [c for c in collectors if c.moment is not Moment.PROBE or context.probe]
+        has_probe = [c for c in collectors if c.moment is not Moment.PROBE or context.probe]
+        self._active = [c for c in has_probe if c.applies_to(context)]
         self._budget = OverheadBudget(section, facts.total_steps)
         self._step, self._is_over = facts.after_step, False
         self._base_states: Tensor | None = None  # of the probe's targets, for brief passes

@@ -77,6 +77,10 @@ class DataCollector(ABC):
     moment: ClassVar[Moment] = Moment.UPDATE
     cadence: ClassVar[Cadence] = Cadence.SCALARS
 
+    def applies_to(self, context: CaptureContext) -> bool:
+        """Whether there is anything to capture of this model; a table that does not apply is not announced."""
+        return True
+
     def start(self, context: CaptureContext) -> Captured | None:
         """Before the first step. What holds for the whole run may be returned here; it is stored as step 0."""
         return None
