@@ -7,6 +7,7 @@ const LEAST_HEIGHT = 180;
 const ROWS_OF_TABLE = 40;
 const FEW_DECADES = 2.5;
 const LOG_MARGIN = 1.2; // of a logarithmic axis, above and below its values
+const WHOLE_STEPS = Array.from({ length: 13 }, (_, power) => [1, 2, 5].map((digit) => digit * 10 ** power)).flat(); // between ticks
 const LOG_RATIO = 8; // from this ratio of largest to smallest value on, the axis is logarithmic
 
 /**
@@ -41,7 +42,7 @@ export function lineChart({ title, x = "step", y, height = 260, onZoom = null, c
     const zoom = readZoom(state);
     state.plot?.destroy();
     replace(box);
-    if (scale) scale.textContent = usesLog() ? "Log scale" : "Linear scale";
+    if (scale) scale.textContent = usesLog() ? "Scale: log" : "Scale: linear";
     drawLegend();
     if (shown.length) {
       const options = buildOptions({ x, y, height, onZoom, marks, isLog: usesLog(), width: widthOf(box) }, shown);
@@ -144,7 +145,7 @@ function buildOptions({ x, y, height, width, onZoom, marks, isLog }, lines) {
     cursor: { points: { size: 7 }, drag: { x: true, y: false } },
     scales: { x: { time: false }, y: isLog ? { distr: 3, range: (_, low, high) => [low / LOG_MARGIN, high * LOG_MARGIN] } : {} },
     axes: [
-      { ...axis, label: x, labelSize: 20, size: 30, values: (_, ticks) => ticks.map(shorten) },
+      { ...axis, label: x, labelSize: 20, size: 30, incrs: WHOLE_STEPS, values: (_, ticks) => ticks.map(shorten) },
       { ...axis, label: y, labelSize: 22, size: 58, values: (_, ticks) => ticks.map(shorten),
         ...(isLog ? { filter: keepRound, grid: { ...axis.grid, filter: keepRound } } : {}) },
     ],

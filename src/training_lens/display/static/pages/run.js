@@ -48,7 +48,7 @@ export async function showRun(main, run, source, { setTitle, setConnection }) {
   const state = { page, findings: null, isStopped: false, timers: [] };
   const curves = new Curves(view.curves, source);
   drawPage(view, state, source);
-  replace(view.layers, element("p", { class: "empty" }, "Read when you come here."));
+  replace(view.layers, element("p", { class: "empty" }, "Reading what the lens captured…"));
   const layers = layerPart(view.layers, source);
   const isTraining = () => state.page.row.status === "running";
   // The checks of all captures take seconds of a core: while a run trains, those that it writes itself are shown.
@@ -254,7 +254,7 @@ function drawFindings(view, state) {
       ? "What the run has found so far; all checks follow when it ends." : "Reading what the lens captured…";
     return replaceIfChanged(view.findings, [state.page.active_findings, remark], () => findingCards(state.page.active_findings, remark));
   }
-  replaceIfChanged(view.findings, found, () => (found.error ? element("p", { class: "empty" }, found.error) : findingCards(found.findings, "")));
+  replaceIfChanged(view.findings, found, () => (found.error ? element("p", { class: "empty" }, capitalize(found.error)) : findingCards(found.findings, "")));
 }
 
 function layerPart(box, source) {
@@ -311,7 +311,7 @@ function labelled(name, control) {
 }
 
 function failure(error) {
-  return element("p", { class: "empty" }, error.message);
+  return element("p", { class: "empty" }, capitalize(error.message));
 }
 
 function settingsPart(page, source) {

@@ -106,11 +106,10 @@ function buildView(state, words, draw) {
     element("option", { value: "data" }, "Data"));
   const count = element("p", { class: "soft", role: "status" });
   const table = element("div", { class: "scroll" });
-  const bar = element("div", { class: "bar-fixed" });
-  const root = element("div", {}, element("h1", {}, "Runs"),
-    element("div", { class: "filters" }, field("Find", search), field("Status", status), field("Group by", group)),
-    count, table, bar);
-  return { root, search, status: count, statusFilter: status, group, table, bar };
+  const bar = element("div", { class: "bar-fixed", hidden: true });
+  const filters = element("div", { class: "filters" }, field("Find", search), field("Status", status), field("Group by", group));
+  const root = element("div", {}, element("h1", {}, "Runs"), filters, count, table, bar);
+  return { root, search, status: count, statusFilter: status, group, filters, table, bar };
 }
 
 function field(name, control) {
@@ -138,8 +137,10 @@ function compareValues(a, b, sign) {
 
 function drawTable(state, view, draw) {
   const rows = filterRows(state, view.search.value, view.statusFilter.value);
+  const isEmpty = !state.rows.size && !state.pending;
+  view.filters.hidden = view.status.hidden = isEmpty;
+  if (isEmpty) return replace(view.table, emptyPage(state.folder));
   replace(view.status, describeCount(state, rows.length));
-  if (!state.rows.size && !state.pending) return replace(view.table, emptyPage(state.folder));
   const shown = rows.slice(0, state.limit);
   const more = rows.length > shown.length
     ? button(`Show ${Math.min(ROWS_AT_ONCE, rows.length - shown.length)} more`, () => {

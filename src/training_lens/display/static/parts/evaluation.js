@@ -46,7 +46,7 @@ function groupTable(title, groups, all) {
   if (!groups.length) return null;
   const measures = all.measures.filter((one) => one.measure === "loss" || one.measure === "exact_match").map((one) => one.measure);
   const columns = [
-    { name: title, cell: (group) => group.name },
+    { name: title.replace("By ", ""), cell: (group) => group.name },
     { name: "rows", number: true, cell: (group) => formatWhole(group.rows) },
     ...measures.flatMap((measure) => {
       const find = (group) => group.measures.find((one) => one.measure === measure);

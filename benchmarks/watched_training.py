@@ -1,0 +1,154 @@
+"""What open pages of the dashboard cost a run that trains, by one long run with pages opened and closed in turns.
+
+Runs differ from one another by more than pages cost, so all is measured within one run of many steps: segments alone
+and segments with three pages open, in the order alone, watched, watched, alone. Each two neighbours are a pair, whose
+median steps are compared; the interval of the mean ratio is a bootstrap over the pairs. Nothing of a segment is left
+out: the seconds in which pages open are in it. The run validates nothing meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from dashboard_server import open_browser, serve
+from playwright.sync_api import Browser
+
+SEGMENT_SECONDS = 10.0
+WARM_STEPS = 100
+RESAMPLES = 10_000
+NEVER = 10**7  # steps
+RUN = "experiments/default/runs/run"
+SETTINGS = (
+    *("train", "data.max_examples=320", f"training.max_steps={NEVER}", "training.batch_size=4"),
+    *(f"training.eval_steps={NEVER}", f"training.save_steps={NEVER}", "tracking.samples=0"),
+    *("tracking.tensorboard=false", "lens.report=false", "output.run_id=run"),
+)
+PROCESSES = ("training", "server", "browser")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the run: seconds since 1970, whether pages were open, and the CPU seconds of each of `PROCESSES`."""
+
+    start: float
+    end: float
+    is_watched: bool
+    cpu: tuple[float, ...]
+
+
+def measure_watched_training(segments: int, cores: tuple[int, int]) -> dict[str, Any]:
+    """Step times with pages and without.
+
+    Args:
+        segments: a multiple of 4.
+        cores: the one that trains, and the one of server and browser; they may be the same.
+    """
+    os.sched_setaffinity(0, {cores[1]})  # of the server and the browser, too, which this process starts
+    with tempfile.TemporaryDirectory() as place:
+        outputs = Path(place)
+        with serve(outputs) as (address, _, server), train(outputs, cores[0]) as training, open_browser() as browser:
+            pids = (training.pid, server.pid)
+            orders = [segment % 4 in (1, 2) for segment in range(segments)]
+            found = [watch_segment(browser, address, pids, is_watched=watched) for watched in orders]
+        steps = read_steps(outputs / RUN / "logs/metrics.jsonl")
+    return summarize(found, steps, cores)
+
+
+@contextmanager
+def train(outputs: Path, core: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A run that has warmed up, on one core; it is stopped at the end."""
+    command = [sys.executable, "-m", "training_lens", *SETTINGS, f"output.base_output_dir={outputs}"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(["taskset", "--cpu-list", str(core), *command], **quiet)  # type: ignore[call-overload]
+    metrics = outputs / RUN / "logs/metrics.jsonl"
+    try:
+        while not metrics.is_file() or len(read_steps(metrics)) < WARM_STEPS:
+            assert process.poll() is None, "the run ended"
+            time.sleep(0.5)
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+
+
+def read_steps(metrics: Path) -> np.ndarray:
+    """The time at the end of each step, and its seconds: (steps, 2)."""
+    lines = map(json.loads, metrics.read_text().splitlines()[:-1])
+    return np.array([(line["time"], line["seconds"]) for line in lines if line["kind"] == "step"])
+
+
+def watch_segment(browser: Browser, address: str, pids: tuple[int, int], *, is_watched: bool) -> Segment:
+    """One segment: with the list of runs, the run's page, and the run's page at its layers open, or with none."""
+    before, start = read_cpu(pids), time.time()
+    pages = [browser.new_page() for _ in range(3 if is_watched else 0)]
+    for page, name in zip(pages, ("", "run/default/run", "run/default/run"), strict=False):
+        page.goto(f"{address}/#/{name}")
+    for page in pages[2:]:
+        page.locator("#layers").scroll_into_view_if_needed()
+    time.sleep(max(0.0, start + SEGMENT_SECONDS - time.time()))
+    after, end = read_cpu(pids), time.time()
+    for page in pages:
+        page.close()
+    return Segment(start, end, is_watched, tuple(b - a for a, b in zip(before, after, strict=True)))
+
+
+def read_cpu(pids: tuple[int, int]) -> tuple[float, ...]:
+    """The CPU seconds so far of the training, the server and all processes of the browser."""
+    children = psutil.Process().children(recursive=True)
+    seconds = {child.pid: sum(child.cpu_times()[:2]) for child in children}
+    own = [seconds.pop(pid) for pid in pids]
+    return (*own, sum(seconds.values()))
+
+
+def summarize(segments: Sequence[Segment], steps: np.ndarray, cores: tuple[int, int]) -> dict[str, Any]:
+    """The ratios over the pairs of segments, and what each process cost."""
+    seconds, cpu, counts = [], [], []
+    for segment in segments:
+        inside = steps[(steps[:, 0] > segment.start) & (steps[:, 0] <= segment.end), 1]
+        seconds.append(float(np.median(inside)))
+        cpu.append(segment.cpu[0] / len(inside))
+        counts.append(len(inside))
+    is_watched = np.array([segment.is_watched for segment in segments])
+    costs = {
+        name: statistics.mean(s.cpu[i] / (s.end - s.start) for s in segments if s.is_watched)
+        for i, name in enumerate(PROCESSES)
+    }
+    return {
+        "cores": "one" if cores[0] == cores[1] else "two",
+        "segments": len(segments),
+        "segment_seconds": SEGMENT_SECONDS,
+        "steps": sum(counts),
+        "step_seconds_alone": float(np.median(np.array(seconds)[~is_watched])),
+        "step_seconds_watched": float(np.median(np.array(seconds)[is_watched])),
+        "ratio_of_median_steps": compare_pairs(np.array(seconds), is_watched),
+        "ratio_of_training_cpu_a_step": compare_pairs(np.array(cpu), is_watched),
+        "ratio_of_steps_a_second": compare_pairs(np.array(counts, float), is_watched),
+        "cpu_seconds_a_second_while_watched": costs,
+    }
+
+
+def compare_pairs(values: np.ndarray, is_watched: np.ndarray) -> dict[str, Any]:
+    """The mean ratio of watched to alone over pairs of neighbours, with its 95 % bootstrap interval over pairs."""
+    pairs, order = np.log(values).reshape(-1, 2), is_watched.reshape(-1, 2)
+    ratios = np.where(order[:, 1], pairs[:, 1] - pairs[:, 0], pairs[:, 0] - pairs[:, 1])
+    drawn = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+    means = ratios[drawn].mean(1)
+    return {
+        "mean": float(np.exp(ratios.mean())),
+        "interval": np.exp(np.quantile(means, [0.025, 0.975])).tolist(),
+        "pairs": np.exp(ratios).round(4).tolist(),
+    }
