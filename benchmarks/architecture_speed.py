@@ -9,17 +9,16 @@ batches of the same rows with PEFT and AdamW, and `generate`, on the model and a
 
 Printed and stored in `results/architecture_speed.json`: useful tokens per second of training (padding does not count),
 the median over steps without the first two; new tokens per second of the adapter's greedy answers to 1 and 8 prompts of
-64 tokens, reading the prompts included. This checkout, DIR and HF take turns on one core, in the other order at every
-second repeat; `taskset -c 0` keeps them off a core that is in use. Speeds are medians over the repeats, ratios
-geometric means; `--only` joins its rows to those that are stored. What fails has its reason in place of numbers. Needs
-Linux, GSM8K rows and Phi-3's tokenizer in ../shared; two minutes for each architecture and repeat.
+64 tokens, reading the prompts included, by CPU time. This checkout, DIR and HF take turns on one core, in the other
+order at every second repeat; `taskset -c 0` keeps them off a core that is in use. Speeds are medians over the repeats,
+ratios geometric means; `--only` joins its rows to those that are stored. What fails has its reason in place of numbers.
+Needs Linux, GSM8K rows and Phi-3's tokenizer in ../shared; two minutes for each architecture and repeat.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -31,12 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_versions import PHI3, QUIET, ROWS, describe_commit, run_command, run_side_by_side
+from compare_versions import PHI3, QUIET, ROWS, describe_commit, run_command, run_side_by_side, time_answers
 from machine import PRECISION, described
 from training_jobs import ROOT
 
 RESULTS = Path(__file__).parent / "results" / "architecture_speed.json"
-DECODE = Path(__file__).parent / "decode_speed.py"
 SIZES = {
     "hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 8, "num_attention_heads": 5,
     "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 1024, "tie_word_embeddings": True,
@@ -85,16 +83,8 @@ def measure_ours(checkout: Path, folder: Path, name: str, model: Path, examples:
     run = folder / "outputs/experiments/default/runs/run"
     steps = [json.loads(line) for line in (run / "logs/metrics.jsonl").read_text().splitlines()]
     rates = [step["tokens"] / step["seconds"] for step in steps if step["kind"] == "step"]
-    decoding = json.loads(
-        subprocess.run(
-            [
-                *(sys.executable, str(DECODE), str(run), "--rows", *map(str, ROWS_DECODED)),
-                *("--prompt", str(PROMPT), "--new", str(NEW)),
-            ],
-            cwd=folder, check=True, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": str(checkout / "src")},
-        ).stdout.splitlines()[-1]
-    )  # fmt: skip
+    shape = ("--prompt", str(PROMPT), "--new", str(NEW))
+    decoding = time_answers(checkout, folder, "run", "--rows", *map(str, ROWS_DECODED), *shape)
     return {"train": statistics.median(rates[WARM:]), **decoding}
 
 
@@ -134,13 +124,13 @@ def _time_generate(model: Any) -> Speeds:
         ids = torch.randint(3, 32_000, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
         seconds = []
         for _ in range(3):
-            begun = time.perf_counter()
+            begun = time.process_time()
             with torch.inference_mode():
                 out = model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
                     min_new_tokens=NEW,
                 )  # fmt: skip
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.process_time() - begun)
         assert out.shape[1] == PROMPT + NEW, "every row says as much"
         found[f"decode {rows}"] = rows * NEW / statistics.median(seconds[1:])
     return found

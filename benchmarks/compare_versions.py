@@ -4,9 +4,10 @@
 
 OLD and NEW are checkouts. Both run at the same time, on a core each and with one thread, so that what else the machine
 does slows both; after each repeat they change cores. Each measurement is a command of the product in a process of its
-own. Ratios are those of speeds, new to old: above 1 is faster; the geometric mean over an even number of repeats, with
-the lowest and the highest. Seconds are the medians. Needs Linux, two cores and GSM8K rows in ../shared; a Llama of
-125 M random weights is made here.
+own, or answers as `infer` gives them (decode_speed.py). Ratios are those of speeds, new to old: above 1 is faster; the
+geometric mean over an even number of repeats, with the lowest and the highest. Seconds are the medians, of CPU time but
+for the steps of training. Needs Linux, two cores and GSM8K rows in ../shared; a Llama of 125 M random weights is made
+here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -35,37 +35,53 @@ QUIET = ("tracking.tensorboard=false", "tracking.samples=0", "tracking.histogram
 Value = TypeVar("Value")
 Measurements = dict[str, float]
 FIRST_STEPS = 2  # touch memory for the first time, and are not counted
-GENERATION = ("benchmark.batch_sizes=[1,16]", "benchmark.prompt_lengths=[64]", "benchmark.new_tokens=32",
-              "benchmark.repetitions=2")  # fmt: skip
+DECODE = Path(__file__).parent / "decode_speed.py"
+RUN = "outputs/experiments/default/runs/{}"
 
 
 def run_command(checkout: Path, folder: Path, *arguments: str) -> float:
-    """Seconds that a command of this version takes."""
-    start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "training_lens", *arguments],
-        cwd=folder, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(checkout / "src")},
-    )  # fmt: skip
-    return time.perf_counter() - start
+    """Seconds of CPU time, user and system, that a command of this version and its children take."""
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "training_lens", *arguments],
+            cwd=folder, stdout=subprocess.DEVNULL, stderr=errors,
+            env={**os.environ, "PYTHONPATH": str(checkout / "src")},
+        )  # fmt: skip
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            raise subprocess.CalledProcessError(process.returncode, arguments, stderr=errors.read())
+    return used.ru_utime + used.ru_stime
 
 
 def train(checkout: Path, folder: Path, name: str, *settings: str) -> Measurements:
     """Train a run of this name; the seconds of its median step, and of the whole command."""
     whole = run_command(checkout, folder, "train", f"data.train={ROWS}", f"output.run_id={name}", *QUIET, *settings)
-    lines = (folder / f"outputs/experiments/default/runs/{name}/logs/metrics.jsonl").read_text().splitlines()
+    lines = (folder / RUN.format(name) / "logs/metrics.jsonl").read_text().splitlines()
     steps = [line["seconds"] for line in map(json.loads, lines) if line["kind"] == "step"]
     return {f"{name}: median step": statistics.median(steps[FIRST_STEPS:]), f"{name}: whole command": whole}
 
 
+def time_answers(checkout: Path, folder: Path, run: str, *options: str) -> Measurements:
+    """New tokens per second of a run's answers, by decode_speed.py with this version and these options."""
+    done = subprocess.run(
+        [sys.executable, str(DECODE), RUN.format(run), *options],
+        cwd=folder, check=True, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(checkout / "src")},
+    )  # fmt: skip
+    speeds: Measurements = json.loads(done.stdout.splitlines()[-1])
+    return speeds
+
+
 def generate(checkout: Path, folder: Path, run: str) -> Measurements:
     """Seconds per generated token of a run's adapter and of its merged model, by batch size."""
-    run_command(checkout, folder, "benchmark", "--run", run, "benchmark.models=[adapter,merged]", *GENERATION)
-    report = json.loads((folder / f"outputs/experiments/default/runs/{run}/reports/benchmark.json").read_text())
-    return {
-        f"generate, {cell['model']}, batch {cell['batch_size']}": 1 / cell["speed"]["tokens_per_second"]
-        for cell in report["cells"]
-        if cell["speed"]
-    }
+    found = {}
+    for model in ("adapter", "merged"):
+        for rows in (1, 16):
+            speed = time_answers(checkout, folder, run, "--model", model, "--rows", str(rows))
+            found[f"generate, {model}, batch {rows}"] = 1 / speed[f"decode {rows}"]
+    return found
 
 
 def measure(checkout: Path, folder: Path, model: Path) -> Measurements:
