@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,16 +18,10 @@ from training_lens.cli.options import OutputOptions
 from training_lens.errors import ConfigurationError, DatasetError, TrainingLensError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from training_lens.config.data_sections import DataSection
     from training_lens.data.examples import Row
-import json
-import textwrap
-from collections.abc import Iterator, Mapping
-
-from pydantic import BaseModel
-
-from training_lens.config.keys import section_model
-from training_lens.config.schema import TrainingConfig
 
 File = Annotated[str, typer.Argument(help="The YAML file to write.", metavar="[FILE]")]
 Model = Annotated[str | None, typer.Option(metavar="MODEL", help="Sets model.id: a local folder or a hub id.")]
@@ -220,10 +216,14 @@ def _check_experiment(answer: str) -> Values:
 
 def render_skeleton(values: Mapping[str, Any], file: str = "config.yaml") -> str:
     """A YAML config: `values` (by dotted key) and the keys of `LIVE` are set, all others commented out."""
+    from training_lens.config.schema import TrainingConfig
+
     return HEAD.format(file=file) + "".join(_render_section(TrainingConfig, values, ""))
 
 
 def _render_section(section: type[BaseModel], values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    from training_lens.config.keys import section_model
+
     indent = "  " * prefix.count(".")
     for name, field in section.model_fields.items():
         key, inner = f"{prefix}{name}", section_model(field)
