@@ -35,8 +35,11 @@ from training_lens.training.step_costs import (
 )
 
 
-def test_an_estimate_has_all_its_parts_and_writes_nothing(small_config: Callable[..., Any], tmp_path: Path) -> None:
-    plan = TrainingWrapper(small_config()).plan()
+@pytest.mark.parametrize("samples", [0, 4])
+def test_an_estimate_has_all_its_parts_and_writes_nothing(
+    samples: int, small_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    plan = TrainingWrapper(small_config(tracking={"samples": samples})).plan()
     before = sorted(tmp_path.rglob("*"))
     estimate = estimate_run(plan)
     assert estimate is not None and sorted(tmp_path.rglob("*")) == before

@@ -7,7 +7,8 @@ and extrapolated linearly in the number of layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan
 from training_lens.training.preflight.first_steps import require_gradients
 from training_lens.training.run import build_trainer
+from training_lens.training.samples import SampleAnswerer
 from training_lens.training.step_costs import (
     PEAK_MARGIN,
     StepPace,
@@ -47,6 +49,7 @@ SMALL_MODEL = 100_000_000  # parameters
 THIN_LAYERS = (1, 3)  # of the two thin models
 SAMPLED_STEPS = 8
 SAMPLED_ROWS = 64  # validation rows
+SAMPLED_TOKENS = 4  # of each sampled answer: their memory is that of the decoder
 BUDGET_SECONDS = 20.0
 STILL_LR = 1e-9
 LEAST_MEASURED = 4  # steps, however long they take; slow ones are cut to one micro-batch
@@ -193,7 +196,7 @@ def _measure_steps(plan: RunPlan, trainer: Trainer) -> StepCost:
     reset_peak(device)
     seconds, tokens = list[float](), list[int]()
     started = time.perf_counter()
-    with keep_freed_memory():
+    with keep_freed_memory(), _sampled_answers(plan, trainer):
         largest, *sample = _sample_steps(plan, is_packed)
         first = trainer.train_step(_cut_step(plan, largest, is_packed))  # warms up, and is the largest: sets the peak
         require_gradients(trainer, first, plan.facts.vocabulary)
@@ -207,6 +210,23 @@ def _measure_steps(plan: RunPlan, trainer: Trainer) -> StepCost:
         validation = _validation_seconds(plan, trainer) if plan.validation is not None else 0.0
     pace = measure_pace(seconds, tokens)
     return StepCost(pace, validation, float(peak_bytes(device)), is_packed, plan.micro_batch_tokens)
+
+
+@contextmanager
+def _sampled_answers(plan: RunPlan, trainer: Trainer) -> Iterator[None]:
+    """Before the block base and adapter answer the run's sample prompts, as in the run; in it their decoder is kept."""
+    answerer = SampleAnswerer(
+        replace(plan, config=plan.config.replace_keys(tracking={"sample_tokens": SAMPLED_TOKENS}))
+    )
+    try:
+        for base in (True, False) if answerer.prompts else ():
+            answerer.answer(trainer, base)
+    except Exception as error:  # the run goes on without samples, too
+        logger.debug("no sampled answers in the estimate: %s", describe_error(error))
+    try:
+        yield
+    finally:
+        answerer.close()
 
 
 def _cut_step(plan: RunPlan, step: StepPlan, is_packed: bool) -> StepPlan:

@@ -43,28 +43,63 @@ class SamplePrompt:
     expected: list[int]
 
 
-class SampleWriter(JournalCallback):
-    """Writes the model's greedy answers to a few prompts to samples.jsonl, at validations; at step 0 the base's.
+class SampleAnswerer:
+    """Answers a run's sample prompts greedily with the model in training, whose modes and random state are restored.
 
-    A line is `{"step", "base", "samples": [{"id", "prompt", "expected", "generated", "ended", "loops"}]}`. The prompts
-    are rows spread evenly over the validation set, or over the training rows if there is none, at the steps where a
-    validation would be. Where answers at all validations would take more than `TOKEN_SHARE` of the training, they come
-    at some of them, evenly spread; and none come while they have taken more than `TIME_SHARE` of the time. The base's
-    and those of the last step always come. A failure is logged and does not end the run. Training is not affected:
-    modes and random state are restored.
+    The prompts are rows spread evenly over the validation set, or over the training rows if there is none.
 
     Args:
-        path: the journal.
         plan: the run's, for its rows and tokenizer; `tracking.samples` and `tracking.sample_tokens` of its config.
     """
 
-    def __init__(self, path: Path, plan: RunPlan) -> None:
+    def __init__(self, plan: RunPlan) -> None:
         tracking = plan.config.tracking
+        self.prompts = select_prompts(plan.validation or plan.train, tracking.samples, tracking.sample_tokens)
+        self.settings = InferenceSection(max_new_tokens=tracking.sample_tokens, batch_tokens=plan.micro_batch_tokens)
+        self._plan = plan
+        self._session: Session | None = None  # for the whole training, so that its decoder is built once
+
+    def answer(self, trainer: Any, base: bool) -> tuple[list[GeneratedAnswer], Session]:
+        """The answers of the model, or of its base, and the session that gave them."""
+        session = self._session = self._session or self._open_session(trainer)
+        with (
+            evaluation_mode(trainer.model),
+            preserve_rng_state(),
+            autocast(trainer.processes.device, trainer.precision),
+        ):
+            answers = generate_answers(session, [prompt.ids for prompt in self.prompts], self.settings, base=base)
+        session.decoders.clear_if_large(trainer.model)
+        return answers, session
+
+    def close(self) -> None:
+        """Free the decoder."""
+        self._session = None
+
+    def _open_session(self, trainer: Any) -> Session:
+        plan = self._plan
+        texts = are_plain_texts(plan.splits["train"].report.mappings.values(), plan.config.data.fields)
+        device = trainer.processes.device
+        return build_session(LoadedModel(trainer.model, plan.tokenizer, device, trainer.precision), plan.config, texts)
+
+
+class SampleWriter(JournalCallback):
+    """Writes the model's greedy answers to a few prompts to samples.jsonl, at validations; at step 0 the base's.
+
+    A line is `{"step", "base", "samples": [{"id", "prompt", "expected", "generated", "ended", "loops"}]}`. Without
+    validation rows the answers come where a validation would be. Where answers at all validations would take more than
+    `TOKEN_SHARE` of the training, they come at some of them, evenly spread; and none come while they have taken more
+    than `TIME_SHARE` of the time. The base's and those of the last step always come. A failure is logged and does not
+    end the run. Training is not affected.
+
+    Args:
+        path: the journal.
+        plan: the run's.
+    """
+
+    def __init__(self, path: Path, plan: RunPlan) -> None:
         super().__init__(path)
         self._plan = plan
-        self._prompts = select_prompts(plan.validation or plan.train, tracking.samples, tracking.sample_tokens)
-        self._settings = InferenceSection(max_new_tokens=tracking.sample_tokens, batch_tokens=plan.micro_batch_tokens)
-        self._session: Session | None = None  # for the whole training, so that its decoder is built once
+        self._answerer = SampleAnswerer(plan)
         self._steps: Collection[int] = ()
         self._started = self.seconds = 0.0
         self._is_slow = False
@@ -90,18 +125,18 @@ class SampleWriter(JournalCallback):
 
     def on_train_end(self, trainer: Any) -> None:
         super().on_train_end(trainer)
-        self._session = None
+        self._answerer.close()
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
         super().on_exception(trainer, error)
-        self._session = None
+        self._answerer.close()
 
     def _choose_steps(self, trainer: Any) -> frozenset[int]:
         """The steps after which there are answers, as far as tokens decide: the same for the same data and seed."""
         plan, steps = self._plan, _list_validations(trainer)
         trained = float(plan.train.lengths.mean()) * plan.schedule.epoch_examples
         trained *= plan.schedule.total_steps / plan.schedule.steps_per_epoch
-        tokens = sum(len(prompt.ids) + self._settings.max_new_tokens for prompt in self._prompts)
+        tokens = sum(len(prompt.ids) + self._answerer.settings.max_new_tokens for prompt in self._answerer.prompts)
         allowed = max(LEAST_TOKENS, TOKEN_SHARE * trained / PASS_SHARE)
         count = min(len(steps), max(1, int(allowed / tokens) - 1))  # besides those of the base
         return frozenset(steps[len(steps) * (i + 1) // count - 1] for i in range(count))
@@ -119,30 +154,21 @@ class SampleWriter(JournalCallback):
             logger.info("step %d: no sampled answers, as those before took %.0f %% of the time", step, 100 * share)
 
     def _write_samples(self, trainer: Any, step: int, base: bool) -> None:
-        started = time.perf_counter()
-        device, precision, ran_out = trainer.processes.device, trainer.precision, False
+        started, ran_out = time.perf_counter(), False
         try:
-            self._session = self._session or self._open_session(trainer)
-            with evaluation_mode(trainer.model), preserve_rng_state(), autocast(device, precision):
-                prompts = [prompt.ids for prompt in self._prompts]
-                given = generate_answers(self._session, prompts, self._settings, base=base)
-            self._session.decoders.clear_if_large(trainer.model)
-            samples = [self._describe_sample(*pair, self._session) for pair in zip(self._prompts, given, strict=True)]
+            answers, session = self._answerer.answer(trainer, base)
+            pairs = zip(self._answerer.prompts, answers, strict=True)
+            samples = [self._describe_sample(prompt, given, session) for prompt, given in pairs]
             self._journal.write({"step": step, "base": base, "samples": samples})
             self.seconds += time.perf_counter() - started
             trainer.notify_callbacks("on_samples", step, samples, base)
         except Exception as error:
             logger.warning("step %d: no samples: %s Training continues.", step, describe_error(error))
             logger.debug("in the samples", exc_info=True)
-            ran_out, self._session = is_out_of_memory(error), None
+            ran_out = is_out_of_memory(error)
+            self._answerer.close()
         if ran_out:
             free_memory()
-
-    def _open_session(self, trainer: Any) -> Session:
-        plan = self._plan
-        texts = are_plain_texts(plan.splits["train"].report.mappings.values(), plan.config.data.fields)
-        device = trainer.processes.device
-        return build_session(LoadedModel(trainer.model, plan.tokenizer, device, trainer.precision), plan.config, texts)
 
     def _describe_sample(self, prompt: SamplePrompt, given: GeneratedAnswer, session: Session) -> dict[str, Any]:
         decode = self._plan.tokenizer.decode
@@ -158,7 +184,7 @@ class SampleWriter(JournalCallback):
         if given.finish_reason == "stop":
             return True
         length = len(prompt.expected)
-        has_room = self._settings.max_new_tokens >= min(2 * length, length + SPARE_TOKENS)
+        has_room = self._answerer.settings.max_new_tokens >= min(2 * length, length + SPARE_TOKENS)
         return False if has_room else None
 
 
