@@ -21,10 +21,20 @@ def check_training(settings: TrainingConfig) -> None:
         RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / output.run_id).require_new()
     check_rows(settings)
     check_base(settings)
+    start_unsloth(settings)
     if settings.peft.from_adapter is not None:
         from training_lens.models.adapter_files import adapter_folder
 
         adapter_folder(settings.peft.from_adapter)
+
+
+def start_unsloth(settings: TrainingConfig) -> None:
+    """Import unsloth, before transformers, for a run that asks for it; refuse one that it cannot train here."""
+    if settings.model.backend == "unsloth":
+        from training_lens.models.unsloth_backend import start_backend
+        from training_lens.utils.devices import get_device
+
+        start_backend(settings, get_device(settings.model.device))
 
 
 def check_rows(settings: TrainingConfig) -> None:

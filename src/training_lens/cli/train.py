@@ -11,7 +11,7 @@ from rich.text import Text
 
 from training_lens.cli.common import Screen, command, load_config
 from training_lens.cli.find_runs import is_url, locate_run
-from training_lens.cli.missing_files import check_training
+from training_lens.cli.missing_files import check_training, start_unsloth
 from training_lens.cli.options import CommandOptions
 from training_lens.errors import ConfigurationError, TrainingError
 
@@ -51,6 +51,10 @@ def train(options: CommandOptions, resume: Resume = None, verify_resume: VerifyR
         unfinished = _find_unfinished(screen, resume, settings) if resume else None
         if not unfinished:
             check_training(settings)
+        else:
+            from training_lens.config.run_config import read_run_config
+
+            start_unsloth(read_run_config(unfinished))
         if verify_resume:
             _verify_resume(screen, settings, resume)
             return

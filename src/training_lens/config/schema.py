@@ -38,6 +38,10 @@ class ModelSection(Section):
     attention: Literal["auto", "sdpa", "eager"] = setting(
         "auto", "attention; auto: sdpa, or eager where the model has no sdpa"
     )
+    backend: Literal["transformers", "unsloth"] = setting(
+        "transformers",
+        "what computes training: transformers with our kernels; or unsloth, installed apart, on a CUDA GPU",
+    )
     quantization: Literal["none", "4bit", "8bit"] = setting(
         "none", "of the frozen weights, through bitsandbytes: 4bit (NF4, double quantization) or 8bit"
     )

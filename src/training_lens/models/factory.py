@@ -40,7 +40,7 @@ class ModelFacts:
 
 
 @contextmanager
-def _explain_failures(what: str, model: ModelSection) -> Iterator[None]:
+def explain_failures(what: str, model: ModelSection) -> Iterator[None]:
     """In the block, foreign code reads foreign files; any error it raises is explained with a way to fix it."""
     try:
         with hide_progress_bars():
@@ -74,7 +74,8 @@ def _hub_options(model: ModelSection) -> dict[str, Any]:
     return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
 
 
-def _read_config(model: ModelSection) -> Any:
+def read_model_config(model: ModelSection) -> Any:
+    """The model's configuration, as transformers reads it."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(locate_model(model), **_hub_options(model))
@@ -92,8 +93,8 @@ def read_facts(model: ModelSection) -> ModelFacts:
     if not Path(path).exists() and not isinstance(try_to_load_from_cache(path, "config.json"), str):
         require_hub(f"model.id: '{path}'", ModelLoadingError)  # at once, not after the library's retries
 
-    with _explain_failures("configuration", model):
-        config = _read_config(model)
+    with explain_failures("configuration", model):
+        config = read_model_config(model)
         require_generating(config)
         text = config.get_text_config()
         positions = getattr(text, "max_position_embeddings", None)
@@ -132,7 +133,7 @@ def load_tokenizer(model: ModelSection, path: str | None = None) -> Any:
     if path:
         require_intact(Path(path))
 
-    with _explain_failures(f"tokenizer in {path}" if path else "tokenizer", model):
+    with explain_failures(f"tokenizer in {path}" if path else "tokenizer", model):
         tokenizer = AutoTokenizer.from_pretrained(source, **_hub_options(model))
         tokenizer("a word")  # errors in its files may show only in its first use
         return tokenizer
@@ -154,8 +155,8 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
 def _load_with_weights(model: ModelSection, **options: Any) -> Any:
     """The model with every tensor from its files, none initialized at random."""
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _explain_failures("weights", model):
-        kind = load_class(_read_config(model))
+    with explain_failures("weights", model):
+        kind = load_class(read_model_config(model))
         loaded, info = kind.from_pretrained(locate_model(model), **options, **_hub_options(model))
     if missing := sorted(info["missing_keys"]):
         raise ModelLoadingError(
@@ -177,8 +178,8 @@ def build_skeleton(model: ModelSection) -> Any:
     Raises:
         ModelLoadingError: the configuration is not that of a causal language model.
     """
-    with _explain_failures("architecture", model):
-        config = _read_config(model)
+    with explain_failures("architecture", model):
+        config = read_model_config(model)
         if hasattr(config, "quantization_config"):  # quantized modules would have packed sizes
             del config.quantization_config
         with torch.device("meta"):
@@ -192,8 +193,8 @@ def load_thinned(model: ModelSection, layers: int, device: torch.device, precisi
     Raises:
         ModelLoadingError: its configuration does not say how many layers it has.
     """
-    with _explain_failures("architecture", model):
-        config = _read_config(model)
+    with explain_failures("architecture", model):
+        config = read_model_config(model)
         text = config.get_text_config()
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):

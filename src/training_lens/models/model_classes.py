@@ -87,6 +87,11 @@ def unwrap_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def has_own_kernels(model: Any) -> bool:
+    """Whether unsloth's kernels compute this model, with or without an adapter, so that ours are not installed."""
+    return bool(getattr(unwrap_adapter(model), "has_own_kernels", False))
+
+
 @contextmanager
 def evaluation_mode(module: Any) -> Iterator[None]:
     """In the block the module is in evaluation mode, in which no dropout draws; then each part in its own again."""

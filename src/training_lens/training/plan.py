@@ -39,6 +39,7 @@ from training_lens.models.factory import (
     resolve_seq_len,
 )
 from training_lens.models.quantization import check_quantization
+from training_lens.models.unsloth_backend import require_supported_type, require_unsloth
 from training_lens.training.loop.loop_plan import LoopPlan, ValidationSample, draw_validation_sample
 from training_lens.training.loop.lr_schedule import count_warmup_steps, default_lr, describe_run_length
 from training_lens.training.loop.memory_budget import Footprint, estimate_footprint, plan_token_budget
@@ -174,6 +175,7 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     for name in config.lens.collectors or ():
         CollectorRegistry.get(name)
     processes = Processes(device)
+    require_unsloth(config, device, processes.count)
     facts, tokenizer = read_tokenizer(config)
     resolved = _train_new_embeddings(_resolve_config(config, facts, tokenizer, precision), facts, tokenizer)
     parameters, adaptation, needs = _check_model(resolved, device, precision)
@@ -270,6 +272,7 @@ def _check_model(
     Returns the number of parameters, which modules are adapted, and the memory that training takes.
     """
     check_quantization(config, device)
+    require_supported_type(config)
     skeleton = build_skeleton(config.model)
     check_weights(config.model)
     if config.training.gradient_checkpointing:

@@ -41,7 +41,9 @@ def plan_recorded_run(run: RunFolder, progress: Progress | None = None, given: S
     check_base(run.base_record, config.model)
     if tokens := run.read_metadata("summary.json").get("micro_batch_tokens"):
         config = config.replace_keys(training={"micro_batch_tokens": tokens})  # the same ones give the same bits
-    config = config.replace_keys(output={"base_output_dir": str(locate_outputs(run))})
+    config = config.replace_keys(
+        output={"base_output_dir": str(locate_outputs(run))}, model={"backend": "transformers"}
+    )
     with hide_screen_notes():
         plan = plan_run(config, progress or Progress(), read_global_batch(run))
     require_same_tokens(run, plan)

@@ -28,6 +28,8 @@ from training_lens.models.base_files import save_tokenizer
 from training_lens.models.base_record import base_record, check_base, require_local_folder
 from training_lens.models.factory import checkpoint_gradients, load_model
 from training_lens.models.fast.install import uninstall_kernels
+from training_lens.models.model_classes import has_own_kernels
+from training_lens.models.unsloth_backend import fuse_adapter, load_unsloth_model
 from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
 from training_lens.training.histograms import HistogramWriter
 from training_lens.training.kept_states import StateKeeper
@@ -218,9 +220,12 @@ class TrainingWrapper:
             fingerprint: of the data, as checkpoints record it; None: the plan's.
         """
         config, device = plan.config, plan.processes.device
+        is_unsloth = config.model.backend == "unsloth"
         trainer = build_trainer(
             plan,
-            load_model(config.model, device, plan.precision),
+            load_unsloth_model(config, device, plan.precision)
+            if is_unsloth
+            else load_model(config.model, device, plan.precision),
             CheckpointManager(run.checkpoints, fingerprint or plan.fingerprint),
             self._build_callbacks(run, plan, fingerprint or plan.fingerprint)
             if plan.processes.is_main
@@ -257,7 +262,9 @@ class TrainingWrapper:
         is_shown = tracking.has_display or bool(self._integrations)
         if is_shown and tracking.histograms_every:
             callbacks.append(HistogramWriter(run.histograms_file, tracking.histograms_every))
-        if tracking.samples:
+        if tracking.samples and plan.config.model.backend == "unsloth":
+            logger.info("tracking.samples: none while unsloth trains; training-lens infer answers afterwards")
+        elif tracking.samples:
             callbacks.append(SampleWriter(run.samples_file, plan))
         return (*callbacks, *self._callbacks, FirstStepsCheck(plan, run))
 
@@ -295,7 +302,9 @@ def build_trainer(
     config = plan.config
     seed_everything(config.training.seed)
     adapted = attach(model, config.peft)
-    if config.training.gradient_checkpointing:
+    if has_own_kernels(model):
+        adapted = fuse_adapter(adapted, config)
+    elif config.training.gradient_checkpointing:
         checkpoint_gradients(adapted)
     return Trainer(adapted, plan.loop_plan, checkpoints, callbacks)
 
@@ -322,11 +331,12 @@ def _describe_environment(config: TrainingConfig) -> dict[str, Any]:
     """What the run runs on: versions, platform, device, threads. No environment variables."""
     import torch
 
+    packages = (*PACKAGES, "unsloth") if config.model.backend == "unsloth" else PACKAGES
     return {
         "training_lens": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": str(get_device(config.model.device)),
         "threads": torch.get_num_threads(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {name: metadata.version(name) for name in packages},
     }

@@ -64,12 +64,26 @@ def check_machine(base_output_dir: str) -> Iterator[MachineCheck]:
     yield MachineCheck(
         "optional packages", True, f"here: {', '.join(sorted(there)) or 'none'}; not: {', '.join(absent)}"
     )
+    yield MachineCheck("unsloth", True, describe_unsloth(device.type))
     try:
         require_hub("hub", TrainingLensError)
         hub = "answers, or HF_HUB_OFFLINE is set"
     except TrainingLensError as error:
         hub = f"no answer ({error.__cause__}): local models and data alone"
     yield MachineCheck("Hugging Face hub", True, hub)
+
+
+def describe_unsloth(device_type: str) -> str:
+    """Whether model.backend=unsloth can train on this kind of device here; unsloth is not imported."""
+    if not is_unsloth_installed():
+        return "not installed: model.backend=unsloth is refused"
+    version = metadata.version("unsloth")
+    return version if device_type == "cuda" else f"{version}, and no CUDA GPU: model.backend=unsloth is refused"
+
+
+def is_unsloth_installed() -> bool:
+    """Whether unsloth and the package that it needs are there; neither is imported."""
+    return all(find_spec(name) is not None for name in ("unsloth", "unsloth_zoo"))
 
 
 def _check_folder(name: str, folder: Path) -> MachineCheck:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from training_lens.errors import ModelLoadingError
-from training_lens.models.fast.install import PROBE_TOKENS, InstalledKernels, forward_packed, install_kernels
+from training_lens.models.fast.install import PROBE_TOKENS, forward_packed, install_kernels
 from training_lens.models.fast.losses import linear_nll, nll, sum_by_example
 from training_lens.models.fast.native.attention_kernels import PackedSequences
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
@@ -42,7 +42,7 @@ class Engine:
     def __init__(self, model: Any, precision: Precision = "fp32") -> None:
         self.model = model
         require_causal(model)
-        self.kernels: InstalledKernels = install_kernels(model, precision)
+        self.kernels = install_kernels(model, precision)
         self._decoder = decoder_of(model)
         self._whole = unwrap_adapter(model)
         self._head = self._whole.get_output_embeddings()

@@ -20,7 +20,7 @@ from training_lens.models.fast.native.attention_kernels import PackedSequences
 from training_lens.models.fast.packed_attention import packed_attention
 from training_lens.models.fast.recognition import RecognizedLayers, recognize_layers
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
-from training_lens.models.model_classes import decoder_of, evaluation_mode
+from training_lens.models.model_classes import decoder_of, evaluation_mode, has_own_kernels
 from training_lens.utils.devices import DTYPES, Precision, autocast
 from training_lens.utils.resource_errors import raise_out_of_memory
 
@@ -150,7 +150,11 @@ def install_kernels(model: Any, precision: Precision = "fp32") -> InstalledKerne
     Args:
         precision: of training's passes; fp32: the weights' own.
     """
-    report, layers = InstalledKernels(), recognize_layers(model)
+    report = InstalledKernels()
+    if has_own_kernels(model):
+        report.skipped["layers that unsloth computes"] += 1
+        return report
+    layers = recognize_layers(model)
     _install_attention(model, layers, precision, report)
     adapted = [m for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A")]
     modules_by_kind: dict[str, tuple[Any, list[tuple[Any, Any]]]] = {
