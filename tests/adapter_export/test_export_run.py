@@ -46,6 +46,7 @@ def test_a_plain_adapter_is_read_right_without_patterns_and_rslora(
     folder = write_adapter(**VARIANTS[variant])
     exported = export_adapter(export_config(folder), ExportOptions("plain", tmp_path / "out"))
     assert exported.report["verified"] and exported.report["max_logit_difference"] < 1e-4
+    assert exported.report["weights_read_back"] and exported.report["answers_compared"]
     read = read_naively(exported.output)
     trained = {f"{path}.weight": update for path, update in read.items()}
     for name, update in load_updates(folder).items():
@@ -75,7 +76,8 @@ def test_a_damaged_export_is_removed_and_what_was_there_stays(
     write_json(output / "export.json", EARLIER)
     with pytest.raises(MergeError, match=said):
         export_adapter(run_config(own_run), ExportOptions("plain", force=True), on_written=change)
-    assert read_json(own_run.reports / "export.json")["verified"] is False
+    refused = read_json(own_run.reports / "export.json")
+    assert not (refused["verified"] or refused["weights_read_back"] or refused["answers_compared"])
     assert read_json(output / "export.json") == EARLIER and [p.name for p in own_run.exported.iterdir()] == ["plain"]
 
 
@@ -97,6 +99,7 @@ def test_the_peft_form_takes_a_scale_of_every_kind_of_adapter(
     folder = write_adapter(**peft)
     exported = export_adapter(export_config(folder), ExportOptions("peft", tmp_path / "out", scale=0.5))
     assert exported.report["verified"] and exported.report["scale"] == 0.5
+    assert exported.report["weights_read_back"] is (peft == VARIANTS["patterns"])  # the others are not low-rank
     assert (exported.output / WEIGHTS).read_bytes() != (folder / WEIGHTS).read_bytes()
 
 

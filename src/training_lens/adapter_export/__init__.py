@@ -1,1 +1,1 @@
-"""An adapter in the forms that other programs load, verified."""
+"""An adapter in the forms that other programs load, and how far each was checked."""

@@ -44,13 +44,17 @@ class ExportForm(Protocol):
     def check_file(self, folder: Path) -> tuple[MergeCheck, ...]:
         """Compare what was written, read back, with the adapter's own files."""
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether `check_file` compares the written weights, not the settings alone."""
+
     def compute(self, folder: Path, given: Probes, wanted: Reference) -> tuple[Verification | None, str]:
-        """What another program computes with the folder; or None, and why none does here."""
+        """What another program computes with the folder; or None, with the reason and what would let it compute."""
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An exported folder that passed its checks; `report` is the content of export.json."""
+    """An exported folder that passed the checks that could run here; `report` is the content of export.json."""
 
     output: Path
     report: dict[str, Any]
@@ -84,6 +88,8 @@ def export_adapter(
         "rank": rank,
         "base_known": known,
         **_report_settings(session, given),
+        "weights_read_back": False,
+        "answers_compared": False,
     }
     existing: Literal["replace", "refuse"] = "replace" if options.force else "refuse"
     with atomic_folder(plan.output, existing=existing) as folder, keep_refusal(report, plan.kept_report):
@@ -94,13 +100,15 @@ def export_adapter(
         checks = form.check_file(folder)
         report["checks"] = [check.as_json() for check in checks]
         _require_passed(checks, plan.kept_report)
+        report["weights_read_back"] = form.reads_weights
         found, why_not = form.compute(folder, given, wanted)
         if found:
             found = replace(found, checks=(*checks, *found.checks))
             report |= found.as_json()
             _require_passed(found.checks, plan.kept_report)
-        seconds = round(time.perf_counter() - start, 1)
-        report |= {"verified": True, "computed": found is not None, "not_computed": why_not, "seconds": seconds}
+        is_compared = found is not None
+        report |= {"verified": is_compared, "answers_compared": is_compared, "computed": is_compared}
+        report |= {"not_computed": why_not, "seconds": round(time.perf_counter() - start, 1)}
         write_json(folder / EXPORT.report, report | EXPORT.list_marks(folder))
         if plan.run:
             write_json(plan.kept_report, report)

@@ -22,7 +22,7 @@ from training_lens.merging.weight_update import ROUNDOFF, Update, is_stored_turn
 # The spacing of numbers around 1, and the smallest spacing, of each kind.
 SPACING = {"f32": (2.0**-23, 2.0**-149), "f16": (2.0**-10, 2.0**-24), "bf16": (2.0**-7, 2.0**-133)}
 BLOCK = 32  # numbers that share a factor in q8_0
-NO_LLAMA = "llama_cpp is not installed here, so llama.cpp did not compute with it"
+NO_LLAMA = "llama_cpp is not installed here: pip install llama-cpp-python, and export again to compare"
 
 
 def check_gguf_weights(

@@ -118,6 +118,10 @@ class GgufForm:
         has_tokens = "<|endoftext|>" in self.tokenizer["tokenizer.ggml.tokens"]
         return name if has_tokens or "phi" not in name.lower() else "model"
 
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
     def check_file(self, folder: Path) -> tuple[MergeCheck, ...]:
         """Read the file back, and compare it with the adapter's own files in float64."""
         updates = load_updates(self.adapter)

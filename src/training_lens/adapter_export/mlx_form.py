@@ -21,6 +21,7 @@ from training_lens.merging.weight_update import LowRankUpdate, load_updates
 from training_lens.models.base_record import require_local_folder
 from training_lens.utils.files import read_json, write_json
 
+NO_MLX = "mlx_lm is not installed here: pip install mlx-lm (on Linux with mlx and mlx-cpu), and export again to compare"
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 # Whose layers mlx-lm calls model.layers.N, with the modules in them named as in transformers.
 MODEL_TYPES = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
@@ -93,6 +94,10 @@ class MlxForm:
         """How the folder is loaded, as Markdown."""
         return f"```\nmlx_lm.generate --model {self.base} --adapter-path path/to/this/folder --prompt TEXT\n```\n"
 
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
     def check_file(self, folder: Path) -> tuple[MergeCheck, ...]:
         """Read the folder back, and compare it with the adapter's own files in float64."""
         return check_updates(load_updates(self.adapter), self.scale, read_mlx_updates(folder))
@@ -100,7 +105,7 @@ class MlxForm:
     def compute(self, folder: Path, given: Probes, wanted: Reference) -> tuple[Verification | None, str]:
         """What mlx-lm computes with the folder on its base, in float32 on the CPU."""
         if not is_installed("mlx_lm"):
-            return None, "mlx_lm is not installed here, so mlx-lm did not compute with it"
+            return None, NO_MLX
         job = {"model": str(self.base_folder), "adapter": str(folder), "stop_ids": self.stop_ids}
         found = compute_elsewhere("mlx-lm", mlx_reload.__file__, job, given)
         return compare_outputs(found.logits, found.answers, wanted, "fp32", self.quantization), ""

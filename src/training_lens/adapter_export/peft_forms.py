@@ -15,7 +15,7 @@ from training_lens.adapter_export.folded_lora import FoldedModule, pad_to_one_ra
 from training_lens.adapter_export.update_checks import check_copies, check_updates
 from training_lens.inference.session import Session
 from training_lens.merging.verification import MergeCheck, Probes, Reference, Verification, verify_folder
-from training_lens.merging.weight_update import PREFIX, load_updates
+from training_lens.merging.weight_update import PREFIX, LowRankUpdate, load_updates
 from training_lens.models.adapter_files import CONFIG, WEIGHTS, read_config
 from training_lens.models.adapter_scale import scale_adapter
 from training_lens.models.adapters import save_adapter
@@ -74,11 +74,24 @@ class PeftForm:
             f'model = PeftModel.from_pretrained({name}.from_pretrained("{base}"), "path/to/this/folder")\n```\n'
         )
 
+    @property
+    def reads_weights(self) -> bool:
+        """False for a scaled adapter that is more than low-rank updates: what it computes is compared alone."""
+        return self.modules is not None or self.scale == 1 or self._is_low_rank
+
+    @property
+    def _is_low_rank(self) -> bool:
+        updates = load_updates(self.adapter).values()
+        return all(isinstance(update, LowRankUpdate) and update.magnitude is None for update in updates)
+
     def check_file(self, folder: Path) -> tuple[MergeCheck, ...]:
         """Read the written folder back, and compare it with the adapter's own files."""
-        if self.modules is None:
-            return (check_copies(self.adapter, folder, (CONFIG, WEIGHTS) if self.scale == 1 else (CONFIG,)),)
-        return check_updates(load_updates(self.adapter), self.scale, load_updates(folder))
+        if self.modules is None and self.scale == 1:
+            return (check_copies(self.adapter, folder, (CONFIG, WEIGHTS)),)
+        copies = () if self.modules else (check_copies(self.adapter, folder, (CONFIG,)),)
+        if not self.reads_weights:
+            return copies
+        return (*copies, *check_updates(load_updates(self.adapter), self.scale, load_updates(folder)))
 
     def compute(self, folder: Path, given: Probes, wanted: Reference) -> tuple[Verification | None, str]:
         """What plain transformers and PEFT compute with the folder, in a fresh process."""

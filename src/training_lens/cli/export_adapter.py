@@ -1,4 +1,4 @@
-"""`training-lens export-adapter`: an adapter in the form that another program loads, checked."""
+"""`training-lens export-adapter`: write an adapter in the form that another program loads, and check it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ExportFlags:
 
 
 def export_adapter(run: RunArgument = None, *, write: ExportFlags, options: CommandOptions) -> None:
-    """Write an adapter in the form that another program loads, and check that it computes the same there.
+    """Write an adapter in the form that another program loads, and check what was written.
 
     Examples: training-lens export-adapter RUN --to plain;
     training-lens export-adapter RUN --to gguf --merged --dtype q8_0;
@@ -70,7 +70,7 @@ def export_adapter(run: RunArgument = None, *, write: ExportFlags, options: Comm
         from training_lens.adapter_export.export_run import export_adapter as export
 
         screen.console.print("loading base and adapter in float32 ...", style="dim")
-        written = "written; reading it back, and letting another program compute with it ..."
+        written = "written; reading it back, and comparing answers where a program that loads it is installed ..."
         exported = export(settings, asked, lambda _folder: screen.print_line(written, style="dim"))
         _show_exported(screen, exported)
         screen.print_result(exported.report)
@@ -81,8 +81,8 @@ def _show_exported(screen: Screen, exported: ExportResult) -> None:
     title = f"on {report['rows']} rows {report['rows_from']}" if found else "of the written file, read back"
     title += f": {found.positions} positions, {found.answers} answers" if found else ""
     show_checks(screen, title, report)
-    if report["not_computed"]:
-        screen.print_line(report["not_computed"])
+    if not report["answers_compared"]:
+        screen.print_line(f"the weights are the adapter's; no answers were compared: {report['not_computed']}")
     if not report["base_known"]:
         screen.print_line(BASE_UNKNOWN)
     screen.print_line(f"the adapter ({report['form']}) is in {exported.output}")
