@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +200,13 @@ def _describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_settings(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every setting, with whether it differs from the default."""
-    changed = find_differences([flatten_sections(TrainingConfig().model_dump(mode="json")), dict(config)])
+    changed = find_differences([_default_settings(), dict(config)])
     return [{"key": key, "value": value, "is_changed": key in changed} for key, value in config.items()]
+
+
+@cache
+def _default_settings() -> dict[str, Any]:
+    return flatten_sections(TrainingConfig().model_dump(mode="json"))
 
 
 def describe_data(data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -235,17 +241,28 @@ def list_events(run: RunFolder, feed: RunFeed) -> dict[str, Any]:
 
 def list_run_files(run: RunFolder) -> Iterator[dict[str, Any]]:
     """The files that can be downloaded, with their sizes."""
+    shown = _resolve_shown_folders(run)
     for name in SHOWN_FOLDERS:
         for path in sorted(list_files(run.root / name)) if (run.root / name).is_dir() else ():
-            if is_shown_file(run, path):
+            if _is_within(path, shown):
                 yield {"name": path.relative_to(run.root).as_posix(), "bytes": path.stat().st_size}
 
 
 def is_shown_file(run: RunFolder, path: Path) -> bool:
     """Whether a file may be downloaded: it lies in one of the shown folders, and no link leads out of the run."""
+    return _is_within(path, _resolve_shown_folders(run))
+
+
+def _resolve_shown_folders(run: RunFolder) -> list[Path]:
+    root = run.root.resolve()
+    return [(root / name).resolve() for name in SHOWN_FOLDERS]
+
+
+def _is_within(path: Path, folders: Iterable[Path]) -> bool:
     if path.is_symlink() or not path.is_file() or path.name.startswith("."):
         return False
-    return any(path.resolve().is_relative_to((run.root / name).resolve()) for name in SHOWN_FOLDERS)
+    resolved = path.resolve()
+    return any(resolved.is_relative_to(folder) for folder in folders)
 
 
 def read_log_end(run: RunFolder) -> str:
