@@ -53,7 +53,7 @@ SIZES: Mapping[str, Any] = {
     "max_position_embeddings": 512,
 }
 NEW = 24
-FEWEST = 16  # requests of a load
+FEWEST = 64  # requests of a load
 SMALL_CACHE = ("--cb-block-size", "32", "--cb-num-blocks", "512")  # 16,384 tokens; else it takes most of the memory
 PORTS = 18_750
 WORDS = "the cat sat on a mat while the owl of the hill said that mia had nine blue plates and gave two away".split()
@@ -154,7 +154,7 @@ def measure(model: Path, counts: Sequence[int], per_client: int) -> tuple[list[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--per-client", type=int, default=1, help="requests, 16 in all at least")
+    parser.add_argument("--per-client", type=int, default=1, help="requests, 64 in all at least")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
