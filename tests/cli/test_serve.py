@@ -14,7 +14,11 @@ from training_lens.cli import cli
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["latest", "latest"], "two models are named 'latest'"),
+        (["latest", "latest"], "two models are named 'latest'; give one of them another name: OTHER=latest"),
+        (
+            ["latest", "temperature=0.5"],
+            "'temperature=0.5' is read as NAME=RUN; the setting is inference.temperature=0.5",
+        ),
         (["a="], "expected NAME=RUN"),
         (["no-such-run"], "no run 'no-such-run'"),
         (["none", "--host", "0.0.0.0"], "needs a key"),

@@ -75,7 +75,7 @@ def test_what_vllm_would_read_wrongly_is_named(
         "vllm is not installed",
         "'dora': it is a DoRA",
         "'whole': it has modules that are trained whole",
-        "'as trained': its template (alpaca) is none that vLLM can render",
+        "'as trained': vLLM cannot render its template (alpaca)",
         "'as trained': its prompts begin with a domain",
     ):
         assert reason in found
@@ -100,4 +100,4 @@ def test_where_vllm_is_asked_for_and_cannot_serve_all_reasons_are_given(tmp_path
     process.join(30)
     error = (tmp_path / "stderr.txt").read_text()
     assert process.exitcode == 2 and "no CUDA GPU" in error and "'dora': it is a DoRA" in error
-    assert "--queue is taken by our own server alone" in error and "--timeout" not in error
+    assert "only our own server takes --queue" in error and "--timeout" not in error

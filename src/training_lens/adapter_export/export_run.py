@@ -46,7 +46,7 @@ class ExportForm(Protocol):
 
     @property
     def reads_weights(self) -> bool:
-        """Whether `check_file` compares the written weights, not the settings alone."""
+        """Whether `check_file` compares the written weights, and not only the settings."""
 
     def compute(self, folder: Path, given: Probes, wanted: Reference) -> tuple[Verification | None, str]:
         """What another program computes with the folder; or None, with the reason and what would let it compute."""
@@ -167,6 +167,6 @@ def _require_passed(checks: Sequence[MergeCheck], kept: Path) -> None:
     ]
     if failed:
         raise MergeError(
-            f"what was exported is not what the adapter is ({'; '.join(failed)}); it was removed. All measures are in "
+            f"the export does not match the adapter ({'; '.join(failed)}), so it was removed. All measurements are in "
             f"{kept}."
         )

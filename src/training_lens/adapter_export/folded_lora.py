@@ -71,7 +71,7 @@ def _require_low_rank(path: str, layer: Any, form: str) -> None:
 
     if not isinstance(layer, LoraLayer):
         raise AdapterError(
-            f"'{path}' was trained whole (modules_to_save, or new tokens), and {form} holds low-rank updates alone. "
+            f"'{path}' was trained whole (modules_to_save, or new tokens), and {form} holds only low-rank updates. "
             f"{MERGE_INSTEAD}"
         )
     if any(isinstance(variant, DoraLinearVariant) for variant in layer.lora_variant.values()):
@@ -81,15 +81,15 @@ def _require_low_rank(path: str, layer: Any, form: str) -> None:
         )
     if isinstance(layer, ParamWrapper):
         raise AdapterError(
-            f"'{path}' adapts a layer's experts, which share one parameter, and {form} has places for linear layers "
-            f"alone. {MERGE_INSTEAD}"
+            f"'{path}' adapts a layer's experts, which share one parameter, and {form} has places only for linear "
+            f"layers. {MERGE_INSTEAD}"
         )
     base = base_module(layer)
     is_plain = not layer.lora_variant and not any(layer.lora_bias.values())
     if not is_plain or not (is_linear(base) or isinstance(base, torch.nn.Embedding)):
         raise AdapterError(
             f"'{path}' carries a {type(layer).__name__} on a {type(base).__name__}, whose update {form} cannot hold; "
-            f"only LoRA on linear layers and embeddings can be exported so. {MERGE_INSTEAD}"
+            f"only LoRA on linear layers and embeddings can be exported. {MERGE_INSTEAD}"
         )
 
 

@@ -1,6 +1,6 @@
 """How llama.cpp stores the architectures that it shares with transformers: names, order of rows, settings.
 
-One entry of the table is one `model_type`. What llama.cpp computes otherwise than transformers is refused by
+One entry of the table is one `model_type`. What llama.cpp computes differently from transformers is refused by
 `explain_unsupported`, rather than written and wrong.
 """
 
@@ -44,7 +44,7 @@ def find_architecture(config: Any) -> GgufArchitecture:
             f"{', '.join(sorted(ARCHITECTURES))}. --to plain and merge write them for other programs."
         )
     if reason := found.explain_unsupported(text) or _explain_rope(text):
-        raise AdapterError(f"--to gguf: llama.cpp computes this {text.model_type} otherwise: {reason}.")
+        raise AdapterError(f"--to gguf: llama.cpp computes this {text.model_type} differently: {reason}.")
     return found
 
 
@@ -180,7 +180,7 @@ def _explain_gemma(config: Any) -> str:
         "full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(len(config.layer_types))
     ]
     if config.layer_types != usual:
-        return f"its layers do not attend to everything in every {pattern}th layer alone"
+        return f"its full-attention layers are not every {pattern}th one"
     if config.query_pre_attn_scalar != head_width(config):
         return f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, and not head_dim, {head_width(config)}"
     return ""

@@ -113,7 +113,7 @@ class GgufForm:
 
     @property
     def _name(self) -> str:
-        """A name without 'phi3', from which llama.cpp expects Phi-3's own tokens."""
+        """A name without 'phi3': llama.cpp expects Phi-3's own tokens in a model of that name."""
         name = Path(self.base.id).name
         has_tokens = "<|endoftext|>" in self.tokenizer["tokenizer.ggml.tokens"]
         return name if has_tokens or "phi" not in name.lower() else "model"

@@ -98,7 +98,7 @@ def read_gguf_adapter(config: Any, path: Path, modules: Sequence[FoldedModule]) 
 def write_gguf_model(model: Any, tokenizer_values: Mapping[str, Any], kind: Kind, path: Path, name: str) -> None:
     """A whole model for llama.cpp, its weights rounded to `kind`. Memory: the rounded weights, beside the model.
 
-    Norms, routers and vectors stay in float32. With q8_0, tensors whose rows are no multiple of 32 are f16.
+    Norms, routers and vectors stay in float32. With q8_0, tensors whose row length is not a multiple of 32 are f16.
 
     Raises:
         AdapterError: llama.cpp has no such architecture, or no place for a weight.

@@ -1,4 +1,4 @@
-"""The `gguf` package, which is imported here alone: files that llama.cpp and Ollama load."""
+"""The `gguf` package, imported only here: files that llama.cpp and Ollama load."""
 
 from __future__ import annotations
 

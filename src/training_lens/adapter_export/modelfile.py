@@ -1,7 +1,7 @@
 """Ollama's Modelfile: the chat template as Ollama's own language has it, and the stop tokens of training.
 
 Ollama reads Go templates. Only what every chat template shares can be translated without reading it: a text before and
-after what each role says. These texts are found by rendering small chats, and held to longer ones.
+after what each role says. These texts are found by rendering small chats, and checked on longer ones.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def write_modelfile(session: Session, source: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-NO_TEMPLATE = "# The run's template cannot be written as one of Ollama: send prompts already rendered, with raw=true."
+NO_TEMPLATE = "# Ollama's template language cannot express the run's template: send rendered prompts, with raw=true."
 
 
 def _build_template(session: Session) -> str | None:

@@ -1,4 +1,4 @@
-"""The two forms in PEFT's format: the adapter as it is, and a plain LoRA that any loader reads right."""
+"""The two forms in PEFT's format: the adapter as it is, and a plain LoRA that any loader reads correctly."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class PeftForm:
 
     @property
     def reads_weights(self) -> bool:
-        """False for a scaled adapter that is more than low-rank updates: what it computes is compared alone."""
+        """False for a scaled adapter that is more than low-rank updates: only its answers are compared."""
         return self.modules is not None or self.scale == 1 or self._is_low_rank
 
     @property

@@ -205,7 +205,7 @@ def load_run_config(options: CommandOptions, run: str | None) -> TrainingConfig:
     if run is None:
         return load_config(options)
     if twice := next((word for word in options.words if word.startswith("inference.adapter=")), None):
-        raise ConfigurationError(f"--run {run} and {twice} both name an adapter; keep one.")
+        raise ConfigurationError(f"'{run}' and {twice} both name an adapter; keep one.")
     return load_config(options, {"inference": {"adapter": run}})
 
 

@@ -23,7 +23,7 @@ RunArgument = Annotated[
 To = Annotated[
     Literal["peft", "plain", "gguf", "mlx"],
     typer.Option(
-        help="plain: a LoRA of one rank and scale, which any loader reads right; peft: the adapter as PEFT loads it; "
+        help="plain: a LoRA of one rank and scale, as any loader reads it; peft: the adapter as PEFT loads it; "
         "gguf: for llama.cpp and Ollama; mlx: for mlx-lm."
     ),
 ]

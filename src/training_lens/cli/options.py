@@ -175,7 +175,7 @@ def refuse_wrong_usage() -> Iterator[None]:
             raise
         context = getattr(error, "ctx", None)
         place = context.command_path if context else "training-lens"
-        said = error.format_message().replace("Value error, ", "").rstrip(".")
+        said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
         _refuse_usage(f"{said}{'' if said.endswith('?') else '.'} {place} --help says what can be given.")
 
 

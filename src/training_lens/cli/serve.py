@@ -41,19 +41,19 @@ CacheTokens = Annotated[
     typer.Option(min=1, help="Tokens of the KV cache, for all together. Default: what half of the free memory holds."),
 ]
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds for a request, waiting included.")]
-Drain = Annotated[float, typer.Option(min=0, help="Seconds to finish what is under way, at SIGTERM or Ctrl+C.")]
+Drain = Annotated[float, typer.Option(min=0, help="Seconds to finish requests in progress, at SIGTERM or Ctrl+C.")]
 Engine = Annotated[
     Literal["auto", "own", "vllm"],
-    typer.Option(help="auto: vLLM where it is installed, has a GPU and reads these models right; else our own."),
+    typer.Option(help="auto: vLLM where it is installed, has a GPU and reads these models correctly; else our own."),
 ]
 
 
-OWN_LIMITS = ("queue", "cache_tokens", "timeout", "drain")  # options that vLLM has nothing for
+OWN_LIMITS = ("queue", "cache_tokens", "timeout", "drain")  # options that vLLM does not have
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where the server listens, and how much it takes on."""
+    """Where the server listens, and its limits."""
 
     host: Host = "127.0.0.1"
     port: Port = 8000
@@ -89,15 +89,21 @@ def serve(runs: Runs = None, *, asked: ServeOptions, options: ConfigOptions) -> 
 
 def _name_runs(words: Sequence[str]) -> dict[str, str]:
     """The references of runs by their names in the API."""
+    from training_lens.config.evaluation_sections import InferenceSection
+
     named: dict[str, str] = {}
     for word in words:
         name, equals, reference = word.partition("=")
         if not equals or Path(word).exists():
             name, reference = Path(word).name or word, word
+        if equals and name in InferenceSection.model_fields and not Path(reference).exists():
+            raise ConfigurationError(f"'{word}' is read as NAME=RUN; the setting is inference.{word}.")
         if not name.strip() or not reference.strip():
             raise ConfigurationError(f"'{word}': expected NAME=RUN, or RUN alone.")
         if name in named:
-            raise ConfigurationError(f"two models are named '{name}'; give NAME=RUN for one of them.")
+            raise ConfigurationError(
+                f"two models are named '{name}'; give one of them another name: OTHER={reference}."
+            )
         named[name] = reference
     return named
 
@@ -110,7 +116,7 @@ def _build_limits(asked: ServeOptions) -> ServerLimits:
 
 
 def _try_vllm(screen: Screen, configs: Mapping[str, TrainingConfig], asked: ServeOptions, key: str | None) -> bool:
-    """Become vLLM where that is asked for, or can be; False where our own server is to answer.
+    """Replace this process by vLLM if that is asked for or possible; False if our own server is to answer.
 
     Raises:
         ConfigurationError: vLLM is asked for, and cannot serve these models here.
@@ -138,13 +144,13 @@ def _try_vllm(screen: Screen, configs: Mapping[str, TrainingConfig], asked: Serv
 
 
 def _list_own_settings(configs: Mapping[str, TrainingConfig], asked: ServeOptions) -> list[str]:
-    """What the user set and only our own server takes."""
+    """The settings that only our own server takes, as problems."""
     given = [
         f"--{name.replace('_', '-')}" for name in OWN_LIMITS if getattr(asked, name) != getattr(ServeOptions, name)
     ]
     for config in configs.values():
         given += [f"inference.{key}" for key in config.explicit_values().get("inference", {}) if key != "adapter"]
-    return [f"{name} is taken by our own server alone" for name in dict.fromkeys(given)]
+    return [f"only our own server takes {name}" for name in dict.fromkeys(given)]
 
 
 def _serve_here(screen: Screen, configs: Mapping[str, TrainingConfig], asked: ServeOptions, key: str | None) -> None:

@@ -48,7 +48,7 @@ def choose_parameters(model: Any, peft: PeftSection) -> Parameters:
     whole = [f"{name}." for name in peft.modules_to_save]
     found = {p: w for p, w in find_expert_parameters(model).items() if not any(f".{n}" in f".{p}" for n in whole)}
     is_auto = peft.target_parameters == "auto"
-    named_alone = is_auto and peft.target_modules != "auto"  # who names modules gets these alone
+    named_alone = is_auto and peft.target_modules != "auto"  # naming modules leaves out all others
     chosen = {} if named_alone else _match_parameters(found, peft.target_parameters)
     if chosen:
         _require_plain_lora(peft)
@@ -89,8 +89,11 @@ def _match_parameters(found: Parameters, wanted: str | list[str]) -> Parameters:
 
 def _require_plain_lora(peft: PeftSection) -> None:
     refused = {
-        "peft.lora_dropout": (peft.lora_dropout > 0, "drops inputs, and experts have their update added to the weight"),
-        "peft.use_dora": (peft.use_dora, "is not known to PEFT for experts in one parameter"),
+        "peft.lora_dropout": (
+            peft.lora_dropout > 0,
+            "drops inputs of a layer, and the update of experts is added to their weight",
+        ),
+        "peft.use_dora": (peft.use_dora, "is not supported by PEFT for experts in one parameter"),
         "peft.init=pissa": (peft.init == "pissa", "needs a linear layer, and experts here are slices of a parameter"),
     }
     if key := next((key for key, (is_set, _) in refused.items() if is_set), None):
@@ -132,14 +135,14 @@ def _rank_of(path: str, model: Any, peft: PeftSection) -> int:
 
 @dataclass(frozen=True)
 class ExpertTargets:
-    """What PEFT is told of experts: `names` of their parameters, and their ranks by name, after those that are set."""
+    """What PEFT is given for experts: `names` of their parameters, and a rank pattern that begins with the user's."""
 
     names: list[str]
     rank_pattern: dict[str, int]
 
 
 def describe_targets(model: Any, chosen: Mapping[str, nn.Parameter], peft: PeftSection) -> ExpertTargets:
-    """The shortest names that match these parameters alone, and the pattern that gives them their rank."""
+    """The shortest names that match only these parameters, and the pattern that gives them their rank."""
     others = [path for path, _ in model.named_parameters() if path not in chosen]
     is_taken = {name: any(f".{path}".endswith(f".{name}") for path in others) for name in map(_short_name, chosen)}
     names = sorted({path if is_taken[_short_name(path)] else _short_name(path) for path in chosen})
@@ -225,7 +228,7 @@ def describe_frozen(model: Any, paths: Sequence[str]) -> str:
     owned = [p for path in paths for p in model.get_submodule(path).parameters(recurse=False)]
     share = sum(p.numel() for p in owned) / sum(p.numel() for p in model.parameters())
     can_adapt = any(p.ndim == 3 for p in owned)
-    way = "peft.target_parameters can take them" if can_adapt else "PEFT takes only parameters of three dimensions"
+    way = "peft.target_parameters can take them" if can_adapt else "PEFT adapts only parameters with three dimensions"
     return f"experts stay frozen, {share:.0%} of the model's parameters: {way}"
 
 

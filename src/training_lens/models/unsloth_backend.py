@@ -49,7 +49,8 @@ def find_obstacles(config: TrainingConfig, device: torch.device, processes: int 
             device.type != "cuda"
         ),
         "model.backend: unsloth trains in one process; give transformers, or start one": processes > 1,
-        "model.quantization: with unsloth none or 4bit": model.quantization == "8bit",
+        "model.quantization: unsloth loads weights whole or in 4 bits here; give none or 4bit": model.quantization
+        == "8bit",
         "model.dtype: unsloth keeps the weights in training.precision; leave it at auto": model.dtype != "auto",
         "model.attention: unsloth has its own; leave it at auto": model.attention != "auto",
         "model.trust_remote_code: unsloth computes classes of transformers alone": model.trust_remote_code,

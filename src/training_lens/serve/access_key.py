@@ -34,5 +34,5 @@ def check_access(host: str, key: str | None) -> None:
     if key is None and not is_loopback(host):
         raise ConfigurationError(
             f"--host {host}: other machines can reach this address, so the server needs a key. Set {KEY_VARIABLE}, "
-            "which clients then give as their API key; or leave --host out to serve this machine alone."
+            "which clients then give as their API key; or leave --host out to serve this machine only."
         )

@@ -20,7 +20,7 @@ from training_lens.serve.server_metrics import ServerMetrics
 CLIENT_CLOSED = 499  # the status of a request whose client hung up
 LONGEST_ID = 128
 LONGEST_PATH = 200
-WATCHED = ("/health", "/ready", "/metrics")  # asked every few seconds: not in the log
+WATCHED = ("/health", "/ready", "/metrics")  # polled every few seconds, so not logged
 
 
 @dataclass

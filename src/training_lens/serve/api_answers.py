@@ -45,7 +45,7 @@ class AnswerWriter:
         return {**self._head(streams=True), "choices": [choice]}
 
     def write_usage_chunk(self) -> dict[str, Any]:
-        """The last chunk, with the usage alone."""
+        """The last chunk, which holds only the usage."""
         return {**self._head(streams=True), "choices": [], "usage": self.write_usage()}
 
     def write_usage(self) -> dict[str, int]:

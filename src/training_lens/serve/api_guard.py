@@ -1,4 +1,4 @@
-"""What a request must show before it is read: who it is for, its key and its size."""
+"""Checks of a request before its body is read: host, key, size and type."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from training_lens.serve.api_errors import ApiError
 from training_lens.web.body_limit import BodyTooLargeError, has_large_body, limit_body
 from training_lens.web.listener import LOOPBACK, list_loopback_hosts
 
-OPEN_PATHS = ("/health", "/ready")  # for what restarts servers, which has no key
-MOST_DISCARDED = 256 << 20  # bytes of a refused body that are still read, so that its sender reads why
+OPEN_PATHS = ("/health", "/ready")  # for process supervisors, which have no key
+MOST_DISCARDED = 256 << 20  # bytes of a refused body that are still read, so that its sender gets to the answer
 
 
 @dataclass(frozen=True)
 class ApiAccess:
     """Who may use the server.
 
-    Without a `key` it listens to this machine alone, and the Host header of a request must say so. `host` and `port`
-    are the server's own.
+    Without a `key` only this machine can reach it, and the Host header of a request must name this machine. `host` and
+    `port` are the server's own.
     """
 
     port: int

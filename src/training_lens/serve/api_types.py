@@ -1,8 +1,8 @@
 """The requests of the OpenAI API, as this server takes them.
 
-Each key of a request is one of three kinds. Most are used. `IGNORED` ones change no answer: they are taken, and the
+Each key of a request is one of three kinds. Most are used. `IGNORED` ones change no answer: they are accepted, and the
 response header `x-ignored-fields` names them. All others are refused, so that no setting is lost silently; keys of the
-API that this server does not have are taken only with the value that asks for nothing (`NEUTRAL`).
+API that this server lacks are accepted only at the value that changes nothing (`NEUTRAL`).
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def read_request(body: bytes, kind: type[ApiRequest]) -> tuple[ApiRequest, list[
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _refuse(key: str, why: str, code: str = "invalid_value") -> ApiError:
@@ -205,6 +205,8 @@ def _explain_problem(error: ValidationError, kind: type[BaseModel]) -> ApiError:
         return ApiError(400, f"{place}: unknown parameter.{hint}", "unknown_parameter", key)
     if problem["type"] == "missing":
         return ApiError(400, f"{place}: is missing.", "missing_required_parameter", key)
+    if problem["type"] == "too_short":
+        return ApiError(400, f"{place}: is empty; give at least one.", "invalid_value", key)
     if key in SHAPES:
         return ApiError(400, f"{key}: expected {SHAPES[key]}.", "invalid_value", key)
     return ApiError(400, f"{place}: {problem['msg']}; given {str(problem['input'])[:100]!r}.", "invalid_value", key)

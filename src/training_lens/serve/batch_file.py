@@ -217,7 +217,7 @@ def _read_line(row: BatchLine, is_repeated: bool) -> GenerationRequest:
     """The request of a line.
 
     Raises:
-        ApiError: it is no request.
+        ApiError: the line is not a request.
     """
     value = read_answer_line(row.text)
     if value is None or not value.keys() >= KEYS:
@@ -225,7 +225,7 @@ def _read_line(row: BatchLine, is_repeated: bool) -> GenerationRequest:
     if not isinstance(value["custom_id"], str):
         raise ApiError(400, "custom_id: expected text.", "invalid_value", "custom_id")
     if is_repeated:
-        raise ApiError(400, f"custom_id: an earlier line has '{value['custom_id'][:100]}', too.", "invalid_value")
+        raise ApiError(400, f"custom_id: an earlier line has '{value['custom_id'][:100]}' already.", "invalid_value")
     if value["method"] != "POST" or value["url"] not in ENDPOINTS:
         raise ApiError(
             400, f"expected POST and one of {', '.join(ENDPOINTS)} as method and url.", "invalid_value", "url"

@@ -1,4 +1,4 @@
-"""Serves models with uvicorn until a signal, and then finishes what is under way."""
+"""Serves models with uvicorn until a signal, and then finishes the requests in progress."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SECONDS_AFTER_DRAIN = 2  # for the last bytes of what was finished in time
 
 @dataclass(frozen=True)
 class ServedApi:
-    """What one server answers with; `defaults` are of requests that do not say a setting."""
+    """What one server answers with; `defaults` apply to settings that a request leaves out."""
 
     models: ServedModels
     limits: ServerLimits
@@ -47,7 +47,7 @@ class ServedApi:
 
 
 def serve_api(api: ServedApi, host: str, port: int, key: str | None, announce: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; what is under way then is finished within `ServerLimits.drain_seconds`.
+    """Serve until SIGINT or SIGTERM; requests in progress then have `ServerLimits.drain_seconds`.
 
     Args:
         port: 0 takes any that is free.
@@ -66,7 +66,7 @@ def serve_api(api: ServedApi, host: str, port: int, key: str | None, announce: C
 
 
 class _DrainingServer(uvicorn.Server):
-    """Uvicorn's server, which tells the scheduler at a signal that no more requests are taken."""
+    """Uvicorn's server, which tells the scheduler at a signal to take no more requests."""
 
     def __init__(self, api: ServedApi, access: ApiAccess) -> None:
         self._api = api

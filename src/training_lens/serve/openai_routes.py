@@ -1,4 +1,4 @@
-"""The routes of the OpenAI API, and those by which a server is watched."""
+"""The routes of the OpenAI API, and those for monitoring."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from training_lens.utils.files import replace_non_finite
 
 @dataclass(frozen=True)
 class OpenAIRoutes:
-    """What answers requests."""
+    """The handlers of the routes."""
 
     models: ServedModels
     scheduler: Scheduler
@@ -104,5 +104,5 @@ async def report_api_error(request: Request, error: Exception) -> Response:
 
 
 async def report_hang_up(request: Request, error: Exception) -> Response:
-    """Nobody reads this; the log has its status."""
+    """The client has gone, so nobody reads this; the log has the status."""
     return Response(status_code=CLIENT_CLOSED)

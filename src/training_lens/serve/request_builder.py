@@ -35,7 +35,7 @@ class RequestBuilder:
     """Builds the rows of requests, for `Scheduler.submit_request`.
 
     Args:
-        defaults: of requests that do not say temperature, top_p, top_k or the longest answer.
+        defaults: temperature, top_p, top_k and the longest answer of requests that leave them out.
         outbox: takes the rows' pieces.
         seconds: that each request may take.
     """
@@ -44,7 +44,7 @@ class RequestBuilder:
     defaults: InferenceSection
     outbox: Outbox
     seconds: float
-    tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers are not made for several threads
+    tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers are not thread-safe
 
     def build_request(self, asked: GenerationRequest) -> RunningRequest:
         """The request with its rows. May be called from several threads.
@@ -137,6 +137,6 @@ def _read_text_prompt(model: ServedModel, prompt: str | list[int], domain: str |
 
 
 def _seed_generator(seed: int, index: int, model: ServedModel) -> torch.Generator:
-    """Of one answer; the first of a request draws as `infer` does with this seed."""
+    """The random numbers of one answer; the first one of a request draws as `infer` does with this seed."""
     generator = torch.Generator(model.session.device)
     return generator.manual_seed((seed + index * SEED_STRIDE) % 2**32)

@@ -28,7 +28,7 @@ class RunningRequest:
     """Answers on their way to one client. The thread that owns the model sends pieces, the event loop reads them.
 
     Args:
-        seconds: after which it is given up, waiting included.
+        seconds: its time limit, waiting included.
         streams: pieces are sent as they come; else one for each answer, when it is finished.
     """
 

@@ -1,4 +1,4 @@
-"""One thread that owns the models: it admits rows between any two decoding steps, and drops those nobody waits for."""
+"""One thread that owns the models: it admits rows between decoding steps, and drops those whose client has gone."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Scheduler:
         self._thread.start()
 
     def submit_request(self, request: RunningRequest) -> None:
-        """Let a request wait for its turn.
+        """Queue a request.
 
         Raises:
             ApiError: the queue is full, one answer does not fit into the cache, or the server is shutting down.
@@ -100,12 +100,12 @@ class Scheduler:
             self._changed.notify()
 
     def drain(self) -> None:
-        """Take no more requests; what is under way goes on for `drain_seconds`. Called by a signal handler."""
+        """Take no more requests; those in progress have `drain_seconds`. Called by a signal handler."""
         if self._drained_at == math.inf:
             self._drained_at = time.monotonic() + self._limits.drain_seconds
 
     def stop(self) -> None:
-        """End the thread; what is under way gets an error."""
+        """End the thread; requests in progress get an error."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify()
@@ -141,7 +141,7 @@ class Scheduler:
             return not self._is_stopped
 
     def _end_requests(self, is_ended: Callable[[RunningRequest], bool], error: ApiError | None) -> None:
-        """Free the rows of some requests, and say why where someone still listens."""
+        """Free the rows of some requests, and send the error to their clients."""
         with self._changed:
             ended = [request for request in self._running if is_ended(request)]
             if ended:
@@ -177,7 +177,7 @@ class Scheduler:
         return rows <= self._limits.rows and cache <= self._limits.cache_tokens
 
     def _guard(self, work: Callable[[], None], concerned: Callable[[], Sequence[object]]) -> None:
-        """Do a part of a step; if it fails, only the requests concerned do."""
+        """Run a part of a step; if it fails, only the requests concerned fail."""
         try:
             work()
         except Exception as error:  # what a model or a device raises must not end the server
@@ -189,7 +189,7 @@ class Scheduler:
             self._end_requests(lambda request: request in lost, internal_error(message))
 
     def _report(self) -> None:
-        """Send what the step gave, and forget what is finished."""
+        """Send the pieces of the step, and forget finished requests."""
         sent, now = self._outbox[:], time.monotonic()
         self._outbox.clear()
         for request, piece in sent:

@@ -76,7 +76,7 @@ class ServedModel:
         if self.is_base:
             return f"'{self.name}' is the base, without an adapter."
         if not self.shares:
-            return f"the adapter of '{self.name}' is not computed beside the weights, so it has one scale."
+            return f"the adapter of '{self.name}' has a decoder of its own, which has the scale built in."
         return f"the scale 0 was chosen for '{self.name}', which cannot be undone here."
 
     def choose_sampler(self, settings: InferenceSection) -> Sampler:
@@ -181,7 +181,7 @@ class _Loader:
         served = next((model.name for model in models.values() if model.is_base), None)
         if served and base_name:
             raise ConfigurationError(
-                f"--base-name {base_name}: the base has the name '{served}'; give {base_name}=none."
+                f"--base-name {base_name}: the base is served as '{served}' already; give {base_name}=none instead."
             )
         if served is None:
             model_id = base.config.model.id
@@ -220,5 +220,5 @@ def _require_sampling(session: Session) -> None:
     options = generation_options(InferenceSection(), session.stop_ids, session.pad_id)
     if unsupported := Sampler(session.model, options, session.device).unsupported_option:
         raise ModelLoadingError(
-            f"this model cannot be served: its generation_config.json asks for {unsupported}. Take that out of it."
+            f"this model cannot be served: its generation_config.json asks for {unsupported}. Remove that setting."
         )

@@ -1,4 +1,4 @@
-"""How much a server takes on."""
+"""The limits of a server."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class ServerLimits:
     """Of one server.
 
     Args:
-        rows: answers that are decoded together.
-        queue: answers that wait beyond those; more are refused.
-        cache_tokens: that all rows have together in the KV cache, free columns included.
-        seconds: for one request, waiting included.
-        drain_seconds: for what is under way when the server is told to stop.
-        body_bytes: of one request.
+        rows: most answers that are decoded together.
+        queue: most answers that wait; more are refused.
+        cache_tokens: size of the KV cache of all rows together, free columns included.
+        seconds: time limit of a request, waiting included.
+        drain_seconds: time for requests in progress once the server has to stop.
+        body_bytes: largest body of a request.
     """
 
     rows: int = 64

@@ -51,7 +51,7 @@ class ServerMetrics:
             self._first.labels(model).observe(first_seconds)
 
     def note_request(self, model: str, path: str, status: int, seconds: float) -> None:
-        """Count a finished request; `model` is empty where it named none that is known."""
+        """Count a finished request; `model` is empty if it named none of the models."""
         self._requests.labels(model, path, str(status)).inc()
         if model:
             self._seconds.labels(model).observe(seconds)

@@ -26,7 +26,7 @@ async def wait_for_answers(running: RunningRequest, request: Request) -> None:
     """Wait until all answers of a request are finished.
 
     Raises:
-        ApiError: they cannot be given; HangUpError: nobody waits for them any more.
+        ApiError: the request failed; HangUpError: the client hung up.
     """
     hang_up = asyncio.ensure_future(_wait_for_hang_up(request))
     finish = asyncio.ensure_future(collect_answers(running))

@@ -1,8 +1,8 @@
-"""`vllm serve` in the place of our own server: the command for the same models, and what stands against it.
+"""`vllm serve` in place of our own server: the command for the same models, and the reasons not to use it.
 
-vLLM reads adapters by its own rules. It refuses DoRA, and drops keys of an adapter's configuration that it does not
-know, such as `rank_pattern`; and it renders prompts by a chat template in Jinja alone. So every model is checked before
-vLLM is started, and what it would answer otherwise than `infer` is named.
+vLLM reads adapters by its own rules. It refuses DoRA, drops keys of an adapter's configuration that it does not know,
+such as `rank_pattern`, and renders prompts only by a chat template in Jinja. So every model is checked before vLLM is
+started, and every reason why its answers would differ from those of `infer` is named.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class VllmModel:
 
     @property
     def chat_template(self) -> Path | None:
-        """The file of the template that prompts were rendered by in training; None where that is none in Jinja."""
+        """The file of the chat template that rendered training's prompts; None if they were not rendered by one."""
         file = self.tokenizer / "chat_template.jinja" if self.tokenizer else None
         asked = self.config.data.template
         return file if file and file.is_file() and (asked == "auto" or uses_chat_template(asked)) else None
@@ -71,7 +71,7 @@ class VllmModel:
         return int(read_config(self.adapter)["r"]) if self.adapter else 0
 
     def find_faults(self) -> Iterator[str]:
-        """Why vLLM would answer otherwise than `infer`."""
+        """Why vLLM would give other answers than `infer`."""
         values: Mapping[str, Any] = read_config(self.adapter) if self.adapter else {}
         yield from (f"'{self.name}': {why}" for key, why in UNREAD.items() if values.get(key))
         if self.rank > RANKS[-1]:
@@ -79,7 +79,7 @@ class VllmModel:
         if self.config.model.quantization == "8bit":
             yield f"'{self.name}': its base is in 8 bits, which vLLM does not load"
         if self.tokenizer and not self.chat_template:
-            yield f"'{self.name}': its template ({self.config.data.template}) is none that vLLM can render"
+            yield f"'{self.name}': vLLM cannot render its template ({self.config.data.template})"
         if self.has_domains:
             yield f"'{self.name}': its prompts begin with a domain, which vLLM cannot add"
 
@@ -89,7 +89,7 @@ def is_installed() -> bool:
 
 
 def find_obstacles(models: Sequence[VllmModel], has_gpu: bool) -> list[str]:
-    """All that stands against vLLM here; empty where it can serve these models."""
+    """Every reason why vLLM cannot serve these models here; empty if it can."""
     found = [] if has_gpu else ["there is no CUDA GPU here"]
     if not is_installed():
         found.append("vllm is not installed: pip install vllm, in an environment of its own if it needs another torch")
@@ -100,7 +100,7 @@ def find_obstacles(models: Sequence[VllmModel], has_gpu: bool) -> list[str]:
         found.append(f"the models have {len(bases)} bases: {', '.join(sorted(base for base, _ in bases))}")
     templates = {model.chat_template.read_bytes() for model in models if model.chat_template}
     if len(templates) > 1:
-        found.append("the models have different chat templates, and vLLM takes one")
+        found.append("the models have different chat templates, and vLLM takes only one")
     return found
 
 
@@ -131,6 +131,6 @@ def build_command(models: Sequence[VllmModel], base_name: str, host: str, port: 
 
 
 def run_vllm(command: Sequence[str], key: str | None) -> None:
-    """Become vLLM: signals reach it directly, and its exit code is this process's. Does not return."""
+    """Replace this process by vLLM: signals reach it directly, and its exit code is this process's. Does not return."""
     environment = dict(os.environ) | ({KEY_VARIABLE: key} if key else {})
     os.execvpe(command[0], list(command), environment)  # noqa: S606 (no shell: a list of our own words)

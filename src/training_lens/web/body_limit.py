@@ -7,11 +7,11 @@ from starlette.types import Message, Receive
 
 
 class BodyTooLargeError(Exception):
-    """A body without an honest length went over the limit."""
+    """A body without a length, or with a false one, went over the limit."""
 
 
 def has_large_body(headers: Headers, most: int) -> bool:
-    """Whether a request says that it brings more bytes, or says no number."""
+    """Whether a request announces more bytes, or a length that is not a number."""
     length = headers.get("content-length", "0")
     return not length.isascii() or not length.isdigit() or int(length[:20]) > most
 

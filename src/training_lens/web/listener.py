@@ -24,7 +24,7 @@ def is_loopback(host: str) -> bool:
 
 
 def list_loopback_hosts(port: int, host: str = LOOPBACK[0]) -> tuple[str, ...]:
-    """The Host headers, in lower case, of a server that listens to this machine alone, at `host`.
+    """The Host headers, in lower case, of a server that only this machine can reach, at `host`.
 
     A page of another site whose name was made to point here sends another one (DNS rebinding).
     """
