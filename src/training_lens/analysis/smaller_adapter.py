@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from training_lens.merging.weight_update import (
     read_rank,
     read_scaling,
 )
-from training_lens.models.adapter_files import CONFIG, WEIGHTS, read_config, require_plain
+from training_lens.models.adapter_files import CONFIG, WEIGHTS, read_config, require_plain, with_unit_scale
 from training_lens.models.experts import name_wrappers, split_a, split_b
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import atomic_folder, write_json
@@ -116,7 +114,7 @@ def _write_files(source: Path, folder: Path, at: RankLoss) -> None:
         for part, tensor in zip("AB", (small_a, small_b), strict=True):
             tensors[keys[part]] = tensor.to(a.dtype).contiguous()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    write_json(folder / CONFIG, _with_ranks(settings, ranks), verbatim=True)
+    write_json(folder / CONFIG, with_unit_scale(settings, ranks), verbatim=True)
 
 
 def _choose_rank(a: Tensor, update: Tensor, at: RankLoss) -> int:
@@ -139,15 +137,6 @@ def _cut_experts(a: Tensor, update: Tensor, experts: int, at: RankLoss) -> tuple
     small_a = torch.cat([one[:kept] for one, _ in cut])
     small_b = torch.stack([other[:, :kept] for _, other in cut], -1).flatten(1)  # (out, rank, experts)
     return small_a, small_b
-
-
-def _with_ranks(settings: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The configuration for these ranks, with scaling alpha / rank = 1 in each module."""
-    largest = max(ranks.values())
-    # Longer paths first: PEFT takes the first key that a path ends with.
-    others = {path: rank for path, rank in sorted(ranks.items(), key=lambda item: -len(item[0])) if rank != largest}
-    kept = {key: value for key, value in settings.items() if key != "use_rslora"}
-    return {**kept, "r": largest, "lora_alpha": largest, "rank_pattern": others, "alpha_pattern": dict(others)}
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ COMMANDS = {
     "Train": ("init", "validate", "lr", "train", "sweep"),
     "Evaluate": ("evaluate", "baseline", "compare", "knob", "infer"),
     "Look inside": ("ui", "watch", "analyze", "explain", "rank", "report", "export"),
-    "Ship": ("merge", "export-adapter", "serve", "benchmark", "push"),
+    "Ship": ("combine", "merge", "export-adapter", "serve", "benchmark", "push"),
     "Runs": ("sync", "doctor", "experiment"),
 }
 PANELS = {name: panel for panel, names in COMMANDS.items() for name in names}

@@ -190,6 +190,10 @@ def build_metadata_files(run: RunRecord, names: PathShortener) -> list[PushedFil
         "data.json": run.folder.read_metadata("data.json"),
         "environment.json": run.folder.read_metadata("environment.json"),
     }
+    if run.folder.combination_record.is_file():
+        record = read_sealed(run.folder.combination_record)
+        runs = [{**one, "run": Path(one["run"]).name} for one in record["runs"]]
+        values["combination.json"] = {**record, "run": run.run_id, "runs": runs}
     files = [
         PushedFile(f"{METADATA}/{name}", _encode_json(names.shorten_paths(value))) for name, value in values.items()
     ]

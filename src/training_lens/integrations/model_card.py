@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from training_lens import embedded
@@ -172,6 +173,22 @@ class _Card:
             "measures": measures,
         }
 
+    @cached_property
+    def combination(self) -> dict[str, Any] | None:
+        """How several adapters were combined into this one, and their losses; None for an adapter that was trained."""
+        record = self._run.folder.combination_record
+        if not record.is_file():
+            return None
+        values = read_sealed(record)
+        weights = {run["name"]: run["weight"] for run in values["runs"]}
+        tasks = [
+            {"name": Path(task["name"]).name, "weight": weights[task["name"]], "rows": task["rows"]}
+            | {who: f"{task['losses'][key]:.4f}" for who, key in (("base", "base"), ("own", task["name"]))}
+            | {"here": f"{task['losses']['combination']:.4f}"}
+            for task in values["tasks"]
+        ]
+        return {"how": values["how"], "tasks": tasks, "warnings": values["warnings"]}
+
     @property
     def settings(self) -> Verbatim:
         """The settings that differ from the defaults, as YAML."""
@@ -197,7 +214,9 @@ class _Card:
 
     @cached_property
     def lens(self) -> dict[str, Any] | None:
-        """The results of the lens; None if it was off."""
+        """The results of the lens; None if it was off, or for a combination, which had no steps."""
+        if self.combination:
+            return None
         from training_lens.analysis.run_facts import read_certificate, read_changes
 
         if self._run.analysis is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,15 @@ def drop_defaults(folder: Path) -> None:
         if isinstance(kept.get(key), list):
             kept[key].sort()  # a set's order is another in each process
     write_json(folder / CONFIG, kept, verbatim=True)
+
+
+def with_unit_scale(settings: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The configuration for these ranks by module, with alpha / rank = 1 in each: factors that hold their scale."""
+    largest = max(ranks.values())
+    # Longer paths first: PEFT takes the first key that a path ends with.
+    others = {path: rank for path, rank in sorted(ranks.items(), key=lambda item: -len(item[0])) if rank != largest}
+    kept = {key: value for key, value in settings.items() if key != "use_rslora"}
+    return {**kept, "r": largest, "lora_alpha": largest, "rank_pattern": others, "alpha_pattern": dict(others)}
 
 
 def _read_section(config: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class RunFolder:
 
     adapter = _Place("artifacts/adapter")
     scaled = _Place("artifacts/scaled")
+    combination_record = _Place("artifacts/adapter/combination.json")
     tokenizer = _Place("artifacts/tokenizer")
     merged_model = _Place("artifacts/merged")
     weight_delta = _Place("artifacts/delta")

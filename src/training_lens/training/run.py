@@ -274,7 +274,7 @@ class TrainingWrapper:
             "config.json": config.model_dump(),
             "data.json": plan.data_report(),
             "adaptation.json": plan.adaptation.as_json(),
-            "environment.json": _describe_environment(config),
+            "environment.json": describe_environment(config),
         }
         if config.data.val_ratio and plan.validation is not None:
             files["held_out.json"] = plan.held_out_ids()
@@ -327,7 +327,7 @@ def _lock_run(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
     return run.hold_lock() if plan.processes.is_main else nullcontext()
 
 
-def _describe_environment(config: TrainingConfig) -> dict[str, Any]:
+def describe_environment(config: TrainingConfig) -> dict[str, Any]:
     """What the run runs on: versions, platform, device, threads. No environment variables."""
     import torch
 

@@ -1,0 +1,1 @@
+"""Several adapters of one base combined into one adapter, which is verified and scored before it is called done."""
