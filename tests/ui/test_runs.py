@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +20,9 @@ from starlette.testclient import TestClient
 from ui.run_factory import step_line, write_run
 
 from training_lens.analysis.page.run_feed import CURVES, RunFeed
+from training_lens.analysis.page.run_page import describe_progress
 from training_lens.analysis.page.run_row import SPARK_POINTS, read_run_row
+from training_lens.runs.run_folder import PROCESS
 from training_lens.ui.app import build_app
 from training_lens.ui.guard import Access
 from training_lens.ui.run_index import RunIndex
@@ -237,3 +241,15 @@ def test_a_run_of_another_version_or_with_odd_values_has_a_page(tmp_path: Path) 
     assert page["progress"]["step"] == 4 and page["events"]["epochs"] == [] and len(page["samples"]) == 1
     assert page["evaluation"]["by_length"] == [] and client.get("/api/runs").json()["changed"][0]["run"] == "old"
     assert client.get("/api/runs/default/old/curves").json()["curves"]["loss"][1] == [2.0, None, None, 1.0]
+
+
+def test_the_time_between_a_stop_and_a_resume_is_no_training_time(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "default", "one", steps=10)
+    day, now = 86_400.0, time.time()
+    with run.hold_lock(), run.metrics_file.open("a") as file:
+        for step in range(11, 16):
+            file.write(seal_line({**step_line(step, 20), "time": now + day + 2.0 * step}) + "\n")
+    os.utime(run.metadata / PROCESS, (now + day, now + day))
+    feed = RunFeed(run).refresh()
+    assert feed.measure_speed()["step_seconds"] > day
+    assert describe_progress(run, feed, {"training.max_steps": 20})["remaining_seconds"] == pytest.approx(10.0)

@@ -51,7 +51,8 @@ COMMAND = (sys.executable, "-P", "-m", "training_lens")  # -P: no module of the 
 LAUNCHES = "launches"
 SHOWN_LOG = 32_768  # bytes of the end of a log
 VALIDATION_SECONDS = 120.0
-WAIT_SECONDS = 0.1  # between two looks at a process that validates
+WAIT_SECONDS = 0.1  # between two looks at a process that validates, or ends
+ENDING_SECONDS = 60.0  # that a stopped process has to write its report, before a resume gives up
 SAVES_ITSELF = "it saves itself after the step that it is in, and can be resumed"
 ENDS_AT_ONCE = "it had not finished a step, so there may be nothing to resume"
 
@@ -99,9 +100,14 @@ class Launcher:
     def resume_training(self, run: RunFolder) -> Launch:
         """Continue a run that was stopped, or that failed.
 
+        A run is interrupted before its process has ended: this waits for that.
+
         Raises:
             ConfigurationError: it is finished, or running.
         """
+        deadline = time.monotonic() + ENDING_SECONDS
+        while self._is_ending(run) and time.monotonic() < deadline:
+            time.sleep(WAIT_SECONDS)
         with self._lock:
             status, launch = read_status(run), self._find_living(run.experiment_name, run.run_id)
             if launch or status == "running":
@@ -113,6 +119,12 @@ class Launcher:
                     f"adapter with peft.from_adapter={run.root}."
                 )
             return self._launch(run.experiment_name, run.run_id, ["--resume", str(run.root)])
+
+    def _is_ending(self, run: RunFolder) -> bool:
+        """Whether the run was stopped, and the process that was asked to still saves or writes its report."""
+        launch = self._find_living(run.experiment_name, run.run_id)
+        was_stopped = launch is not None and (launch.pid, launch.start) in self._interrupted
+        return was_stopped and read_status(run) in UNFINISHED
 
     def stop_training(self, experiment: str, run_id: str) -> dict[str, Any]:
         """Ask the process that trains a run to stop, once; says what happens then.

@@ -103,12 +103,16 @@ class RunFeed:
         found = {name: thin_line(steps[chosen], values, most) for name, values in curves.items() if len(values)}
         return {name: [at.tolist(), values.tolist()] for name, (at, values) in found.items()}
 
-    def measure_speed(self) -> dict[str, float]:
-        """Tokens a second and seconds a step over the last steps; `step_seconds` includes validations between them."""
+    def measure_speed(self, since: float = 0.0) -> dict[str, float]:
+        """Tokens a second and seconds a step over the last steps; `step_seconds` includes validations between them.
+
+        `since` is when the process that trains began: the time between a stop and a resume is not training.
+        """
         tokens, seconds, times = (column[-RECENT:] for column in self.read_columns("tokens", "seconds", "time"))
         if not len(times):
             return {}
         speed = {"tokens_per_second": float(np.nansum(tokens) / max(np.nansum(seconds), 1e-9))}
+        times = times[times >= since]
         if len(times) > 1:
             speed["step_seconds"] = float((times[-1] - times[0]) / (len(times) - 1))
         return speed

@@ -24,7 +24,7 @@ from training_lens.evaluation.training_verdict import (
 from training_lens.evaluation.verdict import PERCENT_MEASURES, Outcome, Verdict, format_measure, name_measure
 from training_lens.runs.checkpoint_format import list_checkpoint_steps
 from training_lens.runs.metrics_log import is_finite_number
-from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_folder import PROCESS, RunFolder
 from training_lens.utils.files import list_files
 from training_lens.utils.formatting import pluralize
 from training_lens.utils.integrity import read_sealed
@@ -128,7 +128,7 @@ def describe_progress(run: RunFolder, feed: RunFeed, config: Mapping[str, Any]) 
     """Steps, speed and the remaining seconds, measured over the last steps, validations between them included."""
     steps = feed.columns["step"]
     last = [{"kind": "step", "step": int(steps[-1]), "epoch": feed.columns["epoch"][-1]}] if steps else []
-    total, speed = find_total_steps(config, last), feed.measure_speed()
+    total, speed = find_total_steps(config, last), feed.measure_speed(_read_process_time(run))
     remaining = (total - feed.last_step) * speed["step_seconds"] if total and "step_seconds" in speed else None
     summary = _read_json(run, "summary.json")
     kept = ("peak_bytes", "trainable_parameters", "total_parameters", "adapter_step", "lens_seconds", "stopped_by")
@@ -140,6 +140,14 @@ def describe_progress(run: RunFolder, feed: RunFeed, config: Mapping[str, Any]) 
         **{name: summary.get(name) for name in kept},
         "estimate": summary.get("estimate"),
     }
+
+
+def _read_process_time(run: RunFolder) -> float:
+    """When the process that trains the run took it, in seconds since 1970; 0 where that was not recorded."""
+    try:
+        return (run.metadata / PROCESS).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def arrange_samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

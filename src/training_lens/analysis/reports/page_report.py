@@ -27,7 +27,14 @@ from training_lens.utils.files import redact_for_file, replace_non_finite, write
 
 MODULES = ("dom.js", "format.js", "theme.js", "api.js", "chart.js", "heatmap.js", "report.js")
 PAGES = ("pages/run.js", "pages/runs.js", "pages/compare.js")
-PARTS = ("parts/samples.js", "parts/curves.js", "parts/evaluation.js", "parts/explanations.js", "parts/findings.js")
+PARTS = (
+    "parts/actions.js",
+    "parts/samples.js",
+    "parts/curves.js",
+    "parts/evaluation.js",
+    "parts/explanations.js",
+    "parts/findings.js",
+)
 IMPORT = re.compile(r'(from ")(\.[^"]+)(")')
 POLICY = "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; img-src data:"
 POINTS = 600  # of a curve

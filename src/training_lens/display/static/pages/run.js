@@ -1,10 +1,11 @@
 // One run, live while it trains: the verdict first, then what it rests on.
 
-import { fetchJson, followRun, postJson, runPath } from "../api.js";
+import { fetchJson, followRun, runPath } from "../api.js";
 import { lineChart } from "../chart.js";
-import { badge, button, commandLine, details, element, replace, replaceIfChanged, section, table } from "../dom.js";
+import { badge, commandLine, details, element, replace, replaceIfChanged, section, table } from "../dom.js";
 import { capitalize, formatBytes, formatDate, formatSeconds, formatValue, formatWhole, pluralize } from "../format.js";
 import { heatMap, heatTable } from "../heatmap.js";
+import { runActions } from "../parts/actions.js";
 import { evaluationTable } from "../parts/evaluation.js";
 import { explanations } from "../parts/explanations.js";
 import { findingCards } from "../parts/findings.js";
@@ -20,7 +21,8 @@ const SECTIONS = [
 ];
 
 export async function show(main, { parts, setTitle, setConnection }) {
-  const run = { experiment: parts[0] ?? "", run: parts[1] ?? "" };
+  if (parts.length < 2) throw new Error("This address names no run. Choose one on the page of all runs.");
+  const run = { experiment: parts[0], run: parts[1] };
   return showRun(main, run, liveSource(run), { setTitle, setConnection });
 }
 
@@ -41,6 +43,7 @@ function liveSource(run) {
 
 export async function showRun(main, run, source, { setTitle, setConnection }) {
   const firstCurves = source.curves(); // beside the page: both wait for the same log
+  firstCurves.catch(() => {}); // told below; of a run that is not there, the page tells it
   const page = await source.page();
   const view = buildView(run, source);
   setTitle(run.run);
@@ -86,7 +89,8 @@ export async function showRun(main, run, source, { setTitle, setConnection }) {
       gone,
       update: (values) => {
         if (values.steps) curves.add(values);
-        if (values.kind !== "beat") refreshSoon();
+        if (values.steps && !state.page.progress.step) refresh(); // its first steps are not "preparing" for seconds
+        else refreshSoon();
         if (values.lens || !isTraining()) refreshLens();
       },
     });
@@ -118,12 +122,12 @@ function throttle(action, wait, state) {
 }
 
 function buildView(run, source) {
-  const names = ["notice", "headline", "progress", "next", "curves", "answers", "evaluation", "findings", "layers", "explanations", "settings", "files"];
+  const names = ["notice", "headline", "progress", "actions", "next", "curves", "answers", "evaluation", "findings", "layers", "explanations", "settings", "files"];
   const view = Object.fromEntries(names.map((name) => [name, element("div", {})]));
   const titles = Object.fromEntries(SECTIONS);
   const parts = { loss: view.curves, ...view };
   view.root = element("article", {},
-    view.notice, view.headline, view.progress, view.next,
+    view.notice, view.headline, view.progress, view.actions, view.next,
     element("nav", { class: "jump", "aria-label": "Sections" }, SECTIONS.map(([id, title]) => jumpLink(id, title))),
     SECTIONS.map(([id]) => section(titles[id], id, parts[id])));
   return view;
@@ -144,7 +148,8 @@ function jumpLink(id, title) {
 function drawPage(view, state, source) {
   const { page } = state;
   drawHeadline(view, state, source);
-  drawProgress(view, page, source);
+  drawProgress(view, page);
+  if (source.isLive) replaceIfChanged(view.actions, page.row.status, () => runActions(page.row));
   replaceIfChanged(view.answers, page.samples, () => sampleAnswers(page.samples));
   replaceIfChanged(view.evaluation, page.evaluation, () => evaluationTable(page));
   replaceIfChanged(view.explanations, [page.explanations, page.row.status], () => explanations(page, source));
@@ -206,7 +211,7 @@ function describeCommand(command) {
   return command.startsWith("training-lens merge") ? "Write the model with the adapter merged into it:" : "See each finding with its evidence:";
 }
 
-function drawProgress(view, page, source) {
+function drawProgress(view, page) {
   const { row, progress } = page;
   const isRunning = row.status === "running";
   const share = progress.total_steps ? Math.min(1, progress.step / progress.total_steps) : 0;
@@ -221,30 +226,7 @@ function drawProgress(view, page, source) {
   ].filter(([, value]) => value !== "–");
   replace(view.progress,
     isRunning ? element("div", { class: "progress", role: "progressbar", "aria-valuenow": Math.round(100 * share), "aria-valuemin": 0, "aria-valuemax": 100, "aria-label": "Training" }, bar) : null,
-    element("dl", { class: "facts" }, facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)))),
-    source.isLive ? runActions(page) : null);
-}
-
-/** Links to the pages of this run, and the buttons that stop or resume it. */
-function runActions(page) {
-  const { row } = page;
-  const address = `${encodeURIComponent(row.experiment)}/${encodeURIComponent(row.run)}`;
-  const answer = element("span", { role: "status", class: "soft" });
-  const act = (name) => async () => {
-    replace(answer, "…");
-    try {
-      const values = await postJson(`${runPath(row)}/${name}`, {});
-      replace(answer, values.message);
-    } catch (error) {
-      replace(answer, error.message);
-    }
-  };
-  return element("div", { class: "row actions" },
-    row.status === "finished" ? element("a", { class: "button quiet", href: `#/playground/${address}` }, "Try it") : null,
-    element("a", { class: "button quiet", href: `#/data/${address}` }, "See its rows"),
-    row.status === "running" ? button("Stop and save", act("stop"), { class: "danger" }) : null,
-    row.status === "interrupted" || row.status === "failed" ? button("Resume", act("resume")) : null,
-    answer);
+    element("dl", { class: "facts" }, facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)))));
 }
 
 function drawFindings(view, state) {
