@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/training-lens train +experiment=default
 	$(BIN)/training-lens compare --run latest
+	@echo "to see the run in a browser: $(BIN)/training-lens ui"
 
 # The guides and the API reference as a site in site/. A warning fails; the build itself downloads nothing.
 docs: $(VENV)/.docs

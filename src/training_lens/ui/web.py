@@ -36,7 +36,9 @@ class Outputs:
         """
         run = RunFolder(runs_folder(str(self.folder), experiment) / run_id)
         if not (is_plain_name(experiment) and is_plain_name(run_id) and run.metadata.is_dir()):
-            raise HTTPException(404, f"There is no run '{run_id}' of '{experiment}' any more.")
+            raise HTTPException(
+                404, f"There is no run '{run_id}' in the experiment '{experiment}': deleted, or a wrong address."
+            )
         return run
 
     def requested_run(self, request: Request) -> RunFolder:

@@ -110,6 +110,46 @@ def test_a_real_run_is_followed_from_its_first_step_to_its_verdict(
     assert process.exitcode == 0
 
 
+def test_what_a_reader_chose_is_there_when_they_come_back_from_a_comparison(
+    tmp_path: Path, start_dashboard: Callable[..., Any], open_page: Callable[..., Any]
+) -> None:
+    for name in ("one", "two"):
+        write_run(tmp_path / "outputs", "default", name, steps=30)
+    page = open_page(start_dashboard(tmp_path / "outputs").url)
+    page.get_by_label("Group by").select_option("model")
+    page.get_by_role("button", name="Best loss").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.innerText") == "Best loss ↑"  # the keyboard stays where it was
+    for box in page.locator(".runs tbody input").all():
+        box.check()
+    page.get_by_role("link", name="Compare 2 runs").click()
+    page.get_by_text(re.compile("training-lens compare --run (one --against two|two --against one)")).wait_for()
+    signs = page.locator("main table .sign")
+    assert [signs.nth(i).bounding_box()["width"] for i in range(2)] == [9, 9]  # each run in the colour of its curves
+    page.go_back()
+    page.get_by_role("link", name="Compare 2 runs").wait_for()
+    assert page.get_by_label("Group by").input_value() == "model"
+    assert page.locator("th[aria-sort]").inner_text() == "Best loss ↑"
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("run/default/none", "There is no run 'none' in the experiment 'default'"),
+        ("run/none", "This address names no run."),
+        ("compare?run=default/one", "a comparison needs 2 to 6 runs; 1 given."),
+    ],
+)
+def test_an_address_that_leads_nowhere_says_why(
+    address: str, words: str, tmp_path: Path, start_dashboard: Callable[..., Any], open_page: Callable[..., Any]
+) -> None:
+    write_run(tmp_path / "outputs", "default", "one")
+    page = open_page(f"{start_dashboard(tmp_path / 'outputs').url}/#/{address}")
+    page.get_by_role("alert").get_by_text(words).wait_for()
+    page.get_by_role("link", name="Skip to the page").press("Enter")
+    assert page.url.endswith(address)
+
+
 def test_names_rows_and_answers_are_shown_as_text(
     tmp_path: Path, start_dashboard: Callable[..., Any], open_page: Callable[..., Any]
 ) -> None:

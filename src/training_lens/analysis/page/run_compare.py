@@ -27,7 +27,9 @@ def compare_runs(runs: Sequence[RunFolder], feeds: FeedCache) -> dict[str, Any]:
         ConfigurationError: there are fewer than two runs, or too many to stand side by side.
     """
     if not 2 <= len(runs) <= MOST_RUNS:
-        raise ConfigurationError(f"{len(runs)} runs are given; expected 2 to {MOST_RUNS}.")
+        raise ConfigurationError(
+            f"a comparison needs 2 to {MOST_RUNS} runs; {len(runs) or 'none'} given. Choose them in the list of runs."
+        )
     listed = [read_run(run) for run in runs]
     return {
         "runs": [_describe_side(run, feeds) for run in runs],

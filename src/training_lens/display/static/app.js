@@ -75,5 +75,9 @@ addEventListener("hashchange", () => {
   if (!location.hash.startsWith("#/") && location.hash) return; // a place on the page
   showPage();
 });
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address says which page this is
+  main.focus();
+});
 setUpTheme(document.getElementById("theme"));
 showPage();

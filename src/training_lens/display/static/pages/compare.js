@@ -2,8 +2,8 @@
 
 import { fetchJson } from "../api.js";
 import { lineChart } from "../chart.js";
-import { badge, element, replace, section, table } from "../dom.js";
-import { formatNumber, formatPercent, formatRate, formatValue, formatWhole, nameMeasure } from "../format.js";
+import { badge, commandLine, element, replace, section, table } from "../dom.js";
+import { formatChange, formatNumber, formatPercent, formatRate, formatValue, formatWhole, nameMeasure } from "../format.js";
 import { runAddress } from "./runs.js";
 
 const RATE_KEYS = ["training.lr"];
@@ -20,7 +20,7 @@ export function showComparison(main, found, layersLater, isLive) {
   const layers = element("div", {}, element("p", { class: "empty" }, "Reading what the lens captured…"));
   const loss = lineChart({ title: "Loss, nats per supervised token", y: "loss", height: 360 });
   const rate = lineChart({ title: "Learning rate", y: "rate", height: 200, canBeLog: false });
-  replace(main, element("h1", {}, `${found.runs.length} runs side by side`), runTable(found, isLive), differenceTable(found),
+  replace(main, element("h1", {}, `${found.runs.length} runs side by side`), runTable(found, isLive), isLive ? verdictPart(found) : null, differenceTable(found),
     section("Loss", "loss", loss.root, rate.root),
     section("Evaluation", "evaluation", evaluationTable(found.runs)),
     section("Layers", "layers", layers),
@@ -78,6 +78,14 @@ function formatSetting(key, value) {
   return RATE_KEYS.includes(key) && typeof value === "number" ? formatRate(value) : formatValue(value ?? "–");
 }
 
+/** How to learn which of two is better: held-out losses are two numbers without an interval of their difference. */
+function verdictPart({ runs, same_validation: isSame }) {
+  const [first, second] = [...runs].sort((a, b) => (a.row.loss ?? Infinity) - (b.row.loss ?? Infinity));
+  if (runs.length !== 2 || !isSame || runs.some((run) => run.row.status !== "finished")) return null;
+  return section("Which is better?", "better", element("p", {}, "This answers it on the same rows, with intervals:"),
+    commandLine(`training-lens compare --run ${first.row.run} --against ${second.row.run}`));
+}
+
 function evaluationTable(runs) {
   const measures = [...new Set(runs.flatMap((run) => run.evaluation?.measures.map((one) => one.measure) ?? []))];
   if (!measures.length) return element("p", { class: "empty" }, "None of these runs was compared with its base (training-lens compare).");
@@ -89,12 +97,14 @@ function evaluationTable(runs) {
     cell: (measure) => {
       const one = find(run, measure);
       if (!one) return "–";
-      const interval = one.interval ? element("div", { class: "soft" }, `change ${one.interval.map((end) => format(one, end)).join(" to ")}`) : null;
+      const interval = one.interval ? element("div", { class: "soft" }, `change ${one.interval.map((end) => formatChange(end, (size) => format(one, size))).join(" to ")}`) : null;
       return [format(one, one.adapter), interval];
     },
   }))];
+  const missing = runs.filter((run) => !run.evaluation).map((run) => run.row.run);
   return [table("Adapters on held-out rows", columns, measures),
-    element("p", { class: "soft" }, "Below each number: the interval of its change from the base.")];
+    element("p", { class: "soft" }, "Below each number: the interval of its change from the base."),
+    missing.length ? [element("p", { class: "soft" }, "Not compared with its base yet:"), missing.map((run) => commandLine(`training-lens compare --run ${run}`))] : null];
 }
 
 function drawLayers(box, runs, found) {
@@ -125,6 +135,8 @@ function sampleTable(runs) {
     element("div", { class: "answers" }, runs.map((run, j) => {
       const answers = run.samples.find((other) => other.prompt === sample.prompt).answers.filter((answer) => !answer.base);
       const last = answers.at(-1);
-      return element("div", { class: "answer adapter" }, element("h4", {}, sign(j), ` ${run.row.run}`), last ? last.generated : "no answer yet");
+      const box = element("div", { class: "answer" }, element("h4", {}, sign(j), ` ${run.row.run}`), last ? last.generated : "no answer yet");
+      box.style.borderColor = `var(${colorOf(j)})`;
+      return box;
     }), sample.expected ? element("div", { class: "answer" }, element("h4", {}, "Expected"), sample.expected) : null)));
 }

@@ -2,14 +2,15 @@
 
 import { fetchJson, postJson } from "../api.js";
 import { button, commandLine, details, element, replace } from "../dom.js";
-import { capitalize } from "../format.js";
+import { capitalize, formatBytes, formatSeconds, pluralize } from "../format.js";
 
+const WRONG = ["problem", "warning"];
 const WAIT = 400; // milliseconds after a key, before the command is composed
 
 export async function show(main, { setTitle }) {
   const form = await fetchJson("/api/form");
   setTitle("New run");
-  const state = { values: {}, preset: "", timer: null, isValid: false, faults: new Map(), isStopped: false };
+  const state = { values: {}, preset: "", timer: null, settings: 0, isStopped: false };
   const view = buildView(form, state);
   replace(main, view.root);
   await compose(view, state);
@@ -23,6 +24,8 @@ function buildView(form, state) {
   const view = { command: element("div", {}), problems: element("div", { role: "status" }), result: element("div", { role: "status" }), faults: new Map() };
   const change = () => {
     clearTimeout(state.timer);
+    state.settings += 1;
+    replace(view.result); // it was said of other settings
     state.timer = setTimeout(() => compose(view, state), WAIT);
   };
   const preset = element("select", { onChange: (event) => {
@@ -46,7 +49,7 @@ function buildView(form, state) {
 function groupPart(group, state, view, change) {
   const others = group.fields.filter((field) => !field.common);
   if (!others.length) return null;
-  const title = group.title.replaceAll("`", "").replace(/\.$/, "");
+  const title = sayEmpty(group.title).replaceAll("`", "").replace(/\.$/, "");
   return details([element("code", {}, group.name), ` ${title}`], element("div", { class: "form-grid" }, others.map((field) => fieldControl(field, state, view, change))));
 }
 
@@ -59,7 +62,12 @@ function fieldControl(field, state, view, change) {
     change();
   };
   return element("label", { class: "field" }, element("span", {}, element("code", {}, field.key)), inputOf(field, take),
-    element("span", { class: "hint" }, field.description ?? ""), fault);
+    element("span", { class: "hint" }, sayEmpty(field.description ?? "")), fault);
+}
+
+/** A field that is left empty is what the configuration calls null. */
+function sayEmpty(description) {
+  return description.replaceAll(/\bnull:/g, "empty:");
 }
 
 function inputOf(field, take) {
@@ -91,16 +99,17 @@ function showProblems(view, problems) {
   for (const fault of view.faults.values()) replace(fault);
   for (const problem of problems) if (view.faults.has(problem.key)) replace(view.faults.get(problem.key), problem.message);
   view.start.disabled = view.validate.disabled = problems.length > 0;
-  replace(view.problems, problems.length ? element("div", { class: "notice problem" }, problems.map((problem) => element("p", {}, problem.message))) : null);
+  replace(view.problems, problems.length ? element("div", { class: "notice problem" }, problems.map((problem) => element("p", {}, problem.key ? `${problem.key}: ${problem.message}` : problem.message))) : null);
 }
 
 async function act(view, state, name) {
   view.start.disabled = view.validate.disabled = true;
+  const settings = state.settings;
   replace(view.result, element("p", { class: "soft" }, name === "start" ? "Starting…" : "Checking the rows, the model and the memory…"));
   try {
     const found = await postJson(`/api/launch/${name}`, readRequest(state));
     if (name === "start") await waitForRun(view, state, found);
-    else showCheck(view, found);
+    else if (settings === state.settings) showCheck(view, found);
   } catch (error) {
     replace(view.result, element("div", { class: "notice problem" }, element("pre", {}, error.message)));
   }
@@ -108,10 +117,20 @@ async function act(view, state, name) {
 }
 
 function showCheck(view, found) {
-  const words = found.ok ? "It would train." : found.error;
-  const warnings = (found.result?.warnings ?? []).map((warning) => element("p", {}, capitalize(String(warning.sentence ?? warning))));
-  replace(view.result, element("div", { class: `notice ${found.ok ? "fine" : "problem"}` }, element("pre", {}, words), warnings,
+  const words = found.ok ? element("p", {}, describePlan(found.result)) : element("pre", {}, found.error);
+  const wrong = (found.result?.findings ?? []).filter((finding) => WRONG.includes(finding.severity));
+  const warnings = wrong.map((finding) => element("div", { class: "notice warning" }, element("p", {}, element("b", {}, capitalize(finding.title)), ". ",
+    [finding.measured, finding.action].filter(Boolean).map((words) => `${capitalize(words).replace(/\.$/, "")}. `))));
+  replace(view.result, element("div", { class: `notice ${found.ok ? "fine" : "problem"}` }, words, warnings,
     found.result ? details("All that was found", element("pre", { class: "log", tabindex: "0" }, JSON.stringify(found.result, null, 2))) : null));
+}
+
+/** What the run would take: steps, rows, time and memory. */
+function describePlan({ total_steps: steps, train_examples: rows, estimate }) {
+  const size = `It would train: ${pluralize(steps, "step")} on ${pluralize(rows, "row")}`;
+  if (!estimate) return `${size}.`;
+  const [low, high] = [estimate.seconds_low, estimate.seconds_high].map((seconds) => formatSeconds(seconds + estimate.validation_seconds));
+  return `${size}, about ${low} to ${high}, peak memory about ${formatBytes(estimate.peak_bytes)}.`;
 }
 
 /** Go to the run's page once its folder is there; or say why it is not. */

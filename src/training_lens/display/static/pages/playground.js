@@ -51,6 +51,7 @@ function buildView(run, about, actions) {
     element("h1", {}, "Playground"),
     element("p", { class: "soft" }, element("a", { href: `#/run/${encodeURIComponent(run.experiment)}/${encodeURIComponent(run.run)}` }, `${run.experiment} / ${run.run}`)),
     view.prompt,
+    about.domains.length ? element("p", { class: "soft" }, "Its training rows named a domain; asked without one, the adapter has to guess which is meant.") : null,
     element("div", { class: "form-grid settings" }, fields.filter(([, , isShown]) => isShown).map(([name, control]) =>
       element("label", { class: "field" }, element("span", {}, name), control)),
     element("label", { class: "field" }, element("span", {}, "Adapter scale (1 is as trained)"), element("span", { class: "row" }, view.scale, view.scaleLabel))),
@@ -116,6 +117,8 @@ function scoredAnswer({ scores, difference }) {
 }
 
 async function showTokens(path, view) {
+  view.ask.disabled = true; // one request at a time
+  replace(view.tokens, element("p", { class: "soft", role: "status" }, "The tokenizer and the model are read…"));
   try {
     const { tokens, count, room } = await postJson(`${path}/tokens`, { prompt: view.prompt.value, domain: view.domain.value || null });
     replace(view.tokens, element("div", { class: "card" }, element("h2", {}, "The prompt as the model sees it"),
@@ -125,4 +128,5 @@ async function showTokens(path, view) {
   } catch (error) {
     replace(view.tokens, element("p", { class: "fault", role: "alert" }, error.message));
   }
+  view.ask.disabled = false;
 }

@@ -14,23 +14,23 @@ const COLUMNS = [
   { name: "Run", key: (row) => row.run, cell: nameCell },
   { name: "Status", key: (row) => row.status, cell: statusCell },
   { name: "Verdict", key: (row) => row.verdict.outcome ?? "", cell: verdictCell },
-  { name: "Base", number: true, key: (row) => row.base_loss, cell: (row) => known(row.base_loss, formatNumber) },
-  { name: "Best loss", number: true, key: (row) => row.loss, cell: (row) => known(row.loss, formatNumber) },
+  { name: "Base loss", number: true, isRising: true, key: (row) => row.base_loss, cell: (row) => known(row.base_loss, formatNumber) },
+  { name: "Best loss", number: true, isRising: true, key: (row) => row.loss, cell: (row) => known(row.loss, formatNumber) },
   { name: "Training loss", key: null, cell: (row) => sparkline(row.spark, describeSpark(row)) },
   { name: "Steps", number: true, key: (row) => row.steps, cell: stepsCell },
   { name: "Model", key: (row) => row.model, cell: (row) => row.model },
   { name: "Data", key: (row) => row.data, cell: (row) => row.data },
-  { name: "Rate", number: true, key: (row) => row.learning_rate, cell: (row) => known(row.learning_rate, formatRate) },
+  { name: "LR", number: true, key: (row) => row.learning_rate, cell: (row) => known(row.learning_rate, formatRate) },
   { name: "Rank", number: true, key: (row) => row.rank, cell: (row) => known(row.rank, formatWhole) },
-  { name: "Started", key: (row) => row.started, cell: (row) => element("time", { title: formatDate(row.started) }, formatAge(row.started)) },
+  { name: "Started", isRising: false, key: (row) => row.started, cell: (row) => element("time", { title: formatDate(row.started) }, formatAge(row.started)) },
 ];
 
+/** What a reader chose, which is still there when they come back from a run. */
+const kept = { chosen: new Set(), sort: { column: 11, isRising: false }, limit: ROWS_AT_ONCE, words: "", status: "", group: "" };
+
 export async function show(main, { query, setConnection }) {
-  const state = {
-    rows: new Map(), texts: new Map(), chosen: new Set(), index: "", version: 0, pending: 0, total: 0, limit: ROWS_AT_ONCE,
-    sort: { column: 11, isRising: false }, folder: "", isStopped: false,
-  };
-  const view = buildView(state, query.get("search") ?? "", draw);
+  const state = { rows: new Map(), texts: new Map(), index: "", version: 0, pending: 0, total: 0, folder: "", isStopped: false };
+  const view = buildView(query.get("search") ?? kept.words, draw);
   replace(main, view.root);
   let timer = null;
 
@@ -77,8 +77,9 @@ function applyChanges(state, changes) {
   }
   for (const [experiment, run] of changes.removed) {
     state.rows.delete(`${experiment}/${run}`);
-    state.chosen.delete(`${experiment}/${run}`);
+    kept.chosen.delete(`${experiment}/${run}`);
   }
+  if (!changes.pending) for (const key of kept.chosen) if (!state.rows.has(key)) kept.chosen.delete(key); // deleted meanwhile
   const isNew = changes.changed.length + changes.removed.length > 0 || changes.pending !== state.pending;
   Object.assign(state, { index: changes.index, version: changes.version, pending: changes.pending, total: changes.total });
   return isNew;
@@ -93,9 +94,9 @@ function searchText(row) {
   return words.join(" ").toLowerCase();
 }
 
-function buildView(state, words, draw) {
+function buildView(words, draw) {
   const redraw = () => {
-    state.limit = ROWS_AT_ONCE;
+    Object.assign(kept, { limit: ROWS_AT_ONCE, words: search.value, status: status.value, group: group.value });
     draw();
   };
   const search = element("input", { type: "search", value: words, placeholder: "Name, tag, model, data…", onInput: redraw });
@@ -104,6 +105,7 @@ function buildView(state, words, draw) {
   const group = element("select", { onChange: redraw }, element("option", { value: "" }, "Nothing"),
     element("option", { value: "experiment" }, "Experiment or sweep"), element("option", { value: "model" }, "Model"),
     element("option", { value: "data" }, "Data"));
+  [status.value, group.value] = [kept.status, kept.group];
   const count = element("p", { class: "soft", role: "status" });
   const table = element("div", { class: "scroll" });
   const bar = element("div", { class: "bar-fixed", hidden: true });
@@ -124,8 +126,8 @@ export function filterRows(state, words, status) {
     const text = state.texts.get(key);
     if ((!status || row.status === status) && terms.every((term) => text.includes(term))) found.push(row);
   }
-  const column = COLUMNS[state.sort.column];
-  const sign = state.sort.isRising ? 1 : -1;
+  const column = COLUMNS[kept.sort.column];
+  const sign = kept.sort.isRising ? 1 : -1;
   return found.sort((a, b) => compareValues(column.key(a), column.key(b), sign));
 }
 
@@ -141,15 +143,17 @@ function drawTable(state, view, draw) {
   view.filters.hidden = view.status.hidden = isEmpty;
   if (isEmpty) return replace(view.table, emptyPage(state.folder));
   replace(view.status, describeCount(state, rows.length));
-  const shown = rows.slice(0, state.limit);
+  const shown = rows.slice(0, kept.limit);
   const more = rows.length > shown.length
     ? button(`Show ${Math.min(ROWS_AT_ONCE, rows.length - shown.length)} more`, () => {
-      state.limit += ROWS_AT_ONCE;
+      kept.limit += ROWS_AT_ONCE;
       draw();
     }, { class: "quiet" })
     : null;
+  const focused = view.table.contains(document.activeElement) ? document.activeElement.dataset.focus : null;
   replace(view.table, element("table", { class: "runs" }, element("caption", { class: "hidden" }, "Runs"),
     headRow(state, draw), element("tbody", {}, bodyRows(shown, view.group.value, state, view))), more);
+  if (focused) view.table.querySelector(`[data-focus="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
   drawBar(state, view);
 }
 
@@ -166,16 +170,16 @@ function emptyPage(folder) {
 
 function headRow(state, draw) {
   const cells = COLUMNS.map((column, i) => {
-    const isSorted = state.sort.column === i;
+    const isSorted = kept.sort.column === i;
     const sortBy = () => {
-      state.sort = { column: i, isRising: isSorted ? !state.sort.isRising : !column.number && i < 11 };
+      kept.sort = { column: i, isRising: isSorted ? !kept.sort.isRising : column.isRising ?? !column.number };
       draw();
     };
-    const arrow = isSorted ? (state.sort.isRising ? " ↑" : " ↓") : "";
+    const arrow = isSorted ? (kept.sort.isRising ? " ↑" : " ↓") : "";
     return element("th", {
       scope: "col", class: column.number ? "number" : null,
-      "aria-sort": isSorted ? (state.sort.isRising ? "ascending" : "descending") : null,
-    }, column.key ? button(column.name + arrow, sortBy) : column.name);
+      "aria-sort": isSorted ? (kept.sort.isRising ? "ascending" : "descending") : null,
+    }, column.key ? button(column.name + arrow, sortBy, { "data-focus": column.name }) : column.name);
   });
   return element("thead", {}, element("tr", {}, element("th", { scope: "col" }, element("span", { class: "hidden" }, "Compare")), cells));
 }
@@ -194,10 +198,10 @@ function bodyRows(rows, group, state, view) {
 function bodyRow(row, state, view) {
   const key = keyOf(row);
   const choose = (event) => {
-    event.target.checked ? state.chosen.add(key) : state.chosen.delete(key);
+    event.target.checked ? kept.chosen.add(key) : kept.chosen.delete(key);
     drawBar(state, view);
   };
-  const box = element("input", { type: "checkbox", checked: state.chosen.has(key), onChange: choose, "aria-label": `Compare ${row.run}` });
+  const box = element("input", { type: "checkbox", checked: kept.chosen.has(key), onChange: choose, "data-focus": `compare ${key}`, "aria-label": `Compare ${row.run}` });
   const cells = COLUMNS.slice(1).map((column) =>
     element("td", { class: column.number ? "number" : null, "data-column": column.name }, column.cell(row)));
   return element("tr", {}, element("td", {}, box), element("th", { scope: "row", class: "name" }, nameCell(row)), cells);
@@ -209,7 +213,7 @@ export function runAddress(row) {
 
 function nameCell(row) {
   const tags = row.tags.length ? element("span", { class: "tags" }, row.tags.map((tag) => element("span", { class: "tag" }, tag))) : null;
-  return [element("a", { href: runAddress(row) }, row.run), element("div", { class: "soft" }, row.experiment, " ", tags)];
+  return [element("a", { href: runAddress(row), "data-focus": keyOf(row) }, row.run), element("div", { class: "soft" }, row.experiment, " ", tags)];
 }
 
 function statusCell(row) {
@@ -238,12 +242,12 @@ function describeSpark(row) {
 }
 
 function drawBar(state, view) {
-  const count = state.chosen.size;
+  const count = kept.chosen.size;
   view.bar.hidden = count === 0;
   if (!count) return replace(view.bar);
-  const query = [...state.chosen].map((key) => `run=${encodeURIComponent(key)}`).join("&");
+  const query = [...kept.chosen].map((key) => `run=${encodeURIComponent(key)}`).join("&");
   const clear = () => {
-    state.chosen.clear();
+    kept.chosen.clear();
     view.table.querySelectorAll("input:checked").forEach((box) => (box.checked = false));
     drawBar(state, view);
   };

@@ -1,7 +1,7 @@
 // Base against adapter on held-out rows: all of them, by length and by domain, with intervals of the difference.
 
 import { commandLine, details, element, table } from "../dom.js";
-import { capitalize, formatNumber, formatPercent, formatWhole, nameMeasure, pluralize } from "../format.js";
+import { capitalize, formatChange, formatNumber, formatPercent, formatWhole, nameMeasure, pluralize } from "../format.js";
 
 const LOWER_IS_BETTER = ["loss", "perplexity"];
 const NEUTRAL = ["forward_kl"];
@@ -71,10 +71,10 @@ function changeCell(row) {
   const isGood = LOWER_IS_BETTER.includes(row.measure) ? change < 0 : change > 0;
   const isSure = !row.interval || row.interval[0] * row.interval[1] > 0;
   const look = NEUTRAL.includes(row.measure) || change === 0 || !isSure ? "" : isGood ? "up" : "down";
-  return element("span", { class: look }, `${change > 0 ? "+" : "−"}${formatMeasure(row, Math.abs(change))}`);
+  return element("span", { class: look }, formatChange(change, (size) => formatMeasure(row, size)));
 }
 
 function intervalCell(row) {
   if (!row.interval) return "";
-  return row.interval.map((end) => `${end < 0 ? "−" : "+"}${formatMeasure(row, Math.abs(end))}`).join(" to ");
+  return row.interval.map((end) => formatChange(end, (size) => formatMeasure(row, size))).join(" to ");
 }
