@@ -17,14 +17,8 @@ from training_lens.errors import ModelLoadingError
 from training_lens.merging.merge_plan import MergeOptions
 from training_lens.merging.merge_run import merge_adapter
 from training_lens.models.adapters import base_only, load_adapter
-from training_lens.models.factory import (
-    build_skeleton,
-    check_vocabulary,
-    load_model,
-    load_tokenizer,
-    required_rows,
-    resize_embeddings,
-)
+from training_lens.models.embedding_rows import required_rows, resize_embeddings
+from training_lens.models.factory import build_skeleton, check_vocabulary, load_model, load_tokenizer
 from training_lens.runs.run_folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -64,10 +58,10 @@ def test_missing_rows_are_refused_with_the_way_to_add_them(grown: Path, tmp_path
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
-    tokenizer = load_tokenizer(ModelSection())
-    check_vocabulary(tokenizer, 1024, "embedded", False)
+    required = required_rows(load_tokenizer(ModelSection()))
+    check_vocabulary(required, 1024, "embedded", False)
     with pytest.raises(ModelLoadingError, match=r"ids up to \d+, its embedding 97 rows"):
-        check_vocabulary(tokenizer, 97, "x", False)
+        check_vocabulary(required, 97, "x", False)
 
 
 def test_new_rows_are_the_mean_and_old_ones_stay(grown: Path) -> None:

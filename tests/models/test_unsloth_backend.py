@@ -58,6 +58,7 @@ def test_everything_that_is_in_the_way_is_named_at_once() -> None:
     ]
     sections: dict[str, dict[str, Any]] = {
         "model": {"quantization": "8bit", "dtype": "fp32", "attention": "eager", "trust_remote_code": True},
+        "data": {"new_tokens": ["<tool>"]},
         "peft": {"use_dora": True, "lora_dropout": 0.1, "modules_to_save": ["lm_head"]},
         "training": {"precision": "fp32"},
     }

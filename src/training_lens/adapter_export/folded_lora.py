@@ -16,6 +16,7 @@ from torch import Tensor
 
 from training_lens.errors import AdapterError
 from training_lens.models.adapter_scale import adapter_layers, base_module, factors_of
+from training_lens.models.embedding_rows import has_token_rows
 from training_lens.models.omissions import is_linear
 
 MERGE_INSTEAD = "Merge it: training-lens merge writes plain weights that every program loads."
@@ -69,10 +70,15 @@ def _require_low_rank(path: str, layer: Any, form: str) -> None:
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.lora.variants import DoraLinearVariant
 
+    if has_token_rows(layer):
+        raise AdapterError(
+            f"'{path}' has rows of its own for new tokens (data.new_tokens), which the base lacks, and {form} has no "
+            f"place for them. {MERGE_INSTEAD} For llama.cpp: --to gguf --merged."
+        )
     if not isinstance(layer, LoraLayer):
         raise AdapterError(
-            f"'{path}' was trained whole (modules_to_save, or new tokens), and {form} holds only low-rank updates. "
-            f"{MERGE_INSTEAD}"
+            f"'{path}' was trained whole (modules_to_save, or model.resize_embeddings), and {form} holds low-rank "
+            f"updates alone. {MERGE_INSTEAD}"
         )
     if any(isinstance(variant, DoraLinearVariant) for variant in layer.lora_variant.values()):
         raise AdapterError(

@@ -17,7 +17,7 @@ from training_lens.adapter_export.gguf_tensors import GgufNames, convert_weights
 from training_lens.adapter_export.model_ends import find_head, has_tied_ends
 from training_lens.adapter_export.other_programs import compute_elsewhere
 from training_lens.merging.verification import MergeCheck, Probes, Reference, Verification, compare_outputs
-from training_lens.merging.weight_update import ROUNDOFF, Update, is_stored_turned
+from training_lens.merging.weight_update import ROUNDOFF, RowsUpdate, Update, is_stored_turned
 
 # The spacing of numbers around 1, and the smallest spacing, of each kind.
 SPACING = {"f32": (2.0**-23, 2.0**-149), "f16": (2.0**-10, 2.0**-24), "bf16": (2.0**-7, 2.0**-133)}
@@ -34,7 +34,8 @@ def check_gguf_weights(
     way. The second counts tensors that only one side has. Memory: one tensor in float64, beside the base.
     """
     names, stored = GgufNames.find(base.config), read_tensors(path)
-    is_tied = has_tied_ends(base) and not (updates.keys() & _end_names(base))
+    ends = [updates[name] for name in updates.keys() & _end_names(base)]
+    is_tied = has_tied_ends(base) and all(isinstance(end, RowsUpdate) for end in ends)  # those of new tokens are alike
     wanted = convert_weights(names, base, _update_weights(base, updates, scale), is_tied=is_tied)
     errors, lost = {"": 0.0}, []
     for name, tensor in wanted:

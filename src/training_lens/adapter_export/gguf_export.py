@@ -32,7 +32,7 @@ from training_lens.config.schema import ModelSection
 from training_lens.inference.session import Session
 from training_lens.merging.merge_tensors import check_mergeable, merge_weights
 from training_lens.merging.verification import MergeCheck, Probes, Reference, Verification
-from training_lens.merging.weight_update import load_updates
+from training_lens.merging.weight_update import list_tied_rows, load_updates
 from training_lens.models.base_record import stored_precision
 from training_lens.models.factory import load_model
 from training_lens.models.quantization import dequantize_model
@@ -56,6 +56,7 @@ class GgufForm:
     tokenizer: dict[str, Any]  # the values that describe it
     stop_ids: list[int]
     texts: dict[str, list[int]]
+    new_tokens: tuple[str, ...]  # that the base got rows for
 
     @property
     def is_merged(self) -> bool:
@@ -90,6 +91,7 @@ class GgufForm:
             | _begin_as_trained(given, session),
             stop_ids=sorted(session.stop_ids),
             texts=_list_texts(session, given),
+            new_tokens=tuple(session.config.data.new_tokens),
         )
 
     def write(self, session: Session, folder: Path) -> None:
@@ -126,11 +128,13 @@ class GgufForm:
         """Read the file back, and compare it with the adapter's own files in float64."""
         updates = load_updates(self.adapter)
         if self.is_merged:
-            return check_gguf_weights(folder / MODEL, self._load_base(), updates, self.scale, self.kind)
+            base = self._load_base()
+            updates |= list_tied_rows(updates, base.state_dict())
+            return check_gguf_weights(folder / MODEL, base, updates, self.scale, self.kind)
         return check_updates(updates, self.scale, read_gguf_adapter(self.config, folder / ADAPTER, self.modules))
 
     def _load_base(self) -> Any:
-        return dequantize_model(load_model(self.base, get_device("cpu"), "fp32"))
+        return dequantize_model(load_model(self.base, get_device("cpu"), "fp32", self.new_tokens))
 
     def compute(self, folder: Path, given: Probes, wanted: Reference) -> tuple[Verification | None, str]:
         """What llama.cpp computes with the file, and why it does not where it cannot be called here.

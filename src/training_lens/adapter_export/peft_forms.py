@@ -21,6 +21,7 @@ from training_lens.models.adapter_scale import scale_adapter
 from training_lens.models.adapters import save_adapter
 from training_lens.models.base_files import save_tokenizer
 from training_lens.models.base_record import require_local_folder
+from training_lens.models.factory import read_facts
 from training_lens.models.location import locate_model
 from training_lens.models.model_classes import public_class
 from training_lens.models.quantization import loading_options
@@ -36,6 +37,7 @@ class PeftForm:
     modules: Sequence[FoldedModule] | None  # of a plain LoRA; None: the adapter as it is
     quantization: str  # of the base that the adapter computes on
     job: dict[str, Any]  # how the checking process is to load the adapter on its base
+    is_resized: bool  # the base got rows for tokens that it lacked
 
     @staticmethod
     def plan(session: Session, modules: Sequence[FoldedModule] | None, scale: float) -> PeftForm:
@@ -55,7 +57,8 @@ class PeftForm:
             "stop_ids": sorted(session.stop_ids),
             "pad_id": session.pad_id,
         }
-        return PeftForm(session.adapter, scale, modules, model.quantization, job)
+        is_resized = job["vocabulary"] != read_facts(model).vocabulary
+        return PeftForm(session.adapter, scale, modules, model.quantization, job, is_resized)
 
     def write(self, session: Session, folder: Path) -> None:
         """Write adapter and tokenizer."""
@@ -69,9 +72,11 @@ class PeftForm:
     def describe_use(self) -> str:
         """How the folder is loaded, as Markdown."""
         name, base = self.job["class"], self.job["base"]
+        resize = f"base.resize_token_embeddings({self.job['vocabulary']})\n" if self.is_resized else ""
         return (
             f"```python\nfrom peft import PeftModel\nfrom transformers import {name}\n\n"
-            f'model = PeftModel.from_pretrained({name}.from_pretrained("{base}"), "path/to/this/folder")\n```\n'
+            f'base = {name}.from_pretrained("{base}")\n{resize}'
+            'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n```\n'
         )
 
     @property

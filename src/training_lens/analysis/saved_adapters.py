@@ -41,7 +41,7 @@ logger = get_logger(__name__)
 # Keys of an adapter's configuration that do not change what B A is.
 ELSEWHERE = {
     *("bias", "exclude_modules", "layers_pattern", "layers_to_transform", "lora_bias", "megatron_config"),
-    *("megatron_core", "runtime_config", "trainable_token_indices"),
+    *("megatron_core", "runtime_config"),
 }
 
 

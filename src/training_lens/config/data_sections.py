@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from contextlib import suppress
 from datetime import date
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from training_lens import embedded
-from training_lens.config.section import Paths, Place, Rows, Section, setting
+from training_lens.config.section import Names, Paths, Place, Rows, Section, setting
 from training_lens.utils.formatting import did_you_mean
 
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
@@ -165,6 +166,11 @@ class DataSection(Section):
     special_tokens: Literal["plain", "allow"] = setting(
         "plain", "text of a special token inside a row, such as '<|im_end|>': plain text, or the token"
     )
+    new_tokens: Names = setting(
+        [],
+        "texts that become one token each, such as the tags of tool calls: their rows of embedding and output head "
+        "start as the mean of their pieces' rows, and are trained and saved with the adapter",
+    )
     strip_end_marks: bool = setting(True, "take a literal end mark such as '<|endoftext|>' off the end of answers")
     answer_in_prompt: Literal["refuse", "allow"] = setting(
         "refuse",
@@ -201,6 +207,15 @@ class DataSection(Section):
                 f"'{value}' is no template; give one of {', '.join(TEMPLATES)}, a .jinja file, or a pattern with "
                 f"{{instruction}} and {{output}}.{did_you_mean(value, TEMPLATES)}"
             )
+        return value
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _distinct_tokens(cls, value: list[str]) -> list[str]:
+        if wide := [text for text in value if text != text.strip()]:
+            raise ValueError(f"{wide[0]!r} begins or ends with white space, which belongs to the text around; strip it")
+        if twice := [text for text, count in Counter(value).items() if count > 1]:
+            raise ValueError(f"{twice[0]!r} is given {value.count(twice[0])} times; give each token once")
         return value
 
     @field_validator("date", mode="before")

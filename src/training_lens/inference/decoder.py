@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from training_lens.inference.decode_loop import NO_PREFIX, Decoder, prefill
-from training_lens.models.adapters import base_only
-from training_lens.models.copies import copy_base, copy_merged, copy_sharing_weights
+from training_lens.models.adapters import base_only, is_adapter_key
+from training_lens.models.copies import copy_base, copy_merged, copy_sharing_weights, merge_token_rows
+from training_lens.models.embedding_rows import token_wrappers
 from training_lens.models.fast.decoder_stack import build_stack
 from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
@@ -104,7 +105,7 @@ class _ModelState:
 
 def _read_model_state(model: Any, base: bool) -> _ModelState:
     """The state of a model, whose adapter does not matter for a decoder of its `base`."""
-    adapter = [p for name, p in model.named_parameters() if "lora_" in name]
+    adapter = [p for name, p in model.named_parameters() if is_adapter_key(name)]
     others = {id(p) for p in adapter}
     versions = [
         (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version)
@@ -188,7 +189,7 @@ def refresh_decoder(decoder: Decoder, model: Any, ids: Tensor) -> bool:
     wanted: Tensor = model(input_ids=ids, use_cache=False).logits[0]
     fused = [module for module in decoder.model.modules() if isinstance(module, FusedLinear)]
     if not decoder.is_merged:
-        is_complete = all(layer.refresh_adapters() for layer in fused)
+        is_complete = not any(token_wrappers(model)) and all(layer.refresh_adapters() for layer in fused)
     else:
         merged = copy_merged(model)
         is_complete = _merging_loss(model, merged, ids, wanted) <= MAX_MERGING_LOSS
@@ -242,7 +243,7 @@ def _copy_for_decoding(model: Any, base: bool, ids: Tensor, wanted: Tensor) -> t
     if base:
         return copy_base(model), False
     if is_quantized(model) or not _has_memory_for_copy(model, ids.device):
-        return copy_sharing_weights(unwrap_adapter(model)), False
+        return _copy_unmerged(model), False
     merged = copy_merged(model)
     loss = _merging_loss(model, merged, ids, wanted)
     if loss <= MAX_MERGING_LOSS:
@@ -251,7 +252,14 @@ def _copy_for_decoding(model: Any, base: bool, ids: Tensor, wanted: Tensor) -> t
         f"the adapter answers unmerged: in {str(merged.dtype).removeprefix('torch.')}, merging would change "
         f"{loss:.0%} of its effect on the scores"
     )
-    return copy_sharing_weights(unwrap_adapter(model)), False
+    return _copy_unmerged(model), False
+
+
+def _copy_unmerged(model: Any) -> Any:
+    """A copy with the adapter beside the weights; rows of new tokens, which merging does not round, are among them."""
+    copied = copy_sharing_weights(unwrap_adapter(model))
+    merge_token_rows(copied)
+    return copied
 
 
 def _merging_loss(model: Any, merged: Any, ids: Tensor, wanted: Tensor) -> float:

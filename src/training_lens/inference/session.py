@@ -23,6 +23,7 @@ from training_lens.errors import AdapterError, ConfigurationError, DatasetError,
 from training_lens.inference.decoder import DecoderCache
 from training_lens.models.adapters import load_adapter
 from training_lens.models.base_record import check_base
+from training_lens.models.embedding_rows import read_new_tokens, required_rows
 from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts, resolve_seq_len
 from training_lens.models.location import local_folder
 from training_lens.runs.run_folder import RunFolder, describe_scale
@@ -208,7 +209,7 @@ def open_run(
     is_local = local_folder(config.model) is not None
     if is_local:
         check_base(run.base_record, config.model)
-    base = beside.model if beside else load_model(config.model, place, precision)
+    base = beside.model if beside else load_model(config.model, place, precision, config.data.new_tokens)
     if not is_local:  # it has just been downloaded from a hub
         check_base(run.base_record, config.model)
     folder = Path(adapter) if adapter else run.served_adapter
@@ -230,6 +231,11 @@ def _require_same_base(config: TrainingConfig, beside: Session) -> None:
                 f"model.{key}: '{wanted}' here and '{found}' in {beside.source}. Models that share a base in memory "
                 "need the same one."
             )
+    if config.data.new_tokens != beside.config.data.new_tokens:
+        raise ConfigurationError(
+            f"data.new_tokens: {config.data.new_tokens} here and {beside.config.data.new_tokens} in {beside.source}. "
+            "Models that share a base in memory need the same rows; serve them apart, or merge one of them."
+        )
 
 
 def _open_configured_model(config: TrainingConfig, adapter: Path | None, beside: Session | None) -> Session:
@@ -241,13 +247,16 @@ def _open_configured_model(config: TrainingConfig, adapter: Path | None, beside:
     facts = read_facts(config.model)
     config = config.replace_keys(model={"seq_len": resolve_seq_len(config.model, facts)})
     saved = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
-    tokenizer = load_tokenizer(config.model, str(saved) if saved else None)
+    tokenizer = load_tokenizer(config.model, str(saved) if saved else None, config.data.new_tokens)
+    new_tokens = (read_new_tokens(adapter, tokenizer) if adapter else []) or config.data.new_tokens
+    config = config.replace_keys(data={"new_tokens": new_tokens})
     load_template_file(config.data.template, tokenizer)
     config = config.replace_keys(data={"date": resolve_date(config.data, tokenizer)})
-    check_vocabulary(tokenizer, facts.vocabulary, str(saved or config.model.id), config.model.resize_embeddings)
+    required = required_rows(tokenizer, new_tokens)
+    check_vocabulary(required, facts.vocabulary, str(saved or config.model.id), config.model.resize_embeddings)
     if adapter:
         check_base(RunFolder(adapter.resolve().parents[1]).base_record, config.model)
-    model = beside.model if beside else load_model(config.model, place, precision)
+    model = beside.model if beside else load_model(config.model, place, precision, new_tokens)
     if adapter:
         model = _load_adapter_on(model, adapter, config.model.id)
     loaded = LoadedModel(model, tokenizer, place, precision)

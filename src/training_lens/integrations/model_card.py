@@ -73,6 +73,7 @@ class _Card:
         self.base = names.base
         self.base_is_embedded = run.config.model.id == embedded.MODEL
         self.base_is_local = self.base_is_embedded or is_local_folder(run.config.model.id)
+        self.has_new_tokens = bool(run.config.data.new_tokens) or run.config.model.resize_embeddings
         self.scale = run.folder.adapter_scale
         self.is_chat = run.config.data.template == "chat"  # the tokenizer, which is pushed, has the chat template
         self.seconds = format_seconds(self.summary["seconds"])

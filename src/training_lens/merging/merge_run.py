@@ -70,6 +70,7 @@ def merge_adapter(
     scale = decide_scale(options.scale, run, "merges")
     session, known = open_in_float32(config, run, options.same_base, "be merged")
     check_mergeable(session.model)
+    _require_own_rows(session, options)
     base = session.config.model
     dtype = stored_precision(base) if options.dtype == "auto" else options.dtype
     given, wanted = probe_adapter(config, run, session, scale)
@@ -83,7 +84,8 @@ def merge_adapter(
     existing: Literal["replace", "refuse"] = "replace" if options.force else "refuse"
     with atomic_folder(output, existing=existing) as folder, keep_refusal(report, kept):
         job = _write_output(session, folder, replace(options, scale=scale), dtype)
-        written = MergeOutput(folder, base, adapter, session.device, dtype, scale, options.delta)
+        tokens = tuple(session.config.data.new_tokens)
+        written = MergeOutput(folder, base, adapter, session.device, dtype, scale, options.delta, tokens)
         del session  # the checks load the model again, one after the other
         free_memory()
         on_written(folder)
@@ -97,6 +99,16 @@ def merge_adapter(
         if run:
             write_json(kept, report)
     return MergeResult(output, report, found)
+
+
+def _require_own_rows(session: Session, options: MergeOptions) -> None:
+    """Refuse the difference to a base that has other rows here than in its files."""
+    rows, own = session.model.config.get_text_config().vocab_size, read_facts(session.config.model).vocabulary
+    if options.delta and (rows != own or session.config.data.new_tokens):
+        raise AdapterError(
+            "--delta: embedding and output head got rows for tokens that the base lacks, so a difference to its own "
+            "weights would not be the model. Merge it whole."
+        )
 
 
 def decide_scale(asked: float | None, run: RunFolder | None, doing: str) -> float:

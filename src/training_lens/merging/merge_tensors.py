@@ -16,6 +16,7 @@ from training_lens.models.adapter_scale import adapter_layers, base_module
 from training_lens.models.base_files import write_config
 from training_lens.models.base_record import require_local_folder, stored_precision
 from training_lens.models.checkpoint_files import CheckpointNames, edit_checkpoint, stored_tensors, write_checkpoint
+from training_lens.models.embedding_rows import has_token_rows
 from training_lens.models.experts import is_expert_adapter
 from training_lens.models.omissions import is_linear
 from training_lens.models.quantization import dequantize_model, is_quantized
@@ -60,8 +61,8 @@ def merge_weights(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> M
     """Turn `adapted` into the plain model with weights W + scale dW, in float32; changed in place.
 
     dW is the adapter's update: s B A for LoRA (arXiv 2106.09685), m (W + s B A) / |W + s B A| - W for DoRA (arXiv
-    2402.09353), and the trained minus the base's values of a module trained whole. A quantized base is dequantized
-    first. Memory: 4 bytes a parameter, plus one module's update at a time.
+    2402.09353), and the trained minus the base's values of a module trained whole, and of rows of new tokens. A
+    quantized base is dequantized first. Memory: 4 bytes a parameter, plus one module's update at a time.
 
     Args:
         scale: multiplies the update; 1 is the adapter as trained.
@@ -80,7 +81,7 @@ def merge_weights(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> M
             if not torch.isfinite(update).all():
                 raise AdapterError(f"the adapter's update of '{path}.{name}' is not finite: training diverged.")
             before = plain.get_parameter(name).detach()
-            after = scale * update if delta else before + scale * update
+            after = _add_update(before, update, scale, delta, _changed_rows(layer))
             owner, _, last = name.rpartition(".")
             # A new parameter: the old one may be another module's too, where weights are tied.
             setattr(plain.get_submodule(owner), last, torch.nn.Parameter(after, requires_grad=False))
@@ -92,9 +93,11 @@ def merge_weights(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> M
 
 @torch.no_grad()
 def _compute_updates(layer: Any, plain: Any) -> Iterator[tuple[str, Tensor]]:
-    """Names of the base module's parameters, and the adapter's update of each, float32 and of the same shape."""
+    """Names of the base module's parameters, and the adapter's update of each: float32, of the same shape or rows."""
     (name,) = layer.active_adapters
-    if not hasattr(layer, "lora_variant"):  # trained whole
+    if (rows := _changed_rows(layer)) is not None:
+        yield "weight", layer.token_adapter.trainable_tokens_delta[name].detach().float() - plain.weight[rows]
+    elif not hasattr(layer, "lora_variant"):  # trained whole
         trained = dict(layer.modules_to_save[name].named_parameters())
         yield from ((n, trained[n].detach().float() - p) for n, p in plain.named_parameters())
     elif name in layer.lora_variant:  # DoRA
@@ -104,6 +107,23 @@ def _compute_updates(layer: Any, plain: Any) -> Iterator[tuple[str, Tensor]]:
         yield layer.parameter_name, update.reshape(layer.get_param().shape)
     else:
         yield "weight", layer.get_delta_weight(name).float()
+
+
+def _changed_rows(layer: Any) -> Tensor | None:
+    """The ids of new tokens whose rows alone a layer of PEFT's changes; None: it changes all."""
+    if not has_token_rows(layer):
+        return None
+    (name,) = layer.active_adapters
+    return torch.tensor(layer.token_adapter.token_indices[name], device=layer.original_module.weight.device)
+
+
+def _add_update(before: Tensor, update: Tensor, scale: float, delta: bool, rows: Tensor | None) -> Tensor:
+    """The weight with its update, or with `delta` the update alone; of `rows`, all others keep every bit."""
+    if rows is None:
+        return scale * update if delta else before + scale * update
+    if delta:
+        return torch.zeros_like(before).index_copy(0, rows, scale * update)
+    return before.index_copy(0, rows, before[rows] + scale * update)
 
 
 def _settle_ties(model: Any) -> tuple[list[str], list[str]]:

@@ -20,6 +20,7 @@ from training_lens.errors import MergeError, ModelLoadingError
 from training_lens.merging.reload import load_delta
 from training_lens.merging.verification import MergeCheck
 from training_lens.models.adapter_files import WEIGHTS, read_config
+from training_lens.models.embedding_rows import rows_of_adapter
 from training_lens.models.experts import name_wrappers
 from training_lens.models.factory import load_model
 from training_lens.models.quantization import dequantize_model
@@ -27,6 +28,7 @@ from training_lens.models.targets import pattern_of
 from training_lens.utils.devices import DTYPES, Precision
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
+NEW_ROWS = ".token_adapter.trainable_tokens_delta"  # which are the new values, not differences
 ROUNDOFF = 2.0**-24  # of one float32 operation, relative
 
 
@@ -95,11 +97,29 @@ class WholeUpdate:
         return trained - weight, _roundoff_bound(0) * (trained.abs() + weight.abs())
 
 
+@dataclass(frozen=True)
+class RowsUpdate:
+    """Rows of new tokens that were trained; `trained` (rows, width) are their new values, `ids` which they are."""
+
+    trained: Tensor
+    ids: tuple[int, ...]
+
+    def compute_change(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """As `LowRankUpdate.compute_change`; 0, and exact, for all other rows."""
+        change, noise = torch.zeros_like(weight), torch.zeros_like(weight)
+        first = rows.start or 0
+        for i, trained in zip(self.ids, self.trained.double(), strict=True):
+            if 0 <= i - first < len(weight):
+                change[i - first] = trained - weight[i - first]
+                noise[i - first] = _roundoff_bound(0) * (trained.abs() + weight[i - first].abs())
+        return change, noise
+
+
 def _roundoff_bound(terms: int) -> float:
     return (8 + 4 * math.sqrt(terms)) * ROUNDOFF
 
 
-Update = LowRankUpdate | ExpertUpdate | WholeUpdate
+Update = LowRankUpdate | ExpertUpdate | WholeUpdate | RowsUpdate
 
 
 def is_stored_turned(update: Update, module: Any) -> bool:
@@ -129,6 +149,11 @@ def load_updates(folder: Path) -> dict[str, Update]:
             continue
         factor = read_scaling(path, len(parts["A"]), settings)
         updates[f"{path}.weight"] = LowRankUpdate(parts["A"], parts["B"], factor, parts.get("magnitude_vector"))
+    rows = rows_of_adapter(settings)
+    for key in [key for key in tensors if key.endswith(NEW_ROWS)]:
+        path = key.removeprefix(PREFIX).removesuffix(NEW_ROWS)
+        ids = next((ids for name, ids in rows.items() if path.endswith(name)), [])
+        updates[f"{path}.weight"] = RowsUpdate(tensors.pop(key), tuple(ids))
     for key, tensor in tensors.items():
         if not key.endswith(".base_layer.weight"):  # PEFT may save an adapted embedding's own weights, too
             updates[key.removeprefix(PREFIX)] = WholeUpdate(tensor)
@@ -175,6 +200,7 @@ class MergeOutput:
     dtype: Precision
     scale: float
     delta: bool
+    new_tokens: tuple[str, ...] = ()  # that the base got rows for
 
 
 def check_weights(written: MergeOutput) -> tuple[MergeCheck, MergeCheck]:
@@ -187,8 +213,9 @@ def check_weights(written: MergeOutput) -> tuple[MergeCheck, MergeCheck]:
     Raises:
         MergeError: the written weights cannot be loaded, or the adapter's file names weights that the base lacks.
     """
-    base = dequantize_model(load_model(written.base, written.device, "fp32"))
+    base = dequantize_model(load_model(written.base, written.device, "fp32", written.new_tokens))
     weights, updates = base.state_dict(), load_updates(written.adapter)
+    updates |= list_tied_rows(updates, weights)
     if unknown := sorted(updates.keys() - weights.keys()):
         raise MergeError(
             f"{written.adapter} has an update of '{unknown[0]}', and {written.base.id} no such weight, so what was "
@@ -205,6 +232,16 @@ def check_weights(written: MergeOutput) -> tuple[MergeCheck, MergeCheck]:
         MergeCheck("changed weights: largest error, in roundings", errors[worst], 1.0, worst),
         MergeCheck("other weights that are not the base's, rounded", float(len(wrong)), 0.0, ", ".join(wrong[:3])),
     )
+
+
+def list_tied_rows(updates: Mapping[str, Update], weights: Mapping[str, Tensor]) -> dict[str, Update]:
+    """The same update by the other names of a weight whose rows were trained: it stays one weight."""
+    found: dict[str, Update] = {}
+    for name, update in updates.items():
+        if isinstance(update, RowsUpdate) and name in weights:
+            place = weights[name].data_ptr()
+            found |= {other: update for other, weight in weights.items() if weight.data_ptr() == place}
+    return found
 
 
 def _load_merged(written: MergeOutput) -> Weights:

@@ -30,7 +30,7 @@ PLAIN = {
     *(*NEEDED, "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "use_rslora"),
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out"),
     *("inference_mode", "init_lora_weights", "lora_dropout", "modules_to_tie", "peft_type", "peft_version"),
-    *("revision", "target_parameters", "task_type"),
+    *("revision", "target_parameters", "task_type", "trainable_token_indices"),
 }
 # Always written: the adapter's kind and base, for programs that read the file without PEFT.
 NAMING = {*NEEDED, "peft_type", "task_type", "base_model_name_or_path"}

@@ -6,7 +6,7 @@ It is an adapter of the same kind and size, so that every program that loads ada
 - DoRA, whose row i is m_i (w_i + d_i) / n_i with d = s B A and n_i = |w_i + d_i| (arXiv 2402.09353): the row becomes
   c_i w_i + e_i d_i with e_i = scale m_i / n_i and c_i = 1 - scale + e_i, which is a DoRA whose B has row e_i / c_i B_i
   and whose magnitude is c_i |w_i + e_i / c_i d_i|.
-- A module trained whole: each parameter goes so far from the base's towards the trained one.
+- A module trained whole, and rows of new tokens: each number goes so far from the base's towards the trained one.
 
 Scale 1 changes nothing. At scale 0 a LoRA computes exactly the base, and a DoRA up to rounding.
 """
@@ -62,13 +62,17 @@ def _list_changes(adapted: Any, scale: float) -> Iterator[tuple[Tensor, Tensor]]
 
 def adapter_layers(adapted: Any) -> list[tuple[str, Any]]:
     """PEFT's wrappers of the adapted modules and parameters of experts, with their paths in the plain model."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    modules = adapted.get_base_model().named_modules(remove_duplicate=False)
-    return [
-        (adapted_path(path, m), m) for path, m in modules if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    found = [
+        (path, m)
+        for path, m in adapted.get_base_model().named_modules(remove_duplicate=False)
+        if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]
+    # The wrapper of a module with rows of new tokens has a layer of PEFT's inside.
+    return [(adapted_path(path, m), m) for path, m in found if not isinstance(m, TrainableTokensLayer)]
 
 
 def base_module(layer: Any) -> Any:
@@ -79,10 +83,14 @@ def base_module(layer: Any) -> Any:
 def _scale_layer(path: str, layer: Any, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.variants import DoraLinearVariant
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     (name,) = layer.active_adapters
-    if isinstance(layer, ModulesToSaveWrapper):
+    if isinstance(layer, TrainableTokensWrapper):
+        rows = layer.token_adapter
+        trained = rows.trainable_tokens_delta[name]
+        yield trained, torch.lerp(rows.trainable_tokens_original[name].to(trained.dtype), trained, scale)
+    elif isinstance(layer, ModulesToSaveWrapper):
         own = dict(layer.original_module.named_parameters())
         for key, trained in layer.modules_to_save[name].named_parameters():
             yield trained, torch.lerp(own[key].to(trained.dtype), trained, scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,15 @@ from training_lens.models.adapter_files import (
     require_adapter,
     require_finite,
     saved_shapes,
+)
+from training_lens.models.embedding_rows import (
+    choose_trained_rows,
+    embedding_modules,
+    require_rows,
+    require_same_rows,
+    require_untargeted,
+    require_wrapped,
+    token_wrappers,
 )
 from training_lens.models.experts import (
     adapted_path,
@@ -100,7 +109,7 @@ def describe_adapter(peft: PeftSection) -> str:
     return ", ".join(parts)
 
 
-def _inject_adapter(model: Any, peft: PeftSection) -> tuple[Any, tuple[Omission, ...]]:
+def _inject_adapter(model: Any, peft: PeftSection, new_ids: Sequence[int]) -> tuple[Any, tuple[Omission, ...]]:
     """`model`, which may be without weights, in PEFT's wrapper; and the modules that are left out."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -111,6 +120,7 @@ def _inject_adapter(model: Any, peft: PeftSection) -> tuple[Any, tuple[Omission,
     names, left_out = choose_targets(model, peft, experts)
     told = describe_targets(model, experts, peft)
     size["rank_pattern"] = told.rank_pattern
+    rows, is_tied = choose_trained_rows(model, new_ids, whole), len(embedding_modules(model)) == 1
     config = LoraConfig(
         task_type="CAUSAL_LM" if is_found_by_type(model) else None,  # None: PEFT then saves the base's class by name
         lora_dropout=peft.lora_dropout,
@@ -120,10 +130,12 @@ def _inject_adapter(model: Any, peft: PeftSection) -> tuple[Any, tuple[Omission,
         use_rslora=peft.variant == "rslora",
         modules_to_save=whole or None,
         ensure_weight_tying=tied,
+        trainable_token_indices=rows or None,
         **(pissa.double_rank(peft) if peft.init == "pissa" else size),
     )
     targets = {n: m for n, m in model.named_modules() if n and check_target_module_exists(config, n)}
     check_targets(model, targets, peft, experts)
+    require_untargeted(rows, targets)
     # Conv1D keeps its weight as (in, out).
     config.fan_in_fan_out = any(is_linear(m) and not isinstance(m, torch.nn.Linear) for m in targets.values())
     try:
@@ -137,22 +149,27 @@ def _inject_adapter(model: Any, peft: PeftSection) -> tuple[Any, tuple[Omission,
             f"peft.target_modules: PEFT adapts other modules of this model than it was asked to: {different[0]} and "
             f"{len(different) - 1} more. Name the modules, with their whole paths."
         )
+    require_wrapped(adapted, rows, is_tied)
     return adapted, left_out
 
 
-def attach(model: Any, peft: PeftSection) -> Any:
+def attach(model: Any, peft: PeftSection, new_ids: Sequence[int] = ()) -> Any:
     """The model with its adapter in float32: a fresh one, or that of `from_adapter`.
 
     A fresh adapter computes exactly the base (DoRA and PiSSA up to rounding); under `base_only` the model always does.
 
+    Args:
+        new_ids: tokens whose rows of embedding and output head are trained, too.
+
     Raises:
         AdapterError: a module cannot be adapted, or the saved adapter does not fit.
     """
-    adapted, _ = _inject_adapter(model, peft)
+    adapted, _ = _inject_adapter(model, peft, new_ids)
     for _, parameter in trainable_parameters(adapted):
         parameter.data = parameter.data.float()
     _convert_whole_module_dtypes(adapted)
     if peft.from_adapter:
+        require_same_rows(adapted, adapter_folder(peft.from_adapter))
         restore_adapter(adapted, adapter_folder(peft.from_adapter))
     elif peft.init == "pissa":
         pissa.start_from_principal_halves(adapted)
@@ -174,15 +191,16 @@ def _convert_whole_module_dtypes(adapted: Any) -> None:
                 module.register_forward_hook(lambda _module, _given, result, dtype=dtype: result.to(dtype))
 
 
-def check_adapter(skeleton: Any, peft: PeftSection) -> Adaptation:
+def check_adapter(skeleton: Any, peft: PeftSection, new_ids: Sequence[int] = ()) -> Adaptation:
     """What `attach` would adapt, tried on a model without weights (`factory.build_skeleton`), which is used up.
 
     Raises:
         AdapterError: see `attach`; a saved adapter is compared by the shapes in its header.
     """
     base = skeleton.name_or_path
-    adapted, left_out = _inject_adapter(skeleton, peft)
+    adapted, left_out = _inject_adapter(skeleton, peft, new_ids)
     if peft.from_adapter:
+        require_same_rows(adapted, adapter_folder(peft.from_adapter))
         shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(adapted).items()}
         check_fit(adapter_folder(peft.from_adapter), shapes, base)
     _require_reloadable(adapted)
@@ -199,12 +217,23 @@ def _require_reloadable(adapted: Any) -> None:
     from peft import set_peft_model_state_dict
 
     result = set_peft_model_state_dict(adapted, saved_tensors(adapted))
-    lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+    lost = [*result.unexpected_keys, *_lost_keys(adapted, result.missing_keys)]
     if lost:
         raise AdapterError(
             f"peft: PEFT cannot load an adapter of a {type(adapted.get_base_model()).__name__} that it saved: it looks "
             f"for other names than those saved ({lost[0]}). Give the text model alone, or another base."
         )
+
+
+def is_adapter_key(name: str) -> bool:
+    """Whether a tensor of a PEFT model, or of its file, is a low-rank factor or a row of a new token."""
+    return "lora_" in name or ".token_adapter.trainable_tokens_delta" in name
+
+
+def _lost_keys(adapted: Any, missing: Sequence[str]) -> list[str]:
+    """Those of the missing keys that an adapter's file should have; tied rows of new tokens are saved once."""
+    tied = tuple(path for path, wrapper in token_wrappers(adapted) if wrapper.token_adapter.tied_adapter)
+    return [key for key in missing if is_adapter_key(key) and not key.split(".token_adapter.")[0].endswith(tied)]
 
 
 def saved_tensors(adapted: Any) -> dict[str, torch.Tensor]:
@@ -269,13 +298,14 @@ def load_adapter(model: Any, folder: Path | str, *, training: bool = False) -> A
     require_finite(folder)
     if not isinstance(read_config(folder).get("peft_type"), str):
         raise AdapterError(f"{folder / CONFIG} names no peft_type, so it is not of an adapter. Save it again.")
-    tensors = sum("lora_" in name for name in saved_shapes(folder))
+    tensors = sum(map(is_adapter_key, saved_shapes(folder)))
+    require_rows(model, folder)
     try:
         with _filter_peft_warnings():
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=training)
     except Exception as error:  # PEFT trusts the configuration: a wrong value there may raise anything
         raise AdapterError(f"the adapter in {folder} does not fit this base model: {describe_error(error)}") from error
-    used = sum("lora_" in name for name, _ in adapted.named_parameters(remove_duplicate=False))
+    used = sum(is_adapter_key(name) for name, _ in adapted.named_parameters(remove_duplicate=False))
     if tensors > used:
         raise AdapterError(
             f"the adapter in {folder} does not fit this base model, which takes {used} of its {tensors} tensors. Give "
@@ -298,7 +328,7 @@ def restore_adapter(model: Any, folder: Path) -> None:
         result = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
     except (RuntimeError, KeyError) as error:
         raise AdapterError(f"{folder}: does not fit the run's adapter ({error}).") from error
-    lost = [key for key in result.missing_keys if "lora_" in key]
+    lost = _lost_keys(model, result.missing_keys)
     if lost or result.unexpected_keys:
         raise AdapterError(
             f"{folder}: does not fit the run's adapter (missing {lost}, unexpected {result.unexpected_keys})."

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from training_lens.errors import AdapterError
+from training_lens.models.embedding_rows import token_wrappers
 from training_lens.models.fast.install import installed_kernels, uninstall_kernels
+from training_lens.models.model_classes import unwrap_adapter
 from training_lens.models.quantization import is_quantized
 
 
@@ -35,6 +37,7 @@ def copy_merged(model: Any) -> Any:
     if is_quantized(model):
         raise AdapterError("the base is quantized, and merging would round its weights anew. Load it unquantized.")
     copied = copy_sharing_weights(model)
+    merge_token_rows(copied)
     for layer in [m.base_layer for m in copied.modules() if hasattr(m, "base_layer")]:
         for name, parameter in list(layer.named_parameters(recurse=False)):
             setattr(layer, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
@@ -43,6 +46,22 @@ def copy_merged(model: Any) -> Any:
         warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
         return copied.merge_and_unload()
+
+
+@torch.no_grad()
+def merge_token_rows(copied: Any) -> None:
+    """Put plain modules with the trained rows of new tokens in the place of PEFT's wrappers, in a copy of a model.
+
+    Tied weights stay tied. Memory: embedding and output head once more.
+    """
+    weights: dict[int, torch.nn.Parameter] = {}
+    plain_model = unwrap_adapter(copied)
+    for path, wrapper in list(token_wrappers(copied)):
+        plain, own = wrapper.original_module, id(wrapper.original_module.weight)
+        if own not in weights:
+            weights[own] = torch.nn.Parameter(wrapper.weight.detach().clone(), requires_grad=False)
+        plain.weight = weights[own]
+        plain_model.set_submodule(path, plain)
 
 
 def copy_sharing_weights(model: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError, OutOfMemoryError, TrainingLensError
+from training_lens.models.embedding_rows import add_token_rows, add_tokens, required_rows, resize_embeddings
 from training_lens.models.location import WEIGHTS, locate_model
 from training_lens.models.model_classes import build_model, load_class, require_generating
 from training_lens.models.quantization import keep_trainable, loading_options
@@ -125,8 +126,14 @@ def resolve_seq_len(model: ModelSection, facts: ModelFacts) -> int:
     return model.seq_len
 
 
-def load_tokenizer(model: ModelSection, path: str | None = None) -> Any:
-    """The tokenizer of the base model, or of the folder `path` after checking its files against the run's record."""
+def load_tokenizer(model: ModelSection, path: str | None = None, new_tokens: Sequence[str] = ()) -> Any:
+    """The tokenizer of the base model with `new_tokens` added; or of the folder `path`, which has them.
+
+    The files of `path` are checked against the run's record.
+
+    Raises:
+        ModelLoadingError: it is broken; ConfigurationError: it cannot take one of the tokens.
+    """
     from transformers import AutoTokenizer
 
     source = path or locate_model(model)
@@ -136,11 +143,15 @@ def load_tokenizer(model: ModelSection, path: str | None = None) -> Any:
     with explain_failures(f"tokenizer in {path}" if path else "tokenizer", model):
         tokenizer = AutoTokenizer.from_pretrained(source, **_hub_options(model))
         tokenizer("a word")  # errors in its files may show only in its first use
-        return tokenizer
+    add_tokens(tokenizer, new_tokens if path is None else (), model.id)
+    return tokenizer
 
 
-def load_model(model: ModelSection, device: torch.device, precision: Precision) -> Any:
+def load_model(model: ModelSection, device: torch.device, precision: Precision, new_tokens: Sequence[str] = ()) -> Any:
     """The base model on `device` with frozen weights, quantized if configured, in eval mode.
+
+    Args:
+        new_tokens: that get rows, see `embedding_rows.add_token_rows`.
 
     Raises:
         ModelLoadingError: files are broken or missing, tensors are missing or of another shape.
@@ -149,7 +160,7 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
     """
     quantized = loading_options(model, precision)
     loaded = _load_with_weights(model, device_map={"": device}, **_class_options(model, precision), **quantized)
-    return separate_examples(keep_trainable(_resize_if_configured(loaded, model))).requires_grad_(False).eval()
+    return separate_examples(keep_trainable(_add_rows(loaded, model, new_tokens))).requires_grad_(False).eval()
 
 
 def _load_with_weights(model: ModelSection, **options: Any) -> Any:
@@ -172,7 +183,7 @@ def _load_with_weights(model: ModelSection, **options: Any) -> Any:
     return loaded
 
 
-def build_skeleton(model: ModelSection) -> Any:
+def build_skeleton(model: ModelSection, new_tokens: Sequence[str] = ()) -> Any:
     """The base model without weights, on the meta device: every module with its sizes, for checks that need no memory.
 
     Raises:
@@ -183,11 +194,13 @@ def build_skeleton(model: ModelSection) -> Any:
         if hasattr(config, "quantization_config"):  # quantized modules would have packed sizes
             del config.quantization_config
         with torch.device("meta"):
-            built = _resize_if_configured(build_model(config, model.trust_remote_code), model)
+            built = _add_rows(build_model(config, model.trust_remote_code), model, new_tokens)
     return built.requires_grad_(False).eval()
 
 
-def load_thinned(model: ModelSection, layers: int, device: torch.device, precision: Precision) -> Any:
+def load_thinned(
+    model: ModelSection, layers: int, device: torch.device, precision: Precision, new_tokens: Sequence[str] = ()
+) -> Any:
     """A model like the base with only `layers` layers and random weights, for measurements.
 
     Raises:
@@ -201,22 +214,19 @@ def load_thinned(model: ModelSection, layers: int, device: torch.device, precisi
             text.layer_types = text.layer_types[:layers]
         with torch.device(device):
             built = build_model(config, model.trust_remote_code, **_class_options(model, precision))
-            built = _resize_if_configured(built, model)
+            built = _add_rows(built, model, new_tokens)
     return built.requires_grad_(False).eval()
 
 
-def required_rows(tokenizer: Any) -> int:
-    """The rows that an embedding needs to have one for every token."""
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
+def check_vocabulary(required: int, rows: int, model_id: str, resize: bool) -> None:
+    """Refuse a tokenizer that requires more than the embedding's `rows`, unless `resize` is set.
 
-
-def check_vocabulary(tokenizer: Any, rows: int, model_id: str, resize: bool) -> None:
-    """Refuse a tokenizer with ids beyond the embedding's `rows`, unless `resize` (model.resize_embeddings) is set.
+    Args:
+        required: see `embedding_rows.required_rows`; `resize` is model.resize_embeddings.
 
     Raises:
         ModelLoadingError: names both sizes.
     """
-    required = required_rows(tokenizer)
     if required > rows and not resize:
         raise ModelLoadingError(
             f"model.id: the tokenizer of '{model_id}' has ids up to {required - 1}, its embedding {rows} rows. If "
@@ -225,34 +235,14 @@ def check_vocabulary(tokenizer: Any, rows: int, model_id: str, resize: bool) -> 
         )
 
 
-@torch.no_grad()
-def resize_embeddings(model: Any, rows: int) -> Any:
-    """Resize embedding and output head to at least `rows`, in place, and update the config.
-
-    New rows are the mean of the old ones (in float32), so that no new token starts out likelier than others, and every
-    process computes the same.
-    """
-    before = model.get_input_embeddings().weight.shape[0]
-    if rows <= before:
-        return model
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for weight in {id(end.weight): end.weight for end in ends if end is not None}.values():
-        weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
-    return model
-
-
-def embedding_modules(model: Any) -> list[str]:
-    """Paths of the embedding and, unless it is tied to it, of the output head."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    paths = {id(m): path for path, m in model.named_modules()}
-    apart = head is not None and head.weight is not embedding.weight
-    return [paths[id(embedding)], *([paths[id(head)]] if apart else [])]
-
-
-def _resize_if_configured(loaded: Any, model: ModelSection) -> Any:
-    """The model, with a row for each token of its tokenizer if model.resize_embeddings is set."""
-    return resize_embeddings(loaded, required_rows(load_tokenizer(model))) if model.resize_embeddings else loaded
+def _add_rows(loaded: Any, model: ModelSection, new_tokens: Sequence[str]) -> Any:
+    """The model, with a row for each token of its tokenizer if model.resize_embeddings is set, and for new tokens."""
+    if not model.resize_embeddings and not new_tokens:
+        return loaded
+    tokenizer = load_tokenizer(model)
+    if model.resize_embeddings:
+        resize_embeddings(loaded, required_rows(tokenizer))
+    return add_token_rows(loaded, add_tokens(tokenizer, new_tokens, model.id), model.id)
 
 
 def _class_options(model: ModelSection, precision: Precision) -> dict[str, Any]:

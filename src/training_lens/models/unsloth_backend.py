@@ -55,6 +55,9 @@ def find_obstacles(config: TrainingConfig, device: torch.device, processes: int 
         "model.attention: unsloth has its own; leave it at auto": model.attention != "auto",
         "model.trust_remote_code: unsloth computes classes of transformers alone": model.trust_remote_code,
         "model.resize_embeddings: unsloth does not train whole embeddings here": model.resize_embeddings,
+        "data.new_tokens: unsloth trains no single rows of an embedding here; leave them out, or give transformers": (
+            bool(config.data.new_tokens)
+        ),
         "peft.use_dora: unsloth has no kernels for DoRA; give false, or transformers for model.backend": peft.use_dora,
         "peft.init: the frozen half of a PiSSA start is not known to unsloth; give default": peft.init == "pissa",
         "peft.lora_dropout: unsloth draws its own random numbers, which a resume would not repeat; give 0": (

@@ -33,6 +33,7 @@ UNREAD: Mapping[str, str] = {  # keys of an adapter's configuration
     "alpha_pattern": "it has an alpha_pattern, which vLLM leaves out",
     "modules_to_save": "it has modules that are trained whole, which vLLM refuses",
     "lora_bias": "it has biases, which vLLM refuses",
+    "trainable_token_indices": "it has rows of its own for new tokens, which vLLM does not load; merge it",
     "target_parameters": "it adapts parameters of experts, which vLLM leaves out",
 }
 

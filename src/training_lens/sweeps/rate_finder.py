@@ -17,7 +17,6 @@ from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, TrainingError
 from training_lens.evaluation.evaluator import EvaluationOptions, TokenSums, token_sums
 from training_lens.models.adapters import base_only, trainable_parameters
-from training_lens.models.factory import load_model
 from training_lens.models.fast.install import uninstall_kernels
 from training_lens.sweeps.rate_advice import RateAdvice, RateLosses, advise_rate
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
@@ -255,7 +254,7 @@ class _ShortRunner:
     def __init__(self, plan: RunPlan, number: int, advance: Callable[[float], None]) -> None:
         self._plan, self._number, self._advance = plan, number, advance
         self._checkpoints = CheckpointManager(Path("unused"), "")
-        model = load_model(plan.config.model, plan.processes.device, plan.precision)
+        model = plan.load_base()
         trainer = build_trainer(plan, model, self._checkpoints)
         self._model, self._random = trainer.model, rng_state()
         self._start = [(p, p.detach().clone()) for _, p in trainable_parameters(self._model)]

@@ -23,7 +23,7 @@ from training_lens.config.schema import PeftSection, TrainingConfig
 from training_lens.display.progress import Progress
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, TrainingError
 from training_lens.models.adapter_files import adopt_saved_settings
-from training_lens.models.adapters import check_adapter
+from training_lens.models.adapters import Adaptation, check_adapter
 from training_lens.models.factory import build_skeleton
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
@@ -156,7 +156,7 @@ class RunTests:
             r = ranks.pop("")
             config = self._plan.config.replace_keys(peft={"r": r, "rank_pattern": ranks})
             try:
-                check_adapter(build_skeleton(config.model), config.peft)
+                self._check_adapter(config)
             except AdapterError as error:
                 logger.warning("rank %d is not tested: %s", r, error)
                 continue
@@ -168,9 +168,13 @@ class RunTests:
         """Every linear layer; nothing if those are adapted."""
         self._require_fresh_adapter()
         config = self._plan.config.replace_keys(peft={"target_modules": "auto"})
-        adaptation = check_adapter(build_skeleton(config.model), config.peft)
+        adaptation = self._check_adapter(config)
         added = set(adaptation.adapted) - set(self._plan.adaptation.adapted)
         return {"widened": ("peft.target_modules=auto", config)} if added else {}
+
+    def _check_adapter(self, config: TrainingConfig) -> Adaptation:
+        skeleton = build_skeleton(config.model, config.data.new_tokens)
+        return check_adapter(skeleton, config.peft, self._plan.new_ids)
 
     def _require_fresh_adapter(self) -> None:
         if self._plan.config.peft.from_adapter:

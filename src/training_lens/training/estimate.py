@@ -18,7 +18,7 @@ import numpy as np
 from training_lens.data.batching import StepPlan, shard_positions, split_micro_batches
 from training_lens.errors import EstimateError, OutOfMemoryError
 from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
-from training_lens.models.factory import load_model, load_thinned
+from training_lens.models.factory import load_thinned
 from training_lens.models.fast.install import uninstall_kernels
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.loop.memory_budget import affordable_tokens, explain_out_of_memory, measure_token_bytes
@@ -102,7 +102,7 @@ def estimate_run(plan: RunPlan) -> RunEstimate | None:
     try:
         with explain_out_of_memory(plan.config):
             if whole:
-                model = load_model(plan.config.model, plan.processes.device, plan.precision)
+                model = plan.load_base()
                 trainer = _build_still_trainer(plan, model)
                 trainer.set_token_budget()
                 measured = _measure_steps(replace(plan, micro_batch_tokens=trainer.micro_batch_tokens), trainer)
@@ -170,7 +170,7 @@ def _measure_thin_model(plan: RunPlan, layers: int, measure: Callable[[RunPlan, 
     """
     config = plan.config.replace_keys(peft={"from_adapter": None})
     try:
-        model = load_thinned(config.model, layers, plan.processes.device, plan.precision)
+        model = load_thinned(config.model, layers, plan.processes.device, plan.precision, config.data.new_tokens)
         trainer = _build_still_trainer(replace(plan, config=config), model)
         try:
             return measure(plan, trainer)

@@ -26,16 +26,16 @@ from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError
 from training_lens.models.adapter_files import adopt_saved_settings
 from training_lens.models.adapters import Adaptation, check_adapter, count_parameters, log_adaptation
+from training_lens.models.embedding_rows import describe_blanks, embedding_modules, required_rows, token_ids
 from training_lens.models.factory import (
     ModelFacts,
     build_skeleton,
     check_vocabulary,
     check_weights,
     checkpoint_gradients,
-    embedding_modules,
+    load_model,
     load_tokenizer,
     read_facts,
-    required_rows,
     resolve_seq_len,
 )
 from training_lens.models.quantization import check_quantization
@@ -46,6 +46,7 @@ from training_lens.training.loop.memory_budget import Footprint, estimate_footpr
 from training_lens.training.plan_rows import PlanRows, build_schedule, select_rows
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import require_writable, write_text
+from training_lens.utils.formatting import list_names
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 
@@ -88,6 +89,15 @@ class RunPlan:
     def duplicates(self) -> dict[str, int]:
         """See `count_duplicates`."""
         return self.rows.duplicates
+
+    @property
+    def new_ids(self) -> list[int]:
+        """The ids of data.new_tokens."""
+        return token_ids(self.tokenizer, self.config.data.new_tokens)
+
+    def load_base(self) -> Any:
+        """The base model, with rows for new tokens; see `load_model`."""
+        return load_model(self.config.model, self.processes.device, self.precision, self.config.data.new_tokens)
 
     @property
     def loop_plan(self) -> LoopPlan:
@@ -178,7 +188,7 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     require_unsloth(config, device, processes.count)
     facts, tokenizer = read_tokenizer(config)
     resolved = _train_new_embeddings(_resolve_config(config, facts, tokenizer, precision), facts, tokenizer)
-    parameters, adaptation, needs = _check_model(resolved, device, precision)
+    parameters, adaptation, needs = _check_model(resolved, tokenizer, device, precision)
     splits = _prepare_splits(resolved, tokenizer, processes, progress)
     rows = select_rows(resolved, splits, build_preparation(resolved, tokenizer))
     training = resolved.training
@@ -203,14 +213,16 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
 
 
 def read_tokenizer(config: TrainingConfig) -> tuple[ModelFacts, Any]:
-    """The model's facts, and its tokenizer with the template file of the config applied.
+    """The model's facts, and its tokenizer with the template file and the new tokens of the config applied.
 
     Raises:
-        TrainingLensError: no such model, a broken tokenizer or template, or a tokenizer of another model.
+        TrainingLensError: no such model, a broken tokenizer or template, a tokenizer of another model, or new tokens
+            that it has.
     """
     facts = read_facts(config.model)
-    tokenizer = load_tokenizer(config.model)
-    check_vocabulary(tokenizer, facts.vocabulary, config.model.id, config.model.resize_embeddings)
+    tokenizer = load_tokenizer(config.model, new_tokens=config.data.new_tokens)
+    required = required_rows(tokenizer, config.data.new_tokens)
+    check_vocabulary(required, facts.vocabulary, config.model.id, config.model.resize_embeddings)
     load_template_file(config.data.template, tokenizer)
     return facts, tokenizer
 
@@ -254,7 +266,7 @@ def _resolve_config(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, p
 
 def _train_new_embeddings(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> TrainingConfig:
     """The config with embedding and head fully trained, if model.resize_embeddings adds rows to them."""
-    added = required_rows(tokenizer) - facts.vocabulary
+    added = required_rows(tokenizer, config.data.new_tokens) - facts.vocabulary
     if added <= 0 or not config.model.resize_embeddings or config.peft.from_adapter:
         return config
     ends = embedding_modules(build_skeleton(config.model))
@@ -265,21 +277,28 @@ def _train_new_embeddings(config: TrainingConfig, facts: ModelFacts, tokenizer: 
 
 
 def _check_model(
-    config: TrainingConfig, device: torch.device, precision: Precision
-) -> tuple[int, Adaptation, Footprint]:  # fmt: skip
+    config: TrainingConfig, tokenizer: Any, device: torch.device, precision: Precision
+) -> tuple[int, Adaptation, Footprint]:
     """Check weights, adapter, gradient checkpointing and packages on the model's skeleton.
 
     Returns the number of parameters, which modules are adapted, and the memory that training takes.
     """
     check_quantization(config, device)
     require_supported_type(config)
-    skeleton = build_skeleton(config.model)
+    new_tokens = config.data.new_tokens
+    skeleton = build_skeleton(config.model, new_tokens)
     check_weights(config.model)
     if config.training.gradient_checkpointing:
         checkpoint_gradients(skeleton)
     parameters = count_parameters(skeleton).total
-    adaptation = check_adapter(skeleton, config.peft)
+    adaptation = check_adapter(skeleton, config.peft, token_ids(tokenizer, new_tokens))
     log_adaptation(adaptation)
+    if new_tokens:
+        logger.info(
+            "new tokens, whose rows start as the mean of their pieces' and are trained: %s", list_names(new_tokens)
+        )
+        if changed := describe_blanks(tokenizer, new_tokens[0]):
+            logger.warning("data.new_tokens: %s", changed)
     return parameters, adaptation, estimate_footprint(skeleton, config, precision)
 
 

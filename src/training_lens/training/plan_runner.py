@@ -16,7 +16,6 @@ from training_lens.data.token_dataset import TokenDataset
 from training_lens.display.progress import Progress
 from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
 from training_lens.models.base_record import check_base
-from training_lens.models.factory import load_model
 from training_lens.models.fast.install import uninstall_kernels
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
@@ -55,7 +54,7 @@ class PlanRunner:
 
     def __init__(self, plan: RunPlan) -> None:
         self._plan = plan
-        self._model = load_model(plan.config.model, plan.processes.device, plan.precision)
+        self._model = plan.load_base()
 
     def train(
         self,

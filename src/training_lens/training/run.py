@@ -26,7 +26,7 @@ from training_lens.integrations.integration_specs import list_integrations
 from training_lens.models.adapters import ParameterCount, attach, count_parameters, describe_adapter
 from training_lens.models.base_files import save_tokenizer
 from training_lens.models.base_record import base_record, check_base, require_local_folder
-from training_lens.models.factory import checkpoint_gradients, load_model
+from training_lens.models.factory import checkpoint_gradients
 from training_lens.models.fast.install import uninstall_kernels
 from training_lens.models.model_classes import has_own_kernels
 from training_lens.models.unsloth_backend import fuse_adapter, load_unsloth_model
@@ -223,9 +223,7 @@ class TrainingWrapper:
         is_unsloth = config.model.backend == "unsloth"
         trainer = build_trainer(
             plan,
-            load_unsloth_model(config, device, plan.precision)
-            if is_unsloth
-            else load_model(config.model, device, plan.precision),
+            load_unsloth_model(config, device, plan.precision) if is_unsloth else plan.load_base(),
             CheckpointManager(run.checkpoints, fingerprint or plan.fingerprint),
             self._build_callbacks(run, plan, fingerprint or plan.fingerprint)
             if plan.processes.is_main
@@ -301,7 +299,7 @@ def build_trainer(
     """The plan's loop around `model`, the base: attaches the adapter, initialized from the seed."""
     config = plan.config
     seed_everything(config.training.seed)
-    adapted = attach(model, config.peft)
+    adapted = attach(model, config.peft, plan.new_ids)
     if has_own_kernels(model):
         adapted = fuse_adapter(adapted, config)
     elif config.training.gradient_checkpointing:

@@ -44,7 +44,8 @@ def load_run_tokenizer(run: RunFolder) -> Any:
     from training_lens.models.factory import load_tokenizer
     from training_lens.models.location import local_folder
 
-    model = open_run_config(run, {}, MODEL_CODE).model
+    config = open_run_config(run, {}, MODEL_CODE)
+    model = config.model
     if run.tokenizer.is_dir():
         return load_tokenizer(model, str(run.tokenizer))
     folder = local_folder(model)  # a run that trains has saved none yet
@@ -52,7 +53,7 @@ def load_run_tokenizer(run: RunFolder) -> Any:
         raise ConfigurationError(
             f"model.id: '{model.id}' is not on this machine, so its tokens cannot be read as text."
         )
-    return load_tokenizer(model.model_copy(update={"id": str(folder)}))
+    return load_tokenizer(model.model_copy(update={"id": str(folder)}), new_tokens=config.data.new_tokens)
 
 
 def build_decode(rules: Any) -> Callable[[Sequence[int]], str]:

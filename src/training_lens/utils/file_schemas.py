@@ -24,6 +24,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "rank_pattern": dict[str, int] | None,
         "target_modules": list[str] | str | None,
         "target_parameters": list[str] | None,
+        "trainable_token_indices": list[int] | dict[str, list[int]] | None,
     },
     "base.json": {"files": Files, "id": str, "revision": str | None, "sha256": Files, "weights": str | None},
     "data.json": {

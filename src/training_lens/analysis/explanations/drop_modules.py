@@ -14,6 +14,7 @@ from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.display.progress import Progress
 from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.models.adapter_files import CONFIG, WEIGHTS, read_config
+from training_lens.models.embedding_rows import has_token_rows
 from training_lens.models.targets import find_paths
 from training_lens.utils.files import atomic_folder, write_json
 from training_lens.utils.formatting import did_you_mean
@@ -99,12 +100,16 @@ class _LossMeasurement:
     progress: Progress
 
     def compare(self, names: Sequence[str]) -> tuple[float, float, tuple[str, ...], tuple[str, ...]]:
-        """The loss of the whole adapter and without modules, all modules, and those that are left out."""
+        """The loss of the whole adapter and without modules; all modules, and those that are left out.
+
+        Rows of new tokens are none of them: they stay.
+        """
         path = self._open(self.adapter.folder)
-        adapted = path.multipliers.names
+        every, layers = path.multipliers.names, path.multipliers.layers
+        adapted = tuple(n for n, layer in zip(every, layers, strict=True) if not has_token_rows(layer))
         dropped = resolve_modules(names, adapted)
-        values = [0.0 if name in dropped else 1.0 for name in adapted]
-        whole = _mean_loss(path, [1.0] * len(adapted), "loss of the adapter")
+        values = [0.0 if name in dropped else 1.0 for name in every]
+        whole = _mean_loss(path, [1.0] * len(every), "loss of the adapter")
         return whole, _mean_loss(path, values, "loss without the modules"), adapted, dropped
 
     def read_back(self, folder: Path) -> float:

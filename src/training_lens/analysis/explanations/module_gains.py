@@ -16,7 +16,8 @@ UNCHANGED = 0.01  # of the gain: the loss that dropping modules may cost, as `tr
 class ModuleShare:
     """One module's share of the change of the loss, in nats per supervised token; below 0 it lowers the loss.
 
-    `fraction` is of the whole change; None where that is 0. `interval` is over rows, None with a single row.
+    `fraction` is of the whole change; None where that is 0. `interval` is over rows, None with a single row. A module
+    that `has_new_rows`, of new tokens, is never dropped.
     """
 
     name: str
@@ -26,6 +27,7 @@ class ModuleShare:
     share: float
     interval: Interval | None
     fraction: float | None
+    has_new_rows: bool = False
 
     @property
     def layer_name(self) -> str:

@@ -189,7 +189,7 @@ def target_expression(gains: ModuleGains, drop: DropTest) -> str:
 
     alternatives: dict[tuple[str, str], list[str]] = {}
     for module in gains.modules:
-        if module.name not in drop.dropped:
+        if module.name not in drop.dropped and not module.has_new_rows:
             found = LAYER.search(module.name)
             before, after = (module.name[: found.start(1)], module.name[found.end(1) :]) if found else (module.name, "")
             alternatives.setdefault((before, after), []).extend([found[1]] if found else [])

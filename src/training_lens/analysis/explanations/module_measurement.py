@@ -32,6 +32,7 @@ from training_lens.evaluation.verdict import Interval
 from training_lens.inference.session import Session
 from training_lens.measures.integrated_gradients import POINTS, TOLERANCE
 from training_lens.models.adapter_scale import base_module
+from training_lens.models.embedding_rows import has_token_rows
 
 DROPPED = (0.1, 0.25, 0.5, 0.75, 0.9)  # shares of the modules whose drop is measured, those of the least gain first
 
@@ -145,6 +146,7 @@ class _ModuleMeasurement:
                 total / self._tokens.sum(),
                 self._bootstrap.find_ends(draws[:, i]),
                 total / change if change else None,
+                has_token_rows(layers[i]),
             )
 
     def _sum_groups(self, by_row: np.ndarray, groups: Mapping[str, list[int]]) -> Iterator[GroupShare]:
@@ -194,11 +196,13 @@ class _ModuleMeasurement:
 
     def _drop_sizes(self) -> list[int]:
         """How many modules are dropped; no drop takes all."""
-        sizes = {round(share * len(self._names)) for share in DROPPED}
-        return sorted(size for size in sizes if 0 < size < len(self._names))
+        droppable = sum(not has_token_rows(layer) for layer in self._path.multipliers.layers)
+        sizes = {round(share * droppable) for share in DROPPED}
+        return sorted(size for size in sizes if 0 < size < droppable)
 
     def _test_drops(self, modules: Sequence[ModuleShare], whole: np.ndarray) -> Iterator[DropTest]:
-        order = sorted(range(len(modules)), key=lambda i: -modules[i].share)
+        droppable = [i for i, module in enumerate(modules) if not module.has_new_rows]
+        order = sorted(droppable, key=lambda i: -modules[i].share)
         for size in self._drop_sizes():
             dropped = order[:size]
             kept = [0.0 if i in dropped else 1.0 for i in range(len(modules))]

@@ -114,7 +114,7 @@ def open_rows_of(run: RunFolder, progress: Progress, given: Mapping[str, Any] | 
     """
     config = open_run_config(run, given or {}, MODEL_CODE)
     saved = str(run.tokenizer) if run.tokenizer.is_dir() else None  # a run that has not ended yet has none
-    tokenizer = load_tokenizer(config.model, saved)
+    tokenizer = load_tokenizer(config.model, saved, config.data.new_tokens)
     config = config.replace_keys(data={"date": resolve_date(config.data, tokenizer)})
     assert config.model.seq_len is not None, "a run's own config is resolved"
     encoder, hashed = TextEncoder(tokenizer), tokenizer_hash(tokenizer)

@@ -15,6 +15,7 @@ from training_lens.errors import ModelLoadingError
 from training_lens.models.fast.install import PROBE_TOKENS, forward_packed, install_kernels
 from training_lens.models.fast.losses import linear_nll, nll, sum_by_example
 from training_lens.models.fast.native.attention_kernels import PackedSequences
+from training_lens.models.fast.token_rows import head_rows, install_token_rows
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 from training_lens.models.model_classes import decoder_of, evaluation_mode, unwrap_adapter
 from training_lens.models.quantization import is_quantized
@@ -43,13 +44,16 @@ class Engine:
         self.model = model
         require_causal(model)
         self.kernels = install_kernels(model, precision)
+        self.kernels.count_modules("modules with new tokens", install_token_rows(model))
         self._decoder = decoder_of(model)
         self._whole = unwrap_adapter(model)
         self._head = self._whole.get_output_embeddings()
         self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
         self._device = next(self._decoder.parameters()).device
         self._output: type | None = None  # the type of what the decoder gives, known from its first pass
-        self._head_trains = any(p.requires_grad for p in self._head.parameters())
+        self._rows = head_rows(self._head)
+        own = None if self._rows is None else self._rows.values
+        self._head_trains = any(p.requires_grad for p in self._head.parameters() if p is not own)
 
     @property
     def can_pack(self) -> bool:
@@ -120,14 +124,16 @@ class Engine:
 
     def _target_nll(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the targets' losses, and each of them."""
+        rows = self._rows if self._rows is not None and self._rows.is_active else None
         if self._head_is_plain:
-            weight = self._head.weight
+            head = self._head if self._rows is None else self._rows.base
+            own = (rows.values, rows.ids) if rows else None
             with torch.autocast(states.device.type, enabled=False):
-                return linear_nll(states.to(weight.dtype), weight, self._head.bias, targets)
+                return linear_nll(states.to(head.weight.dtype), head.weight, head.bias, targets, own)
         if self._head_trains:
             losses = cross_entropy(self._head_logits(states), targets, reduction="none")
             return losses.sum(), losses
-        return nll(states, self._head_logits, targets)
+        return nll(states, self._head_logits, targets, rows.values if rows else None)
 
     def _head_logits(self, states: Tensor) -> Tensor:
         assert self._output is not None, "the decoder was asked for the states"
@@ -138,10 +144,11 @@ class Engine:
     def _head_is_plain(self) -> bool:
         """Whether logits are the output layer's product, with no scale or softcap after it."""
         head = self._head
-        if self._head_trains or type(head) is not nn.Linear or not head.weight.is_floating_point():
+        base = head if self._rows is None else self._rows.base
+        if self._head_trains or type(base) is not nn.Linear or not base.weight.is_floating_point():
             return False
         generator = torch.Generator().manual_seed(0)
-        states = torch.randn(COMPARED_STATES, head.in_features, generator=generator).to(head.weight)
+        states = torch.randn(COMPARED_STATES, base.in_features, generator=generator).to(base.weight)
         states *= 100  # so that a cap shows
         return torch.equal(head(states).float(), self._head_logits(states))
 

@@ -7,6 +7,7 @@ whose kernel gives something else on random input, keeps its own forward, too; t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +139,11 @@ class InstalledKernels:
         """Whether sequences can be packed, so that nothing is padded."""
         return self.installed["attention"] > 0
 
+    def count_modules(self, kind: str, refusals: Sequence[str]) -> None:
+        """Count modules of a kind; a refusal is '' where a kernel computes the module."""
+        self.installed.update([kind] * refusals.count(""))
+        self.skipped.update(filter(None, refusals))
+
     def __str__(self) -> str:
         done = ", ".join(f"{count} {kind}" for kind, count in self.installed.items() if count) or "nothing"
         left = "".join(f"; {count} as they are ({why})" for why, count in self.skipped.items())
@@ -164,7 +170,7 @@ def install_kernels(model: Any, precision: Precision = "fp32") -> InstalledKerne
     }
     for kind, (kernel, modules) in modules_by_kind.items():
         for module, spec in modules:
-            if refusal := _install_kernel(module, kernel, spec):
+            if refusal := install_kernel(module, kernel, spec):
                 report.skipped[refusal] += 1
             else:
                 report.installed[kind] += 1
@@ -184,8 +190,8 @@ def installed_kernels(model: Any) -> list[ModuleKernel]:
     return [forward for forward in forwards if isinstance(forward, ModuleKernel)]
 
 
-def _install_kernel(module: Any, kind: Any, spec: Any) -> str:
-    """Let a kernel compute a module's calls; or else, why not."""
+def install_kernel(module: Any, kind: Any, spec: Any) -> str:
+    """Let a kernel of a class compute a module's calls; or else, why not."""
     if "forward" in module.__dict__:
         return f"{type(module).__name__} has a forward of its own"
     try:

@@ -34,43 +34,79 @@ def linear_nll(
     weight: Float[Tensor, "vocabulary hidden"],
     bias: Float[Tensor, " vocabulary"] | None,
     targets: Int[Tensor, " targets"],
+    rows: tuple[Float[Tensor, "new hidden"], Int[Tensor, " new"]] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " targets"]]:
     """Sum of -log softmax(states W^T + b)[target] in nats, float32, and its terms, for a frozen output layer.
 
     Only the sum has a gradient, formed on the way: (softmax - onehot) W of each chunk. Kept for the backward pass: that
     alone, as large as `states`. Memory: one chunk of logits in the states' dtype (`chunk_rows`), some rows of it in
     float32, and the terms.
+
+    Args:
+        rows: trained rows of W, and which they are; they have a gradient, too.
     """
-    losses: tuple[Tensor, Tensor] = _LinearNll.apply(states, weight, bias, targets)
+    values, ids = rows or (None, None)
+    losses: tuple[Tensor, Tensor] = _LinearNll.apply(states, values, weight, bias, targets, ids)
     return losses
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A sum whose forward pass saves the gradient of its first argument; its terms and other arguments have none."""
+    """A sum whose forward pass saves the gradients of its first arguments; its terms and other arguments have none."""
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor, _dterms: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        scaled = (grad.to(dtotal.dtype) * dtotal).to(grad.dtype)  # a scale of 65536 is infinite in float16
-        return scaled, *(None for _ in ctx.needs_input_grad[1:])
+        grads = ctx.saved_tensors
+        scaled = [(grad.to(dtotal.dtype) * dtotal).to(grad.dtype) for grad in grads]  # in float16 65536 is infinite
+        return *scaled, *(None for _ in ctx.needs_input_grad[len(grads) :])
 
 
 class _LinearNll(_KnownGradient):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+        ctx: Any,
+        states: Tensor,
+        rows: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        ids: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         size, multiple = chunk_rows(states.device, weight.shape[0], weight.element_size()), 1
         if states.device.type == "cpu":
             size, multiple = max(1, size // ROWS) * ROWS, ROWS
         grad, total, terms = _empty_results(ctx, states)
+        trained = None if rows is None or ids is None else _TrainedRows(rows, ids, weight.dtype)
         for part, wanted, into, losses in zip(*(x.split(size) for x in (states, targets, grad, terms)), strict=True):
-            logits = linear(pad(part, (0, 0, 0, -len(part) % multiple)), weight, bias)  # (filled, vocabulary)
+            filled = pad(part, (0, 0, 0, -len(part) % multiple))
+            logits = linear(filled, weight, bias)  # (filled, vocabulary)
+            if trained:
+                trained.replace_logits(filled, logits)
             total += _to_gradient(logits[: len(part)], wanted, losses)
+            own = trained.take_gradient(part, logits[: len(part)]) if trained else None
             into.copy_((logits @ weight)[: len(part)])
-        ctx.save_for_backward(grad)
+            if own is not None:
+                into += own
+        ctx.save_for_backward(grad, *([trained.grad] if trained else []))
         return total, terms
+
+
+class _TrainedRows:
+    """Rows of an output layer that are trained: their logits, their part of the states' gradient, and their own."""
+
+    def __init__(self, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> None:
+        self._rows, self._ids = rows.to(dtype), ids
+        self.grad = torch.zeros_like(rows)
+
+    def replace_logits(self, states: Tensor, logits: Tensor) -> None:
+        logits.index_copy_(1, self._ids, linear(states, self._rows))
+
+    def take_gradient(self, states: Tensor, gradient: Tensor) -> Tensor:
+        """The part of the states' gradient that passes through the rows; their logits' is set to 0 in place."""
+        own = gradient[:, self._ids]  # (targets, rows)
+        gradient.index_fill_(1, self._ids, 0)
+        self.grad += own.T @ states
+        return own @ self._rows
 
 
 def _empty_results(ctx: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,28 +140,42 @@ def _to_gradient(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
 
 
 def nll(
-    states: Float[Tensor, "targets hidden"], logits: Logits, targets: Int[Tensor, " targets"]
+    states: Float[Tensor, "targets hidden"],
+    logits: Logits,
+    targets: Int[Tensor, " targets"],
+    rows: Float[Tensor, "new hidden"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " targets"]]:
-    """`linear_nll` for any frozen way from states to (targets, vocabulary) logits: scaled, capped, several layers."""
-    losses: tuple[Tensor, Tensor] = _Nll.apply(states, logits, targets)
+    """`linear_nll` for any frozen way from states to (targets, vocabulary) logits: scaled, capped, several layers.
+
+    Args:
+        rows: the only parameter on that way that is trained.
+    """
+    losses: tuple[Tensor, Tensor] = _Nll.apply(states, rows, logits, targets)
     return losses
 
 
 class _Nll(_KnownGradient):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, logits: Logits, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, states: Tensor, rows: Tensor | None, logits: Logits, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         vocabulary = logits(states[:1].detach()).shape[-1]
         grad, total, terms = _empty_results(ctx, states)
         size = chunk_rows(states.device, vocabulary, total.element_size())
+        trained = [] if rows is None else [rows]
+        sums = [torch.zeros_like(row) for row in trained]
         for part, wanted, into, losses in zip(*(x.split(size) for x in (states, targets, grad, terms)), strict=True):
             with torch.enable_grad():
                 alone = part.detach().requires_grad_()
                 found = cross_entropy(logits(alone).to(total.dtype), wanted, reduction="none")
                 loss = found.sum()
-            into.copy_(torch.autograd.grad(loss, alone)[0])
+            found_grad, *of_rows = torch.autograd.grad(loss, [alone, *trained])
+            into.copy_(found_grad)
+            for already, more in zip(sums, of_rows, strict=True):
+                already += more
             losses.copy_(found.detach())
             total += loss.detach()
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, *sums)
         return total, terms
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from training_lens.models.embedding_rows import has_token_rows
 from training_lens.models.fast.fused_linear import FusedLinear, active_branch, layer_refusal
 from training_lens.models.fast.kernels import row_norms
 from training_lens.models.fast.layer_spec import UnknownLayerError
@@ -45,13 +46,15 @@ def read_factors(adapted: Any) -> dict[str, LayerFactors]:
     """Copies of the factors of a PEFT model's active adapter, by the paths of their layers in the base.
 
     Raises:
-        UnknownLayerError: it changes more than linear layers by LoRA or DoRA.
+        UnknownLayerError: it changes more than linear layers by LoRA or DoRA, such as rows of new tokens.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     factors: dict[str, LayerFactors] = {}
     for path, layer in adapted.get_base_model().named_modules():
+        if has_token_rows(layer):
+            raise UnknownLayerError(f"'{path}' has rows of its own for new tokens")
         if isinstance(layer, AuxiliaryTrainingWrapper):
             raise UnknownLayerError(f"'{path}' is trained whole")
         if isinstance(layer, BaseTunerLayer):

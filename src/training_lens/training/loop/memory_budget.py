@@ -68,7 +68,8 @@ def estimate_footprint(skeleton: Any, config: TrainingConfig, precision: Precisi
     if config.training.gradient_checkpointing:
         numbers = numbers // layers + layers * text.hidden_size
     parameters, size = count_parameters(skeleton), DTYPES[precision].itemsize
-    head = getattr(skeleton.get_output_embeddings(), "weight", None)
+    end = skeleton.get_output_embeddings()
+    head = getattr(getattr(end, "original_module", end), "weight", None)  # in PEFT's wrapper where its rows are trained
     quantizable = sum(p.numel() for p in matrices if p is not head)  # embeddings, head and norms keep their dtype
     frozen = parameters.total - parameters.trainable - quantizable
     fixed = frozen * size + quantizable * QUANTIZED_BYTES.get(config.model.quantization, size)

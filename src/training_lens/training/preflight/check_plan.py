@@ -9,6 +9,7 @@ from pathlib import Path
 from training_lens.analysis.findings.finding import Finding
 from training_lens.evaluation.verdict import ORDER
 from training_lens.training.plan import RunPlan
+from training_lens.training.preflight.new_token_check import check_new_tokens
 from training_lens.training.preflight.row_checks import (
     TRUNCATED,
     UNKNOWN,
@@ -48,7 +49,7 @@ def check_plan(plan: RunPlan) -> tuple[Finding, ...]:
     seq_len = plan.config.model.seq_len
     data, report = plan.config.data, plan.splits["train"].report
     vocabulary = plan.facts.vocabulary + max(0, len(plan.tokenizer) - plan.facts.vocabulary)
-    train = scan_rows(plan.train, plan.tokenizer, vocabulary)
+    train = scan_rows(plan.train, plan.tokenizer, vocabulary, plan.new_ids)
     check_targets(train)
     found = [
         check_supervised_prompts(train, data.mask_prompt, seq_len),
@@ -60,8 +61,10 @@ def check_plan(plan: RunPlan) -> tuple[Finding, ...]:
         check_disagreement(train),
         check_random_text(train),
     ]
+    if data.new_tokens:
+        found.append(check_new_tokens(plan.train, data.new_tokens, plan.new_ids))
     if plan.validation is not None:
-        validation = scan_rows(plan.validation, plan.tokenizer, vocabulary)
+        validation = scan_rows(plan.validation, plan.tokenizer, vocabulary, plan.new_ids)
         found += [check_leaks(train, validation), check_resemblance(train, validation)]
         found += filter(None, [check_domains(plan.train, plan.validation)])
     return sort_findings(found)

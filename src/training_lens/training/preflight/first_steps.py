@@ -29,6 +29,7 @@ UPDATES = 2  # A gets its first gradient in the second one, as B is 0 before the
 NEAR_CHANCE, SPREAD, UNSURE = 0.02, 0.05, 0.9  # of ln(vocabulary)
 UNLIKE_SIGMAS, UNLIKE_SHARE = 6.0, 0.25
 FROZEN = "requires_grad is off"
+NEW_ROWS = ".token_adapter.trainable_tokens_delta."  # in names of parameters: rows of new tokens
 SHOWN = 6  # modules that an error names
 
 BASE = Rule(
@@ -59,7 +60,7 @@ class AdapterParameter:
 
 def find_adapted(model: Any, name: str) -> str:
     """The path in the base of the module or parameter that the adapter's parameter `name` belongs to."""
-    path = name.split(".lora_")[0].split(".modules_to_save.")[0]
+    path = name.split(".lora_")[0].split(".modules_to_save.")[0].split(NEW_ROWS)[0]
     return adapted_path(path.removeprefix("base_model.model."), model.get_submodule(path))
 
 
@@ -82,9 +83,8 @@ def _explain_module(name: str, parameters: Sequence[AdapterParameter]) -> str:
         return f"{FROZEN} ({'all of it' if len(frozen) == len(parameters) else f'lora_{frozen[0]}'})"
     reached = [p for p in parameters if p.is_reached]
     if not reached:
-        return (
-            "" if "expert" in name else "no gradient reaches it: the forward pass does not use it, or its B is frozen"
-        )
+        may_rest = "expert" in name or NEW_ROWS in parameters[0].name  # tokens of the first steps may not need it
+        return "" if may_rest else "no gradient reaches it: the forward pass does not use it, or its B is frozen"
     if not all(p.is_held for p in reached):
         return "the optimizer does not hold its parameters"
     return (
@@ -125,7 +125,7 @@ class FirstStepsCheck(Callback):
         self._named = [
             (name, parameter)
             for name, parameter in trainer.model.named_parameters()
-            if ".lora_" in name or parameter.requires_grad
+            if ".lora_" in name or NEW_ROWS in name or parameter.requires_grad
         ]
         self._experts = ExpertCheck(trainer.model)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,18 @@ def end_token_ids(tokenizer: Any) -> set[int | None]:
     return ({int(i) for i in tokenizer.added_tokens_decoder} - others) | {tokenizer.eos_token_id}
 
 
-def scan_rows(dataset: TokenDataset, tokenizer: Any, vocabulary: int) -> RowScan:
-    """Scan all tokens, chunk by chunk. Cost: some numpy operations a chunk, no decoding."""
+def scan_rows(
+    dataset: TokenDataset, tokenizer: Any, vocabulary: int, new_ids: Collection[int] = frozenset()
+) -> RowScan:
+    """Scan all tokens, chunk by chunk. Cost: some numpy operations a chunk, no decoding.
+
+    Args:
+        new_ids: of added tokens that end no answer: data.new_tokens.
+    """
     rows = len(dataset)
     flags = {name: np.zeros(rows, dtype=bool) for name in ("is_whole", "is_ended")}
     pads = np.zeros(rows, dtype=np.int64)
-    is_end = _mark_ids(end_token_ids(tokenizer), vocabulary)
+    is_end = _mark_ids(end_token_ids(tokenizer) - set(new_ids), vocabulary)
     is_pad = _mark_ids({tokenizer.pad_token_id}, vocabulary)
     targets = np.zeros(vocabulary, dtype=np.int64)
     for positions, chunk in dataset.iterate_columns():
