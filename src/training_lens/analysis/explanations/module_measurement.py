@@ -219,6 +219,8 @@ class _ModuleMeasurement:
 
 
 def count_update_parameters(layer: Any) -> int:
-    """The parameters that an adapter holds for one of its modules."""
+    """The parameters that an adapter holds for one of its modules; rows of new tokens that are tied, for the first."""
+    if has_token_rows(layer) and layer.token_adapter.tied_adapter is not None:
+        return 0
     own = {id(parameter) for parameter in base_module(layer).parameters()}
     return sum(parameter.numel() for parameter in layer.parameters() if id(parameter) not in own)
