@@ -134,3 +134,13 @@ def test_a_recipe_has_defaults_and_names_all_that_is_wrong_at_once() -> None:
     with pytest.raises(ConfigurationError) as caught:
         build_recipe("linear", 2, (1.0, 0.0, 2.0), 1.5, -3, -1)
     assert len(caught.value.problems) == 8
+
+
+def test_another_subspace_than_the_best_is_found_out() -> None:
+    """The second and third singular directions are as stationary as the first two, and are no best approximation."""
+    updates = {"q_proj.weight": [random_update(0), random_update(1)]}
+    recipe = build_recipe("svd", 2, rank=2)
+    u, singular, vh = torch.linalg.svd(sum(one.weight * one.compute_matrix() for one in updates["q_proj.weight"]))
+    for places, is_best in (([0, 1], True), ([1, 2], False)):
+        module = LowRankUpdate(vh[places].float(), (u[:, places] * singular[places]).float(), 1.0, None)
+        assert check_combination(updates, recipe, {"q_proj.weight": module})[0].is_ok == is_best

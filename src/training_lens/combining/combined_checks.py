@@ -16,6 +16,7 @@ from training_lens.combining.combined_update import WeightedUpdate, draw_seed
 from training_lens.merging.verification import MergeCheck
 from training_lens.merging.weight_update import ROUNDOFF, LowRankUpdate, Update
 
+POWER_VECTORS, POWER_STEPS = 8, 4  # of the power iteration
 SLACK = 1 + 1e-6  # of the bound, for the comparison's own rounding in float64
 DISTANCE = 1e-6  # of the matrix: how far the written update may be from its best approximation, by rounding
 
@@ -29,7 +30,7 @@ def check_combination(
     The first check is, for cat and linear, the largest difference of a number in roundings, where one rounding is
     2^-23 |B| |A|: both factors are rounded to float32. For the others it is the distance of the written update to the
     best approximation of its rank of the method's matrix M, relative to |M|. The second counts updates that only one
-    side has. Memory: one module's matrices in float64. Cost: its singular values.
+    side has. Memory: one module's matrices in float64. Cost: products with them.
     """
     lost = sorted(updates.keys() ^ written.keys())
     is_exact = recipe.how in ("cat", "linear")
@@ -60,19 +61,22 @@ def _largest_error(matrix: Tensor, written: Update) -> float:
 
 
 def _distance_to_best(matrix: Tensor, written: Update) -> float:
-    """The largest of three numbers that are 0 for a best approximation alone, relative to |M|.
+    """The largest of three numbers that are all 0 for a best approximation alone, relative to |M|.
 
-    They are how much farther B A is from M than the singular values that it cannot have, and how far it is from M
-    projected onto the columns of B, and onto the rows of A.
+    They are how far B A is from M projected on the columns of B, and on the rows of A; and by how much the largest
+    singular value of what is left, M - B A, exceeds the smallest one of B A. The former is found by power iteration.
     """
     if not _is_plain(matrix, written):
         return math.inf
     assert isinstance(written, LowRankUpdate)
     a, b = written.a.double(), written.factor * written.b.double()
-    left, right, found = torch.linalg.qr(b).Q, torch.linalg.qr(a.mT).Q, b @ a
-    excess = (found - matrix).norm() - torch.linalg.svdvals(matrix)[len(a) :].norm()
+    (left, small_b), (right, small_a), found = torch.linalg.qr(b), torch.linalg.qr(a.mT), b @ a
     aside = (found - left @ (left.mT @ matrix)).norm(), (found - (matrix @ right) @ right.mT).norm()
-    largest = float(torch.stack([excess, *aside]).max() / matrix.norm().clamp(min=1e-30))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        rest = torch.svd_lowrank(matrix - found, q=min(POWER_VECTORS, *matrix.shape), niter=POWER_STEPS)[1][0]
+    excess = rest - torch.linalg.svdvals(small_b @ small_a.mT)[-1]
+    largest = float(torch.stack([*aside, excess]).max() / matrix.norm().clamp(min=1e-30))
     return largest if math.isfinite(largest) else math.inf
 
 
