@@ -159,7 +159,8 @@ def test_ranks_that_differ_are_refused_for_linear(hill_and_forest: list[RunFolde
     ("sections", "problem"),
     [
         ({"peft": {"use_dora": True}}, "is a DoRA"),
-        ({"peft": {"modules_to_save": ["norm"]}}, "holds 'model.norm.weight' whole"),
+        ({"peft": {"modules_to_save": ["norm"]}}, "has trained 'model.norm.weight' itself"),
+        ({"data": {"new_tokens": ["<note>"]}}, "has trained '(lm_head|model.embed_tokens).weight' itself"),
         ({"data": {"template": "alpaca"}}, "trained with different prompts"),
         ({"data": {"domain": {"style": "hash"}}}, "trained with different prompts"),
     ],

@@ -122,6 +122,8 @@ def combine_runs(
     updates = read_weighted_updates(parents, recipe)
     sessions, base = _open_sessions(parents, measurement.rows)
     notes = require_same_prompts(sessions, [parent.name for parent in parents])
+    if measurement.rows.data:
+        notes.append("the rows are those of data.validation, read as each run reads its own")
     rows = _read_rows(parents, sessions, measurement.rows)
     combined, data = combine_modules(updates, recipe, progress), combine_data(parents)
     found: list[Combination] = []

@@ -10,7 +10,7 @@ from typing import Any
 from training_lens.combining.combine_recipe import Recipe
 from training_lens.combining.combined_update import WeightedUpdate
 from training_lens.errors import AdapterError, ConfigurationError
-from training_lens.merging.weight_update import ExpertUpdate, LowRankUpdate, load_updates
+from training_lens.merging.weight_update import LowRankUpdate, load_updates
 from training_lens.models.adapter_files import read_config, require_plain
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import read_sealed
@@ -102,10 +102,11 @@ def read_weighted_updates(parents: Sequence[Parent], recipe: Recipe) -> dict[str
     found: dict[str, dict[str, WeightedUpdate]] = {}
     for parent in parents:
         for name, update in load_updates(parent.adapter).items():
-            if isinstance(update, ExpertUpdate) or not isinstance(update, LowRankUpdate) or update.a.dim() != 2:
+            if not isinstance(update, LowRankUpdate) or update.a.dim() != 2:
                 raise AdapterError(
-                    f"{KEY}: {parent.run.root} holds '{name}' whole (peft.modules_to_save, or new tokens) or in a form "
-                    "other than a pair of matrices, and only low-rank updates add up to one. Train it again without."
+                    f"{KEY}: {parent.run.root} has trained '{name}' itself (peft.modules_to_save, "
+                    "model.resize_embeddings or data.new_tokens), or adapts it by other tensors than a pair of "
+                    "matrices; only low-rank updates add up to one. Train it again without."
                 )
             found.setdefault(name, {})[parent.name] = WeightedUpdate(update, parent.weight)
     for name, by_run in found.items():
