@@ -116,6 +116,7 @@ def measure(settings: list[str], folder: str) -> dict[str, Any]:
                 "seconds_ratio": round(found["seconds"] / summary["seconds"], 3),
                 "is_inside": found["seconds_low"] <= summary["seconds"] <= found["seconds_high"],
                 "peak_ratio": round(found["peak_bytes"] / summary["peak_bytes"], 3),
+                "others_share": round(found["others_share"], 3),
             }
     return result
 

@@ -57,6 +57,7 @@ def test_json_has_the_same_and_train_agrees(folder: Path) -> None:
         "micro_batch_tokens",
         "measured_steps",
         "layers",
+        "others_share",
     }
     assert set(report["estimate"]) == parts and report["estimate"]["micro_batch_tokens"] == 4096
     summary = json.loads(CliRunner().invoke(cli, ["train", *settings, "tracking.tensorboard=false", "--json"]).stdout)

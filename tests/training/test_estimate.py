@@ -26,10 +26,13 @@ from training_lens.training.estimate import estimate_run
 from training_lens.training.loop.callbacks import Callback
 from training_lens.training.run import TrainingWrapper
 from training_lens.training.step_costs import (
+    BUSY_FACTOR,
+    BUSY_SHARE,
     LEAST_ERROR,
     StepPace,
     count_step_tokens,
     count_validated_tokens,
+    describe_others,
     extrapolate_pace,
     measure_pace,
 )
@@ -146,6 +149,17 @@ def test_the_pace_of_equal_steps_is_theirs_and_its_error_the_least() -> None:
     pace = measure_pace([2.0, 4.0, 6.0], [100, 200, 300])
     assert pace.seconds_per_token == pytest.approx(0.02) and pace.error == LEAST_ERROR
     assert pace.bounds(100.0) == pytest.approx((80.0, 120.0))
+
+
+def test_an_interval_is_wider_where_other_programs_used_the_processor() -> None:
+    quiet, busy = (measure_pace([2.0, 4.0, 6.0], [100, 200, 300], share) for share in (BUSY_SHARE, BUSY_SHARE + 0.01))
+    assert quiet.bounds(100.0) == pytest.approx((80.0, 120.0))
+    assert busy.bounds(100.0) == pytest.approx((100 / BUSY_FACTOR, 100 * BUSY_FACTOR))
+    assert describe_others(BUSY_SHARE) == "" and describe_others(0.5) == (
+        "other programs used 50% of the processor meanwhile"
+    )
+    whole = extrapolate_pace(quiet, busy, 3.0)
+    assert whole.others_share == busy.others_share
 
 
 def test_a_single_step_bounds_nothing() -> None:

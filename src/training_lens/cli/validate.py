@@ -112,6 +112,7 @@ def _show_findings(screen: Screen, plan: RunPlan) -> None:
 
 
 def _show_estimate(screen: Screen, estimate: RunEstimate | None) -> None:
+    from training_lens.training.step_costs import describe_others
     from training_lens.utils.formatting import format_seconds, format_size
 
     if estimate is None:
@@ -122,6 +123,8 @@ def _show_estimate(screen: Screen, estimate: RunEstimate | None) -> None:
     screen.console.print(Text.assemble(("\nestimate", "bold"), f" ({how})"))
     low, high = format_seconds(estimate.seconds_low), format_seconds(estimate.seconds_high)
     screen.console.print(f"  training       {format_seconds(estimate.seconds)} ({low} to {high})")
+    if others := describe_others(estimate.others_share):
+        screen.console.print(f"                 {others}: the run takes longer or less, as they do")
     screen.console.print(f"  validations    {format_seconds(estimate.validation_seconds)}")
     screen.console.print(f"  peak memory    {format_size(estimate.peak_bytes)}")
     screen.console.print(f"  micro-batches  of at most {estimate.micro_batch_tokens:,} tokens")

@@ -41,6 +41,7 @@ from training_lens.training.step_costs import (
 from training_lens.utils.devices import available_bytes, counts_memory, keep_freed_memory, peak_bytes, reset_peak
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
+from training_lens.utils.processor_load import OtherPrograms
 from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
@@ -60,7 +61,8 @@ SLOW_STEP = 2.0  # seconds
 class RunEstimate:
     """A prediction: seconds of the optimizer steps and of the validations, peak bytes.
 
-    `seconds_low` to `seconds_high`: a 95 % interval, from the spread of the measured steps and at least 5 %.
+    `seconds_low` to `seconds_high`: a 95 % interval, from the spread of the measured steps and at least 20 %; beside
+    other programs wider. `others_share`: what these used of the processor while steps were measured.
     `micro_batch_tokens`: most tokens in one pass that the run would choose with the memory that is free now;
     `layers`: of the thin models, empty if the whole model was measured.
     """
@@ -73,6 +75,7 @@ class RunEstimate:
     micro_batch_tokens: int
     measured_steps: int
     layers: tuple[int, ...]
+    others_share: float
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def estimate_run(plan: RunPlan) -> RunEstimate | None:
         micro_batch_tokens=measured.micro_batch_tokens,
         measured_steps=measured.pace.steps,
         layers=() if whole else THIN_LAYERS,
+        others_share=measured.pace.others_share,
     )
 
 
@@ -200,15 +204,16 @@ def _measure_steps(plan: RunPlan, trainer: Trainer) -> StepCost:
         largest, *sample = _sample_steps(plan, is_packed)
         first = trainer.train_step(_cut_step(plan, largest, is_packed))  # warms up, and is the largest: sets the peak
         require_gradients(trainer, first, plan.facts.vocabulary)
-        is_slow = time.perf_counter() - started > SLOW_STEP
+        is_slow, others = time.perf_counter() - started > SLOW_STEP, OtherPrograms()
         for step in sample:
             step = _cut_step(plan, step, is_packed) if is_slow else step
             seconds.append(trainer.train_step(step).seconds)
             tokens.append(count_step_tokens(plan, step, is_packed))
             if len(seconds) >= LEAST_MEASURED and time.perf_counter() - started > BUDGET_SECONDS / 2:
                 break
+        others_share = others.share()
         validation = _validation_seconds(plan, trainer) if plan.validation is not None else 0.0
-    pace = measure_pace(seconds, tokens)
+    pace = measure_pace(seconds, tokens, others_share)
     return StepCost(pace, validation, float(peak_bytes(device)), is_packed, plan.micro_batch_tokens)
 
 

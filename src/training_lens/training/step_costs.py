@@ -20,10 +20,13 @@ from training_lens.training.plan import RunPlan
 from training_lens.utils.devices import counts_memory, peak_bytes, used_bytes
 from training_lens.utils.formatting import format_seconds, format_size
 from training_lens.utils.logging import get_logger
+from training_lens.utils.processor_load import OtherPrograms
 
 COUNTED_STEPS = 1000  # the tokens of longer runs are scaled up from this many steps
 PEAK_MARGIN = 1.13  # for what comes later in a run: validation of all rows, checkpoints, captures
 LEAST_ERROR = 0.2  # relative: runs took 0.90 to 1.21 times as long as was estimated, benchmarks/results/estimates.json
+BUSY_SHARE = 0.25  # of the processor: other programs that use more may halve or double a run's speed
+BUSY_FACTOR = 2.5  # runs beside a busy process took 0.66 to 2.3 times as long as was estimated, docs/results.md
 STUDENT_95 = {1: 12.7, 2: 4.3, 3: 3.2, 4: 2.8, 5: 2.6, 6: 2.4, 7: 2.4}  # by degrees of freedom; above: 2
 logger = get_logger(__name__)
 WARM_UP, MEASURED = 1, 4  # steps
@@ -31,18 +34,25 @@ WARM_UP, MEASURED = 1, 4  # steps
 
 @dataclass(frozen=True)
 class StepPace:
-    """Seconds per token of measured steps, padding included, and the relative half-width of its 95 % interval."""
+    """Seconds per token of measured steps, padding included, and the relative half-width of its 95 % interval.
+
+    `others_share`: of the processor, what other programs used while it was measured.
+    """
 
     seconds_per_token: float
     error: float
     steps: int
+    others_share: float = 0.0
 
     def bounds(self, seconds: float) -> tuple[float, float]:
-        """The interval of a duration that was computed with this pace."""
-        return seconds * max(0.0, 1 - self.error), seconds * (1 + self.error)
+        """The interval of a duration that was computed with this pace, wider beside other programs."""
+        low, high = seconds * max(0.0, 1 - self.error), seconds * (1 + self.error)
+        if self.others_share <= BUSY_SHARE:
+            return low, high
+        return min(low, seconds / BUSY_FACTOR), max(high, seconds * BUSY_FACTOR)
 
 
-def measure_pace(seconds: Sequence[float], tokens: Sequence[int]) -> StepPace:
+def measure_pace(seconds: Sequence[float], tokens: Sequence[int], others_share: float = 0.0) -> StepPace:
     """The pace of steps, by the ratio estimator: all their seconds over all their tokens (Cochran 1977, section 6.4).
 
     The error comes from the spread of the steps around that ratio, and is at least 20 %.
@@ -50,17 +60,23 @@ def measure_pace(seconds: Sequence[float], tokens: Sequence[int]) -> StepPace:
     time, count = np.array(seconds), np.array(tokens, dtype=float)
     pace = float(time.sum() / count.sum())
     if len(time) < 2:
-        return StepPace(pace, 1.0, len(time))
+        return StepPace(pace, 1.0, len(time), others_share)
     spread = float(np.square(time - pace * count).sum() / (len(time) - 1))
     error = STUDENT_95.get(len(time) - 1, 2.0) * math.sqrt(spread / len(time)) / float(time.mean())
-    return StepPace(pace, max(LEAST_ERROR, error), len(time))
+    return StepPace(pace, max(LEAST_ERROR, error), len(time), others_share)
 
 
 def extrapolate_pace(first: StepPace, second: StepPace, further: float) -> StepPace:
     """The pace at `first` + `further` x (`second` - `first`), with the errors of both; at least that of `first`."""
     pace = first.seconds_per_token + further * max(0.0, second.seconds_per_token - first.seconds_per_token)
     errors = (1 - further) * first.seconds_per_token * first.error, further * second.seconds_per_token * second.error
-    return StepPace(pace, math.hypot(*errors) / pace, min(first.steps, second.steps))
+    share = max(first.others_share, second.others_share)
+    return StepPace(pace, math.hypot(*errors) / pace, min(first.steps, second.steps), share)
+
+
+def describe_others(share: float) -> str:
+    """What other programs used while steps were measured, where it matters; else nothing."""
+    return f"other programs used {share:.0%} of the processor meanwhile" if share > BUSY_SHARE else ""
 
 
 def first_steps(plan: RunPlan) -> Sequence[StepPlan]:
@@ -110,7 +126,7 @@ def count_validations(plan: RunPlan) -> int:
 class OwnEstimate:
     """What a run expected after its step `step`: seconds of all steps with their 95 % interval, and of validations.
 
-    `peak_bytes`: the highest memory to come, by the largest micro-batch.
+    `peak_bytes`: the highest memory to come, by the largest micro-batch. `others_share`: see `StepPace`.
     """
 
     step: int
@@ -119,10 +135,13 @@ class OwnEstimate:
     seconds_high: float
     validation_seconds: float
     peak_bytes: int
+    others_share: float
 
     def __str__(self) -> str:
         low, high = (format_seconds(s + self.validation_seconds) for s in (self.seconds_low, self.seconds_high))
-        return f"about {low} to {high}, peak memory about {format_size(self.peak_bytes)}"
+        others = describe_others(self.others_share)
+        size = format_size(self.peak_bytes)
+        return f"about {low} to {high}, peak memory about {size}{others and f' ({others})'}"
 
 
 class EstimateCallback(Callback):
@@ -149,6 +168,8 @@ class EstimateCallback(Callback):
         if self.estimate is not None:
             return
         self._seconds.append(report.seconds)
+        if len(self._seconds) == WARM_UP:
+            self._others = OtherPrograms()
         if len(self._seconds) == WARM_UP + MEASURED < trainer.schedule.total_steps - self._first:
             self.estimate = self._estimate_run(trainer, report.step)
             logger.info("the run will take %s", self.estimate)
@@ -158,7 +179,7 @@ class EstimateCallback(Callback):
         is_packed, device = trainer.engine.can_pack, plan.processes.device
         seen = list(islice(plan.schedule.iterate_steps(after=self._first), WARM_UP + MEASURED))
         sizes = [micro_batch_sizes(plan, each, is_packed) for each in seen]
-        pace = measure_pace(self._seconds[WARM_UP:], [sum(parts) for parts in sizes[WARM_UP:]])
+        pace = measure_pace(self._seconds[WARM_UP:], [sum(parts) for parts in sizes[WARM_UP:]], self._others.share())
         all_sizes = [micro_batch_sizes(plan, each, is_packed) for each in first_steps(plan)]
         seconds = pace.seconds_per_token * sum(map(sum, all_sizes)) * plan.schedule.total_steps / len(all_sizes)
         growth = max(map(max, all_sizes)) / max(map(max, sizes))  # of the largest micro-batch, against those seen
@@ -167,4 +188,5 @@ class EstimateCallback(Callback):
         peak = round(PEAK_MARGIN * max(peak_bytes(device), self._used + passes))
         rows = 1 if plan.validation is None else int(plan.validation.lengths.sum())
         validations = count_validated_tokens(plan) / rows
-        return OwnEstimate(step, seconds, *pace.bounds(seconds), self._validation * validations, peak)
+        validation = self._validation * validations
+        return OwnEstimate(step, seconds, *pace.bounds(seconds), validation, peak, pace.others_share)
