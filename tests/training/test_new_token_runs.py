@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from slow_cases import mark_slow
 from tiny_models import save_tiny_model
 
 from training_lens import TrainingConfig, TrainingWrapper, embedded
@@ -47,7 +48,7 @@ def train(config: TrainingConfig, *callbacks: Callback) -> RunFolder:
     return RunFolder(Path(TrainingWrapper(config, callbacks=callbacks).train().run_dir))
 
 
-@pytest.fixture(scope="module", params=["tied, with spare rows", "apart, resized"])
+@pytest.fixture(scope="module", params=["tied, with spare rows", mark_slow("apart, resized")])
 def taught(
     request: pytest.FixtureRequest, small_config_in: Config, tmp_path_factory: pytest.TempPathFactory
 ) -> RunFolder:
