@@ -116,7 +116,7 @@ def _build_limits(asked: ServeOptions) -> ServerLimits:
 
 
 def _try_vllm(screen: Screen, configs: Mapping[str, TrainingConfig], asked: ServeOptions, key: str | None) -> bool:
-    """Replace this process by vLLM if that is asked for or possible; False if our own server is to answer.
+    """Replace this process with vLLM where asked for or possible; return False where our own server answers.
 
     Raises:
         ConfigurationError: vLLM is asked for, and cannot serve these models here.

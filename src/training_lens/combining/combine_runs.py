@@ -38,12 +38,7 @@ from training_lens.utils.files import hash_file, list_files
 from training_lens.utils.integrity import record_hashes, write_sealed
 
 PEFT_KEYS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
-NOT_TAKEN = (
-    "tracking",
-    "sweep",
-    "prepare",
-    "lens",
-)  # sections of the first run's config that are not the combination's
+NOT_TAKEN = ("tracking", "sweep", "prepare", "lens")  # sections of the first run that a combination does not have
 
 
 @dataclass(frozen=True)

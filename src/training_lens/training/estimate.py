@@ -211,7 +211,7 @@ def _measure_steps(plan: RunPlan, trainer: Trainer) -> StepCost:
             tokens.append(count_step_tokens(plan, step, is_packed))
             if len(seconds) >= LEAST_MEASURED and time.perf_counter() - started > BUDGET_SECONDS / 2:
                 break
-        others_share = others.share()
+        others_share = others.share() if device.type == "cpu" else 0.0
         validation = _validation_seconds(plan, trainer) if plan.validation is not None else 0.0
     pace = measure_pace(seconds, tokens, others_share)
     return StepCost(pace, validation, float(peak_bytes(device)), is_packed, plan.micro_batch_tokens)

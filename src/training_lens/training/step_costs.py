@@ -26,7 +26,7 @@ COUNTED_STEPS = 1000  # the tokens of longer runs are scaled up from this many s
 PEAK_MARGIN = 1.13  # for what comes later in a run: validation of all rows, checkpoints, captures
 LEAST_ERROR = 0.2  # relative: runs took 0.90 to 1.21 times as long as was estimated, benchmarks/results/estimates.json
 BUSY_SHARE = 0.25  # of the processor: other programs that use more may halve or double a run's speed
-BUSY_FACTOR = 2.5  # runs beside a busy process took 0.66 to 2.3 times as long as was estimated, docs/results.md
+BUSY_FACTOR = 2.5  # runs beside a busy process took 0.66 to 2.3 times as long as was estimated
 STUDENT_95 = {1: 12.7, 2: 4.3, 3: 3.2, 4: 2.8, 5: 2.6, 6: 2.4, 7: 2.4}  # by degrees of freedom; above: 2
 logger = get_logger(__name__)
 WARM_UP, MEASURED = 1, 4  # steps
@@ -179,7 +179,8 @@ class EstimateCallback(Callback):
         is_packed, device = trainer.engine.can_pack, plan.processes.device
         seen = list(islice(plan.schedule.iterate_steps(after=self._first), WARM_UP + MEASURED))
         sizes = [micro_batch_sizes(plan, each, is_packed) for each in seen]
-        pace = measure_pace(self._seconds[WARM_UP:], [sum(parts) for parts in sizes[WARM_UP:]], self._others.share())
+        others_share = self._others.share() if device.type == "cpu" else 0.0
+        pace = measure_pace(self._seconds[WARM_UP:], [sum(parts) for parts in sizes[WARM_UP:]], others_share)
         all_sizes = [micro_batch_sizes(plan, each, is_packed) for each in first_steps(plan)]
         seconds = pace.seconds_per_token * sum(map(sum, all_sizes)) * plan.schedule.total_steps / len(all_sizes)
         growth = max(map(max, all_sizes)) / max(map(max, sizes))  # of the largest micro-batch, against those seen
