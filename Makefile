@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The suite starts many processes, each of which would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo docs test test-slow test-ui test-llama test-mlx planted fuzz faults wheel-test audit check format peers compat clean
+.PHONY: setup demo docs test test-slow test-distributed test-ui test-llama test-mlx planted fuzz faults wheel-test audit check format peers compat clean
 
 setup: $(STAMP)
 
@@ -40,11 +40,17 @@ check: $(STAMP)
 
 # A worker takes a run of neighbouring tests, so that what a file shares is mostly made once.
 test: check
-	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not distributed"
 
 # The proofs that take long, each of a kind of which another is in `make test`.
 test-slow: $(STAMP)
-	$(BIN)/pytest -n 2 --dist worksteal -m slow
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow and not distributed"
+
+# Many processes, and machines that share a database: a PostgreSQL server that the tests start and delete. Where there is
+# none, apt installs it.
+test-distributed: $(STAMP)
+	command -v initdb || ls -d /usr/lib/postgresql/*/bin/initdb || { apt-get update && apt-get install --yes postgresql; }
+	$(BIN)/pytest -m distributed
 
 # The dashboard's pages in a browser. What is missing is installed: Chromium by apt, Playwright and axe-core by pip.
 test-ui: $(VENV)/.ui
