@@ -44,7 +44,6 @@ class Decoder:
     dtype: torch.dtype
     device: torch.device
     stack: DecoderStack | None = None  # the forward pass through our own layers, where it gives the same logits
-    is_merged: bool = False  # an adapter is merged into its weights
     paths: Mapping[int, str] = field(default_factory=dict)  # of the layers that its fused ones were built of, by id
     adapters: RowAdapters | None = None  # beside the weights, of which each row has its own
 

@@ -18,9 +18,7 @@ from torch import Tensor
 from training_lens.inference.decode_loop import NO_PREFIX, Decoder, prefill
 from training_lens.models.adapters import base_only, is_adapter_key
 from training_lens.models.copies import copy_base, copy_merged, copy_sharing_weights, merge_token_rows
-from training_lens.models.embedding_rows import token_wrappers
 from training_lens.models.fast.decoder_stack import build_stack
-from training_lens.models.fast.fused_linear import FusedLinear
 from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
 from training_lens.models.fast.layer_replacement import replace_layers
 from training_lens.models.fast.layer_spec import UnknownLayerError
@@ -48,11 +46,11 @@ class UnsupportedModelError(Exception):
 
 @dataclass
 class DecoderCache:
-    """The decoder of a session, built on first use, and brought up to date when the model's weights have changed.
+    """The decoder of a session, built on first use, and anew where any of the model's weights have changed since.
 
-    Where the adapter alone has, its values are copied into the decoder, which is compared with the model again; else it
-    is built anew. Only one is kept: the base's replaces the adapter's. So the memory holds at most two copies of the
-    decoder's weights besides the model's: merged and fused for many rows, and as they are for few.
+    Nothing is carried over: merged weights, products prepared for decoding, and which layers give the same results all
+    depend on the adapter's values. So a training's answers do not depend on the decoders before, and a resumed run
+    gives those of one that was never stopped. Only one is kept: the base's replaces the adapter's.
     """
 
     _decoder: Decoder | None = None
@@ -63,20 +61,11 @@ class DecoderCache:
 
         With `base` it is that of the model without its adapter. Logits are compared on the tokens of `prompt`.
         """
-        state = _read_model_state(model, base)
-        if self._state is None or not self._state.has_same_rest(state):
-            self._rebuild(model, base, prompt)
-        elif not self._state.has_same_adapter(state):
-            if self._decoder is None or _try_to_refresh(self._decoder, model, prompt):
-                self._state = state
-            else:
-                self._rebuild(model, base, prompt)
+        if self._state is None or not self._state.is_same(_read_model_state(model, base)):
+            self.clear()  # before the next one is built: both need not be in memory together
+            self._decoder = _try_to_build(model, base, prompt)
+            self._state = _read_model_state(model, base)  # building may have moved weights together
         return self._decoder
-
-    def _rebuild(self, model: Any, base: bool, prompt: Sequence[int]) -> None:
-        self.clear()  # before the next one is built: both need not be in memory together
-        self._decoder = _try_to_build(model, base, prompt)
-        self._state = _read_model_state(model, base)  # building may have moved weights together
 
     def clear(self) -> None:
         """Free the decoder."""
@@ -91,43 +80,31 @@ class DecoderCache:
 
 @dataclass(frozen=True)
 class _ModelState:
-    """What shows that a model's weights have changed: `rest` without the adapter, by addresses and versions."""
+    """What shows that a model's weights have changed: those that training changes by value, all others by address.
 
-    rest: tuple[Any, ...]
-    adapter: Sequence[Tensor]
+    Not by version alone: some optimizers write past it.
+    """
 
-    def has_same_rest(self, other: _ModelState) -> bool:
-        return self.rest == other.rest
+    frozen: tuple[Any, ...]
+    trained: Sequence[Tensor]
 
-    def has_same_adapter(self, other: _ModelState) -> bool:
-        return all(map(torch.equal, self.adapter, other.adapter))
+    def is_same(self, other: _ModelState) -> bool:
+        return self.frozen == other.frozen and all(map(torch.equal, self.trained, other.trained))
 
 
 def _read_model_state(model: Any, base: bool) -> _ModelState:
     """The state of a model, whose adapter does not matter for a decoder of its `base`."""
-    adapter = [p for name, p in model.named_parameters() if is_adapter_key(name)]
-    others = {id(p) for p in adapter}
+    trained = [p for name, p in model.named_parameters() if p.requires_grad or is_adapter_key(name)]
+    others = {id(p) for p in trained}
     versions = [
         (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version)
         for t in [*model.parameters(), *model.buffers()]
         if id(t) not in others
     ]
     scalings = [dict(m.scaling) for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
-    layout = [(p.data_ptr(), p.dtype, p.shape) for p in adapter]
-    copies = [] if base else [p.detach().clone() for p in adapter]
+    layout = [(p.data_ptr(), p.dtype, p.shape) for p in trained]
+    copies = [] if base else [p.detach().clone() for p in trained]
     return _ModelState((base, id(model), versions, scalings, layout), copies)
-
-
-def _try_to_refresh(decoder: Decoder, model: Any, prompt: Sequence[int]) -> bool:
-    """Whether the decoder could take the adapter's present values."""
-    ids = torch.tensor([list(prompt[-PROBE_TOKENS:])], device=model.device)
-    try:
-        with torch.autocast(model.device.type, enabled=False):
-            return refresh_decoder(decoder, model, ids)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
 
 
 def _try_to_build(model: Any, base: bool, prompt: Sequence[int]) -> Decoder | None:
@@ -163,62 +140,20 @@ def build_decoder(model: Any, base: bool, ids: Tensor) -> Decoder:
     windows = _attention_windows(model)
     with base_only(model, base):
         wanted: Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    copied, is_merged = _copy_for_decoding(model, base, ids, wanted)
+    copied = _copy_for_decoding(model, base, ids, wanted)
     keeps_last = "logits_to_keep" in inspect.signature(type(copied).forward).parameters
     layers = {module: path for path, module in copied.named_modules()}  # keeps them: no id of theirs is given again
     paths = {id(module): path for module, path in layers.items()}
-    decoder = Decoder(copied, windows, keeps_last, copied.dtype, ids.device, is_merged=is_merged, paths=paths)
+    decoder = Decoder(copied, windows, keeps_last, copied.dtype, ids.device, paths=paths)
     refusals = ["there is no memory for copies of the weights"]
     if ids.device.type != "cpu" or _has_memory_for_copy(copied, ids.device):
         refusals = replace_layers(copied, ids)
-    _verify_decoding(decoder, ids, wanted)
+    by_modules = _verify_decoding(decoder, ids, wanted)
     try:
-        return _add_stack(decoder, ids[0].tolist())
+        return _add_stack(decoder, ids[0].tolist(), by_modules)
     except UnknownLayerError as reason:
         log_once(f"answers come layer by layer from {type(copied).__name__}: {'; '.join([*refusals, str(reason)])}")
         return decoder
-
-
-@torch.inference_mode()
-def refresh_decoder(decoder: Decoder, model: Any, ids: Tensor) -> bool:
-    """Copy the adapter's present values into a decoder of the adapted model, and compare its logits with the model's.
-
-    False where it must be built anew: parts of it cannot be changed, or its logits differ. Cost: merging, a few forward
-    passes over `ids`, (1, tokens) int64, and no recognition of layers.
-    """
-    wanted: Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    fused = [module for module in decoder.model.modules() if isinstance(module, FusedLinear)]
-    if not decoder.is_merged:
-        is_complete = not any(token_wrappers(model)) and all(layer.refresh_adapters() for layer in fused)
-    else:
-        merged = copy_merged(model)
-        is_complete = _merging_loss(model, merged, ids, wanted) <= MAX_MERGING_LOSS
-        is_complete = is_complete and _copy_merged_weights(decoder, model, merged, fused)
-    if not is_complete:
-        return False
-    found = decode_probe(decoder, ids[0].tolist())
-    return is_close(found, wanted[-len(found) :], WHOLE_MODEL)
-
-
-def _copy_merged_weights(decoder: Decoder, model: Any, merged: Any, fused: Sequence[FusedLinear]) -> bool:
-    """Copy the weights of a freshly merged model into the decoder; False where it has no place for one of them."""
-    copied = set()
-    for layer in fused:
-        paths = [decoder.paths[i] for i in layer.layer_ids]
-        layer.refresh_weights([merged.get_submodule(path) for path in paths])
-        copied.update(paths)
-    shared = {parameter.data_ptr() for parameter in model.parameters()}
-    rest = {
-        name: parameter
-        for name, parameter in merged.named_parameters()
-        if parameter.data_ptr() not in shared and name.rpartition(".")[0] not in copied
-    }
-    own = dict(decoder.model.named_parameters())
-    if not rest.keys() <= own.keys():
-        return False
-    for name, parameter in rest.items():
-        own[name].copy_(parameter)
-    return True
 
 
 def _attention_windows(model: Any) -> tuple[int | None, ...]:
@@ -236,23 +171,23 @@ def _attention_windows(model: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
-def _copy_for_decoding(model: Any, base: bool, ids: Tensor, wanted: Tensor) -> tuple[Any, bool]:
-    """A copy of the model's modules: without adapter, with it merged, or with it beside the weights; and if merged."""
+def _copy_for_decoding(model: Any, base: bool, ids: Tensor, wanted: Tensor) -> Any:
+    """A copy of the model's modules: without adapter, with it merged, or with it beside the weights."""
     if not hasattr(model, "disable_adapter"):
-        return copy_sharing_weights(model), False
+        return copy_sharing_weights(model)
     if base:
-        return copy_base(model), False
+        return copy_base(model)
     if is_quantized(model) or not _has_memory_for_copy(model, ids.device):
-        return _copy_unmerged(model), False
+        return _copy_unmerged(model)
     merged = copy_merged(model)
     loss = _merging_loss(model, merged, ids, wanted)
     if loss <= MAX_MERGING_LOSS:
-        return merged, True
+        return merged
     log_once(
         f"the adapter answers unmerged: in {str(merged.dtype).removeprefix('torch.')}, merging would change "
         f"{loss:.0%} of its effect on the scores"
     )
-    return _copy_unmerged(model), False
+    return _copy_unmerged(model)
 
 
 def _copy_unmerged(model: Any) -> Any:
@@ -288,8 +223,11 @@ def _count_copied_bytes(model: Any, device: torch.device) -> float:
     return float(factor * sum(p.numel() * p.element_size() for p in model.parameters()))
 
 
-def _verify_decoding(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
-    """Prefill and decode the probe in two rows, one of them padded, and refuse a model whose logits differ."""
+def _verify_decoding(decoder: Decoder, ids: Tensor, wanted: Tensor) -> Tensor:
+    """Prefill and decode the probe in two rows, one of them padded, and refuse a model whose logits differ.
+
+    Gives the logits that were compared, as of `decode_probe`.
+    """
     try:
         found = decode_probe(decoder, ids[0].tolist())
     except Exception as error:  # foreign code, called in a way that it may not know
@@ -301,9 +239,10 @@ def _verify_decoding(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
     if not is_close(found, wanted, WHOLE_MODEL):
         apart = relative_error(found, wanted)
         raise UnsupportedModelError(f"{type(decoder.model).__name__} gives other scores row by row, {apart:.1%} apart")
+    return found
 
 
-def _add_stack(decoder: Decoder, tokens: list[int]) -> Decoder:
+def _add_stack(decoder: Decoder, tokens: list[int], by_modules: Tensor) -> Decoder:
     """The decoder with its own forward pass through the layers; UnknownLayerError if its modules' logits differ."""
     faster = replace(decoder, stack=build_stack(decoder.model, decoder.windows))
     try:
@@ -311,7 +250,7 @@ def _add_stack(decoder: Decoder, tokens: list[int]) -> Decoder:
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise_out_of_memory(error)
         raise UnknownLayerError(f"its parts are called in another way ({describe_error(error)})") from error
-    if not is_close(found, decode_probe(decoder, tokens), STACK_ROUNDINGS):
+    if not is_close(found, by_modules, STACK_ROUNDINGS):
         raise UnknownLayerError("it computes more than its parts do")
     return faster
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from training_lens.models.fast.kernels import lora_linear, row_norms, scale_outputs
 from training_lens.models.fast.layer_spec import UnknownLayerError
-from training_lens.models.fast.native.decoding_kernels import FewRowsLinear, LoRABranches, copy_unshared
+from training_lens.models.fast.native.decoding_kernels import FewRowsLinear, LoRABranches
 from training_lens.models.fast.native.library import can_compute
 from training_lens.models.fast.tolerance import is_close
 
@@ -57,10 +57,9 @@ class FusedLinear(nn.Module):
         self.layers, self.decodes = tuple(layers), decodes
         self._weight: Any = None  # of several layers, and what decoding prepares
         if decodes:
-            self.layer_ids = tuple(map(id, layers))  # which layers of a model it was built of, for `refresh_weights`
+            self.layer_ids = tuple(map(id, layers))  # which layers of a model it was built of
             self._prepare_decoding(layers, [_weight_matrix(base) for base in self._bases])
-            self.layers = self.layers if self.has_adapter else ()  # what is not read any more is not kept
-            self._bases = []
+            self.layers, self._bases = (), []  # what is not read any more is not kept
         elif len(layers) > 1 and not _is_4bit(self._bases[0]):
             self._weight = self._share_weights([_weight_matrix(base) for base in self._bases])
         self._addresses = [base.weight.data_ptr() for base in self._bases]
@@ -178,29 +177,6 @@ class FusedLinear(nn.Module):
         else:
             self._down = torch.cat([down for down, _ in factors]).float()
             self._up = torch.block_diag(*(up for _, up in factors))
-
-    def refresh_adapters(self) -> bool:
-        """In decoding, copy the present factors of its layers' adapters; whether that is all that depends on them.
-
-        It is not with DoRA, whose norms are of weights that may be reordered.
-        """
-        if self.has_adapter:
-            weight = _weight_matrix(_base_layer(self.layers[0])).detach()
-            self._copy_adapters([active_branch(layer) for layer in self.layers], weight)
-        return self.gains is None
-
-    def refresh_weights(self, layers: Sequence[Any]) -> None:
-        """In decoding, take the weights of plain layers that are like those that it was built of.
-
-        Weights that it shares with them stay as they are. Cost: a copy of the others.
-        """
-        weights = [_weight_matrix(layer).detach() for layer in layers]
-        if self.few:
-            self.few.copy_weights(weights)
-        if self._is_packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights))
-        else:
-            copy_unshared(self._weight.split(self.sizes), weights)
 
     def _decode(self, x: Tensor) -> Tensor:
         are_few = 0 < x.numel() <= FewRowsLinear.MOST * self.input_width

@@ -86,10 +86,6 @@ class FewRowsLinear:
         whole = all(len(w) % cls.OUTS == 0 and w.shape[1] % cls.WIDTH == 0 for w in weights)
         return kernel and whole and all(t.is_contiguous() for t in tensors)
 
-    def copy_weights(self, weights: Sequence[Tensor]) -> None:
-        """Compute with these values from now on, of the same shapes; weights that are its own already stay."""
-        copy_unshared(self._weights, weights)
-
     def __call__(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows outs"]:
         """Of one row at least.
 
@@ -106,13 +102,6 @@ class FewRowsLinear:
         )  # fmt: skip
         run_kernel(call, dtype, self._outs // self.OUTS, self.OUTS * width * rows)
         return y
-
-
-def copy_unshared(own: Sequence[Tensor], given: Sequence[Tensor]) -> None:
-    """Copy each given tensor to its own one, in place, unless both are one memory."""
-    for target, source in zip(own, given, strict=True):
-        if target.data_ptr() != source.data_ptr():
-            target.copy_(source)
 
 
 class LoRABranches:
