@@ -20,7 +20,8 @@ from hub_server import TOKEN, Hub, use_hub  # type: ignore[import-not-found]
 
 # Before torch and transformers are imported: offline, quiet, and two tests at a time do not fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="training-lens-state-")  # what is allowed here stays here
+STATE = tempfile.mkdtemp(prefix="training-lens-state-")  # of this process: what is allowed here stays here
+os.environ["XDG_STATE_HOME"] = STATE
 os.environ["HF_HUB_OFFLINE"] = "0"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -30,6 +31,11 @@ os.fsync = lambda descriptor: None  # no test cuts the power, and waiting for th
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_unconfigure() -> None:
+    """Remove what this process made when it began; each worker has its own."""
+    shutil.rmtree(STATE, ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:
