@@ -16,7 +16,7 @@ from training_lens.utils.streams import protect_output
 
 COMMANDS = {
     "Data": ("prepare",),
-    "Train": ("init", "validate", "lr", "train", "sweep"),
+    "Train": ("init", "plan", "validate", "lr", "train", "sweep"),
     "Evaluate": ("evaluate", "baseline", "compare", "knob", "infer"),
     "Look inside": ("ui", "watch", "analyze", "explain", "rank", "report", "export"),
     "Ship": ("combine", "merge", "export-adapter", "serve", "benchmark", "push"),
@@ -25,6 +25,7 @@ COMMANDS = {
 PANELS = {name: panel for panel, names in COMMANDS.items() for name in names}
 MODULES = {
     "baseline": "evaluate",
+    "plan": "plan_devices",
     "rank": "truncate_rank",
     "export-adapter": "export_adapter",
 }  # of commands whose file has another name

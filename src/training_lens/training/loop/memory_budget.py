@@ -59,14 +59,8 @@ def estimate_footprint(skeleton: Any, config: TrainingConfig, precision: Precisi
         skeleton: the base with its adapter; its weights may be missing.
         config: with `seq_len` resolved.
     """
-    text = skeleton.config.get_text_config()
-    layers, longest = text.num_hidden_layers, min(config.model.seq_len or ATTENTION_TOKENS, ATTENTION_TOKENS)
-    weights = layers * getattr(text, "num_attention_heads", 0) * longest
-    tables = {id(m.weight) for m in skeleton.modules() if isinstance(m, torch.nn.Embedding)}
-    matrices = [p for p in skeleton.parameters() if p.ndim > 1 and not p.requires_grad and id(p) not in tables]
-    numbers = SAVED_PER_WIDTH * sum(p.shape[-1] + p.shape[-2] for p in matrices) + weights
-    if config.training.gradient_checkpointing:
-        numbers = numbers // layers + layers * text.hidden_size
+    numbers = count_saved_numbers(skeleton, config.model.seq_len, config.training.gradient_checkpointing)
+    matrices = list_frozen_matrices(skeleton)
     parameters, size = count_parameters(skeleton), DTYPES[precision].itemsize
     end = skeleton.get_output_embeddings()
     head = getattr(getattr(end, "original_module", end), "weight", None)  # in PEFT's wrapper where its rows are trained
@@ -74,6 +68,22 @@ def estimate_footprint(skeleton: Any, config: TrainingConfig, precision: Precisi
     frozen = parameters.total - parameters.trainable - quantizable
     fixed = frozen * size + quantizable * QUANTIZED_BYTES.get(config.model.quantization, size)
     return Footprint(fixed + parameters.trainable * BYTES_PER_TRAINED + BUFFER_BYTES, numbers * size)
+
+
+def list_frozen_matrices(skeleton: Any) -> list[torch.nn.Parameter]:
+    """The frozen weights that tokens are multiplied by: all but vectors and embedding tables."""
+    tables = {id(m.weight) for m in skeleton.modules() if isinstance(m, torch.nn.Embedding)}
+    return [p for p in skeleton.parameters() if p.ndim > 1 and not p.requires_grad and id(p) not in tables]
+
+
+def count_saved_numbers(skeleton: Any, seq_len: int | None, is_checkpointed: bool) -> int:
+    """Numbers that autograd saves for each token, at most; see `estimate_footprint`."""
+    text = skeleton.config.get_text_config()
+    layers, longest = text.num_hidden_layers, min(seq_len or ATTENTION_TOKENS, ATTENTION_TOKENS)
+    weights = layers * getattr(text, "num_attention_heads", 0) * longest
+    widths = sum(p.shape[-1] + p.shape[-2] for p in list_frozen_matrices(skeleton))
+    numbers: int = SAVED_PER_WIDTH * widths + weights
+    return numbers // layers + layers * text.hidden_size if is_checkpointed else numbers
 
 
 def affordable_tokens(free: int | None, needs: Footprint, device: torch.device) -> int:
