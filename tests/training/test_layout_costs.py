@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tiny_models import save_tiny_model, tiny_model  # type: ignore[import-not-f
 from torch.distributed.tensor import DTensor
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.errors import ConfigurationError
+from training_lens.errors import ConfigurationError, ModelLoadingError
 from training_lens.models.adapters import attach, trainable_parameters
 from training_lens.models.factory import load_model
 from training_lens.training.device_rates import DEVICES, find_device
@@ -186,3 +187,22 @@ def test_devices_share_the_examples_of_a_step(shapes: dict[str, ModelShape]) -> 
     alone, eight = (cost_layout(shapes["llama-1b"], H100, count, WORK, "replicated", False) for count in (1, 8))
     assert [cost.run_seconds[0] / cost.step_seconds[0] for cost in (alone, eight)] == [306, 306]  # 10 M / (64 x 512)
     assert alone.time[0].low == 8 * eight.time[0].low
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}},
+        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+        {"model_type": "llama", "hidden_size": "wide"},
+        [],
+    ],
+)
+def test_a_file_that_describes_no_model_is_refused_and_its_code_not_run(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    with pytest.raises(ModelLoadingError):
+        build_shape(str(tmp_path / "config.json"))
+    with pytest.raises(ModelLoadingError):
+        build_shape(str(tmp_path))
+    assert not (tmp_path / "executed").exists()

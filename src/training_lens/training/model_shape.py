@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ def build_shape(shape: str) -> Any:
         ConfigurationError: neither a known name nor a file; names the nearest.
         ModelLoadingError: the file describes no causal language model.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import LlamaConfig
 
     path = expand_home(shape)
     if shape not in LLAMAS and not path.exists():
@@ -142,7 +143,7 @@ def build_shape(shape: str) -> Any:
         raise ConfigurationError(f"--shape {shape}: neither a config.json here nor a known shape ({known}).{hint}")
     try:
         with hide_progress_bars(), torch.device("meta"):
-            config = LlamaConfig(**_llama_sizes(shape)) if shape in LLAMAS else AutoConfig.from_pretrained(str(path))
+            config = LlamaConfig(**_llama_sizes(shape)) if shape in LLAMAS else _read_config(path)
             if hasattr(config, "quantization_config"):  # quantized modules would have packed sizes
                 del config.quantization_config
             require_generating(config)
@@ -155,6 +156,13 @@ def build_shape(shape: str) -> Any:
             "a causal language model."
         ) from error
     return built.requires_grad_(False).eval()
+
+
+def _read_config(path: Path) -> Any:
+    """The configuration in a file or folder; code that comes with it is refused, not run."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
 
 
 def _llama_sizes(name: str) -> dict[str, Any]:
