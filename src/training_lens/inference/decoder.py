@@ -64,7 +64,7 @@ class DecoderCache:
         if self._state is None or not self._state.is_same(_read_model_state(model, base)):
             self.clear()  # before the next one is built: both need not be in memory together
             self._decoder = _try_to_build(model, base, prompt)
-            self._state = _read_model_state(model, base)  # building may have moved weights together
+            self._state = _read_model_state(model, base).copy()  # building may have moved weights together
         return self._decoder
 
     def clear(self) -> None:
@@ -91,6 +91,10 @@ class _ModelState:
     def is_same(self, other: _ModelState) -> bool:
         return self.frozen == other.frozen and all(map(torch.equal, self.trained, other.trained))
 
+    def copy(self) -> _ModelState:
+        """As it is now, whatever becomes of the model. Memory: the trained weights once more."""
+        return replace(self, trained=[p.detach().clone() for p in self.trained])
+
 
 def _read_model_state(model: Any, base: bool) -> _ModelState:
     """The state of a model, whose adapter does not matter for a decoder of its `base`."""
@@ -103,8 +107,7 @@ def _read_model_state(model: Any, base: bool) -> _ModelState:
     ]
     scalings = [dict(m.scaling) for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
     layout = [(p.data_ptr(), p.dtype, p.shape) for p in trained]
-    copies = [] if base else [p.detach().clone() for p in trained]
-    return _ModelState((base, id(model), versions, scalings, layout), copies)
+    return _ModelState((base, id(model), versions, scalings, layout), [] if base else trained)
 
 
 def _try_to_build(model: Any, base: bool, prompt: Sequence[int]) -> Decoder | None:
