@@ -294,7 +294,7 @@ def assert_nothing_half_written(folder: Path) -> None:
         (
             "adapter_config.json",
             lambda content: content.replace(b'"r": 16', b'"r": "abc"'),
-            r"adapter_config\.json has a wrong value\. r: given 'abc'. Input should be a valid integer",
+            r"adapter_config\.json has a wrong value\. r: given 'abc', expected a whole number",
         ),
         ("tokenizer.json", lambda _: b"{", "tokenizer in .*adapter .*cannot be loaded"),
     ],

@@ -55,10 +55,10 @@ def test_problems_of_a_space_are_reported_with_all_others() -> None:
     with pytest.raises(ConfigurationError) as caught:
         compose(overrides=["sweep.space.peft.r=[0,4,4]", "sweep.space.peft.rr=[1]", "sweep.space.training.lr=[2]"])
     text = str(caught.value)
-    assert "sweep.space.peft.r: given 0. Input should be greater than or equal to 1" in text
+    assert "sweep.space.peft.r: given 0, expected at least 1" in text
     assert "sweep.space.peft.r: 4 is given twice" in text
     assert "sweep.space.peft.rr: unknown key; did you mean 'peft.r'?" in text
-    assert "sweep.space.training.lr: given 2. Input should be less than or equal to 1" in text
+    assert "sweep.space.training.lr: given 2, expected at most 1" in text
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_problems_of_a_space_are_reported_with_all_others() -> None:
         ("peft.r={low: 4}", "a range needs high"),
         ("peft.r={low: 4, hihg: 8}", "'hihg' is no part of a range, it has low, high, log, step. Did you mean 'high'?"),
         ("peft.r={low: 4, high: 8.5}", "high: given 8.5, expected a whole number"),
-        ("peft.r={low: 0, high: 8}", "given 0. Input should be greater than or equal to 1"),
+        ("peft.r={low: 0, high: 8}", "given 0, expected at least 1"),
         ("peft.r={low: 8, high: 4}", "low 8 is not below high 4"),
         ("training.lr={low: 0.1, high: high}", "high: given 'high', expected a number"),
         ("peft.lora_dropout={low: 0, high: 0.1, log: true}", "a range with log begins above 0"),

@@ -84,7 +84,7 @@ def test_a_table_may_come_under_another_trainers_name() -> None:
         ("data.domain.field", "topic", "both say where the domain comes from"),
         ("data.weights", [1.0, 2.0], "data.weights: 2 weights for 1 entries"),
         ("output.mirror", "s3://me:password-9@bucket", "output.mirror: this looks like a secret"),
-        ("training", {"lr": 2}, "training.lr: given 2."),
+        ("training", {"lr": 2}, "training.lr: given 2, expected at most 1"),
         ("training", TrainingSection(eval_steps=5), "training.eval_steps: needs validation data"),
         ("model", ModelSection(quantization="4bit"), "peft.init: pissa needs the weights unquantized"),
         ("peft", None, "peft: given None, but it is a section"),

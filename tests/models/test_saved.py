@@ -154,9 +154,9 @@ def test_adapters_that_are_more_than_lora_are_refused(values: dict[str, Any], me
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("r", "abc", r"r: given 'abc'. Input should be a valid integer"),
-        ("r", -4, r"r: given -4. Input should be greater"),
-        ("lora_alpha", "x", r"lora_alpha: given 'x'. Input should be a valid number"),
+        ("r", "abc", r"r: given 'abc', expected a whole number"),
+        ("r", -4, r"r: given -4, expected at least 1"),
+        ("lora_alpha", "x", r"lora_alpha: given 'x', expected a number"),
         ("lora_alpha", [1], r"lora_alpha: given \[1\]"),
         ("target_modules", ["q_proj", 3], r"target_modules: given "),
         ("target_modules", {"q_proj": 1}, r"target_modules: given "),

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from training_lens.config.foreign_keys import BY_NAME, UNSET, ForeignKey, find_counterpart
 from training_lens.config.ignored_keys import ORIGINS
+from training_lens.utils.expected_values import describe_expected
 from training_lens.utils.formatting import nearest_name
 from training_lens.utils.nested import flatten_sections
 from training_lens.utils.secrets import redact_text
@@ -126,11 +127,12 @@ def find_problems(model: type[BaseModel], values: Any, error: ValidationError) -
 
 
 def list_problems(error: ValidationError, known: Sequence[str], prefix: str = "") -> list[str]:
-    """A line for each problem that pydantic found: `key: what was given; what is allowed`.
+    """A line for each problem that pydantic found: `key: given this, expected that`.
 
     `known` are the keys of the whole schema. `prefix` stands before those that the error names, as in 'training.'.
     """
-    lines: dict[str, None] = {}  # in order, each once: a union reports the same value for every member
+    lines: dict[str, None] = {}  # in order, each once
+    expected: dict[str, list[str]] = {}  # by key: a union reports the same value for every member
     for item in error.errors(include_url=False):
         path = [prefix.rstrip("."), *(str(part) for part in item["loc"] if not _is_union_label(part))]
         key = ".".join(part for part in path if part)
@@ -146,9 +148,18 @@ def list_problems(error: ValidationError, known: Sequence[str], prefix: str = ""
         elif kind == "model_type":
             under = [name for name in known if name.startswith(f"{key}.")]
             lines[f"{key}: given {_show_value(item)}, but it is a section with the keys {', '.join(under)}"] = None
+        elif words := describe_expected(item):
+            before = expected.setdefault(key, [])
+            lines.pop(_write_expected(key, item, before), None)
+            expected[key] = list(dict.fromkeys([*before, words]))
+            lines[_write_expected(key, item, expected[key])] = None
         else:
             lines[f"{key}: given {_show_value(item)}. {message}"] = None
     return list(lines)
+
+
+def _write_expected(key: str, item: Mapping[str, Any], expected: Sequence[str]) -> str:
+    return f"{key}: given {_show_value(item)}, expected {' or '.join(expected)}"
 
 
 def _list_leaves(key: str, value: Any) -> Iterable[tuple[str, Any]]:

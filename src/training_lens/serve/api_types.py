@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from training_lens.serve.api_errors import ApiError
+from training_lens.utils.expected_values import describe_expected
 from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.limits import load_bounded_json
 
@@ -197,7 +198,7 @@ def _refuse(key: str, why: str, code: str = "invalid_value") -> ApiError:
 
 
 def _explain_problem(error: ValidationError, kind: type[BaseModel]) -> ApiError:
-    problem = error.errors(include_url=False, include_context=False)[0]
+    problem = error.errors(include_url=False)[0]
     key = str(problem["loc"][0]) if problem["loc"] else None
     place = ".".join(map(str, problem["loc"]))[:200]
     if problem["type"] == "extra_forbidden":
@@ -209,4 +210,5 @@ def _explain_problem(error: ValidationError, kind: type[BaseModel]) -> ApiError:
         return ApiError(400, f"{place}: is empty; give at least one.", "invalid_value", key)
     if key in SHAPES:
         return ApiError(400, f"{key}: expected {SHAPES[key]}.", "invalid_value", key)
-    return ApiError(400, f"{place}: {problem['msg']}; given {str(problem['input'])[:100]!r}.", "invalid_value", key)
+    expected = f", expected {words}" if (words := describe_expected(problem)) else f"; {problem['msg']}"
+    return ApiError(400, f"{place}: given {str(problem['input'])[:100]!r}{expected}.", "invalid_value", key)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from training_lens.utils.expected_values import describe_expected
+
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
@@ -106,7 +108,8 @@ def find_type_error(name: str, values: Mapping[str, Any]) -> str:
         names = (part for part in first["loc"] if isinstance(part, str))
         key = ".".join(name for name in names if name not in ("str", "int") and not name.endswith("]"))
         shown = repr(first["input"])
-        return f"{key}: given {shown[:LONGEST_SHOWN]}{'...' * (len(shown) > LONGEST_SHOWN)}. {first['msg']}"
+        expected = f", expected {words}" if (words := describe_expected(first)) else f". {first['msg']}"
+        return f"{key}: given {shown[:LONGEST_SHOWN]}{'...' * (len(shown) > LONGEST_SHOWN)}{expected}"
     return ""
 
 
