@@ -80,8 +80,8 @@ def board_of(*losses: float | None, default: int | None = 0) -> tuple[Leaderboar
 @pytest.mark.parametrize(
     ("losses", "trial", "reason"),
     [
-        ((1.0, 0.5, 0.7), 1, "changes the default settings' loss by -0.5000 (95 % interval -0."),
-        ((1.0, 0.999, 1.2), 0, "which is within noise (95 % interval -0."),
+        ((1.0, 0.5, 0.7), 1, "changes the default settings' loss by -0.5000 (95% interval -0."),
+        ((1.0, 0.999, 1.2), 0, "which is within noise (95% interval -0."),
         ((1.0, 1.2, 1.3), 0, "no trial is better than the default settings"),
         ((None, 1.2, 1.1), 2, "the default settings (trial 0) are failed: it is unknown"),
     ],

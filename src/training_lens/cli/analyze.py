@@ -40,8 +40,8 @@ MOST_ROWS = 12  # of a table on the screen
 MARKS = {"problem": "red", "warning": "yellow", "note": "cyan", "fine": "green"}
 MEANING = (
     "dW is what the adapter adds to a weight W; share: of the sum of |dW|² over all modules. The others are medians "
-    "over a layer's modules: strength, |dW| / |W|; effective rank, how many directions dW uses; 90 % rank, how many of "
-    "them hold 90 % of |dW|²."
+    "over a layer's modules: strength, |dW| / |W|; effective rank, how many directions dW uses; 90% rank, how many of "
+    "them hold 90% of |dW|²."
 )
 ROUTING = "used as evenly as: so many experts with equal shares have the entropy of these; least, most: shares of one."
 ALIKE = (
@@ -169,7 +169,7 @@ def _show_layers(screen: Screen, weights: Mapping[str, Any]) -> None:
     if not largest:
         return
     left_out = f"; the {MOST_ROWS} largest of {len(shares)}" if len(shares) > MOST_ROWS else ""
-    columns, rows = ("layer", "share of the update", "strength", "effective rank", "90 % rank"), []
+    columns, rows = ("layer", "share of the update", "strength", "effective rank", "90% rank"), []
     for layer in (layer for layer in shares if layer in largest):
         number = None if layer == "outside" else int(layer)
         modules = [m for m in weights["modules"] if m["layer"] == number]

@@ -77,9 +77,9 @@ def _show_check(screen: Screen, check: RankCheck) -> None:
         kept = f"{1 - at.delta / check.gain:.1%}" if check.gain > 0 else "-"
         name = at.label if at.share else f"rank {at.label}"
         rows.append((name, f"{at.parameters or 0:,}", f"{at.loss:.4f}", f"{at.delta:+.4f}", interval, kept))
-    numbers = ("parameters", "loss", "change", "its 95 % interval", "gain kept")
+    numbers = ("parameters", "loss", "change", "its 95% interval", "gain kept")
     show_table(screen.console, title, ("kept of dW", *numbers), rows, right=numbers)
-    screen.print_line("90%: each module keeps the directions that hold 90 % of its |dW|²; rank 4: four in each")
+    screen.print_line("90%: each module keeps the directions that hold 90% of its |dW|²; rank 4: four in each")
     if check.rank_pattern:
         pattern = ", ".join(f"{name}: {size}" for name, size in check.rank_pattern.items())
         screen.print_line(f"to train with the ranks of 90%: peft.rank_pattern={{{pattern}}}")

@@ -264,7 +264,7 @@ def describe_losses(report: SplitReport, seq_len: int) -> Iterator[str]:
     if report.truncated:
         yield (
             f"{report.truncated} of {report.examples} examples cut to model.seq_len={seq_len}, "
-            f"{report.supervised_tokens_lost} answer tokens lost; {report.seq_len_for_99_percent} would keep 99 % whole"
+            f"{report.supervised_tokens_lost} answer tokens lost; {report.seq_len_for_99_percent} would keep 99% whole"
         )
     if report.unknown_characters:
         shown = ", ".join(f"{c!r} ({n})" for c, n in list(report.unknown_characters.items())[:SHOWN])

@@ -137,13 +137,13 @@ def _refuse_useless_split(report: SplitReport, counter: SplitCounter, key: str, 
     if not report.examples:
         raise DatasetError(
             f"{key}: of {report.rows} rows none has an answer within model.seq_len={seq_len} tokens that this "
-            f"tokenizer can say; there is nothing to learn. {report.seq_len_for_99_percent} tokens would keep 99 % of "
+            f"tokenizer can say; there is nothing to learn. {report.seq_len_for_99_percent} tokens would keep 99% of "
             "the rows whole."
         )
     if report.answers_truncated == report.examples - counter.texts > 0:
         raise DatasetError(
             f"{key}: the answers of all {report.answers_truncated} examples are cut at model.seq_len={seq_len}: the "
-            f"model would never see a whole one. {report.seq_len_for_99_percent} tokens would keep 99 % of the rows."
+            f"model would never see a whole one. {report.seq_len_for_99_percent} tokens would keep 99% of the rows."
         )
 
 

@@ -164,7 +164,7 @@ def recommend_trial(board: Leaderboard, trials: Sequence[FrozenTrial]) -> Recomm
     interval = paired_interval(best.validation_loss, blocks[best.trial], blocks[default.trial])
     if interval is None:
         return Recommendation(best, f"{change}; how much of that is noise is unknown")
-    known = f"95 % interval {interval[0]:+.4f} to {interval[1]:+.4f} on these validation rows"
+    known = f"95% interval {interval[0]:+.4f} to {interval[1]:+.4f} on these validation rows"
     if interval[1] >= 0:
         return Recommendation(default, f"{change}, which is within noise ({known}); best.yaml has the default settings")
     return Recommendation(best, f"{change} ({known})")

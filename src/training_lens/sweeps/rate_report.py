@@ -28,7 +28,7 @@ def describe_search(found: RateSearch) -> Iterator[str]:
     default = _name_default(found)
     if advice.kind == "advised" and advice.interval:
         low, high = advice.interval
-        yield f"Advised: {advice.rate:g} (95 %: {low:.2g} to {high:.2g}). The noise of a seed is {noise}."
+        yield f"Advised: {advice.rate:g} (95%: {low:.2g} to {high:.2g}). The noise of a seed is {noise}."
     else:
         yield f"Inconclusive: {advice.reason}. The noise of a seed is {noise}."
     if not advice.gain_over_default:

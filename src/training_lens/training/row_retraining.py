@@ -53,7 +53,7 @@ class RetrainedLosses:
             f"{self.left_out} rows, {random} without as many random ones of like length."
         )
         half = NORMAL_95 * self.error
-        difference = f"{self.difference:+.4f} (95 %: {self.difference - half:+.4f} to {self.difference + half:+.4f})"
+        difference = f"{self.difference:+.4f} (95%: {self.difference - half:+.4f} to {self.difference + half:+.4f})"
         if self.outcome == "inconclusive":
             yield f"Inconclusive: the difference of {difference} may be chance. More held-out rows would decide."
         else:

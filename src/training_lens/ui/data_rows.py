@@ -138,7 +138,7 @@ def describe_selection(rows: BrowsedRows) -> Iterator[str]:
     """Which of the rows were trained on, a sentence each."""
     data, record = rows.config.data, rows.record
     if data.val_ratio:
-        yield f"The validation rows are {100 * data.val_ratio:.3g} % of data.train, held out at random."
+        yield f"The validation rows are {100 * data.val_ratio:.3g}% of data.train, held out at random."
     if data.max_examples is not None:
         yield f"At most {pluralize(data.max_examples, 'row')} of data.train, drawn at random (data.max_examples)."
     if excluded := record.get("excluded"):

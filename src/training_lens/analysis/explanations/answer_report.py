@@ -235,7 +235,7 @@ def describe_rows(found: AnswerRows) -> Iterator[str]:
             else f"inconclusive, as the interval holds 0; --lds {4 * score.subsets} may decide"
         )
         yield (
-            f"Linear datamodeling score: {correlation.rho:+.2f} (95 %: {correlation.low:+.2f} to "
+            f"Linear datamodeling score: {correlation.rho:+.2f} (95%: {correlation.low:+.2f} to "
             f"{correlation.high:+.2f}), the rank correlation of predicted and measured change over {score.subsets} "
             f"replays without a random half of the rows: {outcome}."
         )

@@ -84,7 +84,7 @@ def _compare_groups(trained: Sequence[Continuation], unseen: Sequence[Continuati
     )
     return (
         f"{verdict}: by the longest continuation as a share of the row, training rows less unseen ones, they differ by "
-        f"{difference:+.1%} (95 %: {difference - half:+.1%} to {difference + half:+.1%})."
+        f"{difference:+.1%} (95%: {difference - half:+.1%} to {difference + half:+.1%})."
     )
 
 

@@ -103,7 +103,7 @@ def draw_modules(gains: ModuleGains) -> str:
         # The fraction of the gain is above 0 where the module lowers the loss; blue is below 0.
         sign = np.sign(gains.change) or 1.0
         values[place] = np.nan_to_num(values[place]) + 100 * sign * (module.fraction or 0.0)
-    return render_heat_map(layers, kinds, values, "{:+.1f}", "layer {}, {}: {} % of the change of the loss")
+    return render_heat_map(layers, kinds, values, "{:+.1f}", "layer {}, {}: {}% of the change of the loss")
 
 
 def layer_table(gains: ModuleGains) -> Table:

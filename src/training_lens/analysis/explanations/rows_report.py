@@ -141,7 +141,7 @@ def list_tables(found: RowsExplanation) -> list[Table]:
             caption = f"{name}: {len(rows):,} rows{shown}. {MEANING[name]}"
             tables.append(Table(caption, ["row", "why", "prompt", "answer"], lines))
     if found.families:
-        caption = f"near repeats: {len(found.families):,} families of rows that share 80 % of their 5-token pieces"
+        caption = f"near repeats: {len(found.families):,} families of rows that share 80% of their 5-token pieces"
         lines = [_describe_family(family, found, label) for family in found.families[:SHOWN_FAMILIES]]
         tables.append(Table(caption, ["rows", "size", "prompt of the first", "answer"], lines))
     return tables

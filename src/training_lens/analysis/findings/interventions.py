@@ -26,7 +26,7 @@ ANSWERED_BY: dict[str, Question] = {  # code of a finding -> the question
 }  # fmt: skip
 LONG_ENOUGH = 0.25  # of the run's steps
 MATTERS = 0.05  # of the adapter's gain over the base
-THRESHOLD = f"a 95 % interval below 0, and a difference of at least {MATTERS:.0%} of the gain over the base"
+THRESHOLD = f"a 95% interval below 0, and a difference of at least {MATTERS:.0%} of the gain over the base"
 HARMLESS = 0.02  # of the gain
 STUDENT_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # standard errors of a 95 % interval, by degrees of freedom
 

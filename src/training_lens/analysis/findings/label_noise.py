@@ -19,7 +19,7 @@ RULE = Rule(
     action="read some of the training rows: their answers may be those of other rows",
 )
 TEST = (
-    "reading 30 random training rows: of 30 % wrong answers, 9 are among them; or training-lens compare with "
+    "reading 30 random training rows: of 30% wrong answers, 9 are among them; or training-lens compare with "
     "data.validation=TRAINING_FILE, and without, once the run reads its prompts"
 )
 UNKNOWN = "Whether the training answers belong to their prompts is not known"

@@ -34,10 +34,10 @@ CAPACITY = 2.0  # bits in a parameter
 SATURATED = "The rank may be saturated"
 RULE = Rule(
     code="rank",
-    signature="few directions hold 90 % of |dW|^2 in most modules, and truncating to them does not change the "
+    signature="few directions hold 90% of |dW|^2 in most modules, and truncating to them does not change the "
     "validation loss",
     threshold=f"at most {FAR_UNDER:g} r directions in over {MOST:.0%} of the modules, and a loss increase below "
-    f"{TOLERANCE:.0%} of the adapter's gain over the base (upper end of the 95 % interval); a rank used to over "
+    f"{TOLERANCE:.0%} of the adapter's gain over the base (upper end of the 95% interval); a rank used to over "
     f"{FULL:g} in the median may be too small, and saturated where the rows of an epoch also hold over {CAPACITY:g} "
     "bits for each parameter, by the losses before their first visit",
     source="LoRA paper, section 7 (arXiv 2106.09685); the loss is measured on this run's validation rows. The summed "
@@ -189,7 +189,7 @@ def _check_spectra(recording: Recording) -> Finding:
             f"captures of the table {tables.SPECTRA}",
         )
     measured = (
-        f"{used.low} of {used.known} modules hold 90 % of |dW|^2 in at most {FAR_UNDER:g} r directions at step "
+        f"{used.low} of {used.known} modules hold 90% of |dW|^2 in at most {FAR_UNDER:g} r directions at step "
         f"{used.step} (median {used.share:.2g} r)"
     )
     evidence: dict[str, object] = {"low": used.low, "modules": used.known, "median_share": used.share}

@@ -13,7 +13,7 @@ from training_lens.runs.run_folder import RunFolder
 RULE = Rule(
     code="targets",
     signature="test runs that adapt every linear layer end at a lower held-out loss",
-    threshold="the upper end of the 95 % interval below 0, and a difference of at least 5 % of the gain over the base",
+    threshold="the upper end of the 95% interval below 0, and a difference of at least 5% of the gain over the base",
     source="measured on this run's rows; adapting attention alone is worse than all layers at equal parameters (LoRA "
     "Without Regret, 2025)",
     action="adapt every linear layer: peft.target_modules=auto",

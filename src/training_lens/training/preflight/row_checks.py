@@ -208,7 +208,7 @@ def check_truncation(scan: RowScan, report: SplitReport, seq_len: int) -> Findin
         "Answers are cut or dropped",
         f"{cut:,} of {rows:,} answers are cut at model.seq_len={seq_len} and {lost:,} dropped, "
         f"{report.supervised_tokens_lost:,} answer tokens and the whole prompts of {int(promptless.sum()):,} rows are "
-        f"lost; {report.seq_len_for_99_percent} would keep 99 % whole",
+        f"lost; {report.seq_len_for_99_percent} would keep 99% whole",
         confidence="sure",
         evidence=evidence,
     )

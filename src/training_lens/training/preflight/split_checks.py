@@ -28,7 +28,7 @@ LEAKS = Rule(
     "with the same question, or nearly the same; each row counts once, as its strongest kind",
     threshold=f"{LEAKED:.0%} of the validation rows, of those nearly the same {NEAR:.0%}; a set that leaks in whole is "
     "refused",
-    source="exact counts; near rows share 80 % of their 5-token pieces (Broder 1997)",
+    source="exact counts; near rows share 80% of their 5-token pieces (Broder 1997)",
     action="training-lens prepare prepare.leakage=remove takes them out of the training rows",
 )
 DOMAINS = Rule(
