@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +162,13 @@ def test_a_page_that_follows_a_run_gets_its_new_steps_and_its_end(
     with run.hold_lock():
         events = read_events(f"{dashboard.url}/api/runs/default/live/events", 4, since=3)
         _, first = next(events)
-        assert first["status"] == "running" and first["steps"]["step"] == [4, 5]
+        assert first["status"] == "running" and first["steps"]["step"] == [4, 5] and first["page"]
         threading.Timer(0.2, go_on).start()
         _, second = next(events)
         assert second["steps"]["step"] == [6] and second["validations"] == []
+        assert second["progress"]["step"] == 6 and not second["page"]  # nothing else of the page is read again
     _, third = next(events)
-    assert third["status"] == "interrupted"
+    assert third["status"] == "interrupted" and third["page"]
     threading.Timer(0.2, shutil.rmtree, (run.root,)).start()
     kinds = [kind for kind, _ in events]
     assert kinds[-1] == "gone"
@@ -241,6 +243,27 @@ def test_a_run_of_another_version_or_with_odd_values_has_a_page(tmp_path: Path) 
     assert page["progress"]["step"] == 4 and page["events"]["epochs"] == [] and len(page["samples"]) == 1
     assert page["evaluation"]["by_length"] == [] and client.get("/api/runs").json()["changed"][0]["run"] == "old"
     assert client.get("/api/runs/default/old/curves").json()["curves"]["loss"][1] == [2.0, None, None, 1.0]
+
+
+def test_a_run_that_resumes_is_starting_until_its_first_step_and_says_what_it_does(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "default", "one", steps=5, status="running")
+    now = int(time.time())
+    lines = [(now - 60, "the run ends: stopped after step 5"), (now + 1, "the adapter takes 35 modules")]
+
+    def write_log(count: int) -> None:
+        dated = ((datetime.fromtimestamp(at, UTC), text) for at, text in lines[:count])
+        (run.logs / "run.log").write_text("".join(f"{at:%Y-%m-%dT%H:%M:%SZ} INFO {text}\n" for at, text in dated))
+
+    with run.hold_lock():
+        shown = []
+        for count in (1, 2):
+            write_log(count)
+            progress = describe_progress(run, RunFeed(run).refresh(), {})
+            shown.append((progress["is_starting"], progress["doing"]))
+        with run.metrics_file.open("a") as file:
+            file.write(seal_line({**step_line(6, 6), "time": now + 2.0}) + "\n")
+        assert not describe_progress(run, RunFeed(run).refresh(), {})["is_starting"]
+    assert shown == [(True, ""), (True, "the adapter takes 35 modules")]
 
 
 def test_the_time_between_a_stop_and_a_resume_is_no_training_time(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -30,6 +29,7 @@ from training_lens.evaluation.verdict import (
     Verdict,
     assess_changes,
     name_measure,
+    next_command,
 )
 from training_lens.utils.formatting import did_you_mean, pluralize
 
@@ -127,22 +127,6 @@ def list_changes(comparison: ModelComparison, scoring: AnswerScoring) -> dict[st
         )
         for name in whole.delta
     }
-
-
-def next_command(verdict: Verdict, run: str) -> str:
-    """The next command to type; empty if there is no run to name."""
-    if not run:
-        return ""
-    name = shlex.quote(run)
-    codes = {remark.code for remark in verdict.remarks}
-    if verdict.outcome == "inconclusive" and "decide_by=" in verdict.decide:
-        measure = verdict.decide.partition("decide_by=")[2].partition(" ")[0]
-        return f"training-lens compare --run {name} evaluation.decide_by={measure}"
-    if verdict.outcome == "inconclusive" or (verdict.outcome == "better" and "thin_evidence" in codes):
-        return f"training-lens compare --run {name} data.validation=FILE"
-    if verdict.severity in ("problem", "warning") or verdict.outcome == "no difference":
-        return f"training-lens report {name} --kind diagnostic"
-    return f"training-lens merge --run {name}"
 
 
 def collect_remarks(

@@ -6,6 +6,7 @@ Pure: measures come in as values. `compare`, reports and the end of training sho
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -164,6 +165,22 @@ class Verdict:
         interval = values["interval"]
         fields["interval"] = (float(interval[0]), float(interval[1])) if interval else None
         return cls(**fields)
+
+
+def next_command(verdict: Verdict, run: str) -> str:
+    """The next command to type after a comparison; empty if there is no run to name."""
+    if not run:
+        return ""
+    name = shlex.quote(run)
+    codes = {remark.code for remark in verdict.remarks}
+    if verdict.outcome == "inconclusive" and "decide_by=" in verdict.decide:
+        measure = verdict.decide.partition("decide_by=")[2].partition(" ")[0]
+        return f"training-lens compare --run {name} evaluation.decide_by={measure}"
+    if verdict.outcome == "inconclusive" or (verdict.outcome == "better" and "thin_evidence" in codes):
+        return f"training-lens compare --run {name} data.validation=FILE"
+    if verdict.severity in ("problem", "warning") or verdict.outcome == "no difference":
+        return f"training-lens report {name} --kind diagnostic"
+    return f"training-lens merge --run {name}"
 
 
 def assess_changes(

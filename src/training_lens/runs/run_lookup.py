@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError
@@ -19,6 +20,7 @@ from training_lens.utils.names import expand_home
 
 BASE_ALONE = "none"  # the value of inference.adapter for the base model alone
 FEWEST_CHARACTERS = 4  # of an abbreviated id
+USUAL_OUTPUTS = Path("outputs")  # the default of output.base_output_dir
 
 
 def find_run_folders(base_output_dir: str, experiment_name: str | None = None) -> list[RunFolder]:
@@ -66,6 +68,18 @@ def find_run(
     if of_experiment:
         found.append(_take_last(of_experiment, f"experiment {reference}", None if found else finished))
     return _require_one({run.root: run for run in found}, reference, everywhere, place)
+
+
+def name_run(run: RunFolder) -> str:
+    """What commands that we show call a run: its id where they find it by that, else its folder.
+
+    They find it in `outputs` of the folder in which we run, if no other run and no experiment there has the same name.
+    """
+    experiments = USUAL_OUTPUTS / "experiments"
+    same = [path for path in experiments.glob(f"*/runs/{escape(run.run_id)}") if (path / "metadata").is_dir()]
+    is_found = len(same) == 1 and same[0].resolve() == run.root.resolve()
+    is_clear = run.run_id != LATEST and not (experiments / run.run_id).is_dir() and not Path(run.run_id).exists()
+    return run.run_id if is_found and is_clear else str(run.root)
 
 
 def _match_ids(reference: str, runs: Sequence[RunFolder]) -> list[RunFolder]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from training_lens.analysis.page.run_feed import FeedCache
+from training_lens.analysis.page.run_feed import FeedCache, RunFeed
+from training_lens.analysis.page.run_page import describe_progress, read_config
 from training_lens.errors import CheckpointError
 from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_lookup import read_status
 from training_lens.utils.files import replace_non_finite
 
-TICK, IDLE_TICK = 1.0, 3.0  # seconds between two looks at a run that trains, and at one that does not
+TICK, IDLE_TICK = 2.0, 3.0  # seconds between two looks at a run that trains, and at one that does not
 MOST_STEPS = 4000  # in one event; a page that was away for longer reads its curves anew
 BEAT = ": beat\n\n"  # tells a connection that is gone from one where nothing happens
 
@@ -28,37 +31,65 @@ class RunFollower:
     run: RunFolder
     feeds: FeedCache
     step: int
-    _seen: tuple[Any, ...] | None = None
+    _config: Mapping[str, Any] = field(default_factory=dict)
+    _status: str = ""
+    _page: tuple[Any, ...] = ()
+    _lens: tuple[float, ...] = ()
+    _progress: Mapping[str, Any] = field(default_factory=dict)
     _validations: int = 0
-    _lens: tuple[float, ...] = field(default=())
+    _has_read: bool = False
 
     @property
     def is_training(self) -> bool:
-        return self._seen is not None and self._seen[0] == "running"
+        return self._status == "running"
 
     def read_event(self) -> dict[str, Any] | None:
-        """What is new since the last call; None if nothing is."""
+        """What is new since the last call; None if nothing is.
+
+        `steps` and `validations` are new lines of the log, `progress` is that of the page. `page` says that something
+        else of the page changed, `lens` that captures were written, `reload` that curves must be read anew.
+        """
         feed = self.feeds.open_feed(self.run)
-        steps = feed.steps_after(self.step)
-        count = len(steps["step"])
+        steps, event = feed.steps_after(self.step), self._read_changes(feed)
         validations = feed.validations[self._validations :]
-        if self._seen is None:  # of a page that has just been read or was away: it drops those that it knows
+        if not self._has_read:  # of a page that has just been read or was away: it drops those that it knows
             validations = [line for line in validations if line["step"] >= self.step]
-        state = (read_status(self.run), len(feed.samples), len(feed.findings), _read_time(self.run))
-        lens = tuple(path.stat().st_mtime for path in self.run.lens.glob("*/")) if self.run.lens.is_dir() else ()
-        is_known = self._seen == state
-        event: dict[str, Any] = {"step": feed.last_step, "status": state[0], "lens": lens != self._lens}
-        self.step, self._seen, self._validations, self._lens = feed.last_step, state, len(feed.validations), lens
-        if count > MOST_STEPS:
+        self.step, self._validations, self._has_read = feed.last_step, len(feed.validations), True
+        if len(steps["step"]) > MOST_STEPS:
             return {**event, "reload": True}
-        if count or validations:
+        if steps["step"] or validations:
             return {**event, "steps": steps, "validations": validations}
-        return None if is_known and not event["lens"] else event
+        return event if event["page"] or event["lens"] or "progress" in event else None
+
+    def _read_changes(self, feed: RunFeed) -> dict[str, Any]:
+        """The parts of an event besides new lines."""
+        self._config = self._config or read_config(self.run)
+        status, progress = read_status(self.run), describe_progress(self.run, feed, self._config)
+        counts = (len(feed.samples), len(feed.findings), len(feed.validations))
+        page = (status, *counts, _read_time(self.run.reports))
+        lens = _list_times(self.run.lens)
+        event = {"step": feed.last_step, "status": status, "page": page != self._page, "lens": lens != self._lens}
+        if progress != self._progress:
+            event["progress"] = progress
+        self._status, self._page, self._lens, self._progress = status, page, lens, progress
+        return event
 
 
-def _read_time(run: RunFolder) -> float:
-    """When a report was written last."""
-    return run.reports.stat().st_mtime if run.reports.is_dir() else 0.0
+def _read_time(path: Path) -> float:
+    """When a folder was changed last; 0 if it is not there."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _list_times(folder: Path) -> tuple[float, ...]:
+    """When each of the folders inside was changed last."""
+    try:
+        with os.scandir(folder) as entries:
+            return tuple(entry.stat().st_mtime for entry in entries if entry.is_dir())
+    except FileNotFoundError:
+        return ()
 
 
 async def stream_events(run: RunFolder, feeds: FeedCache, since: int) -> AsyncIterator[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import shlex
+from typing import Any, Literal, get_args
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -16,6 +17,7 @@ from training_lens.analysis.page.run_feed import FeedCache
 from training_lens.analysis.page.run_page import describe_run, is_shown_file, read_log_end
 from training_lens.errors import ConfigurationError
 from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_lookup import name_run
 from training_lens.ui.run_events import stream_events
 from training_lens.ui.run_index import RunIndex
 from training_lens.ui.web import Outputs, json_response, read_number
@@ -88,7 +90,11 @@ class RunRoutes:
         from training_lens.analysis.page.lens_page import describe_findings
 
         run = self._outputs.requested_run(request)
-        return json_response(await run_in_threadpool(lambda: describe_findings(diagnose(self._recordings.open(run)))))
+
+        def describe_all() -> dict[str, Any]:
+            return describe_findings(diagnose(self._recordings.open(run)), shlex.quote(name_run(run)))
+
+        return json_response(await run_in_threadpool(describe_all))
 
     async def show_layers(self, request: Request) -> Response:
         from training_lens.analysis.page.lens_page import describe_layers

@@ -17,6 +17,7 @@ from training_lens.analysis.page.run_page import (
     describe_headline,
     describe_progress,
     read_comparison_report,
+    read_config,
 )
 from training_lens.display.terminal_chart import NO_POINTS, Points
 from training_lens.errors import CheckpointError
@@ -24,7 +25,6 @@ from training_lens.evaluation.verdict import Verdict
 from training_lens.runs.metrics_log import is_finite_number
 from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_listing import BROKEN, name_model
-from training_lens.utils.nested import flatten_sections
 
 PREPARING, TRAINING, DELETED = "preparing", "training", "deleted"  # besides the statuses that a run writes
 START_SECONDS = 5.0  # a new run writes that it runs, and locks its folder a moment later
@@ -115,7 +115,7 @@ class RunReader:
         feed.refresh()  # after the status: what a run writes before it ends is then there
         if status == "running":
             status = TRAINING if feed.last_step else PREPARING
-        self._config = self._config or _read_config(run)
+        self._config = self._config or read_config(run)
         self._has_findings |= run.findings_file.exists()
         base, validations = list_validations(feed.validations)
         state = RunState(
@@ -155,14 +155,6 @@ def read_run_status(run: RunFolder) -> tuple[str, str]:
             problem = str(error)
             time.sleep(TRY_SECONDS)
     return BROKEN, problem
-
-
-def _read_config(run: RunFolder) -> dict[str, Any]:
-    """The settings by dotted key; none where they cannot be read."""
-    try:
-        return flatten_sections(run.read_metadata("config.json"))
-    except (CheckpointError, OSError, AttributeError):
-        return {}
 
 
 def list_validations(lines: Sequence[Mapping[str, Any]]) -> tuple[float | None, tuple[Validation, ...]]:

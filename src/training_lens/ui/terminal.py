@@ -104,9 +104,11 @@ def _write_progress(state: RunState, width: int) -> Text:
     if state.status == PREPARING:
         return Text(" preparing: data and model are loaded, and the base is validated", DIM)
     words = [f"{step / total:.0%}"] if total else []
-    if state.status == TRAINING and (left := state.progress.get("remaining_seconds")):
+    if state.progress.get("is_starting"):
+        words.append("resuming: data and model are loaded")
+    elif state.status == TRAINING and (left := state.progress.get("remaining_seconds")):
         words.append(f"{format_seconds(left)} left")
-    if speed := state.progress.get("tokens_per_second"):
+    if (speed := state.progress.get("tokens_per_second")) and not state.progress.get("is_starting"):
         words.append(f"{speed:,.0f} tokens/s")
     steps, end = f" step {step:,} of {total:,}" if total else f" step {step:,}", "   ".join(words)
     line = Text.assemble((steps, BOLD))

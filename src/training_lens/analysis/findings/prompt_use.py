@@ -40,7 +40,7 @@ class SwapGain(NamedTuple):
 RULE = Rule(
     code="prompt_ignored",
     signature="the loss on held-out rows is the same with the prompts of other rows",
-    threshold=f"the 95 % interval of the difference below {HARDLY_READ:.0%} of the loss",
+    threshold=f"the 95% interval of the difference below {HARDLY_READ:.0%} of the loss",
     source="measured on this run's validation rows: the control of training-lens compare",
     action="check that prompts and answers belong together (labels shifted by a row, shuffled, or of another file), "
     "and that the prompt holds what the answer depends on; else train longer",
@@ -62,7 +62,7 @@ def check_prompt_use(recording: Recording) -> Finding:
     if remark.code == "prompt_used":
         return RULE.report_fine("The answers depend on their prompts", remark.sentence)
     if remark.code not in TITLES:
-        decide = "training-lens compare on more validation rows"
+        decide = "training-lens compare with data.validation=FILE, a file of more rows"
         return RULE.report_inconclusive(UNKNOWN, remark.sentence, decide)
     return RULE.report_symptom(remark.severity, TITLES[remark.code], remark.sentence, confidence="sure")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -34,15 +35,20 @@ MEASURES: Mapping[str, tuple[str, str]] = {  # measure -> its name, and how to r
         "1: every step goes the same way. About 0: batches disagree, which is normal late in training.",
     ),
 }
+RUN_WORDS = {"analyze": (), "compare": ("--run",), "rank": ()}  # what stands before a command's run
+COMMAND = re.compile(rf"training-lens ({'|'.join(RUN_WORDS)})\b([^;]*)")
+PLACEHOLDER = re.compile(r"(training-lens \w+) RUN\b")
 CONVERGED = ("Converged", "The held-out loss no longer falls")
 
 
-def describe_findings(findings: tuple[Finding, ...]) -> dict[str, Any]:
-    """All checks of a run, most severe first, and what they amount to in a phrase."""
-    return {
-        "phrase": summarize_findings(findings),
-        "findings": [json_value({**asdict(finding), "command": find_command(finding)}) for finding in findings],
-    }
+def describe_findings(findings: tuple[Finding, ...], name: str) -> dict[str, Any]:
+    """All checks of a run that commands call `name`, most severe first, and what they amount to in a phrase."""
+    return {"phrase": summarize_findings(findings), "findings": [_describe_finding(each, name) for each in findings]}
+
+
+def _describe_finding(finding: Finding, name: str) -> Any:
+    advice = {key: name_run_in_advice(getattr(finding, key), name) for key in ("action", "decide")}
+    return json_value({**asdict(finding), **advice, "command": find_command(finding, name)})
 
 
 def summarize_findings(findings: tuple[Finding, ...]) -> str:
@@ -70,13 +76,34 @@ def _describe_stop(findings: tuple[Finding, ...]) -> str:
     return f"; you could stop at step {step:,}" if points and step < points[-1][0] else ""
 
 
-def find_command(finding: Finding) -> str:
-    """The first command in a finding's advice, which can be copied; empty without one."""
+def name_run_in_advice(text: str, name: str) -> str:
+    """Advice with the run's own name in its commands, in place of RUN."""
+    return PLACEHOLDER.sub(lambda found: f"{found[1]} {name}", text)
+
+
+def find_command(finding: Finding, name: str) -> str:
+    """The first command about the run in a finding's advice, which can be copied; empty without one.
+
+    Args:
+        name: what commands call the run.
+    """
     for text in (finding.action, finding.decide):
-        start = text.find("training-lens ")
-        if start >= 0:
-            return text[start:].split(";")[0].split(", which")[0].rstrip(". ")
+        if found := COMMAND.search(text):
+            return " ".join(["training-lens", found[1], *RUN_WORDS[found[1]], name, *_read_options(found[2])])
     return ""
+
+
+def _read_options(text: str) -> Iterator[str]:
+    """The options and settings that a command in a sentence begins with; the sentence goes on behind them."""
+    is_value = False
+    for word in text.removeprefix(" RUN").removeprefix(" with").split():
+        bare = word.rstrip(",:.")
+        if not (is_value or bare.startswith("--") or "=" in bare):
+            return
+        yield bare
+        if bare != word:
+            return
+        is_value = bare.startswith("--")
 
 
 def list_measures(recording: Recording) -> list[dict[str, str]]:

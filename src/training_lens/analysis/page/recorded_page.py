@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from training_lens.analysis.page.run_feed import average_neighbors
@@ -45,7 +46,8 @@ def describe_recording(recording: Recording, points: int) -> tuple[dict[str, Any
         "explanations": [],
         "files": [],
         "folder": str(recording.folder),
-        "resume_command": "",
+        "name": shlex.quote(str(recording.folder)),
+        "next_steps": [],
     }
     return page, curves
 

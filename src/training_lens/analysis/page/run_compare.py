@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,6 +15,7 @@ from training_lens.analysis.page.run_row import read_run_row
 from training_lens.errors import ConfigurationError, LensError, TrainingLensError
 from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_listing import config_differences, have_same_validation, read_run
+from training_lens.runs.run_lookup import name_run
 
 POINTS = 400  # of a curve
 MOST_RUNS = 6
@@ -44,6 +46,7 @@ def _describe_side(run: RunFolder, feeds: FeedCache) -> dict[str, Any]:
     feed = feeds.open_feed(run)
     return {
         "row": asdict(read_run_row(run)),
+        "name": shlex.quote(name_run(run)),
         "curves": feed.thin_curves(POINTS),
         "validations": [
             {key: line.get(key) for key in ("kind", "step", "loss")} for line in feed.validations if line.get("loss")

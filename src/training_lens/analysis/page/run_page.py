@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from training_lens.analysis.page.explanations import describe_explanations
+from training_lens.analysis.page.next_steps import list_next_steps
 from training_lens.analysis.page.run_feed import RunFeed, list_active_findings
 from training_lens.analysis.page.run_row import find_total_steps, read_run_row
 from training_lens.config.schema import TrainingConfig
@@ -21,10 +25,18 @@ from training_lens.evaluation.training_verdict import (
     build_training_record,
     read_comparison_verdict,
 )
-from training_lens.evaluation.verdict import PERCENT_MEASURES, Outcome, Verdict, format_measure, name_measure
+from training_lens.evaluation.verdict import (
+    PERCENT_MEASURES,
+    Outcome,
+    Verdict,
+    format_measure,
+    name_measure,
+    next_command,
+)
 from training_lens.runs.checkpoint_format import list_checkpoint_steps
 from training_lens.runs.metrics_log import is_finite_number
 from training_lens.runs.run_folder import PROCESS, RunFolder
+from training_lens.runs.run_lookup import name_run
 from training_lens.utils.files import list_files
 from training_lens.utils.formatting import pluralize
 from training_lens.utils.integrity import read_sealed
@@ -40,14 +52,16 @@ OUTCOMES: Mapping[Outcome, str] = {
 ANSWER_SCORES = ("exact_match", "numeric", "json_fields", "token_f1", "rougeL", "chrf", "bleu")  # the plainest first
 SHOWN_MEASURES = ("loss", *ANSWER_SCORES[:4], "rougeL", "chrf", "token_accuracy", "forward_kl")
 LOG_BYTES = 1 << 16  # of the end of run.log
+LINE_BYTES = 1 << 12  # of it, for its last line
+LOG_LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (?:DEBUG|INFO|WARNING) (?P<text>.+)")
 SHOWN_FOLDERS = ("reports", "logs", "metadata", "artifacts")
 
 
 def describe_run(run: RunFolder, feed: RunFeed) -> dict[str, Any]:
     """The values of a run's page, as JSON."""
     row = read_run_row(run)
-    config = flatten_sections(_read_json(run, "config.json"))
-    verdict = assess_feed(run, feed)
+    config = read_config(run)
+    verdict, name = assess_feed(run, feed), shlex.quote(name_run(run))
     report = read_comparison_report(run)
     return {
         "row": asdict(row),
@@ -63,7 +77,8 @@ def describe_run(run: RunFolder, feed: RunFeed) -> dict[str, Any]:
         "explanations": describe_explanations(run),
         "files": list(list_run_files(run)),
         "folder": str(run.root),
-        "resume_command": run.resume_command,
+        "name": name,
+        "next_steps": [asdict(step) for step in list_next_steps(name, row.status, verdict)],
     }
 
 
@@ -76,6 +91,11 @@ def _read_json(run: RunFolder, name: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def read_config(run: RunFolder) -> dict[str, Any]:
+    """The run's settings by dotted key."""
+    return flatten_sections(_read_json(run, "config.json"))
+
+
 def read_comparison_report(run: RunFolder) -> dict[str, Any]:
     """What `compare` measured; empty without it, or where it is damaged."""
     try:
@@ -86,7 +106,10 @@ def read_comparison_report(run: RunFolder) -> dict[str, Any]:
 
 def assess_feed(run: RunFolder, feed: RunFeed) -> Verdict:
     """The verdict of `compare` unless the run was trained further since, else of its validations so far."""
-    return read_comparison_verdict(run) or assess_training(build_record(feed), str(run.root))
+    compared, name = read_comparison_verdict(run), name_run(run)
+    if compared is None:
+        return assess_training(build_record(feed), name)
+    return replace(compared, next_command=next_command(compared, name))
 
 
 def build_record(feed: RunFeed) -> TrainingRecord:
@@ -121,25 +144,42 @@ def _describe_losses(feed: RunFeed) -> str:
     record = build_record(feed)
     if record.base_loss is None or record.best_loss is None:
         return ""
-    return f"validation loss {record.base_loss:.3f} to {record.best_loss:.3f} (step {record.best_step})"
+    losses = f"{record.base_loss:.3f} to {record.best_loss:.3f}"
+    return f"validation loss {losses} (step {record.best_step}), without an interval"
 
 
 def describe_progress(run: RunFolder, feed: RunFeed, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Steps, speed and the remaining seconds, measured over the last steps, validations between them included."""
-    steps = feed.columns["step"]
+    """Steps, speed and the remaining seconds, measured over the last steps, validations between them included.
+
+    `is_starting`: the process that trains has done no step yet, also one that resumes; `doing` is then the last line
+    that it logged.
+    """
+    steps, started = feed.columns["step"], _read_process_time(run)
     last = [{"kind": "step", "step": int(steps[-1]), "epoch": feed.columns["epoch"][-1]}] if steps else []
-    total, speed = find_total_steps(config, last), feed.measure_speed(_read_process_time(run))
+    total, speed = find_total_steps(config, last), feed.measure_speed(started)
     remaining = (total - feed.last_step) * speed["step_seconds"] if total and "step_seconds" in speed else None
     summary = _read_json(run, "summary.json")
+    is_starting = summary.get("status") == "running" and (not steps or feed.columns["time"][-1] < started)
     kept = ("peak_bytes", "trainable_parameters", "total_parameters", "adapter_step", "lens_seconds", "stopped_by")
     return {
         "step": feed.last_step,
         "total_steps": total,
         "remaining_seconds": remaining,
+        "is_starting": is_starting,
+        "doing": _read_last_line(run, started) if is_starting else "",
         **speed,
         **{name: summary.get(name) for name in kept},
         "estimate": summary.get("estimate"),
     }
+
+
+def _read_last_line(run: RunFolder, since: float) -> str:
+    """What the last line of run.log since a time says, in seconds since 1970; empty if there is none."""
+    for line in reversed(read_text_end(run.logs / "run.log", LINE_BYTES).splitlines()):
+        if found := LOG_LINE.fullmatch(line):
+            is_new = datetime.fromisoformat(found["time"]).timestamp() >= int(since)
+            return found["text"] if is_new else ""
+    return ""
 
 
 def _read_process_time(run: RunFolder) -> float:

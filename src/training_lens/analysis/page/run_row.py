@@ -27,8 +27,8 @@ WHOLE_BYTES = 1 << 16  # a log up to this size is read whole for them, and this 
 class RunRow:
     """One run in the list. Losses are nats per supervised token; `started` is in seconds since 1970.
 
-    `verdict` is its outcome, severity and sentence; `findings` counts those that are active, by severity; `spark` are
-    training losses at even distances. `steps` are done, of `total_steps` if that is known.
+    `verdict` is its outcome, severity, sentence and basis; `findings` counts those that are active, by severity;
+    `spark` are training losses at even distances. `steps` are done, of `total_steps` if that is known.
     """
 
     experiment: str
@@ -123,7 +123,8 @@ def find_total_steps(config: Mapping[str, Any], lines: list[dict[str, Any]]) -> 
 
 def _describe_verdict(run: RunFolder, progress: Mapping[str, Any]) -> dict[str, str]:
     verdict = read_comparison_verdict(run) or assess_losses(progress.get("base_loss"), progress.get("loss"))
-    return {"outcome": verdict.outcome, "severity": verdict.severity, "sentence": verdict.sentence}
+    parts = ("outcome", "severity", "sentence", "basis")
+    return {part: str(getattr(verdict, part)) for part in parts}
 
 
 def assess_losses(base: float | None, best: float | None) -> Verdict:

@@ -25,7 +25,7 @@ from training_lens.display.html import read_static
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import redact_for_file, replace_non_finite, write_text
 
-MODULES = ("dom.js", "format.js", "theme.js", "api.js", "chart.js", "heatmap.js", "report.js")
+MODULES = ("dom.js", "format.js", "theme.js", "api.js", "drawing.js", "chart.js", "heatmap.js", "report.js")
 PAGES = ("pages/run.js", "pages/runs.js", "pages/compare.js")
 PARTS = (
     "parts/actions.js",
@@ -34,6 +34,8 @@ PARTS = (
     "parts/evaluation.js",
     "parts/explanations.js",
     "parts/findings.js",
+    "parts/layers.js",
+    "parts/next_steps.js",
 )
 IMPORT = re.compile(r'(from ")(\.[^"]+)(")')
 POLICY = "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; img-src data:"
@@ -78,7 +80,7 @@ def collect_page(analysis: Analysis) -> dict[str, Any]:
     return {
         "page": page,
         "curves": curves,
-        "findings": describe_findings(analysis.findings),
+        "findings": describe_findings(analysis.findings, page["name"]),
         "layers": layers,
         "spectra": describe_spectra(recording),
         "log": log,

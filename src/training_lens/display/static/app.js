@@ -1,6 +1,7 @@
 // The frame of all pages: which page an address means, the theme, and errors that a page did not expect.
 
-import { button, element, replace } from "./dom.js";
+import { button, element, refreshTimes, replace } from "./dom.js";
+import { redrawFigures } from "./drawing.js";
 import { setUpTheme } from "./theme.js";
 
 const PAGES = {
@@ -11,6 +12,7 @@ const PAGES = {
   data: { load: () => import("./pages/data.js"), title: "Data" },
   new: { load: () => import("./pages/launch.js"), title: "New run" },
 };
+const TIMES = 30000; // milliseconds between two looks at how long ago something was
 const main = document.getElementById("main");
 let leave = () => {};
 let visit = 0;
@@ -79,5 +81,8 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // the address says which page this is
   main.focus();
 });
+addEventListener("beforeprint", redrawFigures);
+document.addEventListener("visibilitychange", refreshTimes);
+setInterval(() => document.hidden || refreshTimes(), TIMES);
 setUpTheme(document.getElementById("theme"));
 showPage();

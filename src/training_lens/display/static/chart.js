@@ -1,6 +1,7 @@
 // Line charts: uPlot on a canvas, and the same numbers as a table.
 
 import { button, details, element, replace, svgElement, table } from "./dom.js";
+import { drawInView, fontOf, readColor, redrawOn } from "./drawing.js";
 import { formatNumber, formatWhole } from "./format.js";
 
 const LEAST_HEIGHT = 180;
@@ -11,7 +12,8 @@ const WHOLE_STEPS = Array.from({ length: 13 }, (_, power) => [1, 2, 5].map((digi
 const LOG_RATIO = 8; // from this ratio of largest to smallest value on, the axis is logarithmic
 
 /**
- * A chart whose `draw(lines, marks)` may be called again with new values.
+ * A chart whose `draw(lines, marks)` may be called again with new values: it takes them over where the lines are the same,
+ * and is made anew where others are shown, or in another way.
  *
  * A line is {name, steps, values, color, kind, width, dash}: `kind` "dots" draws measured points alone, since nothing is
  * known between them. `color` is the name of a CSS variable. A mark is {step, label, color}.
@@ -24,35 +26,53 @@ export function lineChart({ title, x = "step", y, height = 260, onZoom = null, c
   const root = element("figure", { class: "chart" },
     element("figcaption", {}, element("span", {}, title), scale), box, legend,
     hint ? element("p", { class: "hint" }, hint) : null, tableBox);
-  const state = { plot: null, lines: [], marks: [], isLog: null, hidden: new Set() };
+  const state = { plot: null, shape: "", lines: [], shown: [], marks: [], isLog: null, hidden: new Set() };
+  const show = drawInView(root, update);
+
+  function draw(lines, marks = []) {
+    Object.assign(state, { lines, marks });
+    show();
+  }
 
   function toggleScale() {
     state.isLog = !usesLog();
-    draw(state.lines, state.marks);
+    update();
   }
 
   function usesLog() {
     return canBeLog && (state.isLog ?? spansDecades(state.lines));
   }
 
-  function draw(lines, marks = []) {
-    Object.assign(state, { lines, marks });
-    if (!root.isConnected) return;
-    const shown = lines.filter((line) => line.steps.length && !state.hidden.has(line.name));
+  function update() {
+    if (!root.isConnected) return false;
+    state.shown = state.lines.filter((line) => line.steps.length && !state.hidden.has(line.name));
+    const shape = describeShape(state, usesLog());
     const zoom = readZoom(state);
+    if (state.plot && shape === state.shape) takeValues(state, zoom);
+    else build(zoom);
+    state.shape = shape;
+    if (tableBox.open) fillTable();
+    return true;
+  }
+
+  function fit() {
+    if (state.plot && state.plot.width !== widthOf(box)) state.shape = "";
+    update();
+  }
+
+  function build(zoom) {
     state.plot?.destroy();
+    state.plot = null;
     replace(box);
     if (scale) scale.textContent = usesLog() ? "Scale: log" : "Scale: linear";
     drawLegend();
-    if (shown.length) {
-      const options = buildOptions({ x, y, height, onZoom, marks, isLog: usesLog(), width: widthOf(box) }, shown);
-      state.plot = new uPlot(options, joinLines(shown), box);
+    if (state.shown.length) {
+      const options = buildOptions({ x, y, height, onZoom, state, isLog: usesLog(), width: widthOf(box) });
+      state.plot = new uPlot(options, joinLines(state.shown), box);
       if (zoom) state.plot.setScale("x", zoom);
     } else {
-      state.plot = null;
       replace(box, element("p", { class: "empty" }, "Nothing was measured yet."));
     }
-    if (tableBox.open) fillTable();
   }
 
   function drawLegend() {
@@ -60,7 +80,7 @@ export function lineChart({ title, x = "step", y, height = 260, onZoom = null, c
       const isHidden = state.hidden.has(line.name);
       const toggle = () => {
         isHidden ? state.hidden.delete(line.name) : state.hidden.add(line.name);
-        draw(state.lines, state.marks);
+        update();
       };
       const sign = element("span", { class: `sign ${line.kind === "dots" ? "dot" : "stroke"}` });
       sign.style.setProperty("--sign", `var(${line.color})`);
@@ -79,29 +99,21 @@ export function lineChart({ title, x = "step", y, height = 260, onZoom = null, c
   }
 
   tableBox.addEventListener("toggle", () => tableBox.open && fillTable());
-  redrawOn(root, () => draw(state.lines, state.marks));
+  redrawOn(root, fit);
   return { root, draw };
 }
 
-/** Draw again when the width, the theme or the place in the page changes. */
-export function redrawOn(root, draw) {
-  let width = 0;
-  const observer = new ResizeObserver(([entry]) => {
-    if (Math.abs(entry.contentRect.width - width) < 1) return;
-    width = entry.contentRect.width;
-    requestAnimationFrame(draw);
-  });
-  observer.observe(root);
-  root.addEventListener("themechange", draw); // sent to each figure: one at the window would keep old pages alive
+/** What a plot is made of besides its values. */
+function describeShape({ lines, shown }, isLog) {
+  const looks = shown.map((line) => [line.name, line.color, isDotted(line), line.width, line.alpha, line.dash]);
+  return JSON.stringify([document.documentElement.dataset.theme, isLog, lines.map((line) => line.name), looks]);
 }
 
-const probe = element("span", { class: "hidden" });
-
-/** The colour of a CSS variable in the theme of now, as rgb(). */
-export function readColor(name) {
-  if (!probe.isConnected) document.body.append(probe);
-  probe.style.color = `var(${name})`;
-  return getComputedStyle(probe).color;
+function takeValues({ plot, shown }, zoom) {
+  plot.batch(() => {
+    plot.setData(joinLines(shown), !zoom);
+    if (zoom) plot.setScale("x", zoom);
+  });
 }
 
 function widthOf(box) {
@@ -134,9 +146,8 @@ function joinLines(lines) {
   return [steps, ...columns];
 }
 
-function buildOptions({ x, y, height, width, onZoom, marks, isLog }, lines) {
-  const [ink, grid] = [readColor("--soft"), readColor("--line")];
-  const font = `12px ${getComputedStyle(document.body).fontFamily}`;
+function buildOptions({ x, y, height, width, onZoom, state, isLog }) {
+  const [ink, grid, font] = [readColor("--soft"), readColor("--line"), fontOf(12)];
   const axis = { stroke: ink, font, labelFont: font, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 } };
   return {
     width,
@@ -149,8 +160,8 @@ function buildOptions({ x, y, height, width, onZoom, marks, isLog }, lines) {
       { ...axis, label: y, labelSize: 22, size: 58, values: (_, ticks) => ticks.map(shorten),
         ...(isLog ? { filter: keepRound, grid: { ...axis.grid, filter: keepRound } } : {}) },
     ],
-    series: [{}, ...lines.map(describeSeries)],
-    plugins: [markPlugin(marks), tooltipPlugin(lines, x)],
+    series: [{}, ...state.shown.map(describeSeries)],
+    plugins: [markPlugin(state), tooltipPlugin(state, x)],
     hooks: onZoom ? { setSelect: [(plot) => onZoom(...["left", "width"].map((_, i) =>
       plot.posToVal(plot.select.left + i * plot.select.width, "x")))] } : {},
   };
@@ -169,9 +180,13 @@ function shorten(tick) {
   return tick !== 0 && Math.abs(tick) < 1e-3 ? tick.toExponential() : String(Number(tick.toPrecision(6)));
 }
 
+function isDotted(line) {
+  return line.kind === "dots" || line.steps.length === 1;
+}
+
 function describeSeries(line) {
   const color = readColor(line.color);
-  const isDots = line.kind === "dots" || line.steps.length === 1;
+  const isDots = isDotted(line);
   return {
     label: line.name,
     stroke: color,
@@ -184,13 +199,13 @@ function describeSeries(line) {
 }
 
 /** Vertical lines with a word at their top. */
-function markPlugin(marks) {
+function markPlugin(state) {
   const draw = (plot) => {
     const { ctx, bbox } = plot;
     ctx.save();
-    ctx.font = `${11 * devicePixelRatio}px ${getComputedStyle(document.body).fontFamily}`;
+    ctx.font = fontOf(11 * devicePixelRatio);
     let lastEnd = -Infinity;
-    for (const mark of marks) {
+    for (const mark of state.marks) {
       const at = Math.round(plot.valToPos(mark.step, "x", true));
       if (at < bbox.left || at > bbox.left + bbox.width) continue;
       ctx.strokeStyle = ctx.fillStyle = readColor(mark.color);
@@ -211,14 +226,14 @@ function markPlugin(marks) {
   return { hooks: { drawClear: draw } };
 }
 
-function tooltipPlugin(lines, x) {
+function tooltipPlugin(state, x) {
   const tip = element("div", { class: "tip" });
   const move = (plot) => {
     const { idx, left } = plot.cursor;
     if (idx === null || idx === undefined || left < 0) return tip.classList.remove("seen");
     const step = plot.data[0][idx];
     replace(tip, element("div", { class: "tip-step" }, `${x} ${formatWhole(step)}`),
-      lines.map((line, i) => {
+      state.shown.map((line, i) => {
         const value = nearestValue(plot.data[0], plot.data[i + 1], idx);
         return value && element("div", {}, `${line.name}: ${formatNumber(value.value)}`,
           value.step === step ? "" : ` (${x} ${formatWhole(value.step)})`);

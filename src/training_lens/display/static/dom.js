@@ -1,5 +1,7 @@
 // Builds elements. Text is always set as text: nothing that comes from a run, a row or a model is read as markup.
 
+import { capitalize, formatAge, formatDate } from "./format.js";
+
 const MOST_SHADE = 45; // percent of the colour: text stays readable on it
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -37,12 +39,40 @@ export function replace(node, ...children) {
   return node;
 }
 
+const keys = new WeakMap(); // of nodes: what they were built from
+
 /** Replace what a node holds only if `key` is another than last time, so that a reader keeps place and focus. */
 export function replaceIfChanged(node, key, build) {
   const text = JSON.stringify(key);
-  if (node.dataset.key === text) return;
-  node.dataset.key = text;
+  if (keys.get(node) === text) return;
+  keys.set(node, text);
   replace(node, build());
+}
+
+/** Set a node's text; one that has it already is left alone, as the browser would lay the page out again. */
+export function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+/** Let a node hold these nodes in this order; those that it holds at their place already stay untouched. */
+export function setChildren(parent, nodes) {
+  const kept = new Set(nodes);
+  nodes.forEach((node, i) => {
+    const there = parent.children[i];
+    if (there === node) return;
+    if (there && !kept.has(there)) there.replaceWith(node);
+    else parent.insertBefore(node, there ?? null);
+  });
+  while (parent.children.length > nodes.length) parent.lastElementChild.remove();
+}
+
+/** A time as its distance from now, which the page keeps up to date; the date comes with a hover. */
+export function timeAgo(seconds) {
+  return element("time", { title: formatDate(seconds), "data-seconds": seconds }, formatAge(seconds));
+}
+
+export function refreshTimes() {
+  for (const node of document.querySelectorAll("time[data-seconds]")) setText(node, formatAge(Number(node.dataset.seconds)));
 }
 
 export function button(label, onClick, attributes = {}) {
@@ -50,14 +80,14 @@ export function button(label, onClick, attributes = {}) {
 }
 
 /** A command in a box, with a button that copies it. */
-export function commandLine(command) {
+export function commandLine(command, { isPrimary = false } = {}) {
   const label = element("span", { class: "copied", role: "status" });
   const copy = async () => {
     await copyText(command);
     label.textContent = "Copied";
     setTimeout(() => (label.textContent = ""), 2000);
   };
-  return element("div", { class: "command" }, element("code", {}, command), button("Copy", copy, { class: "quiet" }), label);
+  return element("div", { class: "command" }, element("code", {}, command), button("Copy", copy, { class: isPrimary ? null : "quiet" }), label);
 }
 
 async function copyText(text) {
@@ -106,7 +136,22 @@ export function details(summary, ...children) {
   return element("details", {}, element("summary", {}, summary), children);
 }
 
+/** The outcome of a verdict. One that no interval backs is framed alone, and says so. */
+export function verdictBadge({ outcome, severity, basis }) {
+  const isGuess = basis === "training" && outcome !== "inconclusive";
+  return badge(isGuess ? `${outcome}, no interval` : outcome ?? "unknown", `${severity ?? "note"}${isGuess ? " guess" : ""}`);
+}
+
 /** A word in the colour of its severity. */
 export function badge(word, severity) {
   return element("span", { class: `badge ${severity}` }, word);
+}
+
+export function labelled(name, control) {
+  return element("label", { class: "field" }, element("span", {}, name), control);
+}
+
+/** Why a part of a page is not there. */
+export function failureNote(error) {
+  return element("p", { class: "empty" }, capitalize(error.message));
 }

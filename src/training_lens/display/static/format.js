@@ -1,6 +1,7 @@
 // Numbers, times and sizes for people.
 
 const WHOLE = new Intl.NumberFormat("en-US");
+const DATE = new Intl.DateTimeFormat("sv-SE", { dateStyle: "short", timeStyle: "short" });
 
 export function formatWhole(value) {
   return value === null || value === undefined ? "–" : WHOLE.format(Math.round(value));
@@ -59,7 +60,7 @@ export function formatAge(seconds) {
 }
 
 export function formatDate(seconds) {
-  return new Date(seconds * 1000).toLocaleString("sv-SE", { dateStyle: "short", timeStyle: "short" });
+  return DATE.format(seconds * 1000);
 }
 
 export function formatValue(value) {

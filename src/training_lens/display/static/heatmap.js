@@ -2,7 +2,7 @@
 
 import { element, replace, table } from "./dom.js";
 import { formatNumber, formatWhole, pluralize } from "./format.js";
-import { readColor, redrawOn } from "./chart.js";
+import { fontOf, readColor, redrawOn } from "./drawing.js";
 
 const ROW = { least: 14, most: 30 };
 const GAP = 1;
@@ -22,12 +22,13 @@ export function heatMap(title) {
   const state = { map: null, focus: null };
 
   function draw(map) {
+    const before = state.map;
     state.map = map;
     if (!root.isConnected || !map) return;
+    const column = chooseColumn(before, Number(slider.value), map);
     slider.max = String(Math.max(0, map.steps.length - 1));
-    slider.value = slider.max;
+    slider.value = String(column);
     canvas.setAttribute("aria-label", describeMap(title, map));
-    paint();
     showStep();
   }
 
@@ -87,6 +88,14 @@ export function heatMap(title) {
   return { root, draw };
 }
 
+/** The column of the step that a reader chose; of the last step where they chose none, or it is not there any more. */
+function chooseColumn(before, column, map) {
+  const last = Math.max(0, map.steps.length - 1);
+  if (!before || column >= before.steps.length - 1) return last;
+  const found = map.steps.indexOf(before.steps[column]);
+  return found < 0 ? last : found;
+}
+
 export function heatTable(title, map) {
   const steps = map.steps.length <= 12 ? map.steps.map((_, i) => i)
     : Array.from({ length: 12 }, (_, i) => Math.round((i * (map.steps.length - 1)) / 11));
@@ -104,7 +113,7 @@ function describeMap(title, map) {
 /** Sizes in CSS pixels, for a canvas of this width. */
 function measure(canvas, map, width) {
   const context = canvas.getContext("2d");
-  context.font = labelFont();
+  context.font = fontOf(12);
   const left = Math.min(width * 0.4, 10 + Math.max(...map.names.map((name) => context.measureText(name).width)));
   const row = Math.max(ROW.least, Math.min(ROW.most, HEIGHT / map.names.length));
   return { width, height: map.names.length * row + LABELS, left, row, column: (width - left) / map.steps.length };
@@ -117,10 +126,6 @@ function resize(canvas, map) {
   canvas.width = layout.width * devicePixelRatio;
   canvas.height = layout.height * devicePixelRatio;
   return layout;
-}
-
-function labelFont() {
-  return `12px ${getComputedStyle(document.body).fontFamily}`;
 }
 
 function findRange(map) {
@@ -160,7 +165,7 @@ function paintCross(context, x, y, size) {
 }
 
 function paintLabels(context, map, layout) {
-  context.font = labelFont();
+  context.font = fontOf(12);
   context.fillStyle = readColor("--soft");
   context.textBaseline = "middle";
   context.textAlign = "right";

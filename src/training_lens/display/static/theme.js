@@ -1,5 +1,7 @@
 // Light and dark: as the system has it, until the reader chooses.
 
+import { redrawFigures } from "./drawing.js";
+
 const SYSTEM = matchMedia("(prefers-color-scheme: dark)");
 let chosen = recall();
 
@@ -10,7 +12,7 @@ export function setUpTheme(button) {
     document.documentElement.dataset.theme = theme;
     button.textContent = theme === "dark" ? "Light" : "Dark";
     button.setAttribute("aria-label", theme === "dark" ? "Use light colours" : "Use dark colours");
-    for (const figure of document.querySelectorAll("figure")) figure.dispatchEvent(new Event("themechange"));
+    redrawFigures();
   };
   button.addEventListener("click", () => {
     chosen = currentTheme() === "dark" ? "light" : "dark";

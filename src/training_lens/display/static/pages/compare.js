@@ -2,7 +2,7 @@
 
 import { fetchJson } from "../api.js";
 import { lineChart } from "../chart.js";
-import { badge, commandLine, element, replace, section, table } from "../dom.js";
+import { badge, commandLine, element, replace, section, table, verdictBadge } from "../dom.js";
 import { formatChange, formatNumber, formatPercent, formatRate, formatValue, formatWhole, nameMeasure } from "../format.js";
 import { runAddress } from "./runs.js";
 
@@ -57,7 +57,7 @@ function runTable({ runs, same_validation: isSame }, isLive) {
   const columns = [
     { name: "run", cell: (run) => [sign(runs.indexOf(run)), " ", isLive ? element("a", { href: runAddress(run.row) }, run.row.run) : run.row.run, element("div", { class: "soft" }, run.row.experiment)] },
     { name: "status", cell: (run) => badge(run.row.status, run.row.status) },
-    { name: "verdict", cell: (run) => badge(run.row.verdict.outcome ?? "unknown", run.row.verdict.severity ?? "note") },
+    { name: "verdict", cell: (run) => verdictBadge(run.row.verdict) },
     { name: "steps", number: true, cell: (run) => formatWhole(run.row.steps) },
     { name: "loss of the base", number: true, cell: (run) => formatNumber(run.row.base_loss) },
     { name: "best held-out loss", number: true, cell: (run) => formatNumber(run.row.loss) },
@@ -83,7 +83,7 @@ function verdictPart({ runs, same_validation: isSame }) {
   const [first, second] = [...runs].sort((a, b) => (a.row.loss ?? Infinity) - (b.row.loss ?? Infinity));
   if (runs.length !== 2 || !isSame || runs.some((run) => run.row.status !== "finished")) return null;
   return section("Which is better?", "better", element("p", {}, "This answers it on the same rows, with intervals:"),
-    commandLine(`training-lens compare --run ${first.row.run} --against ${second.row.run}`));
+    commandLine(`training-lens compare --run ${first.name} --against ${second.name}`));
 }
 
 function evaluationTable(runs) {
@@ -101,10 +101,10 @@ function evaluationTable(runs) {
       return [format(one, one.adapter), interval];
     },
   }))];
-  const missing = runs.filter((run) => !run.evaluation).map((run) => run.row.run);
+  const missing = runs.filter((run) => !run.evaluation).map((run) => run.name);
   return [table("Adapters on held-out rows", columns, measures),
     element("p", { class: "soft" }, "Below each number: the interval of its change from the base."),
-    missing.length ? [element("p", { class: "soft" }, "Not compared with its base yet:"), missing.map((run) => commandLine(`training-lens compare --run ${run}`))] : null];
+    missing.length ? [element("p", { class: "soft" }, "Not compared with its base yet:"), missing.map((name) => commandLine(`training-lens compare --run ${name}`))] : null];
 }
 
 function drawLayers(box, runs, found) {

@@ -1,7 +1,7 @@
 // The rows of a run as the model sees them: which tokens it learns from, and which rows are long, hard or suspect.
 
 import { fetchJson } from "../api.js";
-import { badge, button, details, element, replace, showSpace, table } from "../dom.js";
+import { badge, button, details, element, labelled, replace, showSpace, table } from "../dom.js";
 import { capitalize, formatNumber, formatWhole, pluralize } from "../format.js";
 import { chooseRun } from "../parts/choose_run.js";
 
@@ -48,7 +48,7 @@ function buildView(run, summary, change) {
   view.root = element("div", {}, element("h1", {}, "Data as the model sees it"),
     element("p", { class: "soft" }, element("a", { href: `#/run/${encodeURIComponent(run.experiment)}/${encodeURIComponent(run.run)}` }, `${run.experiment} / ${run.run}`)),
     summaryPart(summary),
-    element("div", { class: "filters" }, fields.map(([name, key]) => element("label", { class: "field" }, element("span", {}, name), controls[key]))),
+    element("div", { class: "filters" }, fields.map(([name, key]) => labelled(name, controls[key]))),
     element("p", { class: "soft" }, element("span", { class: "supervised" }, "Marked"), " tokens are the ones it learns to write; the others it only reads."),
     view.count, view.rows, view.pager);
   return view;

@@ -1,7 +1,7 @@
 // A new run from a form of the configuration; the command that it stands for is shown, and can be copied.
 
 import { fetchJson, postJson } from "../api.js";
-import { button, commandLine, details, element, replace } from "../dom.js";
+import { button, commandLine, details, element, labelled, replace } from "../dom.js";
 import { capitalize, formatBytes, formatSeconds, pluralize } from "../format.js";
 
 const WRONG = ["problem", "warning"];
@@ -38,7 +38,7 @@ function buildView(form, state) {
   view.validate = button("Check it first", () => act(view, state, "validate"), { class: "quiet" });
   view.root = element("div", {}, element("h1", {}, "New run"),
     element("p", { class: "soft" }, "The run is a process of its own: it goes on when this page or the server is closed. Paths are those of the machine that serves this page."),
-    element("div", { class: "form-grid" }, element("label", { class: "field" }, element("span", {}, "Start from"), preset),
+    element("div", { class: "form-grid" }, labelled("Start from", preset),
       fields.filter((field) => field.common).map((field) => fieldControl(field, state, view, change))),
     element("section", {}, element("h2", {}, "All settings"), groups.map((group) => groupPart(group, state, view, change))),
     element("section", {}, element("h2", {}, "The command"), view.command, view.problems,

@@ -1,20 +1,21 @@
 // One run, live while it trains: the verdict first, then what it rests on.
 
 import { fetchJson, followRun, runPath } from "../api.js";
-import { lineChart } from "../chart.js";
-import { badge, commandLine, details, element, replace, replaceIfChanged, section, table } from "../dom.js";
+import { badge, details, element, failureNote, replace, replaceIfChanged, section, setText, table } from "../dom.js";
 import { capitalize, formatBytes, formatDate, formatSeconds, formatValue, formatWhole, pluralize } from "../format.js";
-import { heatMap, heatTable } from "../heatmap.js";
 import { runActions } from "../parts/actions.js";
 import { evaluationTable } from "../parts/evaluation.js";
+import { Curves } from "../parts/curves.js";
 import { explanations } from "../parts/explanations.js";
 import { findingCards } from "../parts/findings.js";
+import { layerPart } from "../parts/layers.js";
+import { jumpTo, nextSteps } from "../parts/next_steps.js";
 import { sampleAnswers } from "../parts/samples.js";
-import { Curves } from "../parts/curves.js";
 
 const POINTS = 600; // of a curve
-const REFRESH = 4000; // milliseconds between two readings of the page of a run that trains
-const SLOW_REFRESH = 20000; // of the findings and layers, which read all captures
+// Milliseconds before the page is read again, and the captures: of a run that has ended, and of one that trains.
+const REFRESH = { soon: 200, later: 30000, end: 2000, lens: 20000 };
+const LENS_SHARE = 0.01; // of the time goes into reading the captures of a run that trains: the more there are, the rarer
 const SECTIONS = [
   ["loss", "Loss"], ["answers", "Answers"], ["evaluation", "Evaluation"], ["findings", "Findings"], ["layers", "Layers"],
   ["explanations", "Explanations"], ["settings", "Settings"], ["files", "Files"],
@@ -48,15 +49,15 @@ export async function showRun(main, run, source, { setTitle, setConnection }) {
   const view = buildView(run, source);
   setTitle(run.run);
   replace(main, view.root);
-  const state = { page, findings: null, isStopped: false, timers: [] };
+  const state = { page, status: page.row.status, findings: null, isStopped: false, timers: new Set() };
   const curves = new Curves(view.curves, source);
   drawPage(view, state, source);
   replace(view.layers, element("p", { class: "empty" }, "Reading what the lens captured…"));
   const layers = layerPart(view.layers, source);
-  const isTraining = () => state.page.row.status === "running";
+  const isTraining = () => state.status === "running";
   // The checks of all captures take seconds of a core: while a run trains, those that it writes itself are shown.
   const readLens = () => Promise.all([isTraining() ? null : readFindings(), layers.loadIfSeen()]);
-  curves.load(page, firstCurves).catch((error) => replace(view.curves, failure(error))).then(readLens);
+  curves.load(page, firstCurves).catch((error) => replace(view.curves, failureNote(error))).then(readLens);
   let stopFollowing = () => {};
   if (source.isLive) follow();
 
@@ -81,17 +82,29 @@ export async function showRun(main, run, source, { setTitle, setConnection }) {
     }
   }
 
+  /** What each event brings: all else of the page stays as it is. */
+  function showProgress(progress) {
+    state.page = { ...state.page, progress };
+    drawHeadline(view, state, source);
+    drawProgress(view, state.page);
+  }
+
   function follow() {
-    const refreshSoon = throttle(refresh, REFRESH, state);
-    const refreshLens = throttle(readLens, SLOW_REFRESH, state);
+    const refreshSoon = throttle(refresh, () => REFRESH.soon, state);
+    const refreshLater = throttle(refresh, () => REFRESH.later, state);
+    const readLensSoon = throttle(readLens, () => REFRESH.end, state);
+    const readLensLater = throttle(readLens, () => Math.max(REFRESH.lens, layers.readingTime() / LENS_SHARE), state);
     stopFollowing = followRun(run, curves.lastStep ?? 0, {
       connected: (isUp) => setConnection(isUp ? "" : "Not connected; trying again"),
       gone,
       update: (values) => {
+        state.status = values.status;
         if (values.steps) curves.add(values);
-        if (values.steps && !state.page.progress.step) refresh(); // its first steps are not "preparing" for seconds
-        else refreshSoon();
-        if (values.lens || !isTraining()) refreshLens();
+        if (values.progress) showProgress(values.progress);
+        if (values.page) refreshSoon();
+        else refreshLater(); // files grow, epochs end
+        if (!isTraining()) readLensSoon();
+        else if (values.lens) readLensLater();
       },
     });
   }
@@ -114,10 +127,12 @@ function throttle(action, wait, state) {
   return () => {
     if (isWaiting || state.isStopped) return;
     isWaiting = true;
-    state.timers.push(setTimeout(() => {
+    const timer = setTimeout(() => {
+      state.timers.delete(timer);
       isWaiting = false;
-      if (!state.isStopped) action();
-    }, wait));
+      action();
+    }, wait());
+    state.timers.add(timer);
   };
 }
 
@@ -135,14 +150,7 @@ function buildView(run, source) {
 
 /** A link to a section that leaves the address alone, since that says which page this is. */
 function jumpLink(id, title) {
-  const jump = (event) => {
-    event.preventDefault();
-    const target = document.getElementById(id);
-    target.scrollIntoView();
-    target.tabIndex = -1;
-    target.focus({ preventScroll: true });
-  };
-  return element("a", { href: `#${id}`, onClick: jump }, title);
+  return element("a", { href: `#${id}`, onClick: jumpTo(id) }, title);
 }
 
 function drawPage(view, state, source) {
@@ -163,8 +171,9 @@ function drawHeadline(view, state, source) {
   const findings = state.findings?.phrase;
   const isDone = row.status !== "running";
   const sentence = [headline.phrase, findings].filter(Boolean).join("; ");
-  const wrong = worstSeverity(state);
-  replaceIfChanged(view.headline, [row, headline, findings, state.page.progress.step > 0], () => [
+  const wrong = worstFinding(state)?.title;
+  const { status, detail, tags } = row;
+  replaceIfChanged(view.headline, [status, detail, tags, headline, findings, nameStart(state.page)], () => [
     element("p", { class: "soft" }, source.isLive ? [element("a", { href: "#/" }, "Runs"), " / "] : null, `${row.experiment} / ${row.run}`),
     element("div", { class: "row" }, badge(row.detail && row.status === "interrupted" ? "died" : row.status, row.status), row.tags.map((tag) => element("span", { class: "tag" }, tag))),
     element("h1", { class: "verdict" }, isDone ? `${sentence}.` : describeTraining(state.page, sentence)),
@@ -172,11 +181,16 @@ function drawHeadline(view, state, source) {
     element("ul", { class: "remarks" }, headline.verdict.remarks.filter((remark) => remark.severity !== "fine")
       .map((remark) => element("li", {}, remark.sentence))),
   ]);
-  replaceIfChanged(view.next, [row.status, headline.verdict, wrong], () => nextSteps(state));
+  replaceIfChanged(view.next, [state.page.next_steps, wrong], () => nextSteps(state.page, worstFinding(state), source.isLive));
+}
+
+/** Which start a run is in: its first, or one that resumes it; empty of a run that does steps. */
+function nameStart({ progress }) {
+  return !progress.is_starting ? "" : progress.step ? "resume" : "first";
 }
 
 function describeTraining({ progress, headline }, sentence) {
-  if (!progress.step) return "Preparing the first step.";
+  if (progress.is_starting) return progress.step ? `Resuming after step ${formatWhole(progress.step)}.` : "Preparing the first step.";
   return headline.verdict.outcome === "inconclusive" ? "Training; it was not validated yet." : `Training. So far: ${lowerFirst(sentence)}.`;
 }
 
@@ -184,39 +198,15 @@ function lowerFirst(words) {
   return words.charAt(0).toLowerCase() + words.slice(1);
 }
 
-function worstSeverity(state) {
-  const severities = (state.findings?.findings ?? []).map((finding) => finding.severity);
-  return ["problem", "warning"].find((severity) => severities.includes(severity)) ?? "";
-}
-
-/** What to do now: what the worst finding says, else the next command of the verdict. */
-function nextSteps(state) {
-  const { row, headline, resume_command: resume } = state.page;
-  const worst = (state.findings?.findings ?? []).find((finding) => finding.severity === "problem" || finding.severity === "warning");
-  const isUnfinished = row.status === "interrupted" || row.status === "failed";
-  const items = [
-    isUnfinished ? element("div", {}, element("p", {}, "Finish it:"), commandLine(resume)) : null,
-    worst ? element("div", {}, element("p", {}, `What to do about "${worst.title}": ${worst.action || worst.decide}.`)) : null,
-    row.status === "finished" && headline.verdict.next_command
-      ? element("div", {}, element("p", {}, describeCommand(headline.verdict.next_command)), commandLine(headline.verdict.next_command))
-      : null,
-  ].filter(Boolean);
-  return items.length ? element("div", { class: "card" }, element("h2", {}, "What now?"), items) : null;
-}
-
-function describeCommand(command) {
-  if (command.includes("data.validation=FILE")) return "Measure it on more rows, since these are too few or undecided:";
-  if (command.includes("evaluation.decide_by=")) return "Decide by another measure:";
-  if (command.startsWith("training-lens compare")) return "Measure it on the held-out rows:";
-  return command.startsWith("training-lens merge") ? "Write the model with the adapter merged into it:" : "See each finding with its evidence:";
+function worstFinding(state) {
+  const findings = state.findings?.findings ?? [];
+  return ["problem", "warning"].map((severity) => findings.find((one) => one.severity === severity)).find(Boolean);
 }
 
 function drawProgress(view, page) {
   const { row, progress } = page;
   const isRunning = row.status === "running";
   const share = progress.total_steps ? Math.min(1, progress.step / progress.total_steps) : 0;
-  const bar = element("span", {});
-  bar.style.setProperty("--share", String(share));
   const facts = [
     ["Step", progress.total_steps ? `${formatWhole(progress.step)} of ${formatWhole(progress.total_steps)}` : formatWhole(progress.step)],
     isRunning ? ["Remaining", formatSeconds(progress.remaining_seconds)] : ["Took", formatSeconds(row.seconds)],
@@ -224,9 +214,17 @@ function drawProgress(view, page) {
     ["Peak memory", formatBytes(progress.peak_bytes || null)],
     ["Started", formatDate(row.started)],
   ].filter(([, value]) => value !== "–");
-  replace(view.progress,
-    isRunning ? element("div", { class: "progress", role: "progressbar", "aria-valuenow": Math.round(100 * share), "aria-valuemin": 0, "aria-valuemax": 100, "aria-label": "Training" }, bar) : null,
-    element("dl", { class: "facts" }, facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)))));
+  replaceIfChanged(view.progress, [isRunning, facts.map(([name]) => name)], () => [
+    isRunning ? element("div", { class: "progress", role: "progressbar", "aria-valuemin": 0, "aria-valuemax": 100, "aria-label": "Training" }, element("span", {})) : null,
+    element("dl", { class: "facts" }, facts.map(([name]) => element("div", {}, element("dt", {}, name), element("dd", {})))),
+    isRunning ? element("p", { class: "soft doing" }) : null,
+  ]);
+  view.progress.querySelectorAll("dd").forEach((node, i) => setText(node, facts[i][1]));
+  if (!isRunning) return;
+  const bar = view.progress.querySelector(".progress");
+  bar.setAttribute("aria-valuenow", Math.round(100 * share));
+  bar.firstElementChild.style.setProperty("--share", String(share));
+  setText(view.progress.querySelector(".doing"), progress.is_starting ? `${progress.doing || "Reading the rows and the model"}…` : "");
 }
 
 function drawFindings(view, state) {
@@ -237,63 +235,6 @@ function drawFindings(view, state) {
     return replaceIfChanged(view.findings, [state.page.active_findings, remark], () => findingCards(state.page.active_findings, remark));
   }
   replaceIfChanged(view.findings, found, () => (found.error ? element("p", { class: "empty" }, capitalize(found.error)) : findingCards(found.findings, "")));
-}
-
-function layerPart(box, source) {
-  const map = heatMap("Measures by layer over steps");
-  const [meaning, tableBox] = [element("p", { class: "soft" }), details("The numbers as a table")];
-  const measure = element("select", { onChange: () => load() });
-  const by = element("select", { onChange: () => load() },
-    [["layer", "Layer"], ["kind", "Module type"], ["module", "Module"]].map(([value, name]) => element("option", { value }, name)));
-  const spectrum = lineChart({ title: "Spectrum of the update by module type", x: "direction, strongest first", y: "share of the largest", height: 240 });
-  let measures = [];
-
-  async function load() {
-    try {
-      const found = await source.layers(measure.value || "strength", by.value);
-      if (!found.steps.length) return replace(box, element("p", { class: "empty" }, "The lens captured no measures of layers in this run."));
-      if (!map.root.isConnected) mount(found);
-      measures = found.measures;
-      meaning.textContent = measures.find((one) => one.measure === found.measure)?.meaning ?? "";
-      const values = { names: found.names, steps: found.steps, values: found.values, stepsInColumn: found.steps_in_a_column, isLog: found.is_log };
-      map.draw(values);
-      replace(tableBox, tableBox.firstElementChild, heatTable("Measures by layer over steps", values));
-      drawSpectra(await source.spectra());
-    } catch (error) {
-      if (!map.root.isConnected) replace(box, failure(error));
-    }
-  }
-
-  function mount(found) {
-    replace(measure, found.measures.map((one) => element("option", { value: one.measure }, one.title)));
-    measure.value = found.measure;
-    replace(box, element("div", { class: "filters" }, labelled("Measure", measure), labelled("Rows", by)), meaning, map.root, tableBox,
-      element("div", { class: "spectra" }, spectrum.root));
-  }
-
-  function drawSpectra(found) {
-    const kinds = Object.entries(found.kinds);
-    spectrum.root.hidden = !kinds.length;
-    spectrum.draw(kinds.map(([kind, values], i) => ({
-      name: kind, steps: values.map((_, j) => j + 1), values, color: `--line-${i % 8}`, dash: i >= 8 ? [5, 4] : undefined,
-    })));
-  }
-
-  let isSeen = !source.isLive;
-  new IntersectionObserver((entries) => {
-    const wasSeen = isSeen;
-    isSeen ||= entries.some((entry) => entry.isIntersecting);
-    if (isSeen && !wasSeen) load();
-  }).observe(box);
-  return { load, loadIfSeen: () => (isSeen ? load() : null) };
-}
-
-function labelled(name, control) {
-  return element("label", { class: "field" }, element("span", {}, name), control);
-}
-
-function failure(error) {
-  return element("p", { class: "empty" }, capitalize(error.message));
 }
 
 function settingsPart(page, source) {

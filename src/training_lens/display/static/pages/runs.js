@@ -2,8 +2,8 @@
 
 import { fetchJson } from "../api.js";
 import { sparkline } from "../chart.js";
-import { badge, button, element, replace } from "../dom.js";
-import { formatAge, formatDate, formatNumber, formatRate, formatWhole, pluralize } from "../format.js";
+import { badge, button, element, labelled, replace, replaceIfChanged, setChildren, setText, timeAgo, verdictBadge } from "../dom.js";
+import { formatNumber, formatRate, formatWhole, pluralize } from "../format.js";
 
 const ROWS_AT_ONCE = 50;
 const POLL = { reading: 60, watching: 3000 }; // milliseconds
@@ -22,14 +22,14 @@ const COLUMNS = [
   { name: "Data", key: (row) => row.data, cell: (row) => row.data },
   { name: "LR", number: true, key: (row) => row.learning_rate, cell: (row) => known(row.learning_rate, formatRate) },
   { name: "Rank", number: true, key: (row) => row.rank, cell: (row) => known(row.rank, formatWhole) },
-  { name: "Started", isRising: false, key: (row) => row.started, cell: (row) => element("time", { title: formatDate(row.started) }, formatAge(row.started)) },
+  { name: "Started", isRising: false, key: (row) => row.started, cell: (row) => timeAgo(row.started) },
 ];
 
 /** What a reader chose, which is still there when they come back from a run. */
 const kept = { chosen: new Set(), sort: { column: 11, isRising: false }, limit: ROWS_AT_ONCE, words: "", status: "", group: "" };
 
 export async function show(main, { query, setConnection }) {
-  const state = { rows: new Map(), texts: new Map(), index: "", version: 0, pending: 0, total: 0, folder: "", isStopped: false };
+  const state = { rows: new Map(), texts: new Map(), drawn: new Map(), index: "", version: 0, pending: 0, total: 0, folder: "", isStopped: false };
   const view = buildView(query.get("search") ?? kept.words, draw);
   replace(main, view.root);
   let timer = null;
@@ -70,6 +70,7 @@ function applyChanges(state, changes) {
   if (changes.index !== state.index) { // another server: it sends all
     state.rows.clear();
     state.texts.clear();
+    state.drawn.clear();
   }
   for (const row of changes.changed) {
     state.rows.set(keyOf(row), row);
@@ -77,6 +78,7 @@ function applyChanges(state, changes) {
   }
   for (const [experiment, run] of changes.removed) {
     state.rows.delete(`${experiment}/${run}`);
+    state.drawn.delete(`${experiment}/${run}`);
     kept.chosen.delete(`${experiment}/${run}`);
   }
   if (!changes.pending) for (const key of kept.chosen) if (!state.rows.has(key)) kept.chosen.delete(key); // deleted meanwhile
@@ -109,13 +111,9 @@ function buildView(words, draw) {
   const count = element("p", { class: "soft", role: "status" });
   const table = element("div", { class: "scroll" });
   const bar = element("div", { class: "bar-fixed", hidden: true });
-  const filters = element("div", { class: "filters" }, field("Find", search), field("Status", status), field("Group by", group));
+  const filters = element("div", { class: "filters" }, labelled("Find", search), labelled("Status", status), labelled("Group by", group));
   const root = element("div", {}, element("h1", {}, "Runs"), filters, count, table, bar);
   return { root, search, status: count, statusFilter: status, group, filters, table, bar };
-}
-
-function field(name, control) {
-  return element("label", { class: "field" }, element("span", {}, name), control);
 }
 
 /** The rows that the filters leave, in order. */
@@ -142,7 +140,7 @@ function drawTable(state, view, draw) {
   const isEmpty = !state.rows.size && !state.pending;
   view.filters.hidden = view.status.hidden = isEmpty;
   if (isEmpty) return replace(view.table, emptyPage(state.folder));
-  replace(view.status, describeCount(state, rows.length));
+  setText(view.status, describeCount(state, rows.length));
   const shown = rows.slice(0, kept.limit);
   const more = rows.length > shown.length
     ? button(`Show ${Math.min(ROWS_AT_ONCE, rows.length - shown.length)} more`, () => {
@@ -151,10 +149,23 @@ function drawTable(state, view, draw) {
     }, { class: "quiet" })
     : null;
   const focused = view.table.contains(document.activeElement) ? document.activeElement.dataset.focus : null;
-  replace(view.table, element("table", { class: "runs" }, element("caption", { class: "hidden" }, "Runs"),
-    headRow(state, draw), element("tbody", {}, bodyRows(shown, view.group.value, state, view))), more);
-  if (focused) view.table.querySelector(`[data-focus="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+  drawParts(view, headRow(draw), bodyRows(shown, view.group.value, state, view), more);
+  if (focused && !view.table.contains(document.activeElement)) {
+    view.table.querySelector(`[data-focus="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+  }
   drawBar(state, view);
+}
+
+/** Head, rows and button of the table. While runs train, only the rows that changed are laid out again. */
+function drawParts(view, head, rows, more) {
+  const key = `${kept.sort.column} ${kept.sort.isRising}`;
+  if (view.table.firstElementChild?.dataset.sort !== key) {
+    replace(view.table, element("table", { class: "runs", "data-sort": key }, element("caption", { class: "hidden" }, "Runs"), head, element("tbody", {})));
+  }
+  const [table, button] = view.table.children;
+  setChildren(table.tBodies[0], rows);
+  button?.remove();
+  if (more) view.table.append(more);
 }
 
 function describeCount(state, shown) {
@@ -168,7 +179,7 @@ function emptyPage(folder) {
     element("a", { class: "button", href: "#/new" }, "Start one"));
 }
 
-function headRow(state, draw) {
+function headRow(draw) {
   const cells = COLUMNS.map((column, i) => {
     const isSorted = kept.sort.column === i;
     const sortBy = () => {
@@ -191,8 +202,21 @@ function bodyRows(rows, group, state, view) {
       ? [element("tr", { class: "group" }, element("th", { colspan: COLUMNS.length + 1, scope: "rowgroup" }, row[group] || "(none)"))]
       : [];
     last = row[group];
-    return [...head, bodyRow(row, state, view)];
+    return [...head, keepRow(row, state, view)];
   });
+}
+
+/** The row as it was drawn before, if its run has not changed since. */
+function keepRow(row, state, view) {
+  const key = keyOf(row);
+  const before = state.drawn.get(key);
+  if (before?.row === row) {
+    before.node.querySelector("input").checked = kept.chosen.has(key); // of a row that was out of sight meanwhile
+    return before.node;
+  }
+  const node = bodyRow(row, state, view);
+  state.drawn.set(key, { row, node });
+  return node;
 }
 
 function bodyRow(row, state, view) {
@@ -224,7 +248,7 @@ function statusCell(row) {
 function verdictCell(row) {
   if (!row.verdict.outcome) return null;
   const wrong = (row.findings.problem ?? 0) + (row.findings.warning ?? 0);
-  return [element("span", { title: row.verdict.sentence }, badge(row.verdict.outcome, row.verdict.severity)), " ",
+  return [element("span", { title: row.verdict.sentence }, verdictBadge(row.verdict)), " ",
     wrong ? badge(pluralize(wrong, "finding"), row.findings.problem ? "problem" : "warning") : null];
 }
 
@@ -244,15 +268,16 @@ function describeSpark(row) {
 function drawBar(state, view) {
   const count = kept.chosen.size;
   view.bar.hidden = count === 0;
-  if (!count) return replace(view.bar);
-  const query = [...kept.chosen].map((key) => `run=${encodeURIComponent(key)}`).join("&");
   const clear = () => {
     kept.chosen.clear();
     view.table.querySelectorAll("input:checked").forEach((box) => (box.checked = false));
     drawBar(state, view);
   };
-  const link = element("a", { class: "button", href: `#/compare?${query}` }, `Compare ${pluralize(count, "run")}`);
-  const isMany = count > MOST_COMPARED;
-  replace(view.bar, count < 2 ? "Choose another run to compare with." : isMany ? `At most ${MOST_COMPARED} runs fit side by side.` : link,
-    button("Clear", clear, { class: "quiet" }));
+  replaceIfChanged(view.bar, [...kept.chosen], () => {
+    const query = [...kept.chosen].map((key) => `run=${encodeURIComponent(key)}`).join("&");
+    const link = element("a", { class: "button", href: `#/compare?${query}` }, `Compare ${pluralize(count, "run")}`);
+    const isMany = count > MOST_COMPARED;
+    return [count < 2 ? "Choose another run to compare with." : isMany ? `At most ${MOST_COMPARED} runs fit side by side.` : link,
+      button("Clear", clear, { class: "quiet" })];
+  });
 }

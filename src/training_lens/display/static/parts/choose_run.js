@@ -1,8 +1,8 @@
 // Which run a page is about: the one of its address, else one that is chosen from a list.
 
 import { fetchJson } from "../api.js";
-import { badge, element, replace, table } from "../dom.js";
-import { formatAge, formatNumber } from "../format.js";
+import { badge, element, replace, table, timeAgo } from "../dom.js";
+import { formatNumber } from "../format.js";
 
 const SHOWN = 30;
 
@@ -15,7 +15,7 @@ export async function chooseRun(main, { parts }, { page, title, isUsable, nothin
     { name: "run", cell: (row) => element("a", { href: `#/${page}/${encodeURIComponent(row.experiment)}/${encodeURIComponent(row.run)}` }, `${row.experiment} / ${row.run}`) },
     { name: "status", cell: (row) => badge(row.status, row.status) },
     { name: "best held-out loss", number: true, cell: (row) => formatNumber(row.loss) },
-    { name: "started", cell: (row) => formatAge(row.started) },
+    { name: "started", cell: (row) => timeAgo(row.started) },
   ];
   replace(main, element("h1", {}, title), rows.length ? [element("p", { class: "soft" }, "Choose a run:"), table("Runs", columns, rows, { class: "facts-table" })]
     : element("p", { class: "empty" }, nothing));

@@ -4,7 +4,7 @@ import { lineChart } from "../chart.js";
 import { element, replace } from "../dom.js";
 import { formatWhole } from "../format.js";
 
-const MOST_POINTS = 2400; // of what was appended; then the curves are read anew, thinned by the server
+const MOST_POINTS = 1200; // of what was appended; then the curves are read anew, thinned by the server
 const ZOOM_WAIT = 250; // milliseconds
 
 export class Curves {
@@ -52,9 +52,10 @@ export class Curves {
   }
 
   mark(page) {
-    this.events = page.events;
-    this.adapterStep = page.row.status === "finished" ? page.progress.adapter_step : null;
-    this.draw();
+    const adapterStep = page.row.status === "finished" ? page.progress.adapter_step : null;
+    const isSame = JSON.stringify([page.events, adapterStep]) === JSON.stringify([this.events, this.adapterStep]);
+    Object.assign(this, { events: page.events, adapterStep });
+    if (!isSame) this.draw();
   }
 
   zoomTo(first, last) {

@@ -9,7 +9,7 @@ const NEUTRAL = ["forward_kl"];
 export function evaluationTable(page) {
   const { evaluation, row } = page;
   if (!evaluation) {
-    const adapter = row.status === "finished" ? commandLine(`training-lens compare --run ${row.run}`) : null;
+    const adapter = row.status === "finished" ? commandLine(`training-lens compare --run ${page.name}`) : null;
     return [element("p", { class: "empty" }, row.status === "finished"
       ? "Not compared with its base yet. This measures both on every held-out row:" : "A finished run can be compared with its base."), adapter];
   }

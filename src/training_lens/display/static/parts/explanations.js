@@ -5,7 +5,7 @@ import { commandLine, details, element, shaded, showSpace, table } from "../dom.
 export function explanations(page, source) {
   const known = page.explanations.filter((one) => one.page);
   const open = page.explanations.filter((one) => !one.page);
-  const commands = open.map((one) => element("div", {}, element("h3", {}, one.title), commandLine(`training-lens explain ${one.name} ${page.row.run}${one.name === "answer" ? ' "A prompt"' : ""}`)));
+  const commands = open.map((one) => element("div", {}, element("h3", {}, one.title), commandLine(`training-lens explain ${one.name} ${page.name}${one.name === "answer" ? ' "A prompt"' : ""}`)));
   if (page.row.status !== "finished" && !known.length) return element("p", { class: "empty" }, "A finished run can be explained.");
   return [
     known.map((one) => explanationCard(one, page, source)),
