@@ -18,11 +18,13 @@ from starlette.testclient import TestClient
 
 from training_lens.analysis.chosen_scale import choose_scale
 from training_lens.config.evaluation_sections import InferenceSection
-from training_lens.data.examples import Message
+from training_lens.data.examples import Example, Message
 from training_lens.inference.generator import GeneratedAnswer, generate_answer
 from training_lens.inference.session import Session, open_run
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
+from training_lens.ui.data_splits import RunRows
+from training_lens.ui.held_out_prompts import split_chat, split_text
 from training_lens.ui.playground import build_playground_routes
 from training_lens.ui.playground_models import PlaygroundModels
 from training_lens.ui.token_texts import spell_tokens
@@ -88,6 +90,30 @@ def test_the_form_describes_the_run_without_loading_it(finished_run: RunFolder) 
     assert form["domains"] == ["forest", "hill", "lake"] and form["positions"] == 512 and form["chosen_scale"] == 1
     assert form["sampling"] == {"temperature": 0, "top_p": 1, "top_k": 0, "max_new_tokens": 256, "seed": 0}
     assert form["has_system"] is False and form["continues_text"] is False
+
+
+def test_a_held_out_prompt_is_that_of_a_validation_row_as_it_was_evaluated(
+    playground: Playground, finished_run: RunFolder
+) -> None:
+    assert playground.form()["has_held_out"]
+    row = playground.client.get(f"{playground.path}/held-out").json()
+    split = RunRows(finished_run).open_split("validation")
+    example = split.read_row(split.ids.to_pylist().index(row["row"]))
+    learned = int(example.loss_mask.argmax())
+    asked = {"prompt": row["prompt"], "domain": row["domain"]}
+    tokens = playground.post("tokens", asked).json()["tokens"]
+    assert [token["id"] for token in tokens] == example.input_ids[:learned].tolist() and row["before"] == []
+    assert open_run(finished_run).tokenizer.decode(example.input_ids[learned:]).startswith(row["expected"])
+
+
+def test_what_stood_before_a_held_out_question_is_given_with_it() -> None:
+    turns = [Message("system", "Be brief."), Message("user", "Who?", "Mia"), Message("assistant", "She.")]
+    found = split_chat(Example(tuple(turns), "a", "rows.jsonl", 3))
+    assert found is not None and (found.prompt, found.expected, found.row) == ("Who?\nMia", "She.", "rows.jsonl:3")
+    assert found.as_json()["before"] == [{"role": "system", "content": "Be brief."}]
+    assert split_chat(Example(tuple(turns[:2]), None, "rows.jsonl", 4)) is None
+    text = split_text(Example((Message("assistant", "one two three"),), None, "rows.jsonl", 5, is_text=True))
+    assert text is not None and (text.prompt, text.expected) == ("one", "two three")
 
 
 def test_a_run_without_adapter_says_so(own_run: RunFolder, tmp_path: Path) -> None:

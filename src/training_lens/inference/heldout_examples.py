@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 
+from training_lens.config.data_sections import DataSection
 from training_lens.data.batching import hold_out
 from training_lens.data.examples import Example
 from training_lens.data.notes import DataNotes, describe_bad_rows
@@ -34,7 +35,9 @@ def validation_examples(
         ConfigurationError: the run had no validation rows, and no others are given.
         DatasetError: a source is missing or unreadable, or has changed, so that its held-out rows are unknown.
     """
-    return filter_fitting(_read_validation_rows(run, session, others), session, limit)
+    data = session.config.data
+    rows = read_validation_rows(run, data) if others is None else read_examples(others, "data.validation", data)
+    return filter_fitting(rows, session, limit)
 
 
 def configured_examples(session: Session, limit: int | None = None) -> list[Example]:
@@ -88,12 +91,10 @@ def _filter_with_digests(
     return found
 
 
-def _read_validation_rows(run: RunFolder, session: Session, others: Sequence[object] | None) -> Iterator[Example]:
-    data = session.config.data
-    if others is not None:
-        return read_examples(others, "data.validation", data)
+def read_validation_rows(run: RunFolder, data: DataSection) -> Iterator[Example]:
+    """All validation rows of a run with these settings, in their files' order; raises as `validation_examples`."""
     if data.val_ratio:
-        return _read_held_out(run, session)
+        return _read_held_out(run, data)
     if sources := data.validation_sources:
         for name in find_changed_sources(run, sources, "validation"):
             logger.warning("%s: has changed since the run validated on it; these are its rows now", name)
@@ -104,9 +105,8 @@ def _read_validation_rows(run: RunFolder, session: Session, others: Sequence[obj
     )
 
 
-def _read_held_out(run: RunFolder, session: Session) -> Iterator[Example]:
+def _read_held_out(run: RunFolder, data: DataSection) -> Iterator[Example]:
     """The rows that the run held out, identified by file and row; so the files must be unchanged."""
-    data = session.config.data
     held_out = set(run.read_metadata("held_out.json"))
     if changed := find_changed_sources(run, data.train, "train"):
         raise DatasetError(

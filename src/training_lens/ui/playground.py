@@ -20,6 +20,7 @@ from training_lens.data.fields import are_plain_texts
 from training_lens.data.row_keys import ALIASES, plain_name
 from training_lens.errors import OutOfMemoryError, TrainingLensError
 from training_lens.runs.run_folder import RunFolder
+from training_lens.ui.held_out_prompts import draw_held_out_prompt, has_held_out
 from training_lens.ui.playground_models import PlaygroundModels, answer_question
 from training_lens.ui.playground_request import (
     LARGEST_SCALE,
@@ -46,12 +47,12 @@ def describe_playground(run: RunFolder, models: PlaygroundModels) -> dict[str, A
     """What the form needs. Nothing is loaded for it; `reason` says why the run cannot answer."""
     form: dict[str, Any] = {"can_answer": False, "reason": "", "domains": [], "sampling": None, "limits": LIMITS}
     form |= {"loaded": models.has_loaded(run), "busy": models.is_busy, "has_system": None, "positions": None}
-    form |= {"continues_text": False, "domain_style": "none", "chosen_scale": 1.0}
+    form |= {"continues_text": False, "domain_style": "none", "chosen_scale": 1.0, "has_held_out": False}
     try:
         config = read_run_config(run)
         form |= {"sampling": list_sampling(config.inference), "domain_style": config.data.domain.style}
         form |= {"positions": _read_positions(config.model), "chosen_scale": run.adapter_scale}
-        form |= _describe_data(run, config)
+        form |= _describe_data(run, config) | {"has_held_out": has_held_out(run)}
         run.require_adapter()
         form["can_answer"] = True
     except (TrainingLensError, OSError) as error:
@@ -199,6 +200,10 @@ def build_playground_routes(outputs: Outputs, models: PlaygroundModels | None = 
         run = outputs.requested_run(request)
         return json_response(await run_in_threadpool(describe_playground, run, kept))
 
+    async def send_held_out(request: Request) -> Response:
+        run = outputs.requested_run(request)
+        return json_response((await run_in_threadpool(draw_held_out_prompt, run)).as_json())
+
     async def send_tokens(request: Request) -> Response:
         run, prompt = outputs.requested_run(request), read_prompt(await read_body(request))
 
@@ -220,6 +225,7 @@ def build_playground_routes(outputs: Outputs, models: PlaygroundModels | None = 
     path = "/api/runs/{experiment}/{run}/playground"
     return [
         Route(path, send_form),
+        Route(f"{path}/held-out", send_held_out),
         Route(f"{path}/tokens", send_tokens, methods=["POST"]),
         Route(f"{path}/answer", stream_answer, methods=["POST"]),
         Route(f"{path}/unload", unload_model, methods=["POST"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from training_lens.display.html import (
     write_page,
 )
 from training_lens.display.svg import Curve, render_chart, render_heat_map
-from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_folder import PROCESS, RunFolder
 from training_lens.utils.integrity import seal_line
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -52,6 +53,7 @@ def test_a_run_is_judged_on_one_page(
 ) -> None:
     """From the list to the verdict, its evidence and the next command."""
     page = open_page(start_dashboard(own_outputs).url)
+    page.locator(".runs").get_by_text("better, no interval").wait_for()
     page.get_by_role("link", name=finished_run.run_id).click()
     page.get_by_role("heading", name=re.compile("^Better than the base: validation loss .* found")).wait_for()
     assert "training-lens compare --run" in page.locator(".command").first.inner_text()
@@ -78,15 +80,30 @@ def test_a_run_is_watched_by_two_while_it_trains_and_when_it_is_deleted(
     )
     dashboard = start_dashboard(tmp_path / "outputs")
     with run.hold_lock():
+        os.utime(run.metadata / PROCESS, (0, 0))  # it trains since before its first step
         pages = [open_page(run_address(dashboard.url, run)) for _ in range(2)]
         for page in pages:
             page.get_by_role("heading", name=re.compile("^Training. So far: better than the base")).wait_for()
             page.get_by_text("20 of 40").wait_for()
+        plots = [page.locator(".uplot canvas").first.element_handle() for page in pages]
+        pages[1].set_viewport_size({"width": 1280, "height": 300})
+        far = pages[1].locator(".uplot canvas").nth(1).element_handle()
+        before = far.evaluate("node => node.toDataURL()")
         with run.metrics_file.open("a") as file:
             for step in range(21, 31):
                 file.write(seal_line(step_line(step, 40)) + "\n")
         for page in pages:
             page.get_by_text("30 of 40").wait_for()
+            assert page.evaluate("document.getAnimations().length") == 0  # which would draw all the time
+        assert all(plot.evaluate("node => node.isConnected") for plot in plots)  # they take over what is new
+        assert far.evaluate("node => node.toDataURL()") == before  # out of view: drawn when somebody looks at it
+        far.scroll_into_view_if_needed()
+        pages[1].wait_for_function("([node, before]) => node.toDataURL() !== before", arg=[far, before])
+        os.utime(run.metadata / PROCESS, None)
+        with run.metrics_file.open("a") as file:
+            file.write(seal_line({"kind": "validation", "step": 30, "loss": 0.9, "time": 3.0}) + "\n")
+        for page in pages:
+            page.get_by_role("heading", name="Resuming after step 30.").wait_for()
     pages[0].locator(".badge", has_text="died").first.wait_for()
     pages[0].get_by_text("training-lens train --resume").wait_for()
     shutil.rmtree(run.root)
@@ -110,6 +127,19 @@ def test_a_real_run_is_followed_from_its_first_step_to_its_verdict(
     assert process.exitcode == 0
 
 
+def test_a_held_out_prompt_is_filled_in_with_the_answer_of_its_row(
+    own_outputs: Path, finished_run: RunFolder, start_dashboard: Callable[..., Any], open_page: Callable[..., Any]
+) -> None:
+    page = open_page(f"{start_dashboard(own_outputs).url}/#/playground/default/{finished_run.run_id}")
+    page.get_by_role("button", name="A held-out prompt").click()
+    page.get_by_text(re.compile(r"^Row \S+:[0-9]+, which the adapter did not learn from\.$")).wait_for()
+    page.get_by_role("heading", name="The row's own answer").wait_for()
+    assert page.get_by_label("Prompt", exact=True).input_value()
+    page.get_by_label("Prompt", exact=True).press("End")
+    page.keyboard.type(" And why?")
+    assert not page.get_by_role("heading", name="The row's own answer").is_visible()
+
+
 def test_what_a_reader_chose_is_there_when_they_come_back_from_a_comparison(
     tmp_path: Path, start_dashboard: Callable[..., Any], open_page: Callable[..., Any]
 ) -> None:
@@ -123,7 +153,9 @@ def test_what_a_reader_chose_is_there_when_they_come_back_from_a_comparison(
     for box in page.locator(".runs tbody input").all():
         box.check()
     page.get_by_role("link", name="Compare 2 runs").click()
-    page.get_by_text(re.compile("training-lens compare --run (one --against two|two --against one)")).wait_for()
+    page.get_by_text(
+        re.compile(r"training-lens compare --run \S+/(one --against \S+/two|two --against \S+/one)$")
+    ).wait_for()
     signs = page.locator("main table .sign")
     assert [signs.nth(i).bounding_box()["width"] for i in range(2)] == [9, 9]  # each run in the colour of its curves
     page.go_back()

@@ -1,7 +1,7 @@
 // Base and adapter side by side: streamed answers, the prompt as the model sees it, and how sure each model is.
 
 import { fetchJson, postJson, postLines } from "../api.js";
-import { button, details, element, replace, shaded, showSpace } from "../dom.js";
+import { button, details, element, labelled, replace, shaded, showSpace } from "../dom.js";
 import { formatNumber, formatWhole, pluralize } from "../format.js";
 import { chooseRun } from "../parts/choose_run.js";
 
@@ -18,8 +18,11 @@ export async function show(main, address) {
     replace(main, element("h1", {}, "Playground"), element("p", { class: "empty" }, about.reason));
     return () => {};
   }
-  const state = { stop: null };
-  const view = buildView(run, about, { ask: () => ask(path, view, state), tokens: () => showTokens(path, view) });
+  const state = { stop: null, before: [] };
+  const view = buildView(run, about, {
+    ask: () => ask(path, view, state), tokens: () => showTokens(path, view, state),
+    takeRow: () => takeRow(path, view, state), forgetRow: () => forgetRow(view, state),
+  });
   replace(main, view.root);
   view.prompt.focus();
   return () => state.stop?.abort();
@@ -28,7 +31,7 @@ export async function show(main, address) {
 function buildView(run, about, actions) {
   const defaults = about.sampling ?? { temperature: 0, top_p: 1, top_k: 0, max_new_tokens: 256, seed: 0 };
   const view = {
-    prompt: element("textarea", { rows: "5", placeholder: "Type a prompt. Ctrl+Enter asks both models.", "aria-label": "Prompt", onKeydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && actions.ask() }),
+    prompt: element("textarea", { rows: "5", placeholder: "Type a prompt. Ctrl+Enter asks both models.", "aria-label": "Prompt", onInput: actions.forgetRow, onKeydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && actions.ask() }),
     domain: element("select", {}, element("option", { value: "" }, "None"), about.domains.map((name) => element("option", { value: name }, name))),
     temperature: number(defaults.temperature, 0, 5, 0.1),
     top_p: number(defaults.top_p, 0, 1, 0.05),
@@ -38,6 +41,8 @@ function buildView(run, about, actions) {
     scale: element("input", { type: "range", min: "0", max: "1.5", step: "0.05", value: String(about.chosen_scale ?? 1) }),
     scaleLabel: element("output", {}, formatNumber(about.chosen_scale ?? 1)),
     status: element("p", { role: "status", class: "soft" }),
+    row: element("div", {}),
+    expected: element("div", { class: "text" }),
     tokens: element("div", {}),
     answers: Object.fromEntries(SIDES.map(([side, title]) => [side, element("div", { class: "text" }, element("span", { class: "soft" }, `What the ${title.toLowerCase()} answers comes here.`))])),
     facts: Object.fromEntries(SIDES.map(([side]) => [side, element("p", { class: "soft" })])),
@@ -45,20 +50,22 @@ function buildView(run, about, actions) {
   };
   view.scale.addEventListener("input", () => (view.scaleLabel.textContent = formatNumber(Number(view.scale.value))));
   view.ask = button("Ask both", actions.ask);
+  view.takeRow = about.has_held_out ? button("A held-out prompt", actions.takeRow, { class: "quiet", title: "The prompt of a random row that the adapter did not learn from" }) : null;
+  view.expectedSide = element("section", { class: "card side", hidden: true }, element("h2", {}, "The row's own answer"), view.expected);
   const fields = [["Domain", view.domain, about.domains.length], ["Temperature (0 is greedy)", view.temperature, true], ["Top p", view.top_p, true],
     ["Top k (0 is all)", view.top_k, true], ["Longest answer, tokens", view.max_new_tokens, true], ["Seed", view.seed, true]];
   view.root = element("div", {},
     element("h1", {}, "Playground"),
     element("p", { class: "soft" }, element("a", { href: `#/run/${encodeURIComponent(run.experiment)}/${encodeURIComponent(run.run)}` }, `${run.experiment} / ${run.run}`)),
-    view.prompt,
+    view.prompt, view.row,
     about.domains.length ? element("p", { class: "soft" }, "Its training rows named a domain; asked without one, the adapter has to guess which is meant.") : null,
     element("div", { class: "form-grid settings" }, fields.filter(([, , isShown]) => isShown).map(([name, control]) =>
-      element("label", { class: "field" }, element("span", {}, name), control)),
-    element("label", { class: "field" }, element("span", {}, "Adapter scale (1 is as trained)"), element("span", { class: "row" }, view.scale, view.scaleLabel))),
-    element("div", { class: "row" }, view.ask, button("Show the prompt as tokens", actions.tokens, { class: "quiet" }), view.status),
+      labelled(name, control)),
+    labelled("Adapter scale (1 is as trained)", element("span", { class: "row" }, view.scale, view.scaleLabel))),
+    element("div", { class: "row" }, view.ask, view.takeRow, button("Show the prompt as tokens", actions.tokens, { class: "quiet" }), view.status),
     view.tokens,
     element("div", { class: "grid sides" }, SIDES.map(([side, title]) =>
-      element("section", { class: `card side ${side}`, "aria-live": "polite" }, element("h2", {}, title), view.answers[side], view.facts[side], view.scores[side]))));
+      element("section", { class: `card side ${side}`, "aria-live": "polite" }, element("h2", {}, title), view.answers[side], view.facts[side], view.scores[side])), view.expectedSide));
   return view;
 }
 
@@ -66,10 +73,17 @@ function number(value, min, max, step) {
   return element("input", { type: "number", value: String(value), min: String(min), max: String(max), step: String(step) });
 }
 
-function readRequest(view) {
+/** The prompt as it stands, after the turns that the row had before it. */
+function readPrompt(view, state) {
+  const prompt = view.prompt.value;
+  const asked = state.before.length ? { messages: [...state.before, { role: "user", content: prompt }] } : { prompt };
+  return { ...asked, domain: view.domain.value || null };
+}
+
+function readRequest(view, state) {
   const numbers = ["temperature", "top_p", "top_k", "max_new_tokens", "seed", "scale"];
   return {
-    prompt: view.prompt.value, domain: view.domain.value || null, sides: SIDES.map(([side]) => side),
+    ...readPrompt(view, state), sides: SIDES.map(([side]) => side),
     ...Object.fromEntries(numbers.map((name) => [name, Number(view[name].value)])),
   };
 }
@@ -79,15 +93,19 @@ async function ask(path, view, state) {
   state.stop = new AbortController();
   view.ask.textContent = "Stop";
   replace(view.status, "The model is read for the first answer…");
-  for (const [side] of SIDES) [view.answers, view.facts, view.scores].forEach((boxes) => replace(boxes[side]));
+  clearAnswers(view);
   try {
-    await postLines(`${path}/answer`, readRequest(view), (line) => takeLine(view, line), state.stop.signal);
+    await postLines(`${path}/answer`, readRequest(view, state), (line) => takeLine(view, line), state.stop.signal);
     replace(view.status);
   } catch (error) {
     replace(view.status, error.name === "AbortError" ? "Stopped." : error.message);
   }
   view.ask.textContent = "Ask both";
   state.stop = null;
+}
+
+function clearAnswers(view) {
+  for (const [side] of SIDES) [view.answers, view.facts, view.scores].forEach((boxes) => replace(boxes[side]));
 }
 
 function takeLine(view, line) {
@@ -116,11 +134,36 @@ function scoredAnswer({ scores, difference }) {
     })));
 }
 
-async function showTokens(path, view) {
+/** Fill in the prompt of a random held-out row, and show which row it is and what it answers. */
+async function takeRow(path, view, state) {
+  view.takeRow.disabled = true;
+  try {
+    const row = await fetchJson(`${path}/held-out`);
+    view.prompt.value = row.prompt;
+    view.domain.value = row.domain ?? "";
+    state.before = row.before;
+    clearAnswers(view);
+    replace(view.row, element("p", { class: "soft" }, `Row ${row.row.split("/").at(-1)}, which the adapter did not learn from.`), row.before.length
+      ? details(`${pluralize(row.before.length, "turn")} before it`, row.before.map((turn) => element("p", { class: "text" }, element("b", {}, turn.role), ` ${turn.content}`))) : null);
+    replace(view.expected, row.expected);
+    view.expectedSide.hidden = false;
+  } catch (error) {
+    replace(view.row, element("p", { class: "fault", role: "alert" }, error.message));
+  }
+  view.takeRow.disabled = false;
+}
+
+/** A prompt that was changed is no longer the row's: its answer says nothing about it. The turns before it stay. */
+function forgetRow(view, state) {
+  view.expectedSide.hidden = true;
+  if (!state.before.length) replace(view.row);
+}
+
+async function showTokens(path, view, state) {
   view.ask.disabled = true; // one request at a time
   replace(view.tokens, element("p", { class: "soft", role: "status" }, "The tokenizer and the model are read…"));
   try {
-    const { tokens, count, room } = await postJson(`${path}/tokens`, { prompt: view.prompt.value, domain: view.domain.value || null });
+    const { tokens, count, room } = await postJson(`${path}/tokens`, readPrompt(view, state));
     replace(view.tokens, element("div", { class: "card" }, element("h2", {}, "The prompt as the model sees it"),
       element("p", { class: "soft" }, `${pluralize(count, "token")}`, room === null || room === undefined ? "" : `; room for ${formatWhole(room)} more`),
       element("p", { class: "tokens" }, tokens.map((token) =>
