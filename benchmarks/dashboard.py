@@ -9,7 +9,7 @@ Needs Chromium and Playwright (`make test-ui` installs both), and two cores. Its
 - `page`: one run of so many steps. Seconds from opening its page to its drawn loss, with a server that has not read it
   and again, the tab's JavaScript heap, and the server's memory.
 - `adapter`: whether a short run ends with the same adapter, to the bit, alone and with three pages of it open.
-- `training`: step times of one run with three pages open and without, in turns of ten seconds, while the run has one
+- `training`: step times of one run with three pages open and without, in turns of five seconds, while the run has one
   core, and server and browser another one (`watched_training.py`); `training_one_core`: all on one core.
 """
 

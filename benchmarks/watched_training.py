@@ -1,9 +1,12 @@
-"""What open pages of the dashboard cost a run that trains, by one long run with pages opened and closed in turns.
+"""What open pages of the dashboard cost a run that trains.
 
-Runs differ from one another by more than pages cost, so all is measured within one run of many steps: segments alone
-and segments with three pages open, in the order alone, watched, watched, alone. Each two neighbours are a pair, whose
-median steps are compared; the interval of the mean ratio is a bootstrap over the pairs. Nothing of a segment is left
-out: the seconds in which pages open are in it. The run validates nothing meanwhile.
+Runs differ from one another by more than pages cost, so all is measured within one run of many steps, while three
+pages are open: the list of runs, the run's page at its curves, and at its layers. Server and browser are stopped
+(SIGSTOP) and let go on (SIGCONT) in turns, in the order stopped, open, open, stopped: while they are stopped, it is as
+if nothing were open. Each two neighbours are a pair, whose median steps are compared; the interval of the mean ratio is
+a bootstrap over the pairs. Nothing of a turn is left out: what the pages missed while they were stopped, they read and
+draw when they go on. The run validates nothing meanwhile. What it takes to open the pages is measured before, on its
+own.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,8 @@ import psutil
 from dashboard_server import open_browser, serve
 from playwright.sync_api import Browser
 
-SEGMENT_SECONDS = 10.0
+SEGMENT_SECONDS = 5.0
+OPENING_SECONDS = 15.0
 WARM_STEPS = 100
 RESAMPLES = 10_000
 NEVER = 10**7  # steps
@@ -42,7 +46,7 @@ PROCESSES = ("training", "server", "browser")
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the run: seconds since 1970, whether pages were open, and the CPU seconds of each of `PROCESSES`."""
+    """A part of the run: seconds since 1970, whether pages went on, and the CPU seconds of each of `PROCESSES`."""
 
     start: float
     end: float
@@ -62,10 +66,15 @@ def measure_watched_training(segments: int, cores: tuple[int, int]) -> dict[str,
         outputs = Path(place)
         with serve(outputs) as (address, _, server), train(outputs, cores[0]) as training, open_browser() as browser:
             pids = (training.pid, server.pid)
+            opening = measure_segment(pids, lambda: open_pages(browser, address), OPENING_SECONDS, is_watched=True)
             orders = [segment % 4 in (1, 2) for segment in range(segments)]
-            found = [watch_segment(browser, address, pids, is_watched=watched) for watched in orders]
+            try:
+                found = [take_turn(pids, is_watched=watched) for watched in orders]
+            finally:
+                send_signal(pids, signal.SIGCONT)
         steps = read_steps(outputs / RUN / "logs/metrics.jsonl")
-    return summarize(found, steps, cores)
+    costs = dict(zip(PROCESSES[1:], opening.cpu[1:], strict=True))
+    return {**summarize(found, steps, cores), "cpu_seconds_to_open_the_pages": costs}
 
 
 @contextmanager
@@ -91,18 +100,34 @@ def read_steps(metrics: Path) -> np.ndarray:
     return np.array([(line["time"], line["seconds"]) for line in lines if line["kind"] == "step"])
 
 
-def watch_segment(browser: Browser, address: str, pids: tuple[int, int], *, is_watched: bool) -> Segment:
-    """One segment: with the list of runs, the run's page, and the run's page at its layers open, or with none."""
-    before, start = read_cpu(pids), time.time()
-    pages = [browser.new_page() for _ in range(3 if is_watched else 0)]
-    for page, name in zip(pages, ("", "run/default/run", "run/default/run"), strict=False):
+def open_pages(browser: Browser, address: str) -> None:
+    """Open the list of runs, the run's page, and the run's page at its layers."""
+    pages = [browser.new_page() for _ in range(3)]
+    for page, name in zip(pages, ("", "run/default/run", "run/default/run"), strict=True):
         page.goto(f"{address}/#/{name}")
-    for page in pages[2:]:
-        page.locator("#layers").scroll_into_view_if_needed()
-    time.sleep(max(0.0, start + SEGMENT_SECONDS - time.time()))
+    pages[2].locator("#layers").scroll_into_view_if_needed()
+    pages[2].locator(".heat canvas").wait_for()
+
+
+def take_turn(pids: tuple[int, int], *, is_watched: bool) -> Segment:
+    """A segment in which server and browser go on, or are stopped."""
+    number = signal.SIGCONT if is_watched else signal.SIGSTOP
+    return measure_segment(pids, lambda: send_signal(pids, number), SEGMENT_SECONDS, is_watched=is_watched)
+
+
+def send_signal(pids: tuple[int, int], number: signal.Signals) -> None:
+    """Send a signal to all processes but the training's."""
+    training = {pids[0], *(child.pid for child in psutil.Process(pids[0]).children(recursive=True))}
+    for child in psutil.Process().children(recursive=True):
+        if child.pid not in training:
+            child.send_signal(number)
+
+
+def measure_segment(pids: tuple[int, int], begin: Callable[[], None], seconds: float, *, is_watched: bool) -> Segment:
+    before, start = read_cpu(pids), time.time()
+    begin()
+    time.sleep(max(0.0, start + seconds - time.time()))
     after, end = read_cpu(pids), time.time()
-    for page in pages:
-        page.close()
     return Segment(start, end, is_watched, tuple(b - a for a, b in zip(before, after, strict=True)))
 
 
