@@ -245,6 +245,7 @@ def test_adapters_on_kinds_that_peft_rewrites_load_again(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # each trains, resumes and is merged, beside whatever else the machine does
 def test_all_shared_architectures_are_equal_or_refused(shared: Path, benchmark: Any, tmp_path: Path) -> None:
     builder = load_script(shared / "bench/architectures.py")
     for name in builder.M:
