@@ -33,7 +33,7 @@ def test_json_says_what_was_found_and_where(call: Call, settings: list[str]) -> 
     assert result.stderr.count("embedded demo model") == 1  # of the rehearsal, and not of each trial again
     found: dict[str, Any] = json.loads(result.stdout)
     assert found["study"] == "sweep" and found["finished"] == 1 and found["importances"] == {}
-    assert set(found["best"]) == {"trial", "value", "params", "run_dir"}
+    assert set(found["best"]) == {"trial", "value", "params", "run_dir", "host"}
     assert all(Path(file).is_file() for file in found["files"].values())
     done = call("sweep", *settings)
     assert "trial 0:" not in done.stdout and "best.yaml" in done.stdout  # nothing left to run

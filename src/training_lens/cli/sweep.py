@@ -35,12 +35,18 @@ def sweep(options: CommandOptions) -> None:
 
 def _as_json(result: SweepResult) -> dict[str, object]:
     board, best = result.leaderboard, result.leaderboard.best
+    found = best and {
+        "trial": best.trial,
+        "value": best.validation_loss,
+        "params": best.params,
+        "run_dir": best.run_dir,
+        "host": best.host,
+    }
     return {
         "study": board.study,
         "metric": board.metric,
         **{state: board.count_trials(state) for state in ("finished", "pruned", "failed", "running", "stopped")},
-        "best": best
-        and {"trial": best.trial, "value": best.validation_loss, "params": best.params, "run_dir": best.run_dir},
+        "best": found,
         "recommended": result.recommendation and result.recommendation.as_json(),
         "importances": board.importances,
         "files": result.files,
@@ -70,7 +76,7 @@ def _show_result(screen: Screen, result: SweepResult) -> None:
 
     board = result.leaderboard
     found = leaderboard_table(board)
-    title, numbers = f"sweep {board.study}, {found.caption}", set(found.columns) - {"state", "run"}
+    title, numbers = f"sweep {board.study}, {found.caption}", set(found.columns) - {"state", "machine", "run"}
     show_table(screen.console, title, found.columns, found.rows, right=numbers)
     if result.recommendation and result.recommendation.reason:
         screen.print_line(format_sentence(result.recommendation.reason))

@@ -37,9 +37,10 @@ class TrialRow:
     params: dict[str, Any]  # config values by dotted key
     seconds: float | None  # of training
     run_id: str
-    run_dir: str | None  # on the machine that ran the trial
+    run_dir: str | None  # on its machine
     error: str | None
     is_default: bool = False  # with the base config's own settings
+    host: str | None = None  # the machine that ran the trial
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def build_row(trial: FrozenTrial, space: Space) -> TrialRow:
         run_dir=facts.get("run_dir"),
         error=facts.get("error"),
         is_default=is_default(trial),
+        host=facts.get("host"),
     )
 
 

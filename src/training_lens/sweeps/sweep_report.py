@@ -95,8 +95,9 @@ def _drop_empty(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaderboard_table(found: Leaderboard) -> Table:
-    """The leaderboard as text: trial, loss, one column per key, seconds, state, run."""
+    """The leaderboard as text: trial, loss, one column per key, seconds, state, machine if there are several, run."""
     keys = list(dict.fromkeys(key for row in found.rows for key in row.params))
+    machines = ["machine"] if len({row.host for row in found.rows}) > 1 else []
     rows = [
         (
             f"{row.trial} (default)" if row.is_default else str(row.trial),
@@ -104,11 +105,12 @@ def leaderboard_table(found: Leaderboard) -> Table:
             *(format_value(row.params.get(key)) for key in keys),
             "-" if row.seconds is None else f"{row.seconds:.1f}",
             row.state,
+            *(row.host or "-" for _ in machines),
             row.run_id,
         )
         for row in found.rows
     ]
-    return Table("best first", ("trial", LOSS, *keys, "seconds", "state", "run"), rows)
+    return Table("best first", ("trial", LOSS, *keys, "seconds", "state", *machines, "run"), rows)
 
 
 def format_value(value: Any) -> str:
