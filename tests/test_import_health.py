@@ -27,7 +27,7 @@ from training_lens.integrations.record import RunRecord
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-EXTRAS = "wandb mlflow trackio s3fs nbformat ipykernel bitsandbytes lm_eval gguf".split()
+EXTRAS = "wandb mlflow trackio s3fs nbformat ipykernel bitsandbytes lm_eval gguf psycopg".split()
 DEVELOPMENT = "pytest moto trl nbclient ruff mypy beartype".split()
 HEAVY = "torch transformers pandas pyarrow numpy pydantic hydra omegaconf optuna plotly rich typer fsspec".split()
 PUBLIC = {

@@ -258,7 +258,7 @@ def study(world: World, folder: Path, draw: random.Random) -> Call:
     """A sweep's database, in its bytes or in a value of a table, opened and gone on with."""
     from training_lens.sweeps.leaderboard import build_leaderboard, recommend_trial
     from training_lens.sweeps.space import Space
-    from training_lens.sweeps.study import SharedStudy, explain_lost_storage
+    from training_lens.sweeps.study import SharedStudy
     from training_lens.sweeps.sweep_report import best_yaml
     from training_lens.sweeps.worker import Worker
 
@@ -272,7 +272,7 @@ def study(world: World, folder: Path, draw: random.Random) -> Call:
     def call() -> None:
         space = Space.from_config(config)
         opened = SharedStudy(config, space, place, {})
-        with explain_lost_storage(config.sweep), Worker(place / "workers") as worker:
+        with opened.explain_lost_database(), Worker(place / "workers") as worker:
             opened.claim_trial(worker)
             trials = opened.current_trials()
             found = build_leaderboard(config.sweep.name, config.sweep.metric, trials, space)

@@ -23,12 +23,11 @@ from sqlalchemy import event, text
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
-from training_lens.sweeps import worker as workers
 from training_lens.sweeps.leaderboard import build_leaderboard
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.study import SharedStudy
 from training_lens.sweeps.trials import current_trials, is_default, is_valid_claim, run_id
-from training_lens.sweeps.worker import Worker, is_alive
+from training_lens.sweeps.worker import Worker, is_alive, send_heartbeats
 
 Config = Callable[..., TrainingConfig]
 Open = Callable[..., SharedStudy]
@@ -78,6 +77,7 @@ def test_of_claims_made_at_once_the_lowest_number_stands(
         everything = [first, same, other]
         assert [is_valid_claim(claim, everything, wanted=3) for claim in everything] == [True, False, True]
         assert [is_valid_claim(claim, everything, wanted=1) for claim in everything] == [True, False, False]
+        assert [t.number for t in current_trials(everything)] == [first.number, other.number]  # withdrawn or not yet
         study._end_trial(first, TrialState.FAIL)  # two processes then go on with the run of one that was left
         left = study.read_trial(first)
         again = [study._create_trial(left.params, worker, left) for _ in range(2)]
@@ -149,7 +149,7 @@ def test_a_process_of_another_machine_is_dead_when_its_heartbeat_stops(
         assert run_id(claimed(study, worker)) == run_id(theirs)
 
 
-def test_heartbeats_go_on_while_the_database_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeats_go_on_while_the_database_is_away(tmp_path: Path) -> None:
     class Away(RDBStorage):
         """Fails at each second heartbeat."""
 
@@ -161,8 +161,7 @@ def test_heartbeats_go_on_while_the_database_is_away(tmp_path: Path, monkeypatch
                 raise StorageInternalError("away")
 
     heard, enough = list[int](), Event()
-    monkeypatch.setattr(workers, "PULSE_SECONDS", 0.001)
-    with workers.send_heartbeats(Away(f"sqlite:///{tmp_path / 'study.db'}"), 7):
+    with send_heartbeats(Away(f"sqlite:///{tmp_path / 'study.db'}"), 7, every=0.001):
         assert enough.wait(60)
     assert set(heard) == {7} and "sweep-heartbeat" not in {thread.name for thread in enumerate_threads()}
 
@@ -278,11 +277,9 @@ def test_a_database_in_memory_is_refused(sweep_config: Config, open_study: Open,
         open_study(sweep_config(storage=url))
 
 
-def test_a_storage_that_cannot_be_opened_is_named_without_its_password(
-    sweep_config: Config, open_study: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("training_lens.sweeps.study.OPENING_TRIES", 1)
-    for url in ("sqlite:////no/such/folder/study.db", "mysql+nosuch://me:secret@localhost/db", "me:secret"):
+def test_a_storage_that_cannot_be_opened_is_named_without_its_password(sweep_config: Config, open_study: Open) -> None:
+    unclear = "postgresql://me:it@secret@host/db", "postgresql://me:it@secret:5432/db:x@host/db"
+    for url in ("sqlite:////no/such/folder/study.db", "mysql+nosuch://me:secret@localhost/db", "me:secret", *unclear):
         with pytest.raises(ConfigurationError, match=r"sweep\.storage: .* cannot be opened") as caught:
             open_study(sweep_config(storage=url))
         assert "secret" not in str(caught.value)

@@ -180,10 +180,16 @@ class SweepSection(Section):
     seed: int = setting(0, "of the sampler; the trials' own is training.seed", ge=0, lt=2**31)
     storage: str | None = setting(
         None,
-        "database URL that Optuna takes (postgresql://..., mysql://..., sqlite:///...), shared by all who "
+        "database URL (postgresql://..., mysql://..., sqlite:///...) of a study on several machines, shared by all who "
         "give it; may hold a password, so it is saved with no run; null: study.db in the sweep's folder",
         min_length=1,
         exclude=True,
+    )
+    takeover_seconds: int = setting(
+        300,
+        "a trial on another machine that sends no heartbeat for so long is taken over; heartbeats are ten times as "
+        "frequent; the same on all machines",
+        ge=5,
     )
 
 

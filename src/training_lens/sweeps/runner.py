@@ -30,7 +30,7 @@ from training_lens.sweeps.leaderboard import (
     sum_blocks,
 )
 from training_lens.sweeps.space import Space
-from training_lens.sweeps.study import SharedStudy, explain_lost_storage, free_settings
+from training_lens.sweeps.study import SharedStudy, free_settings
 from training_lens.sweeps.sweep_report import write_results
 from training_lens.sweeps.trials import FINISHED, is_default, run_id
 from training_lens.sweeps.worker import Worker
@@ -117,7 +117,7 @@ class Sweep:
         """
         gc.freeze()  # objects that exist now stay: later collections can skip them
         try:
-            with explain_lost_storage(self.config.sweep), Worker(self.folder / "workers") as worker, quiet_screen():
+            with self.study.explain_lost_database(), Worker(self.folder / "workers") as worker, quiet_screen():
                 try:
                     with filter_screen(self._once):
                         self._run_trials(worker)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import secrets
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SQLAlchemyError
 
-from training_lens.config.schema import SweepSection, TrainingConfig
+from training_lens.config.schema import TrainingConfig
 from training_lens.config.search_space import flatten_keys
-from training_lens.errors import ConfigurationError, TrainingError
+from training_lens.errors import ConfigurationError
 from training_lens.sweeps.search_strategies import build_pruner, propose_point
 from training_lens.sweeps.space import Params, Space
+from training_lens.sweeps.study_storage import explain_lost_storage, open_storage, read_url
 from training_lens.sweeps.trials import (
     BLOCKS,
     check_attributes,
@@ -33,15 +30,14 @@ from training_lens.sweeps.trials import (
     is_lost,
     is_valid_claim,
 )
-from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, delete_lock, is_alive, send_heartbeats
+from training_lens.sweeps.worker import Worker, delete_lock, is_alive, send_heartbeats
 from training_lens.training.resume import FREE_KEYS
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.nested import find_differences, flatten_sections, nest_keys
 
 logger = get_logger(__name__)
-OPENING_TRIES = 5
-SQLITE_WAIT_SECONDS = 60  # for another process's write; SQLite's default of 5 is short on a busy disk
+HEARTBEATS = 10  # in the time after which a trial without one is taken over
 CARRIED = ("token", "default", BLOCKS)  # copied from a lost trial to the one that resumes its run
 # Raised by Optuna on rows that it did not write.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, StopIteration)
@@ -70,10 +66,11 @@ class SharedStudy:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.settings, self.space = config.sweep, space
-        file = URL.create("sqlite", database=str((folder / "study.db").resolve()))
-        url = config.sweep.storage or file.render_as_string()  # with special characters of the path escaped
-        self._storage = open_storage(url)
-        with explain_storage(url), _explain_study(config.sweep.name):
+        self._url = read_url(config.sweep.storage, folder)
+        with (
+            open_storage(self._url, config.sweep.takeover_seconds) as self._storage,
+            _explain_study(config.sweep.name),
+        ):
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=config.sweep.name,
@@ -82,7 +79,8 @@ class SharedStudy:
                 load_if_exists=True,
             )
             self._study_id = self._storage.get_study_id_from_name(config.sweep.name)
-            noted = "config" in self._study.user_attrs or not self._study.get_trials(deepcopy=False)
+            is_begun = bool(self._study.get_trials(deepcopy=False))  # first: who has trials has noted its config before
+            noted = "config" in self._study.user_attrs or not is_begun
             if self._study.directions != [StudyDirection.MINIMIZE] or not noted:
                 raise ConfigurationError(
                     f"sweep.name: the storage has a study '{config.sweep.name}' that is not a sweep of Training Lens. "
@@ -189,7 +187,7 @@ class SharedStudy:
 
     def send_heartbeats(self, trial: FrozenTrial) -> AbstractContextManager[None]:
         """Inside the context, other machines see that the trial is alive."""
-        return send_heartbeats(self._storage, self._trial_id(trial))
+        return send_heartbeats(self._storage, self._trial_id(trial), self.settings.takeover_seconds / HEARTBEATS)
 
     def report_loss(self, trial: FrozenTrial, validation: int, loss: float) -> bool:
         """Record the loss at a validation, counted from 1; returns whether the pruner would end the trial."""
@@ -223,6 +221,10 @@ class SharedStudy:
         except UpdateFinishedTrialError:
             return False
         return True
+
+    def explain_lost_database(self) -> AbstractContextManager[None]:
+        """Inside the context, a database that no longer answers becomes a TrainingError."""
+        return explain_lost_storage(self.settings.name, self._url)
 
     def close(self) -> None:
         """Close the database."""
@@ -260,58 +262,5 @@ def _shared_values(config: TrainingConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", include={"model", "data", "peft", "training"})
     by_key = {f"{section}.{name}": value for section, keys in values.items() for name, value in keys.items()}
     kept = {key: value for key, value in by_key.items() if key not in FREE_KEYS}
-    return {**kept, "sweep.space": flatten_keys(config.sweep.space), "sweep.metric": config.sweep.metric}
-
-
-def open_storage(url: str) -> RDBStorage:
-    """Open the storage, with a few tries because processes that start together create its tables at once.
-
-    Raises:
-        ConfigurationError: it cannot be opened, or is a database in memory.
-    """
-    if url.startswith("sqlite") and (url.endswith("://") or ":memory:" in url or "mode=memory" in url):
-        raise ConfigurationError(
-            f"sweep.storage: {url} is a database in memory, which other processes cannot see and later starts cannot "
-            "resume. Give a file, such as sqlite:///study.db, or leave it out."
-        )
-    options: dict[str, Any] = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if url.startswith("sqlite") else {}
-    with explain_storage(url), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        for left in reversed(range(OPENING_TRIES)):
-            try:
-                return RDBStorage(
-                    url, engine_kwargs=options, heartbeat_interval=PULSE_SECONDS, grace_period=GRACE_SECONDS
-                )
-            except (SQLAlchemyError, StorageInternalError):
-                if not left:
-                    raise
-                time.sleep(0.3 + 0.3 * secrets.randbelow(3))
-    raise AssertionError("the last try returns or raises")
-
-
-@contextmanager
-def explain_storage(url: str) -> Iterator[None]:
-    """Inside the context, an error in opening becomes a ConfigurationError that names the storage without password."""
-    try:
-        yield
-    except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
-        shown = "the given URL"  # an invalid one may contain a password anywhere
-        with suppress(SQLAlchemyError):
-            shown = make_url(url).render_as_string(hide_password=True)
-        raise ConfigurationError(
-            f"sweep.storage: {shown} cannot be opened: {describe_error(error.__cause__ or error)} Give a "
-            "URL such as postgresql://USER:PASSWORD@HOST/DATABASE (with its driver installed), or leave it out for a "
-            "file."
-        ) from error
-
-
-@contextmanager
-def explain_lost_storage(settings: SweepSection) -> Iterator[None]:
-    """Inside the context, a database that no longer answers becomes a TrainingError; the sweep can be resumed."""
-    try:
-        yield
-    except StorageInternalError as error:
-        raise TrainingError(
-            f"the storage of the sweep '{settings.name}' does not answer: {describe_error(error.__cause__ or error)} "
-            "No finished trial is lost; start the same command again."
-        ) from error
+    shared = {f"sweep.{name}": getattr(config.sweep, name) for name in ("metric", "takeover_seconds")}
+    return {**kept, **shared, "sweep.space": flatten_keys(config.sweep.space)}

@@ -65,12 +65,20 @@ def is_lost(trial: FrozenTrial) -> bool:
 
 
 def current_trials(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The current trial of each run by number: the first that is not lost, else the last."""
+    """The current trial of each run by number: the first that is not lost, else the last.
+
+    Of simultaneous claims of one point only the lowest number counts, whether or not the others are withdrawn yet. So
+    the next point is that of one process, and a claim whose process died before withdrawing it is never run.
+    """
     latest: dict[int, FrozenTrial] = {}
+    points: set[str] = set()
     for trial in trials:
-        number = first_number(trial)
-        if "withdrawn" not in trial.user_attrs and (number not in latest or is_lost(latest[number])):
+        number, point = first_number(trial), repr(sorted(trial.params.items()))
+        if "withdrawn" in trial.user_attrs or (number not in latest and point in points):
+            continue
+        if number not in latest or is_lost(latest[number]):
             latest[number] = trial
+            points.add(point)
     return [latest[number] for number in sorted(latest)]
 
 

@@ -1,7 +1,7 @@
 """A process of a sweep as others see it: a lock on its machine, and heartbeats in the storage.
 
 The operating system frees a lock when its process dies, which is visible at once on the same machine. Other machines
-use the heartbeat: without one for `GRACE_SECONDS` by the database's clock, the process is dead.
+use the heartbeat: without one for `sweep.takeover_seconds` by the database's clock, the process counts as dead.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 
 from training_lens.errors import TrainingLensError
-
-PULSE_SECONDS = 30
-GRACE_SECONDS = 300
 
 
 class Worker:
@@ -80,12 +77,12 @@ def delete_lock(attributes: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def send_heartbeats(storage: RDBStorage, trial_id: int) -> Iterator[None]:
-    """Inside the context, a heartbeat is sent to the storage every `PULSE_SECONDS`."""
+def send_heartbeats(storage: RDBStorage, trial_id: int, every: float) -> Iterator[None]:
+    """Inside the context, a heartbeat is sent to the storage every so many seconds."""
     done = Event()
 
     def send_heartbeat() -> None:
-        while not done.wait(PULSE_SECONDS):
+        while not done.wait(every):
             with suppress(StorageInternalError):  # temporarily unavailable: the next heartbeat counts
                 storage.record_heartbeat(trial_id)
         storage.remove_session()  # this thread's connection
