@@ -105,6 +105,7 @@ def open_pages(browser: Browser, address: str) -> None:
     pages = [browser.new_page() for _ in range(3)]
     for page, name in zip(pages, ("", "run/default/run", "run/default/run"), strict=True):
         page.goto(f"{address}/#/{name}")
+    pages[2].locator(".uplot canvas").first.wait_for()  # what comes above pushes the layers down
     pages[2].locator("#layers").scroll_into_view_if_needed()
     pages[2].locator(".heat canvas").wait_for()
 
