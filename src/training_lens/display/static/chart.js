@@ -204,6 +204,7 @@ function markPlugin(state) {
     const { ctx, bbox } = plot;
     ctx.save();
     ctx.font = fontOf(11 * devicePixelRatio);
+    [ctx.textAlign, ctx.textBaseline] = ["left", "alphabetic"]; // the axes of an earlier drawing have set others
     let lastEnd = -Infinity;
     for (const mark of state.marks) {
       const at = Math.round(plot.valToPos(mark.step, "x", true));
