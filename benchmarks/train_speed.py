@@ -47,6 +47,7 @@ from training_jobs import (
 WITH_LENS, WITHOUT = ["ours", "ours_lens", "hf", "hf_group", "trl"], ["ours", "hf", "hf_group"]
 DEFAULT_MODES = {"gsm8k": WITH_LENS, "t0": WITHOUT, "fixed": ["ours", "hf", "unsloth"]}
 SOURCES = {"gsm8k": "data/gsm8k/train.jsonl", "t0": "data/t0_per_template/*.jsonl"}
+UNSTEADY = 2  # first steps, in which kernels are prepared and memory is first taken
 TOLERANCE = 0.02  # of the loss: beyond it two trainings did not do the same
 
 
@@ -80,7 +81,8 @@ def _median(results: list[dict[str, Any]], tokens: int, parameters: int) -> dict
         return failed
     seconds = [result["seconds"] for result in results]
     shares = [4 * parameters * tokens / result["seconds"] / result["matmul_flops"] for result in results]
-    steady = [_steady_share(result, parameters) for result in results if "step_seconds" in result]
+    # Of runs that are longer than those: two steps leave nothing behind them.
+    steady = [_steady_share(r, parameters) for r in results if len(r.get("step_seconds", ())) > UNSTEADY]
     return {
         "useful_tokens_per_second": round(tokens / statistics.median(seconds), 1),
         "share_of_matmul_rate": round(statistics.median(shares), 4),
@@ -93,8 +95,8 @@ def _median(results: list[dict[str, Any]], tokens: int, parameters: int) -> dict
 
 
 def _steady_share(result: dict[str, Any], parameters: int) -> float:
-    """The share behind the first two steps, in which kernels are prepared and memory is first taken."""
-    tokens, seconds = (sum(result[key][2:]) for key in ("step_tokens", "step_seconds"))
+    """The share behind the first two steps."""
+    tokens, seconds = (sum(result[key][UNSTEADY:]) for key in ("step_tokens", "step_seconds"))
     return float(4 * parameters * tokens / seconds / result["matmul_flops"])
 
 

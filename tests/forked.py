@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 
 def fork(action: Callable[..., Any], *given: Any, environment: dict[str, str] | None = None) -> BaseProcess:
@@ -25,6 +27,23 @@ def fork(action: Callable[..., Any], *given: Any, environment: dict[str, str] | 
     process = multiprocessing.get_context("fork").Process(target=_act, args=(action, given, environment or {}))
     process.start()
     return process
+
+
+def fork_processes(count: int, action: Callable[..., Any], *given: Any) -> list[BaseProcess]:
+    """Start processes that do this with the environment that torchrun gives them: gloo on the CPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    ranks = map(str, range(count))
+    return [fork(_act_apart, action, given, environment={**shared, "RANK": r, "LOCAL_RANK": r}) for r in ranks]
+
+
+def join_processes(processes: Sequence[BaseProcess]) -> list[int | None]:
+    """Wait for all; their exit codes."""
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def fork_command(folder: Path, *arguments: str, redirect: Callable[[], None] | None = None) -> BaseProcess:
@@ -62,6 +81,11 @@ def redirect_to_files(stdin: int | None = None, folder: Path = Path()) -> None:
 def _act(action: Callable[..., Any], given: tuple[Any, ...], environment: dict[str, str]) -> None:
     torch.set_num_threads(1)  # the fork's thread pool is made anew here, before two threads ask for it at once
     os.environ.update(environment)
+    action(*given)
+
+
+def _act_apart(action: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    PartialState._reset_state()  # of this process, which was one of one
     action(*given)
 
 

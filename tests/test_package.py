@@ -23,7 +23,7 @@ from training_lens import errors
 
 ERRORS = """AdapterError CheckpointError ConfigurationError DamagedFileError DatasetError EstimateError EvaluationError
     IntegrationError InterruptedRunError LensError MergeError ModelLoadingError OutOfMemoryError OutputError
-    PrunedRunError TrainingError TrainingLensError""".split()
+    ProcessLostError PrunedRunError TrainingError TrainingLensError""".split()
 PACKAGES = (
     training_lens, training_lens.analysis, training_lens.core, training_lens.data, training_lens.evaluation,
     training_lens.inference, training_lens.integrations, training_lens.models, training_lens.training,

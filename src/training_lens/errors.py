@@ -107,5 +107,9 @@ class InterruptedRunError(TrainingLensError):
         self.signal_number, self.exit_code = signal_number, 128 + signal_number
 
 
+class ProcessLostError(TrainingLensError):
+    """Another process of the run ended or cannot be reached, so that this one ends, too."""
+
+
 class PrunedRunError(TrainingLensError):
     """A callback stopped the run early because it is not worth finishing. Not a failure of the run."""

@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import weakref
@@ -17,8 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
-from forked import fork  # type: ignore[import-not-found]
+from forked import fork, fork_processes, join_processes  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 
 from training_lens import TrainingConfig, TrainingWrapper
@@ -308,30 +306,14 @@ def test_a_failed_run_says_so(small_config: Config) -> None:
     assert "out of luck" in (run.logs / "run.log").read_text()
 
 
-def unused_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def train_with_two_processes(config: TrainingConfig) -> None:
-    """Two forks with the environment that torchrun gives them: gloo on the CPU."""
-
-    def train_there() -> None:
-        PartialState._reset_state()  # of this process, which is one of one
-        TrainingWrapper(config).train()
-
-    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    started = [fork(train_there, environment={**both, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    for process in started:
-        process.join()
-    assert [process.exitcode for process in started] == [0, 0]
+    assert join_processes(fork_processes(2, TrainingWrapper(config).train)) == [0, 0]
 
 
 def run_under_torchrun(*arguments: str) -> None:
     """`training-lens train` under torchrun, with two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={unused_port()}", "-m", "training_lens", "train", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "training_lens", "train", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
@@ -347,9 +329,8 @@ def assert_same_losses(a: RunFolder, b: RunFolder) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_adapter_as_one(small_config: Config) -> None:
-    """Half the batch each gives the whole batch's run."""
     alone = train(small_config(training={"max_steps": 2}, lens={}))
-    training, output = {"batch_size": 4, "max_steps": 2}, {"run_id": "two"}
+    training, output = {"max_steps": 2}, {"run_id": "two"}
     train_with_two_processes(small_config(training=training, output=output, model={"device": "cpu"}, lens={}))
     two = RunFolder(alone.root.parent / "two")
     assert_same_losses(alone, two)

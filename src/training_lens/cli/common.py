@@ -20,9 +20,10 @@ from rich.text import Text
 from training_lens.cli.find_runs import locate_adapter
 from training_lens.cli.missing_files import check_own_model
 from training_lens.cli.options import CommandOptions, ConfigOptions, OutputOptions
-from training_lens.errors import ConfigurationError, OutputError, TrainingLensError
+from training_lens.errors import ConfigurationError, OutputError, ProcessLostError, TrainingLensError
 from training_lens.utils.files import replace_non_finite
 from training_lens.utils.formatting import reveal_controls
+from training_lens.utils.launch import launched_rank
 from training_lens.utils.resource_errors import describe_shortage
 from training_lens.utils.streams import lost_output
 
@@ -107,13 +108,14 @@ def command(options: OutputOptions, *, has_log: bool = False) -> Iterator[Screen
     """
     from training_lens.utils.logging import plain_console, setup_logging
 
-    console = plain_console(stderr=options.json)
+    is_main = launched_rank() == 0
+    console = plain_console(stderr=options.json, quiet=not is_main)
     setup_logging(console)
     output = sys.stdout
     aside = redirect_stdout(sys.stderr) if options.json else nullcontext()  # libraries print, too
     try:
         with aside:
-            yield Screen(console, options.json, output)
+            yield Screen(console, options.json and is_main, output)
         if not has_log:
             require_written(output)
     except BaseException as error:
@@ -123,7 +125,8 @@ def command(options: OutputOptions, *, has_log: bool = False) -> Iterator[Screen
             raise
         traceback.clear_frames(error.__traceback__)  # frees memory, which the report of its lack needs
         message, code = describe_error(error)
-        plain_console(stderr=True).print(message, style="red", soft_wrap=True)
+        if is_main or not isinstance(error, ProcessLostError):
+            plain_console(stderr=True).print(message, style="red", soft_wrap=True)
         sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,9 @@ from training_lens.cli.common import Screen, command, load_config
 from training_lens.cli.find_runs import is_url, locate_run
 from training_lens.cli.missing_files import check_training, start_unsloth
 from training_lens.cli.options import CommandOptions
+from training_lens.cli.torchrun import run_on_processes
 from training_lens.errors import ConfigurationError, TrainingError
+from training_lens.utils.launch import is_launched
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -48,13 +51,18 @@ def train(options: CommandOptions, resume: Resume = None, verify_resume: VerifyR
     """
     with command(options, has_log=True) as screen:
         settings = load_config(options)
-        unfinished = _find_unfinished(screen, resume, settings) if resume else None
+        unfinished = _find_unfinished(screen, resume, settings) if resume else _find_restarted(settings)
         if not unfinished:
             check_training(settings)
+            distributed = settings.distributed
         else:
             from training_lens.config.run_config import read_run_config
 
-            start_unsloth(read_run_config(unfinished))
+            recorded = read_run_config(unfinished)
+            start_unsloth(recorded)
+            distributed = (settings if "distributed" in settings.explicit_values() else recorded).distributed
+        if distributed.processes > 1 and not (is_launched() or verify_resume):
+            raise typer.Exit(run_on_processes(distributed, sys.argv[1:]))
         if verify_resume:
             _verify_resume(screen, settings, resume)
             return
@@ -71,6 +79,15 @@ def train(options: CommandOptions, resume: Resume = None, verify_resume: VerifyR
         screen.print_result({**asdict(summary), "verdict": verdict.as_json()})
         if summary.stopped_by:
             raise typer.Exit(STOPPED_BY_FINDING)
+
+
+def _find_restarted(settings: TrainingConfig) -> RunFolder | None:
+    """The run that goes on where torchrun started its processes anew."""
+    if not is_launched():
+        return None
+    from training_lens.training.run_processes import find_restarted_run
+
+    return find_restarted_run(settings)
 
 
 def _verify_resume(screen: Screen, settings: TrainingConfig, resume: str | None) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection, PrepareSection
+from training_lens.config.distributed_section import DistributedSection
 from training_lens.config.evaluation_sections import BenchmarkSection, EvaluationSection, InferenceSection
 from training_lens.config.foreign_keys import translate_names
 from training_lens.config.lens_section import LensSection
@@ -111,7 +112,7 @@ class TrainingSection(Section):
     max_steps: int | None = setting(
         None, "train exactly this many steps, whatever epochs says; rows come again when they are through", ge=1
     )
-    batch_size: int = setting(8, "examples per process and accumulation step", ge=1)
+    batch_size: int = setting(8, "examples per accumulation step, of all processes together", ge=1)
     gradient_accumulation_steps: int = setting(1, "a step covers this many times batch_size", ge=1)
     micro_batch_tokens: Count | Literal["auto"] = setting(
         "auto",
@@ -232,6 +233,7 @@ class TrainingConfig(Section):
     tracking: TrackingSection = TrackingSection()
     lens: LensSection = LensSection()
     sweep: SweepSection = SweepSection()
+    distributed: DistributedSection = DistributedSection()
     output: OutputSection = OutputSection()
 
     def __init__(self, /, **values: Any) -> None:
@@ -277,6 +279,8 @@ class TrainingConfig(Section):
             "leave it out, and set the environment variable that the service reads"
             for key in find_secret_keys(self.model_dump())
         ]
+        if self.distributed.cpu_offload and self.distributed.base != "sharded":
+            problems.append("distributed.cpu_offload: needs distributed.base=sharded")
         if self.peft.init == "pissa" and self.model.quantization != "none":
             problems.append("peft.init: pissa needs the weights unquantized; give init=default or quantization=none")
         return problems

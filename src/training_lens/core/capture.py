@@ -39,13 +39,14 @@ class RunFacts:
     """What a loop knows of its run at the start.
 
     `after_step` is the last step before a resume, 0 for a new run. `settings` are `LensManifest.settings`. `precision`
-    is that of the probe's forward passes.
+    is that of the probe's forward passes. `from_main` gives a value of the main process, where all run those together.
     """
 
     origin: str = "hand"
     after_step: int = 0
     precision: Precision = "fp32"
     settings: Mapping[str, Any] | None = None
+    from_main: Callable[[Any], Any] = lambda value: value
 
     @property
     def total_steps(self) -> int | None:
@@ -78,7 +79,7 @@ class Capture:
         if facts.after_step == 0 and (folder / LENS).is_file():
             logger.warning("the captures of an earlier run in %s are replaced", folder)
         self._writer = LensWriter(folder, self._build_manifest(), section, facts.after_step)
-        self._last_steps = self._writer.last_steps()  # collector -> its last captured step
+        self._last_steps = facts.from_main(self._writer.last_steps())  # collector -> its last captured step
         self._save_probe(folder / PROBE, section.keep_probe)
         self._budget.seconds |= self._writer.cost()  # of the run before it was resumed
         for collector in tuple(self._active):
@@ -129,9 +130,17 @@ class Capture:
         with budget.measure("flush", flush_cadence), self._end_on_failure():
             self._writer.flush_if_due(self.seconds)
         budget.update_schedules()
+        self._follow_main()
         self._run_probe(step, self._due_collectors(Moment.PROBE, step))
         context.before = context.gradients = context.after = ()  # frees memory for the next step's activations
         budget.start_step()
+
+    def _follow_main(self) -> None:
+        """Capture what the main process does: where the base is sharded, a pass is one of all processes together."""
+        names = [collector.name for collector in self._active]
+        found = self._facts.from_main((self._budget.intervals, names, self._is_over))
+        self._budget.intervals, names, self._is_over = found
+        self._active = [collector for collector in self._active if collector.name in names]
 
     def record_rows(self, step: int, rows: RowLosses, table: str = tables.ROW_LOSSES) -> None:
         """See `TrainingLensFramework.record_rows`."""

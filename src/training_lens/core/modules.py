@@ -17,6 +17,7 @@ from training_lens.errors import LensError
 from training_lens.measures.factors import Factors
 from training_lens.models import pissa
 from training_lens.models.experts import adapted_path, expert_name, is_expert_adapter, split_a, split_b
+from training_lens.models.sharding import gathered, is_sharded
 from training_lens.utils.devices import move_to_device, move_to_one_device
 from training_lens.utils.logging import get_logger
 
@@ -74,6 +75,11 @@ class AdapterModule:
 
         None if the module has no single matrix, or 4-bit codes that bitsandbytes packed for inference on the CPU.
         """
+        with gathered(self.module):
+            weight = self._read_base_weight()
+            return weight.clone() if weight is not None and is_sharded(self.module) else weight
+
+    def _read_base_weight(self) -> Tensor | None:
         from peft.utils.integrations import dequantize_module_weight
 
         base: Any = self.module.get_base_layer()  # type: ignore[operator]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from training_lens.config.lens_section import LensSection
@@ -136,6 +136,16 @@ class OverheadBudget:
                 schedule.record_capture(self._step_costs.pop(cadence), self._step_seconds)
             else:
                 schedule.record_step_time(self._step_seconds)
+
+    @property
+    def intervals(self) -> dict[Cadence, int]:
+        """The steps from one capture to the next. Set, they are those of another process."""
+        return {cadence: schedule.interval for cadence, schedule in self._schedules.items()}
+
+    @intervals.setter
+    def intervals(self, intervals: Mapping[Cadence, int]) -> None:
+        for cadence, interval in intervals.items():
+            self._schedules[cadence].interval = interval
 
 
 def _build_schedule(cadence: Cadence, section: LensSection, total_steps: int | None) -> CaptureSchedule:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 
 import numpy as np
 import torch
@@ -179,9 +180,26 @@ def split_micro_batches(
 
 
 def shard_positions(positions: np.ndarray, lengths: np.ndarray, process: int, processes: int) -> np.ndarray:
-    """One process's shard of a step: every n-th example by length, so that all processes have equal work."""
-    mine: np.ndarray = positions[order_by_length(positions, lengths)][process::processes]
+    """One process's shard of a step, longest example first; see `assign_processes`."""
+    ordered = positions[order_by_length(positions, lengths)]
+    mine: np.ndarray = ordered[assign_processes(lengths[ordered], processes) == process]
     return mine
+
+
+def assign_processes(lengths: np.ndarray, processes: int) -> np.ndarray:
+    """The process of each example, given longest first, so that all have about equally many tokens.
+
+    Each example goes to the process that has the fewest tokens so far (longest processing time first: the most tokens
+    of a process are at most 4/3 of the best division's, Graham 1969).
+    """
+    if processes == 1:
+        return np.zeros(len(lengths), dtype=np.int64)
+    loads = [(0, process) for process in range(processes)]
+    owners = np.empty(len(lengths), dtype=np.int64)
+    for place, length in enumerate(lengths.tolist()):
+        tokens, owners[place] = loads[0]
+        heapreplace(loads, (tokens + length, int(owners[place])))
+    return owners
 
 
 def order_by_length(positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -168,6 +168,8 @@ def _sum_examples(
                 table.index_add_(0, examples, values.cpu().double())  # a sync point a batch
                 options.advance(len(part))
         except Exception as error:
+            if options.processes.is_base_sharded:
+                raise  # the others wait in a pass, not for a sum
             failure, table[-1] = error, 1.0
     whole = options.processes.reduce_sum(table)
     if whole[-1].any():
@@ -177,13 +179,42 @@ def _sum_examples(
     return whole[:-1].numpy()
 
 
+def _shard(dataset: TokenDataset, options: EvaluationOptions) -> list[list[np.ndarray]]:
+    """The batches of each process."""
+    everything, lengths = np.arange(len(dataset)), dataset.lengths
+    count = options.processes.count
+    parts = [shard_positions(everything, lengths, process, count) for process in range(count)]
+    return [split_micro_batches(part, lengths, options.max_tokens) for part in parts]
+
+
+def _score_together(
+    dataset: TokenDataset,
+    options: EvaluationOptions,
+    columns: Callable[[Batch], torch.Tensor],
+    shards: list[list[np.ndarray]],
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """This process's batches where a sharded base makes each pass one of all: who is done repeats its shortest row."""
+    processes, device = options.processes, options.processes.device
+    own, filler = shards[processes.index], np.array([dataset.lengths.argmin()])
+    for place in range(max(map(len, shards))):
+        part = own[place] if place < len(own) else filler
+        batch = collate([dataset[int(i)] for i in part], options.fill_id).move_to(device)
+        with torch.no_grad(), autocast(device, options.precision):  # FSDP2 gathers no weights in inference mode
+            values = columns(batch)
+        if place < len(own):
+            yield part, values
+
+
 def _score_batches(
     dataset: TokenDataset, options: EvaluationOptions, columns: Callable[[Batch], torch.Tensor]
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """This process's examples in batches, each with its `columns`; batches are halved where memory runs out."""
     processes, device = options.processes, options.processes.device
-    positions = shard_positions(np.arange(len(dataset)), dataset.lengths, processes.index, processes.count)
-    waiting = split_micro_batches(positions, dataset.lengths, options.max_tokens)
+    shards = _shard(dataset, options)
+    waiting = shards[processes.index]
+    if processes.is_base_sharded:
+        yield from _score_together(dataset, options, columns, shards)
+        return
     while waiting:
         batch = collate([dataset[int(i)] for i in waiting[0]], options.fill_id).move_to(device)
         tokens, values = batch.input_ids.numel(), None

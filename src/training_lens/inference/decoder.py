@@ -25,6 +25,7 @@ from training_lens.models.fast.layer_spec import UnknownLayerError
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close, relative_error
 from training_lens.models.model_classes import unwrap_adapter
 from training_lens.models.quantization import is_quantized
+from training_lens.models.sharding import has_sharded_layers
 from training_lens.utils.devices import available_bytes
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
@@ -61,6 +62,9 @@ class DecoderCache:
 
         With `base` it is that of the model without its adapter. Logits are compared on the tokens of `prompt`.
         """
+        if has_sharded_layers(model):
+            log_once("answers come from the model's own generate: its base is shared out over processes")
+            return None
         if self._state is None or not self._state.is_same(_read_model_state(model, base)):
             self.clear()  # before the next one is built: both need not be in memory together
             self._decoder = _try_to_build(model, base, prompt)

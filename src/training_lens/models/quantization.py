@@ -92,9 +92,14 @@ def has_8bit_layers(model: Any) -> bool:
 
 
 def element_count(parameter: torch.nn.Parameter) -> int:
-    """The number of weights in a parameter; a packed 4-bit one has its shape in its quantization state."""
+    """The number of weights in a parameter; a packed 4-bit one has its shape in its quantization state.
+
+    A sharded one has lost that: two weights are in each of its bytes.
+    """
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+    if state is None:
+        return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+    return int(torch.Size(state.shape).numel())
 
 
 def dequantize_model(model: Any) -> Any:

@@ -19,11 +19,12 @@ from training_lens.evaluation.evaluator import EvaluationOptions, TokenSums, tok
 from training_lens.models.adapters import base_only, trainable_parameters
 from training_lens.models.fast.install import uninstall_kernels
 from training_lens.sweeps.rate_advice import RateAdvice, RateLosses, advise_rate
+from training_lens.training.adapted_base import build_trainer
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.loop.lr_schedule import default_lr
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan
-from training_lens.training.run import TrainingWrapper, build_trainer
+from training_lens.training.run import TrainingWrapper
 from training_lens.utils.devices import free_memory, keep_freed_memory, restore_rng_state, rng_state
 from training_lens.utils.logging import quiet_screen
 

@@ -20,12 +20,12 @@ from training_lens.errors import EstimateError, OutOfMemoryError
 from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
 from training_lens.models.factory import load_thinned
 from training_lens.models.fast.install import uninstall_kernels
+from training_lens.training.adapted_base import build_trainer
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.loop.memory_budget import affordable_tokens, explain_out_of_memory, measure_token_bytes
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan
 from training_lens.training.preflight.first_steps import require_gradients
-from training_lens.training.run import build_trainer
 from training_lens.training.samples import SampleAnswerer
 from training_lens.training.step_costs import (
     PEAK_MARGIN,

@@ -189,7 +189,7 @@ def cost_layout(
         memory=(*fixed, activations),
         usable=USABLE_SHARE * free,
         micro_batch_tokens=tokens,
-        host_bytes=_count_host_bytes(shape, workload, layout, devices),
+        host_bytes=_count_host_bytes(shape, workload, layout),
         time=times,
         step_seconds=step,
         run_seconds=(steps * step[0], steps * step[1]),
@@ -218,13 +218,13 @@ def _count_nf4_bytes(numbers: int, shards: int) -> int:
     return math.ceil(math.ceil(numbers / 2) / shards) + blocks + 4 * math.ceil(blocks / NF4_SUPERBLOCK)
 
 
-def _count_host_bytes(shape: ModelShape, workload: Workload, layout: Layout, devices: int) -> float:
-    """A base that is to be sharded is loaded by each process into the memory of its host."""
+def _count_host_bytes(shape: ModelShape, workload: Workload, layout: Layout) -> float:
+    """A base that is to be sharded is read into the memory of its host, by one process at a time."""
     if not is_sharded(layout):
         return 0.0
     whole: Layout = "replicated 4-bit" if is_4bit(layout) else "replicated"
     layers = count_layer_bytes(shape, whole, 1, workload.weight_bytes)
-    return min(devices, PER_HOST) * (layers + shape.count(in_layers=False) * workload.weight_bytes)
+    return layers + shape.count(in_layers=False) * workload.weight_bytes
 
 
 def _list_fixed_memory(shape: ModelShape, workload: Workload, layout: Layout, devices: int) -> Iterator[MemoryTerm]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class CaptureCallback(Callback):
 
     def on_train_start(self, trainer: Any) -> None:
         facts = RunFacts("training-lens", trainer.state.step, trainer.precision, self._settings)
+        if trainer.processes.is_base_sharded:
+            facts = replace(facts, from_main=trainer.processes.from_main)
         self.lens.start(trainer.model, trainer.optimizer, facts)
 
     def on_gradients(self, trainer: Any, step: int) -> None:
@@ -89,8 +91,8 @@ class CaptureCallback(Callback):
         self.lens.stop(failed=True)
 
 
-def build_capture_callback(plan: RunPlan, run: RunFolder) -> CaptureCallback | None:
-    """The lens callback for the config; None if the lens is off."""
+def build_capture_callback(plan: RunPlan, folder: Path) -> CaptureCallback | None:
+    """The lens callback for the config, which writes into `folder`; None if the lens is off."""
     config, rows = plan.config, plan.validation or plan.train
     if not config.lens.enabled:
         return None
@@ -106,7 +108,7 @@ def build_capture_callback(plan: RunPlan, run: RunFolder) -> CaptureCallback | N
         "sample_rows": 0 if plan.validation_sample is None else len(plan.validation_sample.positions),
     }
     probe = Probe.from_dataset(rows, config.lens.probe_tokens, fill_id=plan.tokenizer.eos_token_id)
-    return CaptureCallback(TrainingLensFramework(run.lens, config.lens, probe=probe), settings)
+    return CaptureCallback(TrainingLensFramework(folder, config.lens, probe=probe), settings)
 
 
 def _choose_recorded_rows(plan: RunPlan) -> int:

@@ -97,7 +97,8 @@ class RunPlan:
 
     def load_base(self) -> Any:
         """The base model, with rows for new tokens; see `load_model`."""
-        return load_model(self.config.model, self.processes.device, self.precision, self.config.data.new_tokens)
+        device = torch.device("cpu") if self.processes.is_base_sharded else self.processes.device
+        return load_model(self.config.model, device, self.precision, self.config.data.new_tokens)
 
     @property
     def loop_plan(self) -> LoopPlan:
@@ -173,8 +174,8 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     """Resolve the config against model and data, tokenize, and lay out the steps. Loads no weights, trains nothing.
 
     Args:
-        global_batch: examples per step; None: batch_size x gradient_accumulation_steps x processes. A resumed run
-            keeps its own, whatever the number of processes.
+        global_batch: examples per step; None: batch_size x gradient_accumulation_steps. A resumed run keeps its own,
+            which in earlier versions was that times the number of processes.
 
     Raises:
         TrainingLensError: anything that would keep `train` from starting.
@@ -184,7 +185,8 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     require_writable(Path(config.output.base_output_dir), "output.base_output_dir")
     for name in config.lens.collectors or ():
         CollectorRegistry.get(name)
-    processes = Processes(device)
+    distributed = config.distributed
+    processes = Processes(device, distributed.base == "sharded", distributed.timeout_seconds)
     require_unsloth(config, device, processes.count)
     facts, tokenizer = read_tokenizer(config)
     resolved = _train_new_embeddings(_resolve_config(config, facts, tokenizer, precision), facts, tokenizer)
@@ -192,7 +194,7 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     splits = _prepare_splits(resolved, tokenizer, processes, progress)
     rows = select_rows(resolved, splits, build_preparation(resolved, tokenizer))
     training = resolved.training
-    per_step = global_batch or training.batch_size * training.gradient_accumulation_steps * processes.count
+    per_step = global_batch or training.batch_size * training.gradient_accumulation_steps
     schedule = build_schedule(resolved, rows.train, splits["train"], per_step)
     for line in describe_run_length(training, schedule):
         logger.info("%s", line)

@@ -18,11 +18,11 @@ from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
 from training_lens.models.base_record import check_base
 from training_lens.models.fast.install import uninstall_kernels
 from training_lens.runs.run_folder import RunFolder
+from training_lens.training.adapted_base import build_trainer
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan, plan_run
 from training_lens.training.resume import read_global_batch, require_same_tokens
-from training_lens.training.run import build_trainer
 from training_lens.utils.devices import keep_freed_memory
 from training_lens.utils.logging import hide_screen_notes
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
+from training_lens.config.distributed_section import DistributedSection
 from training_lens.config.keys import known_keys
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.batching import Schedule
@@ -14,12 +15,16 @@ from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.plan import RunPlan, token_cache_folder
+from training_lens.utils.launch import launched_count
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 
 logger = get_logger(__name__)
 # They change results by rounding at most, so they may differ from start to start and from machine to machine.
-FREE_KEYS = ("model.device", "model.accept_changed_base", "training.micro_batch_tokens", "training.logging_steps")
+FREE_KEYS = (
+    *("model.device", "model.accept_changed_base", "training.micro_batch_tokens", "training.logging_steps"),
+    *(f"distributed.{name}" for name in DistributedSection.model_fields),
+)
 LOCATION_KEYS = ("output.base_output_dir", "output.experiment_name")
 # A config may leave these open (null or auto); the run then writes its choice into its own config.
 AUTO_KEYS = ("model.seq_len", "data.template", "data.date", "training.lr", "training.precision")
@@ -108,10 +113,14 @@ def require_same_tokens(run: RunFolder, plan: RunPlan) -> None:
     logger.info("the run was begun by another version of this program, which made the same tokens")
 
 
-def read_global_batch(run: RunFolder) -> int | None:
-    """Examples per step of the run; None if an earlier version did not record them."""
+def read_global_batch(run: RunFolder) -> int:
+    """Examples per step of the run. Versions that recorded none took batch_size for each process."""
     recorded = run.read_metadata("data.json").get("global_batch_size")
-    return recorded if isinstance(recorded, int) else None
+    if isinstance(recorded, int):
+        return recorded
+    training = run.read_metadata("config.json")["training"]
+    per_process: int = training["batch_size"] * training.get("gradient_accumulation_steps", 1)
+    return per_process * launched_count()
 
 
 def check_schedule(run: RunFolder, schedule: Schedule, processes: Processes) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib import metadata
 from logging import DEBUG, INFO
@@ -23,14 +23,13 @@ from training_lens.display.progress import Progress, create_bars, notebook_conso
 from training_lens.errors import InterruptedRunError, TrainingLensError
 from training_lens.integrations.courier import IntegrationFactory, send_while_training
 from training_lens.integrations.integration_specs import list_integrations
-from training_lens.models.adapters import ParameterCount, attach, count_parameters, describe_adapter
+from training_lens.models.adapters import ParameterCount, count_parameters, describe_adapter
 from training_lens.models.base_files import save_tokenizer
 from training_lens.models.base_record import base_record, check_base, require_local_folder
-from training_lens.models.factory import checkpoint_gradients
 from training_lens.models.fast.install import uninstall_kernels
-from training_lens.models.model_classes import has_own_kernels
-from training_lens.models.unsloth_backend import fuse_adapter, load_unsloth_model
+from training_lens.models.unsloth_backend import load_unsloth_model
 from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
+from training_lens.training.adapted_base import adapt_base
 from training_lens.training.histograms import HistogramWriter
 from training_lens.training.kept_states import StateKeeper
 from training_lens.training.lens_callback import build_capture_callback, write_lens_report
@@ -57,13 +56,20 @@ from training_lens.training.resume import (
     require_unfinished,
     select_changes,
 )
+from training_lens.training.run_processes import (
+    follow_passes,
+    lock_run,
+    log_name,
+    require_shared_folder,
+)
 from training_lens.training.samples import SampleWriter
 from training_lens.training.step_costs import EstimateCallback
 from training_lens.training.summary import TrainingSummary, status_after_error, summarize_run, write_summary
-from training_lens.utils.devices import get_device, seed_everything
+from training_lens.utils.devices import get_device
 from training_lens.utils.files import atomic_folder, list_files, require_writable
 from training_lens.utils.formatting import format_count
 from training_lens.utils.integrity import record_hashes, write_sealed
+from training_lens.utils.launch import find_launch
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
 from training_lens.utils.machine import PACKAGES
 
@@ -95,6 +101,7 @@ class TrainingWrapper:
         quiet_libraries()
         self._config, self._console = config, console or notebook_console()
         self._callbacks, self._integrations = callbacks, integrations
+        self._scratch = ExitStack()  # files that nobody reads, deleted when the run ends
 
     def plan(self) -> RunPlan:
         """What `train` would do: reads and tokenizes the data and plans the steps, without loading weights.
@@ -130,8 +137,9 @@ class TrainingWrapper:
         if plan.processes.is_main:
             begun = plan.config.replace_keys(output={"run_id": run_id})
             run.create(lambda folder: self._write_metadata(folder, run.root, begun, plan))
-        with _lock_run(run, plan):
+        with lock_run(run, plan):
             plan.processes.wait_for_all()
+            require_shared_folder(run, plan.processes)
             return self._train_run(run, plan, resume=False)
 
     @classmethod
@@ -169,7 +177,7 @@ class TrainingWrapper:
         plan = wrapper._plan_run(read_global_batch(run))
         require_same_tokens(run, plan)
         check_schedule(run, plan.schedule, plan.processes)
-        with _lock_run(run, plan):
+        with lock_run(run, plan):
             return wrapper._train_run(run, plan, resume=True)
 
     def _train_run(self, run: RunFolder, plan: RunPlan, resume: bool) -> TrainingSummary:
@@ -177,9 +185,11 @@ class TrainingWrapper:
             write_summary(run, TrainingSummary(str(run.root), "running"))
             remember_consent(run.root, plan.config)
         with (
-            TrainingLogger(run.logs / "run.log"),
+            self._scratch,
+            TrainingLogger(run.logs / log_name(plan.processes)),
             send_while_training(run, self._integrations) if plan.processes.is_main else nullcontext(),
             explain_out_of_memory(plan.config),
+            plan.processes.explain_loss(),
         ):
             logger.debug("training-lens %s, run %s", __version__, run.run_id)
             if plan.processes.is_main and not resume:
@@ -221,13 +231,16 @@ class TrainingWrapper:
         """
         config, device = plan.config, plan.processes.device
         is_unsloth = config.model.backend == "unsloth"
-        trainer = build_trainer(
-            plan,
-            load_unsloth_model(config, device, plan.precision) if is_unsloth else plan.load_base(),
+        with plan.processes.take_turns() if plan.processes.is_base_sharded else nullcontext():
+            model = load_unsloth_model(config, device, plan.precision) if is_unsloth else plan.load_base()
+            model = adapt_base(plan, model)
+        trainer = Trainer(
+            model,
+            plan.loop_plan,
             CheckpointManager(run.checkpoints, fingerprint or plan.fingerprint),
             self._build_callbacks(run, plan, fingerprint or plan.fingerprint)
             if plan.processes.is_main
-            else (*self._callbacks, FirstStepsCheck(plan, None)),
+            else (*follow_passes(plan, self._scratch), *self._callbacks, FirstStepsCheck(plan, None)),
         )
         parameters = count_parameters(trainer.model)
         logger.info(
@@ -247,7 +260,7 @@ class TrainingWrapper:
         ]
         if progress_bars:
             callbacks.append(ProgressBar(progress_bars))
-        if lens := build_capture_callback(plan, run):
+        if lens := build_capture_callback(plan, run.lens):
             if plan.config.lens.live or plan.config.lens.stop_on:
                 callbacks.append(PromptSwapCheck(lens.lens))  # before the lens, which closes at the end
             callbacks.append(lens)
@@ -293,20 +306,6 @@ class TrainingWrapper:
         record_hashes(run.root, [*list_files(run.adapter), *list_files(run.tokenizer)])
 
 
-def build_trainer(
-    plan: RunPlan, model: Any, checkpoints: CheckpointManager, callbacks: Sequence[Callback] = ()
-) -> Trainer:
-    """The plan's loop around `model`, the base: attaches the adapter, initialized from the seed."""
-    config = plan.config
-    seed_everything(config.training.seed)
-    adapted = attach(model, config.peft, plan.new_ids)
-    if has_own_kernels(model):
-        adapted = fuse_adapter(adapted, config)
-    elif config.training.gradient_checkpointing:
-        checkpoint_gradients(adapted)
-    return Trainer(adapted, plan.loop_plan, checkpoints, callbacks)
-
-
 @contextmanager
 def _explain_file_errors() -> Iterator[None]:
     """Turns unreadable files in the block into expected errors; a full disk stays an OSError."""
@@ -320,11 +319,6 @@ def _explain_file_errors() -> Iterator[None]:
         raise TrainingLensError(f"{place}: {error.strerror}. Give another path, or make this one readable.") from error
 
 
-def _lock_run(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
-    """The run's lock, which its main process holds for all processes."""
-    return run.hold_lock() if plan.processes.is_main else nullcontext()
-
-
 def describe_environment(config: TrainingConfig) -> dict[str, Any]:
     """What the run runs on: versions, platform, device, threads. No environment variables."""
     import torch
@@ -336,5 +330,6 @@ def describe_environment(config: TrainingConfig) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": str(get_device(config.model.device)),
         "threads": torch.get_num_threads(),
+        **({"launch": launch} if (launch := find_launch()) else {}),
         "packages": {name: metadata.version(name) for name in packages},
     }

@@ -147,6 +147,8 @@ class SampleWriter(JournalCallback):
         is_last = step == trainer.schedule.total_steps
         share = self.seconds / max(time.perf_counter() - self._started, self.seconds)
         is_slow = self.seconds > LEAST_SECONDS and share > TIME_SHARE
+        if trainer.processes.is_base_sharded:  # all answer together
+            is_slow = trainer.processes.from_main(is_slow)
         if is_last or not is_slow:
             self._write_samples(trainer, step, base=False)
         elif not self._is_slow:

@@ -254,6 +254,12 @@ def restore_rng_state(state: dict[str, torch.Tensor]) -> None:
             torch.cuda.set_rng_state(tensor, int(name[5:]))
 
 
+def diverge_rng(process: int) -> None:
+    """Give a process of several a random state of its own, made from the present one; that of process 0 stays."""
+    if process:
+        seed_everything(int(torch.randint(2**62, (1,))) + process)
+
+
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
     """Restore the random state at the end of the block."""

@@ -15,6 +15,7 @@ from training_lens.models.fast.layer_spec import UnknownLayerError
 from training_lens.models.fast.native.decoding_kernels import FewRowsLinear, LoRABranches
 from training_lens.models.fast.native.library import can_compute
 from training_lens.models.fast.tolerance import is_close
+from training_lens.models.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -53,29 +54,35 @@ class FusedLinear(nn.Module):
         self._bases = [_base_layer(layer) for layer in layers]
         self.sizes = tuple(_weight_shape(base)[0] for base in self._bases)
         self.input_width = _weight_shape(self._bases[0])[1]
-        self.bias = _concatenate_biases(self._bases)
         self.layers, self.decodes = tuple(layers), decodes
+        self._is_formed = any(_is_4bit(base) or is_sharded(base) for base in self._bases)  # anew in each pass
+        self._held_bias = None if self._is_formed else _concatenate_biases(self._bases)
         self._weight: Any = None  # of several layers, and what decoding prepares
         if decodes:
             self.layer_ids = tuple(map(id, layers))  # which layers of a model it was built of
             self._prepare_decoding(layers, [_weight_matrix(base) for base in self._bases])
             self.layers, self._bases = (), []  # what is not read any more is not kept
-        elif len(layers) > 1 and not _is_4bit(self._bases[0]):
+        elif len(layers) > 1 and not self._is_formed:
             self._weight = self._share_weights([_weight_matrix(base) for base in self._bases])
-        self._addresses = [base.weight.data_ptr() for base in self._bases]
+        self._addresses = [] if self._is_formed else [base.weight.data_ptr() for base in self._bases]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(sum of out,); None where no layer has one."""
+        return _concatenate_biases(self._bases) if self._is_formed else self._held_bias
 
     @property
     def weight(self) -> Any:
-        """(sum of out, in), in decoding as it is prepared; None where the layers hold 4 bits."""
-        if self._weight is None and not _is_4bit(self._bases[0]):
+        """(sum of out, in), in decoding as it is prepared; None where it is formed anew in each pass."""
+        if self._weight is None and not self._is_formed:
             return _weight_matrix(self._bases[0]).detach()  # which decoding may have moved beside others
         return self._weight
 
     @property
     def is_ready(self) -> bool:
         """Whether the layers still hold the fused weights, and each has at most one active adapter, unmerged."""
-        addresses = [base.weight.data_ptr() for base in self._bases]
-        is_moved = len(self._bases) > 1 and addresses != self._addresses
+        is_held = len(self._bases) > 1 and not self._is_formed
+        is_moved = is_held and [base.weight.data_ptr() for base in self._bases] != self._addresses
         return not is_moved and not any(_has_mixed_adapters(layer) for layer in self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +93,8 @@ class FusedLinear(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_dtype(self._bases[0])
         held = self.weight
         weight = partial(self._form_weight, dtype) if held is None else held.to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
+        bias = self.bias
+        bias = None if bias is None else bias.to(dtype)
         branches = [active_branch(layer) for layer in self.layers]
         x = x.to(dtype)
         with torch.autocast(device, enabled=False):
@@ -95,10 +103,8 @@ class FusedLinear(nn.Module):
             return self._apply_adapters(x, weight, bias, self._fill_branches(branches, x))
 
     def _form_weight(self, dtype: torch.dtype) -> Tensor:
-        """Weights in 4 bits as one tensor of this dtype."""
-        from bitsandbytes.functional import dequantize_4bit
-
-        parts = [dequantize_4bit(base.weight.data, base.weight.quant_state) for base in self._bases]
+        """The layers' weights of now as one tensor of this dtype, those in 4 bits dequantized."""
+        parts = [_dequantize(base) if _is_4bit(base) else _weight_matrix(base).detach() for base in self._bases]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype)
 
     def _apply_adapters(
@@ -235,6 +241,8 @@ def _fusion_refusal(layers: Sequence[Any], decodes: bool) -> str:
         if decodes and _has_mixed_adapters(layer):
             return "several adapters at once, or a merged one"
     bases = [_base_layer(layer) for layer in layers]
+    if decodes and any(map(is_sharded, bases)):
+        return "base weights that are shared out over processes"
     if not decodes and any(p.requires_grad for base in bases for p in base.parameters()):
         return "base weights that train"
     return "weights of several dtypes or devices" if len({(b.weight.dtype, b.weight.device) for b in bases}) > 1 else ""
@@ -244,19 +252,32 @@ def _base_layer(layer: Any) -> Any:
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
+def _quant_state(base: Any) -> Any:
+    """Of weights in 4 bits; None for others. A sharded weight is another tensor, whose layer keeps the state."""
+    state = getattr(base.weight, "quant_state", None)
+    return getattr(base, "quant_state", None) if state is None else state
+
+
 def _is_4bit(base: Any) -> bool:
-    return getattr(base.weight, "quant_state", None) is not None
+    return _quant_state(base) is not None
+
+
+def _dequantize(base: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Tensor = dequantize_4bit(base.weight.data, _quant_state(base))
+    return weight
 
 
 def weight_dtype(layer: Any) -> torch.dtype:
     """The dtype of a linear layer's weights; of those in 4 bits, that which they are computed in."""
     dtype: torch.dtype = layer.weight.dtype
-    return (layer.compute_dtype or layer.weight.quant_state.dtype) if _is_4bit(layer) else dtype
+    return (layer.compute_dtype or _quant_state(layer).dtype) if _is_4bit(layer) else dtype
 
 
 def _weight_shape(base: Any) -> tuple[int, int]:
     """(out, in)."""
-    out, width = base.weight.quant_state.shape if _is_4bit(base) else _weight_matrix(base).shape
+    out, width = _quant_state(base).shape if _is_4bit(base) else _weight_matrix(base).shape
     return out, width
 
 

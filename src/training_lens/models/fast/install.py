@@ -22,6 +22,7 @@ from training_lens.models.fast.packed_attention import packed_attention
 from training_lens.models.fast.recognition import RecognizedLayers, recognize_layers
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 from training_lens.models.model_classes import decoder_of, evaluation_mode, has_own_kernels
+from training_lens.models.sharding import gathered
 from training_lens.utils.devices import DTYPES, Precision, autocast
 from training_lens.utils.resource_errors import raise_out_of_memory
 
@@ -195,8 +196,9 @@ def install_kernel(module: Any, kind: Any, spec: Any) -> str:
     if "forward" in module.__dict__:
         return f"{type(module).__name__} has a forward of its own"
     try:
-        kernel = kind(module, spec)
-        matches = kernel.matches_module()
+        with gathered(module):
+            kernel = kind(module, spec)
+            matches = kernel.matches_module()
     except UnknownLayerError as reason:
         return str(reason)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:  # a module of that name with other arguments

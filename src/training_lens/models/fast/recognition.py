@@ -7,6 +7,7 @@ layer from a spec still compares the results.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -33,6 +34,7 @@ from training_lens.models.fast.native.attention_kernels import ScoreSpec
 from training_lens.models.fast.tolerance import is_close, relative_error
 from training_lens.models.model_classes import decoder_of, evaluation_mode
 from training_lens.models.quantization import has_8bit_layers
+from training_lens.models.sharding import gathered
 from training_lens.utils.resource_errors import raise_out_of_memory
 
 RECORDER = "training_lens_recorder"  # the attention function under which transformers calls ours
@@ -76,8 +78,9 @@ def recognize_layers(model: Any) -> RecognizedLayers:
         calls = record_attentions(model)
         for module in model.modules():
             try:
-                if spec := _recognize(module, calls):
-                    found.specs[module] = spec
+                with gathered(module) if module in calls or _is_norm(module) else nullcontext():
+                    if spec := _recognize(module, calls):
+                        found.specs[module] = spec
             except UnknownLayerError as reason:
                 found.refusals[module] = str(reason)
     return found

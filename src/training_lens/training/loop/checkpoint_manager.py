@@ -22,9 +22,11 @@ from training_lens.runs.checkpoint_format import (
 )
 from training_lens.training.loop.callbacks import StepReport
 from training_lens.training.loop.optimizer import optimizer_tensors, restore_optimizer
-from training_lens.utils.devices import restore_rng_state, rng_state
+from training_lens.utils.devices import diverge_rng, restore_rng_state, rng_state
 from training_lens.utils.files import TEMPORARY, read_json, sweep_temporaries, write_json
+from training_lens.utils.processes import Processes
 
+RandomStates = dict[str, torch.Tensor]
 ADAPTER, OPTIMIZER, RNG, STATE = "adapter", "optimizer.safetensors", "rng.safetensors", "state.json"
 
 
@@ -77,19 +79,32 @@ class CheckpointManager:
     def __init__(self, folder: Path | str, data_fingerprint: str) -> None:
         self.folder, self._fingerprint = Path(folder), data_fingerprint
 
-    def save(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, state: TrainingState) -> Path:
+    def save(
+        self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, state: TrainingState, random: RandomStates
+    ) -> Path:
         """Write a checkpoint atomically, then delete those that are neither last nor best."""
-        target = self.write(model, optimizer, scaler, state)
+        target = self.write(model, optimizer, scaler, state, random)
         self.delete_outdated(state)
         return target
 
-    def write(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, state: TrainingState) -> Path:
-        """Write a checkpoint atomically, where there is none of its step, and delete nothing."""
+    def write(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any,
+        state: TrainingState,
+        random: RandomStates | None = None,
+    ) -> Path:
+        """Write a checkpoint atomically, where there is none of its step, and delete nothing.
+
+        Args:
+            random: of `gather_rng_states`; None: that of this process alone.
+        """
 
         def write_files(folder: Path) -> None:
             save_adapter(model, folder / ADAPTER)
             save_file(optimizer_tensors(optimizer), folder / OPTIMIZER)
-            save_file(rng_state(), folder / RNG)
+            save_file(random or rng_state(), folder / RNG)
             best = None if math.isinf(state.best_loss) else state.best_loss
             write_json(folder / STATE, {**asdict(state), "best_loss": best, "scaler": scaler.state_dict()})
 
@@ -116,7 +131,7 @@ class CheckpointManager:
         sweep_temporaries(self.folder, older_than_seconds=0)
         return newest_intact_checkpoint(self.folder)
 
-    def restore(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> TrainingState:
+    def restore(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, process: int = 0) -> TrainingState:
         """Restore model, optimizer and random state from the newest intact checkpoint; a fresh state if there is none.
 
         Call `delete_outdated` before the run writes the next one.
@@ -133,18 +148,34 @@ class CheckpointManager:
                 f"{folder} was trained on other data: a data file, the template, the tokenizer or this program changed "
                 "since. Put the old ones back to resume, or start a new run."
             )
-        return load_checkpoint(folder, model, optimizer, scaler)
+        return load_checkpoint(folder, model, optimizer, scaler, process)
 
     def best_or_last(self, state: TrainingState) -> Path:
         """The checkpoint with the lowest validation loss, or the last one if nothing was validated."""
         return checkpoint_folder(self.folder, state.best_step or state.step)
 
 
-def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> TrainingState:
+def gather_rng_states(processes: Processes) -> RandomStates:
+    """The random states of all processes: 'cpu' of the main one, '1/cpu' of the next. All call it together."""
+    main, *others = processes.gather(rng_state())
+    return main | {f"{i}/{name}": state for i, part in enumerate(others, 1) for name, state in part.items()}
+
+
+def _restore_rng_of(process: int, states: RandomStates) -> None:
+    """A process that the checkpoint does not know gets a state of its own, made from the main process's."""
+    own = {name.removeprefix(f"{process}/"): s for name, s in states.items() if name.startswith(f"{process}/")}
+    restore_rng_state(own or {name: s for name, s in states.items() if "/" not in name})
+    if not own:
+        diverge_rng(process)
+
+
+def load_checkpoint(
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, process: int = 0
+) -> TrainingState:
     """Put a checkpoint that was verified into model, optimizer, scaler and random state; returns where it stood."""
     restore_adapter(model, folder / ADAPTER)
     restore_optimizer(optimizer, load_file(folder / OPTIMIZER))
-    restore_rng_state(load_file(folder / RNG))
+    _restore_rng_of(process, load_file(folder / RNG))
     values = read_json(folder / STATE)
     scaler.load_state_dict(values.pop("scaler"))
     values["best_loss"] = math.inf if values["best_loss"] is None else values["best_loss"]

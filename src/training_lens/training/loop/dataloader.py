@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from training_lens.data.batching import StepPlan, iterate_batches, shard_positions, split_micro_batches
+from training_lens.data.batching import (
+    StepPlan,
+    assign_processes,
+    iterate_batches,
+    shard_positions,
+    split_micro_batches,
+)
 from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.utils.prefetch import prefetch
@@ -61,10 +68,28 @@ class DataLoader:
             return iter(step.batches)
         return self._make_batches(self._own_examples(plan), max_tokens)
 
+    def passes(self, plan: StepPlan, max_tokens: int) -> Iterator[tuple[Batch, bool, bool]]:
+        """A step's micro-batches, each with whether its loss counts, and whether it is this process's last."""
+        counted = ((batch, True) for batch in self.micro_batches(plan, max_tokens))
+        batches = chain(counted, ((batch, False) for batch in self._filler_batches(plan, max_tokens)))
+        held = next(batches, None)
+        while held is not None:
+            following = next(batches, None)
+            yield *held, following is None
+            held = following
+
+    def _filler_batches(self, plan: StepPlan, max_tokens: int) -> Iterator[Batch]:
+        """Batches whose losses count for nothing, where a base is sharded: all processes run equally many passes."""
+        if not self._processes.is_base_sharded:
+            return
+        counts = [len(self._split(self._examples_of(plan, process), max_tokens)) for process in range(self._count)]
+        for _ in range(max(counts) - counts[self._processes.index]):
+            yield next(self._make_batches(np.array([self._dataset.lengths.argmin()]), max_tokens))
+
     def largest_divisible(self, plan: StepPlan, max_tokens: int) -> int:
         """Tokens, without padding, of the step's largest micro-batch of several examples; 0 where each has only one."""
         lengths = self._dataset.lengths
-        parts = split_micro_batches(self._own_examples(plan), lengths, max_tokens, self._is_packed)
+        parts = self._split(self._own_examples(plan), max_tokens)
         return max((int(lengths[part].sum()) for part in parts if len(part) > 1), default=0)
 
     def longest_batch(self, max_tokens: int) -> Batch:
@@ -72,8 +97,24 @@ class DataLoader:
         order = np.argsort(-self._dataset.lengths, kind="stable")
         return next(self._make_batches(order[:max_tokens], max_tokens))
 
+    def own_places(self, plan: StepPlan) -> np.ndarray:
+        """Which of the step's examples, longest first, are this process's: (examples,) bool."""
+        lengths = self._dataset.lengths[plan.examples]
+        mine: np.ndarray = assign_processes(-np.sort(-lengths), self._count) == self._processes.index
+        return mine
+
+    @property
+    def _count(self) -> int:
+        return self._processes.count
+
     def _own_examples(self, plan: StepPlan) -> np.ndarray:
-        return shard_positions(plan.examples, self._dataset.lengths, self._processes.index, self._processes.count)
+        return self._examples_of(plan, self._processes.index)
+
+    def _examples_of(self, plan: StepPlan, process: int) -> np.ndarray:
+        return shard_positions(plan.examples, self._dataset.lengths, process, self._count)
+
+    def _split(self, positions: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+        return split_micro_batches(positions, self._dataset.lengths, max_tokens, self._is_packed)
 
     def _make_batches(self, positions: np.ndarray, max_tokens: int) -> Iterator[Batch]:
         return iterate_batches(self._dataset, positions, max_tokens, self._pad_id, self._is_packed)

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from training_lens.config.schema import TrainingSection
 from training_lens.models.quantization import require_bitsandbytes
-from training_lens.utils.processes import Processes
 
 Named = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -46,16 +45,6 @@ def build_optimizer(named: Named, training: TrainingSection, lora_plus_ratio: fl
         fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
         optimizer = torch.optim.AdamW(groups, **adam, fused=fused)
     return optimizer
-
-
-def sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processes) -> None:
-    """Sum the gradients over all processes, in one all-reduce for the whole adapter."""
-    if processes.count == 1:
-        return
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = processes.reduce_sum(torch.cat([g.flatten() for g in grads]))
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
 
 
 def grad_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:

@@ -24,12 +24,13 @@ from training_lens.models.adapters import base_only, trainable_parameters
 from training_lens.models.fast.engine import Engine
 from training_lens.models.quantization import has_8bit_layers
 from training_lens.training.loop.callbacks import Callback, StepReport, build_not_finite_error
-from training_lens.training.loop.checkpoint_manager import CheckpointManager, TrainingState
+from training_lens.training.loop.checkpoint_manager import CheckpointManager, TrainingState, gather_rng_states
 from training_lens.training.loop.dataloader import DataLoader
+from training_lens.training.loop.gradient_sum import GradientSum
 from training_lens.training.loop.loop_plan import LoopPlan
 from training_lens.training.loop.lr_schedule import lr_at
 from training_lens.training.loop.memory_budget import REHEARSED_TOKENS, measure_token_budget
-from training_lens.training.loop.optimizer import build_optimizer, clip_gradients, grad_norm, sum_gradients
+from training_lens.training.loop.optimizer import build_optimizer, clip_gradients, grad_norm
 from training_lens.training.loop.signals import SignalListener
 from training_lens.utils.devices import (
     autocast,
@@ -69,6 +70,7 @@ class Trainer:
         self.processes, self.checkpoints, self.pad_id = plan.processes, checkpoints, plan.pad_id
         self.dataloader = DataLoader(plan.dataset, plan.processes, plan.pad_id, self.engine.can_pack)
         self.parameters = [p for _, p in trainable_parameters(model)]
+        self._gradient_sum = GradientSum(self.parameters, plan.processes)
         self.optimizer = build_optimizer(trainable_parameters(model), plan.settings, plan.lora_plus_ratio)
         self.scaler = torch.amp.GradScaler(plan.processes.device.type, enabled=plan.precision == "fp16")
         self.state, self._planned_tokens = TrainingState(), plan.micro_batch_tokens
@@ -94,7 +96,7 @@ class Trainer:
             InterruptedRunError: SIGINT or SIGTERM came; a checkpoint has been saved.
         """
         if resume:
-            self.state = self.checkpoints.restore(self.model, self.optimizer, self.scaler)
+            self.state = self.checkpoints.restore(self.model, self.optimizer, self.scaler, self.processes.index)
             self.processes.wait_for_all()
             if self.processes.is_main:  # a kill may have come before older checkpoints were deleted
                 self.checkpoints.delete_outdated(self.state)
@@ -215,31 +217,36 @@ class Trainer:
         while (sums := self._try_micro_batches(plan, targets)) is None:
             self.optimizer.zero_grad(set_to_none=True)
             free_memory()
-        sum_gradients(self.parameters, self.processes)
+        self._gradient_sum.finish()
         return self.processes.reduce_sum(sums)
 
     def _try_micro_batches(self, plan: StepPlan, targets: int) -> torch.Tensor | None:
         """This process's part of `_accumulate_gradients`; None if memory ran out and smaller micro-batches may fit."""
         sums = torch.zeros(1 + len(plan.examples), device=self.processes.device)
         loss_sum, own_rows = sums[0], [sums[:0]]
+        self._gradient_sum.begin_passes()
         try:
-            for batch in self.dataloader.micro_batches(plan, self.micro_batch_tokens):
+            for batch, counts, is_last in self.dataloader.passes(plan, self.micro_batch_tokens):
                 nll, row_nll = self._micro_batch_losses(batch)
                 if not nll.requires_grad:
                     raise TrainingError(NO_GRADIENT)
-                self.scaler.scale(nll / targets).backward()
-                loss_sum += nll.detach()
-                own_rows.append(row_nll)
+                if is_last:
+                    self._gradient_sum.begin_last_pass()
+                self.scaler.scale(nll / targets if counts else nll * 0).backward()
+                if counts:
+                    loss_sum += nll.detach()
+                    own_rows.append(row_nll)
         except Exception as error:  # running out of memory has several exception types
             tokens = self.dataloader.largest_divisible(plan, self.micro_batch_tokens)
-            if not is_out_of_memory(error) or not tokens:
-                raise
+            if not is_out_of_memory(error) or not tokens or self.processes.is_base_sharded:
+                raise  # with a sharded base no process can start over alone
             logger.warning(
                 "out of memory with micro-batches of %d tokens; now %d: %s", tokens, tokens // 2, describe_error(error)
             )
             self.state = replace(self.state, micro_batch_tokens=tokens // 2)
             return None
-        sums[1 + self.processes.index :: self.processes.count] = torch.cat(own_rows)  # a shard is every n-th by length
+        mine = torch.from_numpy(self.dataloader.own_places(plan)).to(sums.device)
+        sums[1:].masked_scatter_(mine, torch.cat(own_rows))
         return sums
 
     def _micro_batch_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -307,9 +314,10 @@ class Trainer:
             return None
 
     def _save_checkpoint(self) -> None:
+        random = gather_rng_states(self.processes)
         if self.processes.is_main:
             self.notify_callbacks("on_save")
-            folder = self.checkpoints.save(self.model, self.optimizer, self.scaler, self.state)
+            folder = self.checkpoints.save(self.model, self.optimizer, self.scaler, self.state, random)
             self.notify_callbacks("on_checkpoint", folder)
         trim_heap()
         self.processes.wait_for_all()
