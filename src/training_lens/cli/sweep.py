@@ -64,7 +64,8 @@ def _show_trial(screen: Screen, row: TrialRow) -> None:
     from training_lens.sweeps.sweep_report import format_value
 
     ends = {"finished": f"validation loss {row.validation_loss or 0:.4f}", "failed": f"failed: {row.error}"}
-    end = ends.get(row.state, f"{row.state} at {row.validation_loss or 0:.4f}")
+    reached = "" if row.validation_loss is None else f" at {row.validation_loss:.4f}"
+    end = ends.get(row.state, f"{row.state}{reached}")
     params = " ".join(f"{key}={format_value(value)}" for key, value in row.params.items())
     name = f"{row.trial} (default settings)" if row.is_default else row.trial
     screen.print_line(f"trial {name}: {end}  {params}")
