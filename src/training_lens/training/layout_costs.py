@@ -300,7 +300,8 @@ def _list_times(
     flops = count_token_flops(shape, workload.example_tokens, is_checkpointed)
     yield _time(
         ("compute", flops * tokens, device.flops, UTILISATION),
-        f"{tokens:,} tokens x {flops / 1e9:,.1f} GFLOP / ({device.flops / 1e12:,.0f} TFLOP/s x 35 to 55 %)",
+        f"{tokens:,} tokens x {flops / 1e9:,.1f} GFLOP / "
+        f"({device.flops / 1e12:,.0f} TFLOP/s x {_describe_shares(UTILISATION)})",
     )
     if is_4bit(layout):
         count = 3 if is_checkpointed else 2
@@ -309,12 +310,12 @@ def _list_times(
         yield _time(
             ("dequantize", moved, device.memory_bandwidth, BANDWIDTH_SHARE),
             f"{pluralize(micro_batches, 'micro-batch')} x {count} x {format_count(weights)} x 2.516 bytes / "
-            f"({device.memory_bandwidth / 1e9:,.0f} GB/s x 50 to 85 %)",
+            f"({device.memory_bandwidth / 1e9:,.0f} GB/s x {_describe_shares(BANDWIDTH_SHARE)})",
         )
     if devices == 1:
         return
     bandwidth = min(device.link.bandwidth, device.link.network) if devices > PER_HOST else device.link.bandwidth
-    rate, others = f"({bandwidth / 1e9:,.0f} GB/s x 50 to 85 %)", f"{devices - 1}/{devices}"
+    rate, others = f"({bandwidth / 1e9:,.0f} GB/s x {_describe_shares(BANDWIDTH_SHARE)})", f"{devices - 1}/{devices}"
     if is_sharded(layout):
         layers = shape.count(in_layers=True) * (0.5 if is_4bit(layout) else workload.weight_bytes)
         yield _time(
@@ -332,6 +333,10 @@ def _time(term: tuple[str, float, float, tuple[float, float]], arithmetic: str) 
     """A term of an amount over a published rate, of which a share is reached: the lower and the higher one assumed."""
     name, amount, rate, (least, most) = term
     return TimeTerm(name, amount / (rate * most), amount / (rate * least), arithmetic, "assumed")
+
+
+def _describe_shares(shares: tuple[float, float]) -> str:
+    return f"{shares[0] * 100:.0f} to {shares[1]:.0%}"
 
 
 def _add_times(terms: tuple[TimeTerm, ...]) -> tuple[float, float]:
