@@ -23,3 +23,9 @@ class DistributedSection(Section):
     timeout_seconds: float = setting(
         1800.0, "how long a process waits for the others before it takes them for lost", gt=0
     )
+
+    def describe_alone(self) -> list[str]:
+        """A line for each setting that means nothing to a process that was started alone."""
+        several = f"distributed.processes={self.processes}: here is one process; training-lens train starts as many"
+        sharded = "distributed.base=sharded: one process holds the whole base"
+        return [several] * (self.processes > 1) + [sharded] * (self.base == "sharded")

@@ -188,6 +188,8 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     distributed = config.distributed
     processes = Processes(device, distributed.base == "sharded", distributed.timeout_seconds)
     require_unsloth(config, device, processes.count)
+    for line in distributed.describe_alone() if processes.count == 1 else ():
+        logger.info("%s", line)
     facts, tokenizer = read_tokenizer(config)
     resolved = _train_new_embeddings(_resolve_config(config, facts, tokenizer, precision), facts, tokenizer)
     parameters, adaptation, needs = _check_model(resolved, tokenizer, device, precision)
