@@ -31,10 +31,11 @@ from training_jobs import write_model
 
 from training_lens import TrainingConfig
 from training_lens.runs.run_folder import RunFolder
+from training_lens.training.adapted_base import build_trainer
 from training_lens.training.lens_callback import CaptureCallback, build_capture_callback
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.loop.trainer import Trainer
-from training_lens.training.run import TrainingWrapper, build_trainer
+from training_lens.training.run import TrainingWrapper
 from training_lens.utils.devices import peak_bytes
 
 MAIN = 30

@@ -28,9 +28,9 @@ from torch import Tensor
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.models.factory import load_model
 from training_lens.models.fast.install import uninstall_kernels
+from training_lens.training.adapted_base import build_trainer
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.loop.dataloader import DataLoader
-from training_lens.training.run import build_trainer
 
 SMOOTHED = 20  # steps
 FEW_TOKENS = 256  # of a micro-batch where it is cut otherwise: one or two examples

@@ -86,7 +86,7 @@ def loopback_bytes() -> int:
 def measure(mode: str, settings: list[str], folder: Path) -> dict[str, float]:
     """One training in a mode."""
     processes, base, sharing = MODES[mode]
-    own = [*settings, f"distributed.base={base}", f"output.base_output_dir={folder}/outputs"]
+    own = [*settings, f"distributed.base={base}", f"output.base_output_dir={folder.parent}/outputs"]
     worker = [__file__, "--worker", sharing, str(folder), *own]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(2 // processes)}
@@ -121,7 +121,7 @@ def main() -> None:
                 spot.mkdir()
                 found[mode].append(measure(mode, settings, spot))
                 print(mode, json.dumps(found[mode][-1]), file=sys.stderr)
-        summary = json.loads(next((folder / "0-0/outputs").rglob("summary.json")).read_text())
+        summary = json.loads(next((folder / "outputs").rglob("summary.json")).read_text())
     medians = {
         mode: {name: round(statistics.median(r[name] for r in results), 4) for name in results[0]}
         for mode, results in found.items()

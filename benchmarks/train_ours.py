@@ -17,11 +17,11 @@ from common import Watch, read_job, tell
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.models.factory import load_model
 from training_lens.runs.run_folder import RunFolder
+from training_lens.training.adapted_base import build_trainer
 from training_lens.training.lens_callback import build_capture_callback
 from training_lens.training.loop.callbacks import Callback
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.plan import RunPlan
-from training_lens.training.run import build_trainer
 
 TEMPLATE = "### Instruction:\\n{instruction}\\n\\n### Response:\\n{output}"
 

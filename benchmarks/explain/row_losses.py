@@ -31,9 +31,9 @@ from training_lens.core.table_names import ROW_LOSSES
 from training_lens.models.factory import load_model
 from training_lens.models.fast import engine
 from training_lens.runs.run_folder import RunFolder
+from training_lens.training.adapted_base import build_trainer
 from training_lens.training.lens_callback import build_capture_callback
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
-from training_lens.training.run import build_trainer
 
 SHARED = Path(__file__).parents[3] / "shared"
 

@@ -17,10 +17,10 @@ import transformers
 from training_lens import TrainingConfig, TrainingWrapper, embedded
 from training_lens.data.batching import StepPlan
 from training_lens.models.factory import load_model
+from training_lens.training.adapted_base import build_trainer
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan
-from training_lens.training.run import build_trainer
 from training_lens.utils.devices import free_memory
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import hide_progress_bars

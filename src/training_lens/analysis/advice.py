@@ -12,6 +12,10 @@ OURS, HF_TRAINER = "training-lens", "transformers"  # of `LensManifest.origin`; 
 # our words -> the HF Trainer's, and plain ones. Longer phrases come before the keys that they contain.
 WORDS: Mapping[str, tuple[str, str]] = {
     "data.validation=FILE or data.val_ratio=0.1 in the next run": ("eval_dataset", "rows that are held out"),
+    "training-lens compare with data.validation=FILE, a file of more rows": (
+        "a comparison with the base on more rows",
+        "a comparison with the base on more rows",
+    ),
     "data.validation or data.val_ratio": ("eval_dataset", "held-out rows"),
     "data.validation=FILE": ("eval_dataset", "held-out rows"),
     "training-lens compare with data.validation=TRAINING_FILE, and without": (
