@@ -162,7 +162,11 @@ TABLE = (
     ForeignKey("learning_rate lr", "training.lr"),
     ForeignKey("num_epochs num_train_epochs epochs", "training.epochs"),
     ForeignKey("max_steps", "training.max_steps", lambda value: None if value == -1 else value, "-1: `null`"),
-    ForeignKey("batch_size per_device_train_batch_size micro_batch_size", "training.batch_size"),
+    ForeignKey(
+        "batch_size per_device_train_batch_size micro_batch_size",
+        "training.batch_size",
+        values="as they are; on several devices multiply by their number, as here it is that of all processes",
+    ),
     ForeignKey("gradient_accumulation_steps", "training.gradient_accumulation_steps"),
     ForeignKey("optim optimizer", "training.optimizer", _convert_choice(OPTIMIZERS), OPTIMIZER_NAMES),
     ForeignKey(
