@@ -29,7 +29,8 @@ class Host:
     """A network namespace with one link to the other host."""
 
     def __init__(self, number: int) -> None:
-        self.name, self.link, self.address = f"tl-host{number}", f"tl-eth{number}", ADDRESSES[number]
+        own = f"tl{os.getpid()}"  # of this worker
+        self.name, self.link, self.address = f"{own}-h{number}", f"{own}e{number}", ADDRESSES[number]
         self.agent: subprocess.Popen[str] | None = None
 
     def start(self, folder: Path, run_id: str) -> subprocess.Popen[str]:
