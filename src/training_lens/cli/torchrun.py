@@ -51,13 +51,14 @@ def run_on_processes(section: DistributedSection, arguments: Sequence[str]) -> i
 
 def _explain_failure(error: Any, section: DistributedSection) -> int:
     """Say which process was killed; one that ended by itself has said why. Gives the exit code."""
-    rank, failure = error.get_first_failure()
-    if failure.exitcode >= 0:
-        return int(failure.exitcode)
+    killed = {rank: failure for rank, failure in error.failures.items() if failure.exitcode < 0}
+    if not killed:
+        return int(error.get_first_failure()[1].exitcode)
+    rank, failure = min(killed.items(), key=lambda item: item[1].timestamp)
     name = signal.Signals(-failure.exitcode).name
     plain_console(stderr=True).print(
         f"process {rank} of {section.processes} was killed ({name}), and the others ended with it. The system kills "
-        "processes when memory runs out. training-lens train --resume latest goes on from the newest checkpoint; "
+        "processes when memory runs out. training-lens train --resume RUN goes on from the newest checkpoint; "
         "distributed.restarts=N does so by itself.",
         style="red",
         soft_wrap=True,

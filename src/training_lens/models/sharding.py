@@ -44,13 +44,11 @@ def shard_base(model: Any, device: torch.device, offload: bool = False) -> None:
     _require_shardable(model, layers)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     whole = {p for p in model.parameters() if p.requires_grad or id(p) not in inside}
-    model_parts = [p for p in whole if p.device != device]
-    for parameter in model_parts:
+    for parameter in whole:
         parameter.data = parameter.data.to(device)
     for name, buffer in model.named_buffers():
-        if buffer.device != device:
-            owner, _, last = name.rpartition(".")
-            model.get_submodule(owner)._buffers[last] = buffer.to(device)
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._buffers[last] = buffer.to(device)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -109,6 +107,6 @@ def _require_shardable(model: Any, layers: list[nn.Module]) -> None:
         )
     if single := next((name for name, m in model.named_modules() if type(m).__name__ == "ParamWrapper"), None):
         raise ConfigurationError(
-            f"distributed.base: '{single}' is an adapter of a single parameter, which cannot be sharded; leave "
-            "peft.target_parameters out, or give replicated."
+            f"distributed.base: '{single}' is an adapter of a single parameter, which cannot be sharded; give "
+            "peft.target_parameters=[], or replicated."
         )

@@ -189,7 +189,7 @@ class TrainingWrapper:
             TrainingLogger(run.logs / log_name(plan.processes)),
             send_while_training(run, self._integrations) if plan.processes.is_main else nullcontext(),
             explain_out_of_memory(plan.config),
-            plan.processes.explain_loss(),
+            plan.processes.explain_lost_process(f"Resume it: {run.resume_command}"),
         ):
             logger.debug("training-lens %s, run %s", __version__, run.run_id)
             if plan.processes.is_main and not resume:

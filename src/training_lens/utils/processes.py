@@ -91,8 +91,12 @@ class Processes:
             self.wait_for_all()
 
     @contextmanager
-    def explain_loss(self) -> Iterator[None]:
-        """In the block, an error of a collective is a `ProcessLostError`: another process ended or is out of reach."""
+    def explain_lost_process(self, advice: str) -> Iterator[None]:
+        """In the block, an error of a collective is a `ProcessLostError`: another process ended or is out of reach.
+
+        Args:
+            advice: what the error says at its end.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -100,6 +104,6 @@ class Processes:
                 reason = describe_error(error).partition(". This is typically")[0]  # gloo's guesses follow
                 raise ProcessLostError(
                     f"process {self.index} of {self.count}: another process of the run ended or cannot be reached, so "
-                    f"this one ends, too ({reason})."
+                    f"this one ends, too ({reason}). {advice}"
                 ) from error
             raise
