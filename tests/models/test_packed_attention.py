@@ -58,7 +58,9 @@ EXACTNESS = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.06}
 
 @pytest.mark.parametrize(
     ("lengths", "width", "window", "softcap", "dtype"),
-    pairwise([(32,), (33, 1, 100), (64, 31)], [20, 64, 80], [None, 1, 40], [None, 5.0], list(EXACTNESS)),
+    pairwise(
+        [(32,), (33, 1, 100), (64, 31), (600, 257)], [21, 64, 80], [None, 1, 40, 300], [None, 5.0], list(EXACTNESS)
+    ),
 )
 def test_blocks_and_heads_of_any_size_are_exact(
     lengths: tuple[int, ...], width: int, window: int | None, softcap: float | None, dtype: torch.dtype

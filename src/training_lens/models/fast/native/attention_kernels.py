@@ -14,7 +14,7 @@ from torch import Tensor
 from training_lens.models.fast.native.library import KernelCall, are_heads_adjacent, define_call, run_kernel, sum_dtype
 from training_lens.utils.devices import move_to_device
 
-BLOCK, COLUMNS = 32, 32  # of attention.h
+BLOCK, CHUNK, COLUMNS = 32, 256, 32  # of attention.h and kernels.h
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class PackedAttentionCall:
         out = torch.empty_like(self.query, memory_format=torch.contiguous_format)
         sums = self.query.new_empty(self.heads, len(self.query), dtype=sum_dtype(self.query))
         nothing = dict.fromkeys(("dout", "dquery", "dkey", "dvalue"))
-        self._run(AttendCall, out=out, sums=sums, scratch=self._scratch(1, 1, 1), gradient_stride=0, **nothing)
+        self._run(AttendCall, out=out, sums=sums, scratch=self._scratch(1, 1, 2), gradient_stride=0, **nothing)
         return out, sums
 
     def attend_backward(self, dout: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +96,7 @@ class PackedAttentionCall:
         fused = self.query.new_empty(tokens, self.heads + 2 * self.groups, size)
         dquery, dkey, dvalue = fused.split([self.heads, self.groups, self.groups], 1)
         self._run(
-            AttendBackCall, out=out, sums=sums, scratch=self._scratch(2, 3, 2), dout=dout.contiguous(),
+            AttendBackCall, out=out, sums=sums, scratch=self._scratch(2, 3, 4), dout=dout.contiguous(),
             dquery=dquery, dkey=dkey, dvalue=dvalue, gradient_stride=fused.stride(0),
         )  # fmt: skip
         return dquery, dkey, dvalue
@@ -112,10 +112,10 @@ class PackedAttentionCall:
         )  # fmt: skip
         run_kernel(call, self.query.dtype, self._workers)
 
-    def _scratch(self, plain: int, rounded: int, by_pair: int) -> Tensor:
-        """Memory of each worker: multiples of a head's size, plain and rounded up, by key and query, and by pair."""
+    def _scratch(self, plain: int, rounded: int, parts: int) -> Tensor:
+        """Memory of each worker: multiples of a head's size, plain and rounded up, by token, and of a block's parts."""
         keys, size = _round_up(max(self.packed.lengths)), self.query.shape[2]
-        count = (keys + BLOCK) * (plain * size + rounded * _round_up(size)) + by_pair * BLOCK * keys
+        count = (keys + BLOCK) * (plain * size + rounded * _round_up(size)) + parts * BLOCK * CHUNK
         return self.query.new_empty(self._workers, count, dtype=sum_dtype(self.query))
 
 

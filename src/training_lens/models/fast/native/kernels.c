@@ -68,18 +68,30 @@ static inline double put_double(double x) { return x; }
 #define WIDE float
 #define EXP exponential
 #define NAME(kernel) kernel##_bfloat16
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#define FACTOR uint32_t
+#define SUMMED 2
+#else
+#define FACTOR float
+#define SUMMED 1
+#endif
 #include "kernels.h"
 
 #define NUMBER float
 #define WIDE float
 #define EXP exponential
 #define NAME(kernel) kernel##_float
+#define FACTOR float
+#define SUMMED 1
 #include "kernels.h"
 
 #define NUMBER double
 #define WIDE double
 #define EXP exp
 #define NAME(kernel) kernel##_double
+#define FACTOR double
+#define SUMMED 1
 #include "kernels.h"
 
 #ifdef __AVX512BF16__

@@ -1,4 +1,5 @@
-/* The kernels, for one type: NUMBER is read and written, WIDE computed in, EXP its exponential, NAME their names. */
+/* The kernels, for one type: NUMBER is read and written, WIDE computed in, EXP its exponential, NAME their names; for
+ * FACTOR and SUMMED see panels.h. */
 
 #define GET NAME(get)
 #define PUT NAME(put)
@@ -243,12 +244,16 @@ static inline __attribute__((always_inline)) void NAME(tile)(
             NAME(row_tile)(TILE_ROWS, parts, inner, a + i * down, down, across, b, apart, out + i * width, width, adds);
 }
 
+#include "panels.h"
+#include "softmax.h"
 #include "attention.h"
 #include "decoding.h"
 
 #undef TILE
 #undef COLUMNS
 #undef PARTS
+#undef FILLED
+#undef JOINED
 
 #undef GET
 #undef PUT
@@ -258,3 +263,5 @@ static inline __attribute__((always_inline)) void NAME(tile)(
 #undef WIDE
 #undef EXP
 #undef NAME
+#undef FACTOR
+#undef SUMMED

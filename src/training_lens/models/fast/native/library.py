@@ -15,7 +15,8 @@ from training_lens.utils.compiling import CompilationError, compile_library
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-SOURCES = tuple(map(Path(__file__).with_name, ("kernels.c", "kernels.h", "attention.h", "decoding.h", "products.h")))
+SOURCE_NAMES = ("kernels.c", "kernels.h", "panels.h", "softmax.h", "attention.h", "decoding.h", "products.h")
+SOURCES = tuple(map(Path(__file__).with_name, SOURCE_NAMES))
 TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}
 GRAIN = 2**15  # numbers that are worth a thread
 
