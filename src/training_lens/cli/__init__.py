@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from training_lens.cli.options import HELP_OPTIONS, build_command, refuse_wrong_usage
+from training_lens.utils.processor_load import OtherPrograms, share_busy_cores
 from training_lens.utils.streams import protect_output
 
 COMMANDS = {
@@ -37,12 +38,14 @@ class CommandGroup(TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.commands: dict[str, Any] = dict.fromkeys(PANELS)
+        self._others = OtherPrograms()
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with refuse_wrong_usage():
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        share_busy_cores(self._others)
         with refuse_wrong_usage():
             return super().invoke(ctx)
 
