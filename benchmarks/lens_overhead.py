@@ -87,7 +87,7 @@ def assembled(config: TrainingConfig, folder: Path, lens: bool) -> tuple[Trainer
 
     plan = TrainingWrapper(config).plan()
     run = RunFolder(folder).create()
-    callback = build_capture_callback(plan, run) if lens else None
+    callback = build_capture_callback(plan, run.lens) if lens else None
     model = load_model(plan.config.model, plan.processes.device, plan.precision)
     manager = CheckpointManager(run.checkpoints, plan.fingerprint)
     return build_trainer(plan, model, manager, (callback,) if callback else ()), callback

@@ -73,7 +73,7 @@ def main() -> None:
     job = read_job()
     plan = planned(job)
     run = RunFolder(Path(job["output"]) / "run").create()
-    lens = build_capture_callback(plan, run) if job["mode"] == "ours_lens" else None
+    lens = build_capture_callback(plan, run.lens) if job["mode"] == "ours_lens" else None
     steps = Steps(Watch())
     model = load_model(plan.config.model, plan.processes.device, plan.precision)
     manager = CheckpointManager(run.checkpoints, plan.fingerprint)

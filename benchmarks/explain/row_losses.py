@@ -59,7 +59,7 @@ def measure(values: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
     values |= {"output": {"base_output_dir": str(folder / "outputs")}}
     plan = TrainingWrapper(TrainingConfig.model_validate(values)).plan()
     run = RunFolder(folder / "run").create()
-    callback = build_capture_callback(plan, run)
+    callback = build_capture_callback(plan, run.lens)
     assert callback is not None
     model = load_model(plan.config.model, plan.processes.device, plan.precision)
     trainer = build_trainer(plan, model, CheckpointManager(run.checkpoints, plan.fingerprint), (callback,))
