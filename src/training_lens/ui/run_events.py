@@ -19,7 +19,8 @@ from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_lookup import read_status
 from training_lens.utils.files import replace_non_finite
 
-TICK, IDLE_TICK = 2.0, 3.0  # seconds between two looks at a run that trains, and at one that does not
+FIRST_TICK, TICK = 2.0, 5.0  # seconds between two looks at a run: the shorter at first, while somebody surely watches
+FIRST_TICKS = 60
 MOST_STEPS = 4000  # in one event; a page that was away for longer reads its curves anew
 BEAT = ": beat\n\n"  # tells a connection that is gone from one where nothing happens
 
@@ -32,16 +33,11 @@ class RunFollower:
     feeds: FeedCache
     step: int
     _config: Mapping[str, Any] = field(default_factory=dict)
-    _status: str = ""
     _page: tuple[Any, ...] = ()
     _lens: tuple[float, ...] = ()
     _progress: Mapping[str, Any] = field(default_factory=dict)
     _validations: int = 0
     _has_read: bool = False
-
-    @property
-    def is_training(self) -> bool:
-        return self._status == "running"
 
     def read_event(self) -> dict[str, Any] | None:
         """What is new since the last call; None if nothing is.
@@ -71,7 +67,7 @@ class RunFollower:
         event = {"step": feed.last_step, "status": status, "page": page != self._page, "lens": lens != self._lens}
         if progress != self._progress:
             event["progress"] = progress
-        self._status, self._page, self._lens, self._progress = status, page, lens, progress
+        self._page, self._lens, self._progress = page, lens, progress
         return event
 
 
@@ -94,7 +90,7 @@ def _list_times(folder: Path) -> tuple[float, ...]:
 
 async def stream_events(run: RunFolder, feeds: FeedCache, since: int) -> AsyncIterator[str]:
     """Server-sent events of a run after step `since`, until it is deleted or the page goes away."""
-    follower = RunFollower(run, feeds, since)
+    follower, ticks = RunFollower(run, feeds, since), 0
     while run.metadata.is_dir():
         try:
             event = await run_in_threadpool(follower.read_event)
@@ -104,5 +100,6 @@ async def stream_events(run: RunFolder, feeds: FeedCache, since: int) -> AsyncIt
             yield f"id: {event['step']}\ndata: {json.dumps(replace_non_finite(event))}\n\n"
         else:
             yield BEAT
-        await asyncio.sleep(TICK if follower.is_training else IDLE_TICK)
+        ticks += 1
+        await asyncio.sleep(FIRST_TICK if ticks < FIRST_TICKS else TICK)
     yield "event: gone\ndata: {}\n\n"

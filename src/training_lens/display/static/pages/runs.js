@@ -6,7 +6,7 @@ import { badge, button, element, labelled, replace, replaceIfChanged, setChildre
 import { formatNumber, formatRate, formatWhole, pluralize } from "../format.js";
 
 const ROWS_AT_ONCE = 50;
-const POLL = { reading: 60, watching: 3000 }; // milliseconds
+const POLL = { reading: 60, watching: 5000 }; // milliseconds
 const MOST_COMPARED = 6;
 const STATUSES = ["running", "finished", "interrupted", "failed", "pruned", "broken"];
 

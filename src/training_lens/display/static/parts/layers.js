@@ -23,7 +23,9 @@ export function layerPart(box, source) {
     const begun = performance.now();
     try {
       const found = await source.layers(measure.value || "strength", by.value);
-      if (!found.steps.length) return replace(box, element("p", { class: "empty" }, "The lens captured no measures of layers in this run."));
+      if (!found.steps.length) return replace(box, element("p", { class: "empty" }, source.isLive
+        ? "The lens has written no measures of layers yet. They are shown here once they are on disk."
+        : "The lens captured no measures of layers in this run."));
       if (!map.root.isConnected) mount(found);
       measures = found.measures;
       meaning.textContent = measures.find((one) => one.measure === found.measure)?.meaning ?? "";
