@@ -88,6 +88,7 @@ def assert_close_captures(run: RunFolder, other: RunFolder) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_two_processes_train_and_capture_what_one_does(small_config: Config, base: str) -> None:
     sections: dict[str, Any] = {"training": {"max_steps": 4}, "lens": LENS, "tracking": {"samples": 2}}
+    sections["peft"] = {"lora_dropout": 0.1}
     alone = train(small_config(**sections, output={"run_id": "one"}))
     distributed = {"base": base}
     both = train(small_config(**sections, output={"run_id": "two"}, distributed=distributed), 2)
@@ -99,6 +100,8 @@ def test_two_processes_train_and_capture_what_one_does(small_config: Config, bas
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {},
     "dora": {"peft": {"use_dora": True}},
+    "dropout": {"peft": {"lora_dropout": 0.2}},
+    "dora, dropout": {"peft": {"use_dora": True, "lora_dropout": 0.2}, "training": {"gradient_checkpointing": True}},
     "pissa": {"peft": {"init": "pissa"}},
     "checkpointing": {"training": {"gradient_checkpointing": True}},
     "4bit": {"model": {"id": "embedded", "quantization": "4bit"}},
@@ -190,8 +193,8 @@ def _finish(config: TrainingConfig, processes: int, action: Callable[[], object]
 def test_a_run_goes_on_from_two_processes_to_one_to_four_and_from_one_kind_of_base_to_the_other(
     config_of: Config, order: tuple[str, str, str]
 ) -> None:
-    alone = train(config_of("lora", "replicated", output={"run_id": "one"}))
-    bases = [config_of("lora", base, output={"run_id": "moved"}) for base in order]
+    alone = train(config_of("dropout", "replicated", output={"run_id": "one"}))
+    bases = [config_of("dropout", base, output={"run_id": "moved"}) for base in order]
     run = train_until(bases[0], 60, 2)
     resume_until(run, bases[1], 120, 1)
     resume_until(run, bases[2], None, 4)

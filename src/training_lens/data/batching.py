@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapreplace
 
 import numpy as np
@@ -233,4 +233,5 @@ def iterate_batches(
     """The micro-batches of these examples, padded or packed."""
     for part in split_micro_batches(positions, dataset.lengths, max_tokens, packed):
         examples = [dataset[int(i)] for i in part]
-        yield pack_examples(examples) if packed else collate(examples, fill_id)
+        batch = pack_examples(examples) if packed else collate(examples, fill_id)
+        yield replace(batch, positions=tuple(part.tolist()))

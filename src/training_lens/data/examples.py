@@ -125,6 +125,7 @@ class Batch:
     lengths: tuple[int, ...]
     example_ids: tuple[str, ...]
     is_packed: bool = False
+    positions: tuple[int, ...] = ()  # of the examples in their dataset; empty where nobody asks
 
     def move_to(self, device: torch.device) -> Batch:
         return replace(self, input_ids=self.input_ids.to(device), loss_mask=self.loss_mask.to(device))

@@ -29,7 +29,7 @@ def adapt_base(plan: RunPlan, model: Any) -> Any:
     config, processes = plan.config, plan.processes
     seed_everything(config.training.seed)
     adapted = attach(model, config.peft, plan.new_ids)
-    diverge_rng(processes.index)  # dropout of its own, after the same initialization
+    diverge_rng(processes.index)  # for draws that no token decides, after the same initialization
     if has_own_kernels(model):
         adapted = fuse_adapter(adapted, config)
     elif config.training.gradient_checkpointing:

@@ -132,8 +132,7 @@ def check_schedule(run: RunFolder, schedule: Schedule, processes: Processes) -> 
     began = run.read_metadata("data.json").get("processes")
     if began is not None and began != processes.count:
         logger.info(
-            "begun by %d processes, resumed by %d: a step keeps its %d examples; losses differ by rounding, and by "
-            "the random numbers of dropout",
+            "begun by %d processes, resumed by %d: a step keeps its %d examples; losses differ by rounding",
             began, processes.count, schedule.global_batch,
         )  # fmt: skip
     steps = [] if began is not None or not run.metrics_file.is_file() else read_metrics(run.metrics_file)

@@ -2,7 +2,7 @@
 
 A replay begins at a state that the run kept, or at its start, and ends at the step of the run's adapter. The rows leave
 their steps; the rest of each step is as it was, and its loss is divided by the number of its remaining supervised
-tokens. A step without rows makes no update. Dropout draws for the rows that remain, so its masks are others.
+tokens. A step without rows makes no update. What dropout drops of the rows that remain is the same.
 """
 
 from __future__ import annotations

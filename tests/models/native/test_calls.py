@@ -66,7 +66,7 @@ def test_the_arguments_in_python_lie_where_c_reads_them(dtype: str, tmp_path: Pa
                 checks.append(
                     f'_Static_assert(_Generic((({struct} *)0)->{name}, {kinds[field]}: 1, default: 0), "{unit}");'
                 )
-    assert len({kind.kernel for kind in CALLS}) == 11 and unit
+    assert len({kind.kernel for kind in CALLS}) == 12 and unit
     source = tmp_path / "layout.c"
     source.write_text("\n".join(checks) + "\n")
     command = [

@@ -15,6 +15,7 @@ from training_lens.errors import ModelLoadingError
 from training_lens.models.fast.install import PROBE_TOKENS, forward_packed, install_kernels
 from training_lens.models.fast.losses import linear_nll, nll, sum_by_example
 from training_lens.models.fast.native.attention_kernels import PackedSequences
+from training_lens.models.fast.token_dropout import draw_token_keys
 from training_lens.models.fast.token_rows import head_rows, install_token_rows
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 from training_lens.models.model_classes import decoder_of, evaluation_mode, unwrap_adapter
@@ -79,6 +80,7 @@ class Engine:
         loss_mask: Bool[Tensor, "rows width"],
         packed_lengths: Sequence[int] = (),
         padded_lengths: Sequence[int] = (),
+        example_keys: Int[Tensor, " examples"] | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " examples"]]:
         """The loss of a micro-batch, in nats and float32: summed over all supervised tokens, and over each example's.
 
@@ -90,6 +92,8 @@ class Engine:
             loss_mask: true at the tokens that are targets; at an example's first one it has no say.
             packed_lengths: the lengths of the packed examples in the one row; empty: rows padded on the right.
             padded_lengths: the lengths of rows that are padded, without which a long-rope model takes them as whole.
+            example_keys: of `draw_example_keys`, by which the examples' tokens are dropped in training mode; None: by
+                torch's random state.
         """
         packed = None
         if packed_lengths:
@@ -97,6 +101,7 @@ class Engine:
             packed = PackedSequences((*packed_lengths, spare) if spare else tuple(packed_lengths))
             input_ids, loss_mask = pad(input_ids, (0, spare)), pad(loss_mask, (0, spare))
             loss_mask = loss_mask.index_fill(1, packed.cu_seqlens(loss_mask.device)[:-1].long(), False)
+        self._begin_dropout(example_keys, packed, input_ids.shape[1])
         rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
         counts = _count_targets(loss_mask, packed_lengths)
         wanted = input_ids[rows, columns + 1]
@@ -108,6 +113,15 @@ class Engine:
             states = self._hidden_states(input_ids, packed, padded_lengths)[rows, columns]
             total, losses = self._target_nll(states, wanted)
         return total, sum_by_example(losses.detach(), counts)
+
+    def _begin_dropout(self, example_keys: Tensor | None, packed: PackedSequences | None, width: int) -> None:
+        keys = None
+        if example_keys is not None and self.kernels.installed["dropouts"]:
+            lengths = packed.lengths if packed else ()
+            example_keys = pad(example_keys, (0, max(0, len(lengths) - len(example_keys))))  # what fills up has none
+            keys = draw_token_keys(example_keys, lengths, None if packed else width)
+            keys = move_to_device(keys, self._device)
+        self.kernels.draws.begin_pass(keys)
 
     def _hidden_states(
         self, input_ids: Tensor, packed: PackedSequences | None, padded_lengths: Sequence[int]

@@ -112,8 +112,8 @@ class FusedLinear(nn.Module):
     ) -> Tensor:
         factors, scales = [(b.down, b.up) for b in branches], [b.scale for b in branches]
         modules = [module for layer in self.layers for module in getattr(layer, "lora_dropout", {}).values()]
-        dropout = max((m.p for m in modules if isinstance(m, nn.Dropout) and m.training), default=0.0)
-        dropped = nn.functional.dropout(x, dropout) if dropout else None  # one mask for all that x goes into
+        dropouts = [m for m in modules if isinstance(m, nn.Dropout) and m.training and m.p]
+        dropped = max(dropouts, key=lambda m: m.p)(x) if dropouts else None  # one mask for all that x goes into
         gains = self._dora_gains(branches)
         if gains is None:
             return lora_linear(x, weight, bias, factors, scales, dropped)

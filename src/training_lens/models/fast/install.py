@@ -20,6 +20,7 @@ from training_lens.models.fast.layer_spec import AttentionSpec, MLPSpec, NormSpe
 from training_lens.models.fast.native.attention_kernels import PackedSequences
 from training_lens.models.fast.packed_attention import packed_attention
 from training_lens.models.fast.recognition import RecognizedLayers, recognize_layers
+from training_lens.models.fast.token_dropout import TokenDraws, drop_columns
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 from training_lens.models.model_classes import decoder_of, evaluation_mode, has_own_kernels
 from training_lens.models.sharding import gathered
@@ -97,6 +98,19 @@ class MLPKernel(ModuleKernel):
         return self._mlp(x) if is_ready else self.plain(x)  # type: ignore[no-any-return]
 
 
+class DropoutKernel(ModuleKernel):
+    """A dropout that drops by its tokens, where the pass says which they are; else by torch's random state."""
+
+    def __init__(self, module: nn.Dropout, path: str, draws: TokenDraws) -> None:
+        super().__init__(module, 0)
+        self._draws, self._name = draws, draws.add_layer(path)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        share, rows = self.module.p, x.numel() // max(1, x.shape[-1])
+        drawn = self._draws.find(self._name, rows) if self.module.training and 0 < share < 1 else None
+        return self.plain(x) if drawn is None else drop_columns(x, drawn, share)
+
+
 def can_fuse(linear: FusedLinear) -> bool:
     """Whether no hook waits for the results of the single layers."""
     hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in linear.layers)
@@ -130,10 +144,14 @@ def _apply_linear(linear: FusedLinear, x: Tensor) -> Tensor:
 
 @dataclass
 class InstalledKernels:
-    """How many modules of each kind the kernels compute, and how many keep their own forward, by the reason."""
+    """How many modules of each kind the kernels compute, and how many keep their own forward, by the reason.
+
+    `draws` is what the model's dropouts drop by.
+    """
 
     installed: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    draws: TokenDraws = field(default_factory=TokenDraws)
 
     @property
     def can_pack(self) -> bool:
@@ -175,6 +193,11 @@ def install_kernels(model: Any, precision: Precision = "fp32") -> InstalledKerne
                 report.skipped[refusal] += 1
             else:
                 report.installed[kind] += 1
+    for path, module in model.named_modules():
+        is_dropout = type(module) is nn.Dropout and module.p > 0
+        if is_dropout and "forward" not in module.__dict__:
+            module.forward = DropoutKernel(module, path, report.draws)
+            report.installed["dropouts"] += 1
     return report
 
 

@@ -22,6 +22,7 @@ from training_lens.errors import EvaluationError, InterruptedRunError, TrainingE
 from training_lens.evaluation.evaluator import EvaluationOptions, LossReport, evaluate_loss
 from training_lens.models.adapters import base_only, trainable_parameters
 from training_lens.models.fast.engine import Engine
+from training_lens.models.fast.token_dropout import draw_example_keys
 from training_lens.models.quantization import has_8bit_layers
 from training_lens.training.loop.callbacks import Callback, StepReport, build_not_finite_error
 from training_lens.training.loop.checkpoint_manager import CheckpointManager, TrainingState, gather_rng_states
@@ -137,7 +138,7 @@ class Trainer:
         self.model.train()
         try:
             with preserve_rng_state():
-                self._micro_batch_losses(batch)[0].backward()
+                self._micro_batch_losses(batch, step=0)[0].backward()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         return batch.input_ids.numel()
@@ -227,7 +228,7 @@ class Trainer:
         self._gradient_sum.begin_passes()
         try:
             for batch, counts, is_last in self.dataloader.passes(plan, self.micro_batch_tokens):
-                nll, row_nll = self._micro_batch_losses(batch)
+                nll, row_nll = self._micro_batch_losses(batch, plan.number)
                 if not nll.requires_grad:
                     raise TrainingError(NO_GRADIENT)
                 if is_last:
@@ -249,11 +250,12 @@ class Trainer:
         sums[1:].masked_scatter_(mine, torch.cat(own_rows))
         return sums
 
-    def _micro_batch_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _micro_batch_losses(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a micro-batch, summed over its supervised tokens, and over those of each row."""
+        keys = draw_example_keys(self.schedule.seed, step, batch.positions)
         with autocast(self.processes.device, self.precision):
             packed, padded = (batch.lengths, ()) if batch.is_packed else ((), batch.lengths)
-            return self.engine.row_losses(batch.input_ids, batch.loss_mask, packed, padded)
+            return self.engine.row_losses(batch.input_ids, batch.loss_mask, packed, padded, keys)
 
     @property
     def micro_batch_tokens(self) -> int:

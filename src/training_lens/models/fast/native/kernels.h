@@ -164,6 +164,33 @@ void NAME(rotate)(int64_t begin, int64_t end, const struct NAME(rotate_call) *c)
     }
 }
 
+struct NAME(drop_call) {
+    const NUMBER *x;         /* (rows, width) */
+    const uint32_t *draws;   /* (rows, 2): a factor and a summand */
+    const uint32_t *columns; /* (width) */
+    NUMBER *y;
+    int64_t width, least;
+    double scale;
+};
+
+/* Rows: y = scale x where factor column + summand, modulo 2^32 and taken with its sign, is at least `least`, else 0. */
+void NAME(drop)(int64_t begin, int64_t end, const struct NAME(drop_call) *c) {
+    const int64_t width = c->width;
+    const int32_t least = (int32_t)c->least;
+    const WIDE scale = (WIDE)c->scale;
+    const uint32_t *columns = c->columns;
+    for (int64_t row = begin; row < end; row++) {
+        const NUMBER *x = c->x + row * width;
+        NUMBER *y = c->y + row * width;
+        const uint32_t factor = c->draws[2 * row], summand = c->draws[2 * row + 1];
+        #pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            const int32_t number = (int32_t)(factor * columns[i] + summand);
+            y[i] = number >= least ? PUT(GET(x[i]) * scale) : 0;
+        }
+    }
+}
+
 struct NAME(nll_call) {
     NUMBER *logits;         /* (rows, classes) */
     const int64_t *targets; /* (rows) */

@@ -16,6 +16,7 @@ NormBackCall = define_call("norm_back", "dy x weight scale dx", "width has_wide_
 GateCall = define_call("gate", "gate_up y", "width activation")
 GateBackCall = define_call("gate_back", "dy gate_up dgate_up", "width activation")
 RotateCall = define_call("rotate", "x cosine sine y", "heads size rotated x_stride y_stride interleaved", "direction")
+DropCall = define_call("drop", "x draws columns y", "width least", "scale")
 NLLCall = define_call("nll", "logits targets losses", "classes")
 
 
@@ -74,6 +75,21 @@ def rotate_heads(
         x_stride=x.stride(0), y_stride=y.stride(0), interleaved=interleaved, direction=direction,
     )  # fmt: skip
     run_kernel(call, x.dtype, len(x), heads * size)
+
+
+def drop_columns(
+    x: Float[Tensor, "*tokens width"],
+    draws: Int[Tensor, "tokens 2"],
+    columns: Int[Tensor, " width"],
+    least: int,
+    scale: float,
+) -> Float[Tensor, "*tokens width"]:
+    """scale x where factor column + summand (int32, wrapping around) is at least `least`, else 0."""
+    x = x.contiguous()
+    y, width = torch.empty_like(x), x.shape[-1]
+    call = DropCall(x=x, draws=draws.contiguous(), columns=columns, y=y, width=width, least=least, scale=scale)
+    run_kernel(call, x.dtype, len(draws), width)
+    return y
 
 
 def write_nll_gradient(
