@@ -105,7 +105,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "pissa": {"peft": {"init": "pissa"}},
     "checkpointing": {"training": {"gradient_checkpointing": True}},
     "4bit": {"model": {"id": "embedded", "quantization": "4bit"}},
-    "experts": {"model": {"id": "Mixtral"}, "peft": {"target_parameters": []}},
+    "frozen experts": {"model": {"id": "Mixtral"}, "peft": {"target_parameters": []}},
+    "experts": {"model": {"id": "Mixtral"}},
 }
 
 

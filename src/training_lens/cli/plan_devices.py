@@ -84,14 +84,14 @@ def _read_workload(settings: TrainingConfig, shape: ModelShape, example_tokens: 
     Raises:
         ConfigurationError: settings whose costs are not known here.
     """
-    from training_lens.training.layout_costs import LAYOUTS, Workload, is_4bit, is_sharded
+    from training_lens.training.layout_costs import LAYOUTS, Workload, is_4bit
 
     model, training = settings.model, settings.training
     if training.precision == "fp32":
         raise ConfigurationError("training.precision: plan has the devices' rates in 16 bits; leave it at auto.")
     if model.quantization == "8bit":
         raise ConfigurationError("model.quantization: plan knows none and 4bit; give one of them.")
-    layouts = [name for name in LAYOUTS if not (is_sharded(name) and shape.has_parameter_adapters)]
+    layouts = list(LAYOUTS)
     if model.quantization == "4bit" or settings.peft.init == "pissa":  # which needs the weights unquantized
         layouts = [name for name in layouts if is_4bit(name) == (model.quantization == "4bit")]
     is_set = "gradient_checkpointing" in training.model_fields_set

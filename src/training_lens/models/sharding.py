@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from training_lens.errors import ConfigurationError
+from training_lens.models.experts import is_expert_adapter
 from training_lens.models.model_classes import decoder_of
 from training_lens.models.quantization import has_8bit_layers
 from training_lens.utils.logging import get_logger
@@ -34,7 +37,7 @@ def shard_base(model: Any, device: torch.device, offload: bool = False) -> None:
         offload: keep the shares in the host's memory between uses.
 
     Raises:
-        ConfigurationError: weights in 8 bits, adapters of single parameters, or a model without a list of layers.
+        ConfigurationError: weights in 8 bits, or a model without a list of layers.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -49,6 +52,8 @@ def shard_base(model: Any, device: torch.device, offload: bool = False) -> None:
     for name, buffer in model.named_buffers():
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = buffer.to(device)
+    if not getattr(decoder, "is_activation_checkpointing", False):  # which recomputes whole layers
+        _recompute_experts(model)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -105,8 +110,15 @@ def _require_shardable(model: Any, layers: list[nn.Module]) -> None:
             "distributed.base: layers in 8 bits change their weights as they compute, and cannot be sharded; give "
             "model.quantization=4bit, or replicated."
         )
-    if single := next((name for name, m in model.named_modules() if type(m).__name__ == "ParamWrapper"), None):
-        raise ConfigurationError(
-            f"distributed.base: '{single}' is an adapter of a single parameter, which cannot be sharded; give "
-            "peft.target_parameters=[], or replicated."
-        )
+
+
+def _recompute_experts(model: Any) -> None:
+    """Let adapted experts compute again in the backward pass, instead of keeping weights for it.
+
+    PEFT adds the update to the weights of all experts before they compute. The sum is a tensor that FSDP2 does not know
+    of: kept until the backward pass, those of all layers would be the whole base on every device.
+    """
+    wrappers = {m for m in model.modules() if is_expert_adapter(m)}
+    inner = {m.base_layer for m in wrappers}
+    for wrapper in wrappers - inner:
+        wrapper.forward = partial(checkpoint, wrapper.forward, use_reentrant=False)

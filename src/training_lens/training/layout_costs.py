@@ -259,6 +259,9 @@ def _list_fixed_memory(shape: ModelShape, workload: Workload, layout: Layout, de
             f"{GATHERED_LAYERS} layers x {format_count(shape.largest_layer)} x {gathered} bytes",
             "assumed",
         )
+        if shape.has_parameter_adapters:
+            how = f"2 x 1 layer x {format_count(shape.largest_layer)} x {size} bytes"
+            yield MemoryTerm("experts with their update", 2 * shape.largest_layer * size, how, "assumed")
     if is_4bit(layout):
         yield MemoryTerm(
             "dequantized weights",

@@ -68,7 +68,7 @@ class ModelShape:
         weights: the base's tensors, those of one shape together.
         trainable: of the adapter, and of modules that are trained whole.
         largest_layer: of the base, in the largest decoder layer.
-        has_parameter_adapters: whether single parameters, such as experts, are adapted, which rules out sharding.
+        has_parameter_adapters: whether single parameters, such as experts, are adapted.
         multiplied: weights that each token is multiplied by; of experts those that compute a token.
         attention_width: heads x width of a head, summed over the layers.
         saved: that autograd saves for a token, at most; `saved_checkpointed`: with gradient checkpointing.
