@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lens_overhead import MAIN, write_model
+from lens_overhead import MAIN, write_layers
 from transformers import AutoTokenizer
 
 from training_lens import TrainingConfig, TrainingWrapper
@@ -166,7 +166,7 @@ def run_of(kind: str, model: Path, folder: Path, steps: int) -> dict[str, Any]:
 
 def measured(folder: Path, shared: Path, pairs: int, steps: int) -> dict[str, Any]:
     """Pairs of whole runs, then one run with its courier stopped in turn."""
-    parameters = write_model(folder / "model", MAIN, shared / "tokenizers/gpt2")
+    parameters = write_layers(folder / "model", MAIN, shared / "tokenizers/gpt2")
     write_rows(folder / "model", shared, folder / "model/rows.jsonl")
     runs: dict[str, list[dict[str, Any]]] = {"alone": [], "connected": []}
     running = servers(folder)

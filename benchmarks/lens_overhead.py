@@ -107,7 +107,7 @@ def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[st
         for name, trainer in order if plan.number % 2 else reversed(order):
             begun = time.perf_counter()
             report = trainer.train_step(plan)
-            trainer._count_step(report)
+            trainer.state = trainer.state.count_step(report)
             trainer.notify_callbacks("on_step_end", report)
             taken[name].append(time.perf_counter() - begun)
     during = lens.capture_seconds - started
@@ -164,7 +164,7 @@ def train_some(model: Path, shared: Path, folder: Path, lens: bool) -> None:
     trainer.notify_callbacks("on_train_start")
     for plan in islice(trainer.schedule.iterate_steps(), 4):
         report = trainer.train_step(plan)
-        trainer._count_step(report)
+        trainer.state = trainer.state.count_step(report)
         trainer.notify_callbacks("on_step_end", report)
     trainer.notify_callbacks("on_train_end")
 
