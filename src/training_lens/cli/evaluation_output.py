@@ -12,6 +12,7 @@ from rich.text import Text
 from training_lens.cli.common import Screen, print_table
 from training_lens.errors import ConfigurationError
 from training_lens.utils.formatting import cut_text
+from training_lens.utils.launch import launched_rank
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -45,8 +46,11 @@ def open_evaluator(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvalu
     from training_lens.inference.session import open_session
     from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
     from training_lens.runs.run_lookup import uses_own_model
+    from training_lens.utils.devices import get_device
+    from training_lens.utils.processes import Processes
 
     AnswerScoring.from_settings(settings.evaluation)  # refuses wrong settings before a model is loaded
+    Processes(get_device(settings.model.device))  # under torchrun each process then has a device of its own
     session = open_session(settings)
     limit = settings.evaluation.max_examples
     if uses_own_model(settings.inference.adapter):
@@ -62,8 +66,11 @@ def open_evaluator(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvalu
 
 
 def report_result(screen: Screen, result: EvaluationResult, evaluator: ModelEvaluator, folder: Path, name: str) -> None:
-    """Write the reports and print them."""
+    """Write the reports and print them; of several processes the first one does."""
     from training_lens.evaluation.reports import write_reports
+
+    if launched_rank():
+        return
 
     folder.mkdir(parents=True, exist_ok=True)
     report = write_reports(result, folder, name, describe_evaluation(evaluator))
@@ -99,6 +106,8 @@ def report_broken_adapter(screen: Screen, error: BrokenAdapterError, evaluator: 
     """Write the verdict on an adapter whose losses are not finite, for the run's reports."""
     from training_lens.utils.integrity import write_sealed
 
+    if launched_rank():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     report = {**describe_evaluation(evaluator), "verdict": error.verdict.as_json()}
     write_sealed(folder / "compare.json", report)

@@ -32,9 +32,9 @@ from training_lens.evaluation.evaluator import BaseStates, EvaluationOptions, To
 from training_lens.evaluation.harness import TaskOptions, TaskScores, run_tasks
 from training_lens.evaluation.metrics import AnswerScoring
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
+from training_lens.evaluation.shared_answers import generate_shared_answers
 from training_lens.evaluation.training_verdict import is_run_folder, read_training_record
 from training_lens.evaluation.verdict import Verdict
-from training_lens.inference.generator import generate_answers
 from training_lens.inference.heldout_examples import filter_fitting
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
@@ -247,7 +247,8 @@ class ModelEvaluator:
         room = min(self.settings.max_new_tokens, int(rows.dataset.supervised_counts.max()) + SPARE_TOKENS)
         greedy = InferenceSection(max_new_tokens=room, batch_tokens=self.settings.batch_tokens)
         with self.progress.task(f"answers of the {who}", len(prompts)) as advance:
-            given = generate_answers(self.session, prompts, greedy, base=base, advance=advance)
+            processes = Processes(self.session.device)
+            given = generate_shared_answers(self.session, prompts, greedy, processes, base=base, advance=advance)
         in_turn = iter(given)
         answers = [next(in_turn) if asked else None for asked in rows.has_prompt]
         scores = scored.with_answers([a.text for a in given], rows.prompt_references, rows.has_prompt, scoring)
