@@ -38,10 +38,36 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(STATE, ignore_errors=True)
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """Look for no garbage while the tests and what they need are imported: there is none."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        _freeze_imports()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[Any]:
+    """Pass over also what the tests of a file imported."""
+    result = yield
+    if nextitem is not None and nextitem.path != item.path and len(sys.modules) > _frozen_modules + 50:
+        _freeze_imports()
+    return result
+
+
+_frozen_modules = 0
+
+
+def _freeze_imports() -> None:
     """What is imported by now lives until the end, and is passed over where garbage is collected."""
+    global _frozen_modules
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
+    _frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")
