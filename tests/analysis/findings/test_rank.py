@@ -13,7 +13,7 @@ import pytest
 import torch
 from slow_cases import slow_but
 
-from training_lens.analysis.findings import Finding, RankCheck, RankLoss, diagnose, measure_rank, read_rank_check
+from training_lens.analysis.findings import Finding, RankCheck, RankLoss, measure_rank, read_rank_check
 from training_lens.core.recording import Recording
 from training_lens.utils.integrity import read_sealed, write_sealed
 
@@ -26,7 +26,9 @@ CHECK = RankCheck(
 
 
 @pytest.fixture
-def few_directions(healthy: Any, record: Callable[..., Recording]) -> Callable[[RankCheck | None], Finding]:
+def few_directions(
+    healthy: Any, record: Callable[..., Recording], checks: dict[str, Any]
+) -> Callable[[RankCheck | None], Finding]:
     """What is said where 2 of 16 directions hold the energy, with this rank check."""
 
     def find(check: RankCheck | None) -> Finding:
@@ -34,7 +36,8 @@ def few_directions(healthy: Any, record: Callable[..., Recording]) -> Callable[[
         recording = record(healthy.tables, {"total_steps": 200})
         if check is not None:
             check.write(recording.folder)
-        return next(found for found in diagnose(recording) if found.code == "rank")
+        found: Finding = checks["rank"](recording)
+        return found
 
     return find
 
