@@ -14,6 +14,7 @@ import pytest
 import torch
 from forked import fork_processes, join_processes  # type: ignore[import-not-found]
 from safetensors.torch import load_file
+from slow_cases import slow_but  # type: ignore[import-not-found]
 from tiny_models import SIZES, save_tiny_model, tiny_model  # type: ignore[import-not-found]
 
 from training_lens import TrainingConfig, TrainingWrapper
@@ -85,7 +86,7 @@ def assert_close_captures(run: RunFolder, other: RunFolder) -> None:
                 assert values[0] == values[1] or name == "spectra", (name, column)
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", slow_but(["sharded"], BASES))
 def test_two_processes_train_and_capture_what_one_does(small_config: Config, base: str) -> None:
     sections: dict[str, Any] = {"training": {"max_steps": 4}, "lens": LENS, "tracking": {"samples": 2}}
     sections["peft"] = {"lora_dropout": 0.1}

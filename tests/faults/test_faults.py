@@ -12,6 +12,7 @@ import pytest
 from bench import Bench, Finding, Tally  # type: ignore[import-not-found]
 from cases import CASES  # type: ignore[import-not-found]
 from kinds import damage_all, fill_often, kill_often, run_two, signal_often  # type: ignore[import-not-found]
+from slow_cases import slow_but  # type: ignore[import-not-found]
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="calls are counted by a preloaded library, as on Linux"),
@@ -48,11 +49,12 @@ def test_an_export_that_is_killed_and_called_again_ends_as_if_it_had_not_been(be
     require_good([kill_often(bench, "export", 2, random.Random(11))], at_least=2)
 
 
-def test_a_full_disk_is_a_clear_error_and_room_mends_it(bench: Bench) -> None:
-    draw = random.Random(5)
-    require_good([fill_often(bench, name, 2, draw) for name in ("prepare", "export", "tag")], at_least=6)
+@pytest.mark.parametrize("name", slow_but(["prepare"], ["prepare", "export", "tag"]))
+def test_a_full_disk_is_a_clear_error_and_room_mends_it(bench: Bench, name: str) -> None:
+    require_good([fill_often(bench, name, 2, random.Random(5))], at_least=2)
 
 
+@pytest.mark.slow
 def test_a_signal_is_no_traceback_and_the_next_call_ends_well(bench: Bench) -> None:
     require_good([signal_often(bench, "prepare", 2, random.Random(3))], at_least=2)
 
@@ -71,6 +73,7 @@ def test_little_memory_no_threads_and_a_clock_that_goes_back_change_no_result(be
     require_good([tally], at_least=5)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_changes_no_result_in_silence(bench: Bench) -> None:
     ways, readers = ["flip", "cut", "delete"], ("infer", "export", "show", "tag")
     require_good([damage_all(bench, "finished", ways, random.Random(7), most=1, readers=readers)], at_least=1)

@@ -56,8 +56,8 @@ def many_keys() -> bytes:
         ("deep.json", lambda: b"[" * 100_000, "cannot be read"),
         ("digits.jsonl", lambda: ROW + b'{"question": "a", "answer": ' + b"9" * 9999 + b"}\n", "cannot be read"),
         ("values.json", lambda: b"1 " * 100_002, "over 100,000 rows"),
-        ("bomb.jsonl.gz", lambda: gzip.compress(b" " * 90_000_000), "unpacks to over"),
-        ("bomb.parquet.gz", lambda: gzip.compress(b"PAR1" + b"\0" * 90_000_000), "unpacks to over"),
+        ("bomb.jsonl.gz", lambda: gzip.compress(b" " * 90_000_000, 1), "unpacks to over"),
+        ("bomb.parquet.gz", lambda: gzip.compress(b"PAR1" + b"\0" * 90_000_000, 1), "unpacks to over"),
     ],
 )
 def test_a_file_of_rows_over_a_limit_is_refused(

@@ -29,6 +29,7 @@ def accused(found: dict[str, Finding]) -> set[str]:
     return {code for code, each in found.items() if each.severity in ("problem", "warning")}
 
 
+@pytest.mark.slow
 def test_a_sound_run_is_not_accused(sound: dict[str, Finding]) -> None:
     assert not accused(sound)
     decided = {code for code, each in sound.items() if each.severity == "fine"}
