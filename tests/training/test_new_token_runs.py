@@ -32,11 +32,12 @@ from training_lens.models.fast.token_rows import TokenRows
 from training_lens.runs.run_folder import RunFolder
 from training_lens.serve.served_models import load_models
 from training_lens.training.loop.callbacks import Callback
+from training_lens.utils.files import read_json
 
 Config = Callable[..., TrainingConfig]
 TOKENS = ["<tool>", "</tool>"]
 ROWS = [{"question": f"Call tool {i}.", "answer": f"<tool>{i}</tool>"} for i in range(8)]
-LEARNED = {"epochs": 40, "batch_size": 8, "lr": 1e-2}  # so long that the answers are known by heart
+LEARNED = {"epochs": 100, "batch_size": 8, "lr": 1e-2}  # so long that the answers are known by heart
 
 
 def config_with_tokens(config: Config, data: dict[str, Any] | None = None, **sections: Any) -> TrainingConfig:
@@ -50,12 +51,24 @@ def train(config: TrainingConfig, *callbacks: Callback) -> RunFolder:
 
 @pytest.fixture(scope="module", params=["tied, with spare rows", mark_slow("apart, resized")])
 def taught(
-    request: pytest.FixtureRequest, small_config_in: Config, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    small_config_in: Config,
+    make_once: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> RunFolder:
-    """A run of the embedded model, or of one like it with other ends, that knows the rows by heart. For reading."""
-    outputs = tmp_path_factory.mktemp("outputs")
-    name = embedded.MODEL if request.param.startswith("tied") else str(part_ends(outputs / "apart"))
-    return train(config_with_tokens(lambda **s: small_config_in(outputs, **s), model={"id": name}, training=LEARNED))
+    """A run of a tiny model, or of the embedded one with other ends, that knows the rows by heart. To be added to."""
+
+    def make(outputs: Path) -> None:
+        model = {"id": str((save_tied if request.param.startswith("tied") else part_ends)(outputs / "base"))}
+        train(config_with_tokens(lambda **s: small_config_in(outputs, **s), model=model, training=LEARNED))
+
+    (root,) = make_once(f"taught {request.param}", make).glob("experiments/default/runs/*")
+    return RunFolder(Path(shutil.copytree(root, tmp_path_factory.mktemp("taught") / root.name)))
+
+
+def save_tied(folder: Path) -> Path:
+    """A tiny model with one weight for embedding and output head, and more rows than its tokenizer has tokens."""
+    return save_tiny_model(folder, vocab_size=1024, tie_word_embeddings=True, initializer_range=0.3)
 
 
 def part_ends(folder: Path) -> Path:
@@ -117,7 +130,7 @@ def test_a_merged_model_answers_alike_without_this_package(taught: RunFolder) ->
     model = AutoModelForCausalLM.from_pretrained(merged.output)
     assert merged.report["untied"] is False
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    assert (embedding is head) == (base_of(taught) == embedded.MODEL)
+    assert (embedding is head) == read_json(Path(base_of(taught)) / "config.json")["tie_word_embeddings"]
     assert len(embedding) == len(head) == model.config.vocab_size == count_rows(taught)[0] >= len(tokenizer)
     alone = open_session(choose(taught, "none", model={"id": str(merged.output)}, data={"template": "plain"}))
     assert ask(alone) == "<tool>3</tool>"
@@ -207,10 +220,10 @@ def test_a_run_goes_on_from_an_adapter_with_the_same_tokens(taught: RunFolder, s
 
 
 @pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
-def test_a_quantized_base_trains_them(small_config: Config, bits: str) -> None:
+def test_a_quantized_base_trains_them(small_config: Config, tmp_path: Path, bits: str) -> None:
     """Its embedding and output head are not quantized."""
     pytest.importorskip("bitsandbytes")
-    model = {"id": embedded.MODEL, "quantization": bits}
+    model = {"id": str(save_tied(tmp_path / "base")), "quantization": bits}
     run = train(config_with_tokens(small_config, model=model, training=LEARNED))
     assert ask(open_run(run)) == "<tool>3</tool>"
 
