@@ -192,14 +192,21 @@ def small_config(tmp_path: Path, small_config_in: Callable[..., Any]) -> Callabl
 
 @pytest.fixture(scope="session")
 def finished_run(make_once: Callable[..., Path]) -> Any:
-    """The folder of a short finished run of the embedded default, with its three domains; for reading alone."""
+    """The folder of a short finished run of a tiny model on embedded rows of all three domains; for reading alone."""
+    from tiny_models import save_tiny_model
 
     def make(folder: Path) -> None:
-        _write_short_rows(folder, validation=30)  # so many that a verdict's evidence is not thin
-        data = {"max_examples": 64, "validation": [str(folder / "validation.jsonl")]}
-        _train(folder, data=data, training={"epochs": 1})
+        own = {"vocab_size": 659, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 5}
+        base = save_tiny_model(folder / "base", initializer_range=0.3, **own)
+        _train_domains(folder, model={"id": str(base)}, training={"epochs": 1, "lr": 3e-3})
 
     return _share(_only_run(make_once("finished", make)))
+
+
+@pytest.fixture(scope="session")
+def embedded_run(make_once: Callable[..., Path]) -> Any:
+    """The same of the embedded model, whose answers are words and which learns in a few steps; for reading alone."""
+    return _share(_only_run(make_once("embedded", _train_domains)))
 
 
 @pytest.fixture(scope="session")
@@ -213,6 +220,12 @@ def text_run(make_once: Callable[..., Path]) -> Any:
         _train(folder, data=data, training={"epochs": 1}, tracking={"tensorboard": False})
 
     return _share(_only_run(make_once("texts", make)))
+
+
+def _train_domains(folder: Path, **sections: dict[str, Any]) -> None:
+    _write_short_rows(folder, validation=30)  # so many that a verdict's evidence is not thin
+    data = {"max_examples": 64, "validation": [str(folder / "validation.jsonl")]}
+    _train(folder, data=data, **{"training": {"epochs": 1}, **sections})
 
 
 def _train(folder: Path, **sections: dict[str, Any]) -> None:
@@ -253,7 +266,7 @@ def hub(hub_server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def shared_runs_stay_as_they_are(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that writes into a run that others read takes a copy (`own_run`), or fails here."""
     yield
-    if not {"finished_run", "text_run"} & set(request.fixturenames):
+    if not {"finished_run", "embedded_run", "text_run"} & set(request.fixturenames):
         return
     for root, before in _shared_runs.items():
         now = _list_files(root)

@@ -64,12 +64,19 @@ def beside(trained: tuple[Path, dict[str, Any]], call: Call, monkeypatch: pytest
     return call
 
 
-def test_infer_streams_an_answer(beside: Call) -> None:
-    result = beside("infer", "Where does the owl live?", "--base", "--domain", "lake", "--json")
+@pytest.fixture
+def beside_run(embedded_run: RunFolder, call: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """`call`, for commands that only read, where there is a finished run that others read, too."""
+    monkeypatch.chdir(embedded_run.root.parents[4])
+    return call
+
+
+def test_infer_streams_an_answer(beside_run: Call) -> None:
+    result = beside_run("infer", "Where does the owl live?", "--base", "--domain", "lake", "--json")
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["base"] is True and answer["answer"]
-    plain = beside("infer", "Where does the owl live?", "--base", "--domain", "lake")
+    plain = beside_run("infer", "Where does the owl live?", "--base", "--domain", "lake")
     assert answer["answer"] in " ".join(plain.stdout.split())
 
 
@@ -83,11 +90,11 @@ def test_sampling_is_seeded(beside: Call) -> None:
     assert sampled(1) == sampled(1) != sampled(2)
 
 
-def test_infer_refuses_an_unknown_domain_and_says_which_there_are(beside: Call) -> None:
-    result = beside("infer", "Hi", "--domain", "hil")
+def test_infer_refuses_an_unknown_domain_and_says_which_there_are(beside_run: Call) -> None:
+    result = beside_run("infer", "Hi", "--domain", "hil")
     assert result.exit_code == 2
     assert "this run knows forest, hill, lake. Did you mean 'hill'?" in result.stderr
-    assert "choose one with --domain" in beside("infer", "Hi").stdout
+    assert "choose one with --domain" in beside_run("infer", "Hi").stdout
 
 
 @pytest.mark.slow

@@ -19,9 +19,9 @@ Call = Callable[..., Result]
 
 
 @pytest.fixture
-def run(finished_run: RunFolder, tmp_path: Path) -> Path:
+def run(embedded_run: RunFolder, tmp_path: Path) -> Path:
     """A copy of a finished run, whose reports may be written."""
-    shutil.copytree(finished_run.root, tmp_path / "run")
+    shutil.copytree(embedded_run.root, tmp_path / "run")
     return tmp_path / "run"
 
 

@@ -26,7 +26,8 @@ def run(finished_run: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run.root, tmp_path / "runs" / finished_run.run_id))
 
 
-def test_modules_writes_its_reports_and_the_adapter_without_some(call: Call, run: Path) -> None:
+def test_modules_writes_its_reports_and_the_adapter_without_some(call: Call, embedded_run: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(embedded_run.root, tmp_path / "runs" / embedded_run.run_id))
     result = call("explain", "modules", str(run), *FEW, "--drop", "9", "--write", "small", "--json")
     found = json.loads(result.stdout)
     assert found["residual"] <= 0.01 and "forward and backward passes" in result.stderr
@@ -120,9 +121,9 @@ def test_the_rows_of_an_answer_join_its_report(call: Call, small_config: Callabl
 
 
 @pytest.mark.slow
-def test_modules_of_an_adapter_without_a_run(call: Call, run: Path, few_rows: dict[str, list[str]]) -> None:
+def test_modules_of_an_adapter_without_a_run(call: Call, embedded_run: Any, few_rows: dict[str, list[str]]) -> None:
     """Any PEFT folder, where base and rows are given; without rows it says what is missing."""
-    shutil.copytree(run / "artifacts/adapter", "foreign")
+    shutil.copytree(embedded_run.adapter, "foreign")
     words = ["explain", "modules", "foreign", *FEW]
     result = call(*words, f"data.validation={few_rows['validation'][0]}", "--json")
     found = json.loads(result.stdout)
@@ -135,8 +136,8 @@ def test_modules_of_an_adapter_without_a_run(call: Call, run: Path, few_rows: di
 
 
 @pytest.mark.slow
-def test_an_answer_of_an_adapter_without_a_run_and_what_is_refused_there(call: Call, run: Path) -> None:
-    shutil.copytree(run / "artifacts/adapter", "foreign")
+def test_an_answer_of_an_adapter_without_a_run_and_what_is_refused_there(call: Call, embedded_run: Any) -> None:
+    shutil.copytree(embedded_run.adapter, "foreign")
     words = ["explain", "answer", "foreign", "Where = here?", "inference.max_new_tokens=4"]
     found = json.loads(call(*words, "--json").stdout)
     assert found["run"] == "foreign" and found["tokens"] and found["rows"] is None

@@ -30,11 +30,10 @@ Call = Callable[..., Result]
 
 
 @pytest.fixture
-def hostile(own_run: RunFolder, tmp_path: Path, mark: Path) -> RunFolder:
+def hostile(embedded_run: RunFolder, tmp_path: Path, mark: Path) -> RunFolder:
     """A finished run from elsewhere, which names code everywhere that a config of ours could."""
-    root = tmp_path / "outputs/experiments/default/runs" / own_run.run_id
-    root.parent.mkdir(parents=True)
-    run = RunFolder(Path(shutil.move(own_run.root, root)))
+    root = tmp_path / "outputs/experiments/default/runs" / embedded_run.run_id
+    run = RunFolder(Path(shutil.copytree(embedded_run.root, root)))
     config = run.read_metadata("config.json")
     for name in ("hashes.json", "base.json"):  # who plants code also takes away what would tell of it
         (run.metadata / name).unlink()

@@ -16,8 +16,8 @@ FEW = ("evaluation.max_examples=8", "evaluation.resamples=100")
 
 
 @pytest.fixture
-def run(finished_run: Any, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished_run.root, tmp_path / "runs" / finished_run.run_id))
+def run(embedded_run: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(embedded_run.root, tmp_path / "runs" / embedded_run.run_id))
 
 
 def test_knob_measures_offers_and_chooses_only_when_told(call: Call, run: Path, write_rows: Any) -> None:

@@ -21,10 +21,10 @@ MODULE = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
-def run(finished_run: RunFolder, tmp_path: Path) -> Path:
+def run(embedded_run: RunFolder, tmp_path: Path) -> Path:
     """A copy of a finished run with captures, in the folder where the command looks for it."""
     run = runs_folder("outputs", "default") / "20260101T000000Z-aaaa"
-    shutil.copytree(finished_run.root, tmp_path / run)
+    shutil.copytree(embedded_run.root, tmp_path / run)
     return tmp_path / run
 
 

@@ -21,9 +21,9 @@ Call = Callable[..., Result]
 
 
 @pytest.fixture
-def run(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
+def run(embedded_run: RunFolder, tmp_path: Path) -> RunFolder:
     """A copy of the finished run, to write into."""
-    return RunFolder(Path(shutil.copytree(finished_run.root, tmp_path / "run")))
+    return RunFolder(Path(shutil.copytree(embedded_run.root, tmp_path / "run")))
 
 
 @pytest.mark.usefixtures("forked_python")

@@ -47,23 +47,23 @@ def evaluate(session: Session, examples: Sequence[Example], settings: Evaluation
 
 
 @pytest.fixture(scope="module")
-def good(finished_run: RunFolder) -> Session:
-    return open_run(finished_run)
+def good(embedded_run: RunFolder) -> Session:
+    return open_run(embedded_run)
 
 
 @pytest.fixture(scope="module")
-def held_out(finished_run: RunFolder, good: Session) -> list[Example]:
-    return validation_examples(finished_run, good, 30)
+def held_out(embedded_run: RunFolder, good: Session) -> list[Example]:
+    return validation_examples(embedded_run, good, 30)
 
 
 @pytest.fixture(scope="module")
-def by_hand(finished_run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Session]:
+def by_hand(embedded_run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Session]:
     """The good adapter with its B multiplied: by 0 it does nothing, by much it is ruined, by more it overflows."""
 
     def build(factor: float) -> Session:
         folder = tmp_path_factory.mktemp("adapter")
-        (folder / "adapter_config.json").write_bytes((finished_run.adapter / "adapter_config.json").read_bytes())
-        tensors = load_file(finished_run.adapter / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_bytes((embedded_run.adapter / "adapter_config.json").read_bytes())
+        tensors = load_file(embedded_run.adapter / "adapter_model.safetensors")
         scaled = {name: t * factor if "lora_B" in name else t for name, t in tensors.items()}
         save_file({name: t.contiguous() for name, t in scaled.items()}, folder / "adapter_model.safetensors")
         return open_session(TrainingConfig.model_validate({"inference": {"adapter": str(folder)}}))

@@ -132,10 +132,12 @@ def test_base_and_adapter_answer_the_same_prompts_and_every_row_counts(result: E
         assert result.comparison.whole.models[name]["exact_match"] == np.mean(matches)
 
 
-def test_controls_keep_answers_and_rows(result: EvaluationResult) -> None:
-    controls = result.comparison.controls
+def test_controls_keep_answers_and_rows(embedded_run: RunFolder) -> None:
+    session, settings = open_run(embedded_run), EvaluationSection(generate=False, resamples=50)
+    found = ModelEvaluator(session, settings).compare(validation_examples(embedded_run, session, 12)).comparison
+    controls = found.controls
     assert {c.rows for c in controls.values()} == {12}
-    assert all(c.adapter == result.comparison.whole.models["adapter"] for c in controls.values())
+    assert all(c.adapter == found.whole.models["adapter"] for c in controls.values())
     assert controls["shuffled_prompts"].delta["loss"] > 0
 
 
@@ -216,10 +218,10 @@ def long_and_short(count: int) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("truncation", ["drop", "keep_start", "keep_end"])
 def test_a_control_is_measured_on_the_same_tokens_as_the_adapter(
-    truncation: str, finished_run: RunFolder, write_rows: Callable[..., Path]
+    truncation: str, embedded_run: RunFolder, write_rows: Callable[..., Path]
 ) -> None:
     rows, model = write_rows(long_and_short(12)), {"seq_len": 120}
-    session = open_on(finished_run, rows, truncation=truncation, val_ratio=0.5, model=model)
+    session = open_on(embedded_run, rows, truncation=truncation, val_ratio=0.5, model=model)
     found = ModelEvaluator(session, LOSSES).compare(configured_examples(session))
     shuffled = found.comparison.controls["shuffled_prompts"]
     lengths = {e.id: e for e in found.rows.examples}
@@ -229,8 +231,8 @@ def test_a_control_is_measured_on_the_same_tokens_as_the_adapter(
         assert shuffled.adapter["loss"] == pytest.approx(found.comparison.whole.models["adapter"]["loss"], rel=1e-6)
 
 
-def test_where_prompts_are_learned_too_no_control_is_the_same(finished_run: RunFolder, rows_file: Path) -> None:
-    session = open_on(finished_run, rows_file, val_ratio=0.3, mask_prompt=False)
+def test_where_prompts_are_learned_too_no_control_is_the_same(embedded_run: RunFolder, rows_file: Path) -> None:
+    session = open_on(embedded_run, rows_file, val_ratio=0.3, mask_prompt=False)
     assert ModelEvaluator(session, LOSSES).compare(configured_examples(session)).comparison.controls == {}
 
 

@@ -18,8 +18,8 @@ Say = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")
-def session(finished_run: RunFolder) -> Session:
-    return open_run(finished_run)
+def session(embedded_run: RunFolder) -> Session:
+    return open_run(embedded_run)
 
 
 @pytest.fixture

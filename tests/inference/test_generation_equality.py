@@ -209,8 +209,8 @@ def in_last_places(logits: torch.Tensor, chosen: int, other: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def trained(finished_run: RunFolder) -> Session:
-    return open_run(finished_run)
+def trained(embedded_run: RunFolder) -> Session:
+    return open_run(embedded_run)
 
 
 @pytest.mark.parametrize("who", slow_but(["adapter"], ["base", "adapter", "merged"]))

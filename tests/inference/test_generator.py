@@ -26,6 +26,12 @@ def session(finished_run: RunFolder) -> Session:
     return open_run(finished_run)
 
 
+@pytest.fixture(scope="module")
+def embedded_session(embedded_run: RunFolder) -> Session:
+    """Of a model that ends its answers."""
+    return open_run(embedded_run)
+
+
 def ids(session: Session, prompt: str, domain: str | None = "lake") -> list[int]:
     return session.prompt_ids([Message("user", prompt)], domain)
 
@@ -40,27 +46,29 @@ def test_batches_equal_single_prompts(session: Session, max_tokens: int, base: b
     assert answers(session, prompts, settings, base=base) == alone
 
 
-def test_answers_end_where_the_positions_end(session: Session) -> None:
-    long = (ids(session, PROMPTS[0]) * 50)[:480]
-    prompts = [ids(session, PROMPTS[0]), long, long[:-1]]
+def test_answers_end_where_the_positions_end(embedded_session: Session) -> None:
+    long = (ids(embedded_session, PROMPTS[0]) * 50)[:480]
+    prompts = [ids(embedded_session, PROMPTS[0]), long, long[:-1]]
     settings = InferenceSection(max_new_tokens=100)
-    assert session.positions == 512
-    assert answers(session, prompts, settings) == [answer(session, p, settings) for p in prompts]
-    written = session.tokenizer(answer(session, long, settings), add_special_tokens=False)["input_ids"]
+    assert embedded_session.positions == 512
+    assert answers(embedded_session, prompts, settings) == [answer(embedded_session, p, settings) for p in prompts]
+    written = embedded_session.tokenizer(answer(embedded_session, long, settings), add_special_tokens=False)[
+        "input_ids"
+    ]
     assert len(long) + len(written) <= 512
 
 
 @pytest.mark.parametrize("own_generate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_answer_tells_whether_it_ended_or_was_cut(
-    session: Session, own_generate: bool, monkeypatch: pytest.MonkeyPatch
+    embedded_session: Session, own_generate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if own_generate:
-        monkeypatch.setattr(session.decoders, "get_decoder", lambda *_: None)
-    prompts = [ids(session, p) for p in PROMPTS]
-    whole = generate_answers(session, prompts, InferenceSection(max_new_tokens=300))
+        monkeypatch.setattr(embedded_session.decoders, "get_decoder", lambda *_: None)
+    prompts = [ids(embedded_session, p) for p in PROMPTS]
+    whole = generate_answers(embedded_session, prompts, InferenceSection(max_new_tokens=300))
     assert {given.finish_reason for given in whole} == {"stop"}
     longest = max(len(given.token_ids) for given in whole)
-    cut = generate_answers(session, prompts, InferenceSection(max_new_tokens=longest))
+    cut = generate_answers(embedded_session, prompts, InferenceSection(max_new_tokens=longest))
     assert [given.finish_reason == "length" for given in cut] == [len(g.token_ids) == longest for g in whole]
     assert [given.text for given in cut] == [given.text for given in whole]
 

@@ -39,18 +39,18 @@ def test_latest_an_id_and_a_folder_are_the_same_run(finished_run: RunFolder) -> 
         assert opened(finished_run, name).source == str(finished_run.root)
 
 
-def test_a_bare_adapter_answers_as_its_run_and_takes_any_domain(finished_run: RunFolder, tmp_path: Path) -> None:
-    bare = shutil.copytree(finished_run.adapter, tmp_path / "bare")
-    session = opened(finished_run, str(bare))
-    assert said(session) == said(open_run(finished_run)) != said(session, base=True)
+def test_a_bare_adapter_answers_as_its_run_and_takes_any_domain(embedded_run: RunFolder, tmp_path: Path) -> None:
+    bare = shutil.copytree(embedded_run.adapter, tmp_path / "bare")
+    session = opened(embedded_run, str(bare))
+    assert said(session) == said(open_run(embedded_run)) != said(session, base=True)
     assert session.prompt_ids([Message("user", "Hi")], "never heard of")
 
 
 @pytest.mark.slow
-def test_the_base_alone_answers_as_the_base_of_a_run(finished_run: RunFolder) -> None:
-    session = opened(finished_run, "none")
+def test_the_base_alone_answers_as_the_base_of_a_run(embedded_run: RunFolder) -> None:
+    session = opened(embedded_run, "none")
     assert (session.source, session.has_adapter) == ("embedded", False)
-    assert said(session) == said(open_run(finished_run), base=True)
+    assert said(session) == said(open_run(embedded_run), base=True)
 
 
 def test_the_base_alone_takes_template_and_domains_of_the_config(finished_run: RunFolder) -> None:

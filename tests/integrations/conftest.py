@@ -58,12 +58,13 @@ def sent_run(few_rows: dict[str, list[str]], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
-def lens_run(few_rows: dict[str, list[str]], make_once: Callable[..., Path]) -> RunFolder:
-    """A short run with its lens and its report, sent nowhere; for reading alone."""
+def lens_run(few_rows: dict[str, list[str]], tiny_base: Path, make_once: Callable[..., Path]) -> RunFolder:
+    """A short run of a tiny model with its lens and its report, sent nowhere; for reading alone."""
     from training_lens import TrainingConfig, TrainingWrapper
 
     def make(folder: Path) -> None:
         values = {
+            "model": {"id": str(tiny_base)},
             "data": {"max_examples": 48, **few_rows},
             "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3, "logging_steps": 2},
             "peft": {"r": 4},

@@ -59,6 +59,12 @@ def writes(hub: Hub) -> list[str]:
     return [line["request"] for line in hub.requests("^(POST|PUT)")]
 
 
+@pytest.fixture
+def own_run(embedded_run: RunFolder, tmp_path: Path) -> RunFolder:
+    """A copy of the embedded model's run: who reads a card has no other base."""
+    return RunFolder(Path(shutil.copytree(embedded_run.root, tmp_path / "runs" / embedded_run.run_id)))
+
+
 def test_what_is_read_back_is_the_run(hub: Hub, own_run: RunFolder, tmp_path: Path) -> None:
     pushed = integration(own_run).push()
     folder = downloaded(tmp_path / "there")

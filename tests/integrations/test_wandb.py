@@ -39,15 +39,16 @@ SAMPLE = {"id": "a-1", "prompt": "Where is the cat?", "expected": "On the mat.",
 HISTOGRAM = {"counts": [1, 2, 3], "low": -0.5, "high": 1.0}
 
 
-def config(folder: Path, rows: dict[str, list[str]], lens: bool = True, **sent: Any) -> Any:
-    """A run of six steps with its lens and report."""
+def config(folder: Path, base: Path, rows: dict[str, list[str]], **sent: Any) -> Any:
+    """The run of `trained` without its lens, sent somewhere."""
     return validate_values(
         {
+            "model": {"id": str(base)},
             "data": {"max_examples": 48, **rows},
             "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3, "logging_steps": 2},
             "peft": {"r": 4},
             "tracking": {"tensorboard": False, "samples": 0, "histograms_every": None, "wandb": sent},
-            "lens": {"enabled": lens},
+            "lens": {"enabled": False},
             "output": {"base_output_dir": str(folder)},
         }
     )
@@ -164,7 +165,7 @@ def test_an_offline_run_holds_what_the_run_holds(sent: RunFolder) -> None:
     assert told[("all", "")] == validation["loss"]
     assert {name: loss for (by, name), loss in told.items() if by == "domain"} == validation["by_domain"]
     modules = table(found[-1], "lens/modules")
-    assert "strength" in modules["columns"] and len(modules["data"]) == 35
+    assert "strength" in modules["columns"] and len(modules["data"]) == 14
     assert {d["name"]: d.get("step_metric") for d in of_type(file, "metric") if "name" in d} == {"step": None}
     assert [d["step_metric"] for d in of_type(file, "metric") if d.get("glob_name") == "*"] == ["step"]
 
@@ -186,7 +187,8 @@ def test_artifacts_are_the_files_of_the_run_and_no_copies(sent: RunFolder) -> No
     assert set(found) == {"model", "report"}
     facts = json.loads(found["model"]["metadata"])
     assert facts["sha256"] == hash_file(run.adapter / WEIGHTS)
-    assert (facts["base"], facts["validation_loss"]) == ("embedded", RunRecord(run).summary["validation_loss"])
+    settings, summary = RunRecord(run).settings, RunRecord(run).summary
+    assert (facts["base"], facts["validation_loss"]) == (settings["model"]["id"], summary["validation_loss"])
     places = {entry["path"]: entry["local_path"] for entry in found["model"]["manifest"]["contents"]}
     assert places[WEIGHTS] == str(run.adapter / WEIGHTS)
     assert [entry["path"] for entry in found["report"]["manifest"]["contents"]] == ["lens.html"]
@@ -260,10 +262,14 @@ def _processes(name: str) -> list[int]:
 
 @pytest.mark.slow
 def test_a_killed_client_changes_no_bit_and_all_is_there_in_the_end(
-    trained: RunFolder, few_rows: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: RunFolder,
+    tiny_base: Path,
+    few_rows: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    killer, sending = KillsTheClient(), config(tmp_path, few_rows, lens=False, mode="offline")
+    killer, sending = KillsTheClient(), config(tmp_path, tiny_base, few_rows, mode="offline")
     run = RunFolder(Path(TrainingWrapper(sending, callbacks=(killer,)).train().run_dir))
     assert killer.killed
     assert (run.adapter / WEIGHTS).read_bytes() == (trained.adapter / WEIGHTS).read_bytes()

@@ -34,13 +34,13 @@ JOB: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def session(finished_run: RunFolder) -> Session:
-    return open_run(finished_run, precision="fp32")
+def session(embedded_run: RunFolder) -> Session:
+    return open_run(embedded_run, precision="fp32")
 
 
 @pytest.fixture(scope="module")
-def given(finished_run: RunFolder, session: Session) -> Probes:
-    rows, origin = read_run_rows(finished_run, session, None)
+def given(embedded_run: RunFolder, session: Session) -> Probes:
+    rows, origin = read_run_rows(embedded_run, session, None)
     return build_probes(session, rows[:3], origin)
 
 
@@ -50,9 +50,9 @@ def wanted(session: Session, given: Probes) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def merged(finished_run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merged(embedded_run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
-    session = open_run(finished_run, precision="fp32")
+    session = open_run(embedded_run, precision="fp32")
     save_merged(merge_weights(session.model), session.config.model, folder, "fp32", "5GB")
     return folder
 
@@ -114,8 +114,8 @@ def test_half_the_scale_lies_between_base_and_adapter(session: Session, given: P
     assert all(torch.equal(a, b) for a, b in zip(half.base, wanted.base, strict=True))
 
 
-def test_probes_are_rows_of_the_run_and_their_prompts(finished_run: RunFolder, session: Session) -> None:
-    rows, origin = read_run_rows(finished_run, session, None)
+def test_probes_are_rows_of_the_run_and_their_prompts(embedded_run: RunFolder, session: Session) -> None:
+    rows, origin = read_run_rows(embedded_run, session, None)
     given = build_probes(session, rows, origin)
     assert origin == "of the run's validation data" and len(given.rows) == 16 and len(given.prompts) == 8
     for (prompt, room), whole in zip(given.prompts, given.rows, strict=False):
@@ -132,6 +132,6 @@ def test_without_validation_rows_those_that_trained_are_taken(text_run: RunFolde
         build_probes(session, [], "of nothing")
 
 
-def test_the_session_computes_in_the_precision_asked_for(finished_run: RunFolder) -> None:
-    model = open_run(finished_run, precision="bf16").model
+def test_the_session_computes_in_the_precision_asked_for(embedded_run: RunFolder) -> None:
+    model = open_run(embedded_run, precision="bf16").model
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16

@@ -224,9 +224,9 @@ def test_training_goes_on_from_a_runs_loss_and_lowers_it(small_config: Config, t
 
 @pytest.mark.parametrize("harm", ["nan", "inf", "bf16", "alpha", "pattern"])
 def test_an_adapter_that_is_not_finite_is_refused_wherever_it_is_loaded_or_written(
-    finished_run: RunFolder, tmp_path: Path, harm: str
+    embedded_run: RunFolder, tmp_path: Path, harm: str
 ) -> None:
-    folder = Path(shutil.copytree(finished_run.adapter, tmp_path / "adapter"))
+    folder = Path(shutil.copytree(embedded_run.adapter, tmp_path / "adapter"))
     model = load_adapter(base(), folder)
     tensors = load_file(folder / WEIGHTS)
     name = sorted(tensors)[-1]
@@ -250,8 +250,8 @@ def test_an_adapter_that_is_not_finite_is_refused_wherever_it_is_loaded_or_writt
         save_adapter(model, tmp_path / "new")
 
 
-def test_an_adapter_names_no_module_to_import_and_no_key_twice(finished_run: RunFolder, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(finished_run.adapter, tmp_path / "adapter"))
+def test_an_adapter_names_no_module_to_import_and_no_key_twice(embedded_run: RunFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(embedded_run.adapter, tmp_path / "adapter"))
     settings = read_json(folder / CONFIG)
     write_json(folder / CONFIG, settings | {"megatron_config": {"a": 1}, "megatron_core": "antigravity"})
     with pytest.raises(AdapterError, match="an adapter runs no code here"):

@@ -203,10 +203,10 @@ def log_probabilities(session: Session, ids: list[int], answer: list[int], base:
     return [float(row[token]) for row, token in zip(logits.log_softmax(-1), answer, strict=True)]
 
 
-def test_scores_are_log_probabilities_of_the_answers_tokens(playground: Playground, finished_run: RunFolder) -> None:
-    lines = playground.lines(GREEDY)
+def test_scores_are_log_probabilities_of_the_answers_tokens(embedded_run: RunFolder) -> None:
+    lines = Playground(embedded_run).lines(GREEDY)
     scores = {line["side"]: line for line in lines if "scores" in line}
-    session = open_run(finished_run)
+    session = open_run(embedded_run)
     ids = session.prompt_ids([Message("user", PROMPT)], "hill")
     for side, line in scores.items():
         answer = [score["id"] for score in line["scores"]]

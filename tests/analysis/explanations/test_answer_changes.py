@@ -31,16 +31,16 @@ PROMPT = "Where is the key?"
 
 
 @pytest.fixture(scope="module")
-def change(finished_run: Any) -> AnswerChange:
-    found: AnswerChange = Run(finished_run.root).explain.answer(PROMPT, max_new_tokens=12)
+def change(embedded_run: Any) -> AnswerChange:
+    found: AnswerChange = Run(embedded_run.root).explain.answer(PROMPT, max_new_tokens=12)
     return found
 
 
-def test_tokens_have_the_log_probabilities_of_both_models(finished_run: Any, change: AnswerChange) -> None:
+def test_tokens_have_the_log_probabilities_of_both_models(embedded_run: Any, change: AnswerChange) -> None:
     """Teacher-forced on the adapter's greedy answer: under the adapter its own tokens are the likeliest."""
-    session = open_run(finished_run)
+    session = open_run(embedded_run)
     assert change.source == "greedy" and change.answer == change.adapter_answer
-    assert change.answer == Run(finished_run.root).answer(PROMPT, max_new_tokens=12)
+    assert change.answer == Run(embedded_run.root).answer(PROMPT, max_new_tokens=12)
     assert all(token.adapter_top == token.text or token.text in ("", token.adapter_top) for token in change.tokens[1:])
     ids = torch.tensor([session.prompt_ids([message()]) + [token.id for token in change.tokens]])
     with torch.inference_mode():
