@@ -2,9 +2,9 @@
 
     python benchmarks/decode_speed.py RUN [--model adapter] [--rows 1 8] [--prompt 64] [--new 32]
 
-Greedy answers to prompts of random tokens, by what `infer` runs. The median of five calls after two, reading the
-prompts included, as one JSON object. Seconds are of CPU time: on one core those that a quiet machine takes. Used by
-architecture_speed.py and compare_versions.py for this version and for earlier ones.
+Greedy answers to prompts of random tokens, by what `infer` runs without draft tokens. The median of five calls after
+two, reading the prompts included, as one JSON object. Seconds are of CPU time: on one core those that a quiet machine
+takes. Used by architecture_speed.py and compare_versions.py for this version and for earlier ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 
 from training_lens.config.compose import compose
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.inference.generator import generate_answers
 from training_lens.inference.session import Session, open_session
 from training_lens.models import copies
@@ -40,7 +41,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=32)
     options = parser.parse_args()
-    config = compose(overrides=[f"inference.adapter={options.run}", f"inference.max_new_tokens={options.new}"])
+    overrides = [f"inference.adapter={options.run}", f"inference.max_new_tokens={options.new}"]
+    if "drafts" in InferenceSection.model_fields:  # not in earlier versions
+        overrides.append("inference.drafts=off")
+    config = compose(overrides=overrides)
     session, settings = replace(open_session(config), stop_ids=frozenset({NEVER})), config.inference
     if options.model == "merged":
         session = merge(session)

@@ -7,7 +7,7 @@ A random Llama of 7 M parameters (8 layers, hidden 256) in float32. Each client 
 loopback: a text of about 64 tokens, 24 new ones, greedy, by /v1/completions. All servers are up at once and get the
 same load in turn; clients and servers share the processor. The contenders:
 
-- `ours`: `training-lens serve`.
+- `ours`: `training-lens serve`, without draft tokens, which gain more of a random model's loops than of text.
 - `one at a time`: the same with `--rows 1`.
 - `transformers`: `transformers serve`, and `transformers, batching` with `--continuous-batching`.
 
@@ -88,7 +88,7 @@ def wait_for_health(client: httpx.Client, process: subprocess.Popen[bytes]) -> N
 
 def list_contenders(model: Path) -> dict[str, tuple[list[str], str]]:
     """The command of each, and the model's name in it."""
-    ours = [sys.executable, "-m", "training_lens", "serve", "base=none", f"model.id={model}"]
+    ours = [sys.executable, "-m", "training_lens", "serve", "base=none", f"model.id={model}", "inference.drafts=off"]
     peer = [str(PEER), "serve", str(model), "--device", "cpu"]
     return {
         "ours": ([*ours, "--engine", "own"], "base"),

@@ -14,7 +14,6 @@ from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.errors import ConfigurationError
 from training_lens.inference.decode_loop import MIN_SHARED_TOKENS, Decoder
 from training_lens.inference.session import Session, open_session
-from training_lens.models.fast.kv_cache import SlotCache
 
 NEW = 10
 
@@ -52,20 +51,17 @@ def read_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("rows", slow_but([3], [2, 3]))
-def test_finished_rows_make_room_and_columns_move(session: Session, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_rows_make_room(session: Session, rows: int, read_tokens: list[int]) -> None:
     prompts = random_prompts(30, 40)
     wanted = alone(session, prompts)
-    move, moved = SlotCache._end_rows_at, list[int]()
-    monkeypatch.setattr(
-        SlotCache, "_end_rows_at", lambda cache, end: (moved.append(cache.columns.end - end), move(cache, end))[1]
-    )
+    read_tokens.clear()
     assert answer_ids(session, prompts, rows_of(rows, 40)) == wanted
-    assert max(moved) > 0
+    assert len(read_tokens) < len(prompts) * NEW / 2
 
 
 def test_places_without_answer_are_given_up(session: Session, read_tokens: list[int]) -> None:
     prompts = random_prompts(16, 40)
-    settings = InferenceSection(max_new_tokens=60)
+    settings = InferenceSection(max_new_tokens=60, drafts="off")
     wanted = [answer_ids(session, [prompt], settings)[0] for prompt in prompts]
     read_tokens.clear()
     assert answer_ids(session, prompts, settings) == wanted

@@ -58,6 +58,11 @@ class InferenceSection(Section):
     top_k: int | None = setting(None, "sample from so many of the likeliest tokens; null: from all", ge=1)
     seed: int = setting(0, "of the sampling", ge=0, lt=2**31)
     batch_tokens: int = setting(8192, "most tokens (padding and answers included) in one batch of infer --input", ge=1)
+    drafts: Literal["auto", "off"] = setting(
+        "auto",
+        "speculative decoding of greedy answers. auto: where at most four rows are decoded, tokens that followed the "
+        "same words before are verified together; off: one token at a time",
+    )
 
     @field_validator("adapter", mode="before")
     @classmethod

@@ -119,7 +119,8 @@ def describe_answerer(session: Session, settings: InferenceSection, base: bool) 
     model, adapter = session.config.model, None if base else session.adapter
     files = [Path(locate_model(model)) / name for name in ("config.json", "generation_config.json")]
     files += [adapter / name for name in (CONFIG, WEIGHTS)] if adapter else []
-    deciding = {"max_new_tokens"} if settings.temperature == 0 else set(InferenceSection.model_fields) - {"adapter"}
+    sampled = set(InferenceSection.model_fields) - {"adapter", "drafts"}
+    deciding = {"max_new_tokens"} if settings.temperature == 0 else sampled
     parts = {
         "base": [model.id, model.revision, model.quantization, model.dtype, session.precision],
         "files": [hash_file(file) for file in files if file.is_file()],

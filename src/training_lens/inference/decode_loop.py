@@ -1,7 +1,8 @@
 """The decode loop with continuous batching: each row grows by a token a step, and a finished row frees its slot.
 
 Prompts are prefilled in batches, a prefix that all share only once (prefix caching). From then on a row is one slot of
-the KV cache (`SlotCache`), and the next prompt takes a slot that has become free.
+the KV cache (`SlotCache`), and the next prompt takes a slot that has become free. Where few rows decode, greedy ones
+grow by several tokens a step, as many as their drafts have right (speculative decoding).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a forward pass of its ow
 MAX_LENGTH_RATIO = 2  # a prompt that is shorter than the longest by this factor waits for rows of its own size
 FEW_ROWS = 8  # that all fit go together: a decoding step of them takes hardly more time than one of a single row
 CPU_PREFILL_TOKENS = 512  # prefilled at a time: more would only make tensors that no CPU cache holds
-COLUMN_SLACK = 4  # a quarter more cache columns than one row takes, so that they are seldom compacted
+# Slots that take drafts: a step of more is bound by computing, and each refused token costs what it brings. With the
+# longest drafts these are as many rows of a product as `FewRowsLinear.MOST`, which gives each the same bits as alone.
+MOST_DRAFTING_ROWS = 4
 
 
 class TokenSampler(Protocol):
@@ -51,10 +54,13 @@ class Decoder:
         """Logits after the last token of each row, (rows, vocabulary); the tokens are added to the KV cache.
 
         `ids` and `positions` are (rows, tokens) int64. The mask of each kind of layer is added to its attention scores;
-        None: causal, without padding.
+        None: causal, without padding. With a `SlotCache` they are the tokens of its step, (tokens, 1), and it has the
+        masks; only the stack computes several tokens of a slot.
         """
         if self.stack:
             return self.stack.logits(ids, positions, masks, cache)
+        if isinstance(cache, SlotCache):
+            masks = cache.attention_masks()
         mask = masks if masks is None or len(masks) > 1 else next(iter(masks.values()))
         last = {"logits_to_keep": 1} if self.keeps_last else {}
         out = self.model(
@@ -134,8 +140,6 @@ class DecodeBatch:
         self._decoder, self._sampler = decoder, sampler
         self.rows: list[Completion | None] = [None] * rows
         self._cache = SlotCache(rows, columns, decoder.windows, decoder.dtype, decoder.device)
-        self._last = torch.zeros(rows, dtype=torch.int64, device=decoder.device)
-        self._positions, self._live = torch.zeros_like(self._last), torch.zeros_like(self._last)
 
     @property
     def completions(self) -> list[Completion]:
@@ -162,60 +166,74 @@ class DecodeBatch:
         self._select_adapters(batch)
         logits, cache = prefill(self._decoder, [c.prompt for c in batch], prefix)
         tokens = self._sampler.sample_next_token(logits, batch)
-        finished = _add_tokens(batch, tokens.tolist())
+        finished = [row for row, token in zip(batch, tokens.tolist(), strict=True) if row.add_token(token)]
         for i, completion in enumerate(batch):
             if completion not in finished:
-                slot, length = self.rows.index(None), len(completion.prompt)
-                self._cache.write_prompt(slot, cache, i, prefix.length, length)
+                slot = self.rows.index(None)
+                self._cache.write_prompt(slot, cache, i, prefix.length, len(completion.prompt))
                 self.rows[slot] = completion
-                self._last[slot], self._positions[slot], self._live[slot] = tokens[i], length, 1
         return finished
 
     def step(self) -> list[Completion]:
-        """One more token for every row; returns the rows that it finishes."""
-        self._cache.open_column()
-        masks = self._cache.attention_masks()
-        self._select_adapters(self.rows)
-        logits = self._decoder.compute_logits(self._last[:, None], self._positions[:, None], masks, self._cache)
-        self._last = self._sampler.sample_next_token(logits, self.rows)
-        self._positions += self._live
-        finished = _add_tokens(self.rows, self._last.tolist())  # the one sync point of a step
-        for completion in finished:
-            self.remove_row(completion)
+        """One more token for every row, and those that its draft has right; returns the rows that are finished.
+
+        The tokens that follow a draft's are computed together with the next one. Those up to the first that is not the
+        model's own choice are the row's, and so is the choice there.
+        """
+        drafts = self._draft_tokens()
+        ids = [[row.tokens[-1], *draft] if row else [0] for row, draft in zip(self.rows, drafts, strict=True)]
+        rows = [row for row, own in zip(self.rows, ids, strict=True) for _ in own]  # of each token
+        positions = self._cache.open_tokens(list(map(len, ids)))
+        self._select_adapters(rows)
+        tokens = torch.tensor([token for own in ids for token in own], device=self._decoder.device)
+        logits = self._decoder.compute_logits(tokens[:, None], positions[:, None], None, self._cache)
+        chosen = iter(self._sampler.sample_next_token(logits, rows).tolist())  # the one sync point of a step
+        finished = []
+        for slot, (row, draft) in enumerate(zip(list(self.rows), drafts, strict=True)):
+            choices = [next(chosen) for _ in (0, *draft)]
+            if row and self._add_choices(slot, row, draft, choices):
+                finished.append(row)
         return finished
+
+    def _draft_tokens(self) -> list[list[int]]:
+        """The draft of each slot, empty where there is none."""
+        if self._decoder.stack is None or len(self.rows) > MOST_DRAFTING_ROWS:
+            return [[] for _ in self.rows]
+        return [row.draft_tokens() if row else [] for row in self.rows]
+
+    def _add_choices(self, slot: int, row: Completion, draft: Sequence[int], choices: Sequence[int]) -> bool:
+        """Give a row the choices after its last token and after each accepted one; whether it is finished with them."""
+        accepted = next((i for i, token in enumerate(draft) if token != choices[i]), len(draft))
+        added = next((i for i, token in enumerate(choices[:accepted], 1) if row.add_token(token)), 0)
+        is_finished = added > 0 or row.add_token(choices[accepted])
+        row.note_step(len(draft), accepted, len(choices) - (added or accepted + 1))
+        if is_finished:
+            self.remove_row(row)
+        else:
+            self._cache.keep_tokens(slot, accepted + 1)
+        return is_finished
 
     def remove_row(self, completion: Completion) -> None:
         """Free the slot of a row."""
         slot = self.rows.index(completion)
         self.rows[slot] = None
         self._cache.release_row(slot)
-        self._positions[slot] = self._live[slot] = 0  # an empty slot must not run out of positions
 
     def drop_free_slots(self) -> None:
         """Shrink to the slots that hold a row."""
         slots = [slot for slot, row in enumerate(self.rows) if row is not None]
-        index = torch.tensor(slots, dtype=torch.int64, device=self._decoder.device)
         self._cache.keep_rows(slots)
         self.rows = [self.rows[slot] for slot in slots]
-        self._last, self._positions, self._live = self._last[index], self._positions[index], self._live[index]
 
     def _add_slots(self, count: int) -> None:
         self._cache.add_rows(count)
         self.rows += [None] * count
-        self._last, self._positions, self._live = (
-            torch.nn.functional.pad(held, (0, count)) for held in (self._last, self._positions, self._live)
-        )
 
     def _select_adapters(self, rows: Sequence[Completion | None]) -> None:
         """Free slots are computed as the first row is, so that rows of one adapter are computed without a choice."""
         if self._decoder.adapters:
             first = next(row.adapter for row in rows if row is not None)
             self._decoder.adapters.select_rows([first if row is None else row.adapter for row in rows])
-
-
-def _add_tokens(rows: Sequence[Completion | None], tokens: Sequence[int]) -> list[Completion]:
-    """Give each completion its token; returns those that are finished with it."""
-    return [row for row, token in zip(rows, tokens, strict=True) if row is not None and row.add_token(token)]
 
 
 class DecodeLoop:
@@ -232,8 +250,7 @@ class DecodeLoop:
         self._waiting = deque(c for c in waiting if all_fit or MAX_LENGTH_RATIO * c.max_length > longest)
         self._prefix = prefill_shared_prefix(decoder, [list(c.prompt) for c in self._waiting])
         self._budget = min(rows * longest, CPU_PREFILL_TOKENS) if decoder.device.type == "cpu" else rows * longest
-        columns = longest + (longest // COLUMN_SLACK if len(self._waiting) > rows else 0)
-        self._batch = DecodeBatch(decoder, sampler, rows, columns)
+        self._batch = DecodeBatch(decoder, sampler, rows, longest)
 
     def run(self) -> Iterator[list[Completion]]:
         """Yield completions as they finish."""

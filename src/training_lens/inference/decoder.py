@@ -22,6 +22,7 @@ from training_lens.models.fast.decoder_stack import build_stack
 from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
 from training_lens.models.fast.layer_replacement import replace_layers
 from training_lens.models.fast.layer_spec import UnknownLayerError
+from training_lens.models.fast.row_adapters import AdapterOfRow
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close, relative_error
 from training_lens.models.model_classes import unwrap_adapter
 from training_lens.models.quantization import is_quantized
@@ -262,19 +263,34 @@ def _add_stack(decoder: Decoder, tokens: list[int], by_modules: Tensor) -> Decod
     return faster
 
 
-def decode_probe(decoder: Decoder, tokens: list[int]) -> Tensor:
-    """Logits after each of the last `DECODED_TOKENS` + 1 tokens, all but the first of them decoded."""
+def decode_probe(decoder: Decoder, tokens: list[int], adapter: AdapterOfRow | None = None) -> Tensor:
+    """Logits after each of the last `DECODED_TOKENS` + 1 tokens, all but the first of them decoded.
+
+    One of those is decoded by itself; the others come as a draft does, where the decoder takes drafts.
+
+    Args:
+        adapter: that the probe's row is computed with, beside a row of the base; for a decoder with several.
+    """
     count = min(DECODED_TOKENS, len(tokens) - 1)
     start = len(tokens) - count
     prompts = [tokens[:start], tokens[:1]]
+    _select_adapters(decoder, [adapter, None])
     first, prompt = prefill(decoder, prompts, NO_PREFIX)
     slots = SlotCache(2, len(tokens) + 1, decoder.windows, decoder.dtype, decoder.device)
     for row, length in enumerate((start, 1)):
         slots.write_prompt(row, prompt, row, 0, length)
-    logits = [first[0]]
-    for i in range(count):
-        slots.open_column()
-        step = torch.tensor([[tokens[start + i]], [tokens[0]]], device=decoder.device)
-        positions = torch.tensor([[start + i], [1 + i]], device=decoder.device)
-        logits.append(decoder.compute_logits(step, positions, slots.attention_masks(), slots)[0])
-    return torch.stack(logits)
+    logits = [first[:1]]
+    steps = [tokens[start : start + 1], tokens[start + 1 :]] if decoder.stack else [[t] for t in tokens[start:]]
+    for step in filter(None, steps):
+        positions = slots.open_tokens([len(step), 1])
+        ids = torch.tensor([*step, tokens[0]], device=decoder.device)
+        _select_adapters(decoder, [*[adapter] * len(step), None])
+        logits.append(decoder.compute_logits(ids[:, None], positions[:, None], None, slots)[: len(step)])
+        slots.keep_tokens(0, len(step))
+        slots.keep_tokens(1, 1)
+    return torch.cat(logits)
+
+
+def _select_adapters(decoder: Decoder, rows: Sequence[AdapterOfRow | None]) -> None:
+    if decoder.adapters:
+        decoder.adapters.select_rows(rows)

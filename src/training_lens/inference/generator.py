@@ -180,13 +180,15 @@ def prepare_batch(
 ) -> Callable[[], list[Sequence[int]]]:
     """Greedy answers to prompts of one length, all in one batch, as `generate_answers` makes them: to be timed.
 
+    They are made without drafts, so that every step gives every prompt one token, whatever the answers say.
+
     What it returns generates them and gives their tokens; the decoder is built before. Where memory runs out, that is
     raised.
 
     Args:
         on_token: called with each token, those of a step in the order of the prompts.
     """
-    settings = InferenceSection(max_new_tokens=max_new_tokens, temperature=0.0)
+    settings = InferenceSection(max_new_tokens=max_new_tokens, temperature=0.0, drafts="off")
     call = _plan_call(session, settings, False, prompts[0], on_token)
 
     def generate() -> list[Sequence[int]]:
@@ -212,7 +214,8 @@ class _GenerationCall:
     on_token: Callable[[int], None] | None  # called with each token
 
     def start_completion(self, prompt: Sequence[int], max_new_tokens: int) -> Completion:
-        return Completion(prompt, max_new_tokens, self.session.stop_ids, self.on_token)
+        drafts = self.sampler.start_drafts(self.settings)
+        return Completion(prompt, max_new_tokens, self.session.stop_ids, self.on_token, drafts=drafts)
 
     def count_rows(self, waiting: Sequence[Completion], budget: int) -> int:
         """How many prompts, the longest first, go together in `budget` tokens; at least one."""

@@ -36,6 +36,12 @@ class SampledCompletion(Completion):
     top_logprobs: int | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
+    def note_step(self, drafted: int, accepted: int, unused: int) -> None:
+        """As `Completion.note_step`; the log-probabilities of unused tokens are dropped."""
+        super().note_step(drafted, accepted, unused)
+        if unused and self.top_logprobs is not None:
+            del self.logprobs[-unused:]
+
 
 class RowSampler:
     """Samples each row as it would be sampled alone, whatever rows are beside it."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from training_lens.config.evaluation_sections import InferenceSection
+from training_lens.inference.drafts import NgramDrafts
 from training_lens.models.fast.row_adapters import AdapterOfRow
 
 # These read only the scores, so all rows go through them together.
@@ -42,6 +43,7 @@ class Completion:
     has_stopped: bool = False  # by a stop token; otherwise the answer was cut at `max_new_tokens`
     processors: Any = None
     adapter: AdapterOfRow | None = None  # where the decoder has several adapters; None: the base alone
+    drafts: NgramDrafts | None = None  # for speculative decoding; None: a token a step
 
     @property
     def max_length(self) -> int:
@@ -58,10 +60,21 @@ class Completion:
             self.on_token(token)
         return len(self.tokens) == self.max_new_tokens
 
+    def draft_tokens(self) -> list[int]:
+        """Tokens that may come next, to be verified; fewer than are left to `max_new_tokens`."""
+        most = self.max_new_tokens - len(self.tokens) - 1
+        return self.drafts.propose(self.prompt, self.tokens, most) if self.drafts and most else []
+
+    def note_step(self, drafted: int, accepted: int, unused: int) -> None:
+        """Take note of a step: how long the draft was, how much of it was right, and for nothing sampled tokens."""
+        if self.drafts and drafted:
+            self.drafts.note_accepted(drafted, accepted)
+
     def restart(self) -> None:
         """Drop the generated tokens."""
         self.tokens.clear()
         self.has_stopped = False
+        self.drafts = self.drafts and NgramDrafts()
 
 
 def generation_options(settings: InferenceSection, stop_ids: frozenset[int], pad_id: int) -> dict[str, Any]:
@@ -95,6 +108,15 @@ class Sampler:
             return str(mode).replace("_", " ")
         options = UNSUPPORTED_OPTIONS.items()
         return next((name for name, off in options if getattr(self.config, name, None) not in off), None)
+
+    def start_drafts(self, settings: InferenceSection) -> NgramDrafts | None:
+        """The drafts of a new completion; None where they are off, or do not suit how tokens are chosen.
+
+        Drawn tokens are not drafted: that would take other random numbers. Nor are those that are chosen by a row's
+        tokens so far, which a draft would have to be counted among.
+        """
+        suits = self._is_rowwise and not self.config.do_sample
+        return NgramDrafts() if suits and settings.drafts == "auto" else None
 
     def sample_next_token(self, logits: Tensor, rows: Sequence[Completion | None]) -> Tensor:
         """The next token of each row, (rows,) int64, from logits (rows, vocabulary); arbitrary for an empty row."""

@@ -69,8 +69,7 @@ def _find_fault(decoder: Decoder, name: str, probe: AdapterProbe) -> str:
     except UnknownLayerError as reason:
         return str(reason)
     try:
-        adapters.select_rows([AdapterOfRow(name), None])
-        found = decode_probe(replace(decoder, adapters=adapters), list(probe.tokens))
+        found = decode_probe(replace(decoder, adapters=adapters), list(probe.tokens), AdapterOfRow(name))
     except (UnknownLayerError, RuntimeError) as error:
         raise_out_of_memory(error)
         return str(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from training_lens.inference.decode_loop import COLUMN_SLACK, DecodeBatch, Decoder
+from training_lens.inference.decode_loop import DecodeBatch, Decoder
 from training_lens.inference.row_sampler import RowSampler
 from training_lens.inference.sampler import Completion
 
@@ -41,7 +41,7 @@ class Lane:
         self._batch.prefill_rows(rows)
 
     def step(self) -> None:
-        """A token for every row."""
+        """A token for every row, and those that its draft has right."""
         if self._batch:
             self._batch.step()
 
@@ -67,6 +67,5 @@ class Lane:
 
 
 def count_columns(rows: Sequence[Completion]) -> int:
-    """The columns that the longest row may come to need, and some, so that they are seldom compacted."""
-    longest = max(row.max_length for row in rows)
-    return longest + longest // COLUMN_SLACK
+    """The columns that the longest row may come to need."""
+    return max(row.max_length for row in rows)

@@ -90,6 +90,7 @@ class RequestBuilder:
                 adapter=adapter,
                 generator=_seed_generator(seed, index, model) if settings.temperature else None,
                 top_logprobs=asked.logprob_count,
+                drafts=sampler.start_drafts(settings),
                 request=running,
                 index=index,
                 text=TextStream(model.decode, asked.stops) if asked.stream or asked.stops else None,

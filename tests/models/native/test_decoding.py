@@ -1,4 +1,4 @@
-"""Attention of the newest token is that over the columns that its row sees, whatever else the cache holds."""
+"""Attention of new tokens is that over the columns that each sees, whatever else the cache holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from training_lens.models.fast.native.decoding_kernels import (
 )
 
 pytestmark = pytest.mark.skipif(calls.load_library() is None, reason="no C compiler here")
-END = 37  # columns that are in use
+HELD, NEW = [36, 0, 6], [1, 3, 8]  # tokens of three rows before the step, and of it
+ENDS = [
+    (row, held + i + 1) for row, (held, new) in enumerate(zip(HELD, NEW, strict=True)) for i in range(new)
+]  # of each token
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -37,16 +40,16 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
-def row_by_row(query: Tensor, keys: Tensor, values: Tensor, first: Tensor, scores: ScoreSpec) -> Tensor:
+def token_by_token(query: Tensor, keys: Tensor, values: Tensor, scores: ScoreSpec) -> Tensor:
     shared = query.shape[1] // keys.shape[1]
     found = torch.empty_like(query)
-    for row, start in enumerate(first.tolist()):
-        begin = max(start, END - scores.window if scores.window else 0)
+    for token, (row, end) in enumerate(ENDS):
+        begin = max(0, end - scores.window if scores.window else 0)
         for head in range(query.shape[1]):
-            k, v = (held[row, head // shared, begin:END] for held in (keys, values))
-            s = scores.scale * k @ query[row, head]
+            k, v = (held[row, head // shared, begin:end] for held in (keys, values))
+            s = scores.scale * k @ query[token, head]
             s = s if scores.softcap is None else scores.softcap * (s / scores.softcap).tanh()
-            found[row, head] = s.softmax(0) @ v
+            found[token, head] = s.softmax(0) @ v
     return found
 
 
@@ -57,31 +60,44 @@ EXACTNESS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.04}
     ("dtype", "size", "window", "softcap", "interleaved"),
     pairwise(list(EXACTNESS), [20, 64, 80, 128], [None, 1, 9, 100], [None, 0.8], [False, True]),
 )
-def test_the_newest_token_sees_its_rows_columns_alone(
+def test_new_tokens_see_their_rows_columns_alone(
     dtype: torch.dtype, size: int, window: int | None, softcap: float | None, interleaved: bool
 ) -> None:
-    most, scores = EXACTNESS[dtype], ScoreSpec(0.3, window, softcap)
-    together, keys, values = drawn(3, 8, size, seed=0), drawn(3, 2, 48, size, seed=1), drawn(3, 2, 48, size, seed=2)
-    angles = drawn(3, 16 if size == 80 else size // 2, seed=3)
+    most, scores, tokens = EXACTNESS[dtype], ScoreSpec(0.3, window, softcap), len(ENDS)
+    together, keys, values = (
+        drawn(tokens, 8, size, seed=0),
+        drawn(3, 2, 48, size, seed=1),
+        drawn(3, 2, 48, size, seed=2),
+    )
+    angles = drawn(tokens, 16 if size == 80 else size // 2, seed=3)
     angles = angles.repeat_interleave(2, 1) if interleaved else angles.repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     query, key, value = together.to(dtype).split([4, 2, 2], dim=1)
     keys, values = keys.to(dtype), values.to(dtype)
-    first = torch.tensor([0, 30, 36])
-    for row, start in enumerate(first.tolist()):  # what it must not read
-        keys[row, :, :start], values[row, :, :start] = torch.nan, torch.nan
-    keys[:, :, END - 1 :], values[:, :, END - 1 :] = torch.nan, torch.nan
-    columns = Columns(3, 48, window)
-    columns.seen, columns.end = first, END
+    columns = Columns(3, 48, window, torch.device("cpu"))
+    columns.lengths = HELD[:]
+    for row, length in enumerate(HELD):  # what it must not read
+        keys[row, :, length:], values[row, :, length:] = torch.nan, torch.nan
+    columns.open_tokens(NEW)
     layer = SlotLayer(columns, windowed=False)
     layer.keys, layer.values, layer.is_initialized = keys, values, True
+    before = keys.clone(), values.clone()
     found = attend_newest_tokens((query, key, value), (cos, sin), interleaved, layer, scores)
-    torch.testing.assert_close(
-        keys[:, :, END - 1].double(), turned(key.double(), cos, sin, interleaved), rtol=0, atol=most
-    )
-    assert torch.equal(values[:, :, END - 1], value) and keys[:, :, END:].isnan().all()
-    wanted = row_by_row(turned(query.double(), cos, sin, interleaved), keys.double(), values.double(), first, scores)
+    rotated = turned(key.double(), cos, sin, interleaved)
+    for token, (row, end) in enumerate(ENDS):
+        torch.testing.assert_close(keys[row, :, end - 1].double(), rotated[token], rtol=0, atol=most)
+        assert torch.equal(values[row, :, end - 1], value[token])
+    assert all(keys[row, :, held + new :].isnan().all() for row, (held, new) in enumerate(zip(HELD, NEW, strict=True)))
+    wanted = token_by_token(turned(query.double(), cos, sin, interleaved), keys.double(), values.double(), scores)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=most)
+    layer.keys, layer.values = before
+    for step in range(max(NEW)):  # one at a time gives the same bits
+        now = [(token, row) for token, (row, end) in enumerate(ENDS) if end - 1 == HELD[row] + step]
+        columns.lengths = [held + min(step, new) for held, new in zip(HELD, NEW, strict=True)]
+        columns.open_tokens([int(new > step) for new in NEW])
+        of = [token for token, _ in now]
+        alone = attend_newest_tokens((query[of], key[of], value[of]), (cos[of], sin[of]), interleaved, layer, scores)
+        assert torch.equal(alone, found[of])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 100])

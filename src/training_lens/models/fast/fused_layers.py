@@ -132,11 +132,13 @@ class DecodingAttention(nn.Module):
         return self.attend(hidden_states, angles, attention_mask, past_key_values), None
 
     def attend(self, x: Tensor, angles: Angles, mask: Tensor | None, cache: Any) -> Tensor:
-        """What `forward` gives of (rows, length, hidden)."""
+        """What `forward` gives of (rows, length, hidden); with a `SlotCache` its step's tokens, (tokens, 1, hidden)."""
         rows, length, _ = x.shape
         fused = self.qkv(x).flatten(0, 1)  # (tokens, width)
-        if length == 1 and isinstance(cache, SlotCache) and can_compute(fused, angles[0]):
+        if isinstance(cache, SlotCache) and can_compute(fused, angles[0]):
             attended = self._attend_newest(fused, angles, cache)
+        elif isinstance(cache, SlotCache):
+            attended = self._attend_slots(rotate_projections(fused, self.spec, self, *angles), cache)
         else:
             attended = self._attend_all(rotate_projections(fused, self.spec, self, *angles), rows, mask, cache)
         out: Tensor = self.out(attended.reshape(rows, length, -1))
@@ -154,8 +156,16 @@ class DecodingAttention(nn.Module):
             return PackedAttentionCall(*heads, PackedSequences((length,) * rows), scores).attend()[0]
         return attend_by_torch(q, k, v, mask, spec.scores).transpose(1, 2)
 
+    def _attend_slots(self, heads: tuple[Tensor, Tensor, Tensor], cache: SlotCache) -> Tensor:
+        """Of the tokens of a step, (tokens, heads, size); the cache knows whose they are and what each sees."""
+        q, k, v = heads
+        keys, values = cache.update(k[:, :, None], v[:, :, None], self.layer_idx)  # (slots, groups, columns, size)
+        mask = cache.attention_mask(cache.layers[self.layer_idx])
+        by_slot = cache.pad_tokens(q).transpose(1, 2)  # (slots, heads, tokens, size)
+        return cache.unpad_tokens(attend_by_torch(by_slot, keys, values, mask, self.spec.scores).transpose(1, 2))
+
     def _attend_newest(self, fused: Tensor, angles: Angles, cache: SlotCache) -> Tensor:
-        """Of one token a row, (rows, heads, size); the cache knows what a row sees, as the mask does."""
+        """As `_attend_slots`, by a kernel in C."""
         q, k, v = (h if are_heads_adjacent(h) else h.contiguous() for h in split_heads(fused, self.spec, self))
         layer, scores = cache.layers[self.layer_idx], self.spec.scores
         window = cache.columns.window if layer.windowed else None

@@ -1,13 +1,15 @@
-"""The KV cache of continuous batching: memory allocated once, and one column for the newest token of every row.
+"""The KV cache of continuous batching: memory allocated once, in which every row has a slot of its own.
 
-All rows end in the same column, wherever they start: a token is written with one copy for all rows, a sliding window
-is one slice, and a new prompt takes the slot of a finished row so that it ends in that column, too. Columns before a
-row's start are masked.
+A row's tokens stand in its slot from the first column on, so the column of a token is its position. Rows are of any
+lengths; a step adds some tokens to each, and those that are not kept afterwards, refused draft tokens, are overwritten
+by the next ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,35 +22,40 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of 
 
 
 class Columns:
-    """The columns in use, shared by all layers; `starts` are the rows' first ones, None for a slot without a row."""
+    """The columns in use and the tokens of the current step, shared by all layers.
 
-    def __init__(self, rows: int, count: int, window: int | None) -> None:
-        self.count, self.window = count, window
-        self.starts: list[int | None] = [None] * rows
-        self.end = 0
-        self.read = {False: slice(0), True: slice(0)}
-        self.seen = torch.zeros(rows, dtype=torch.int64)  # each row's first column; the newest one for an empty slot
+    `lengths` are the tokens that each slot holds, 0 for a free one. The tokens of a step lie one behind the other, slot
+    by slot: `bounds` (slots + 1,) are the first ones of each, `ends` (slots,) the columns behind the last ones.
+    """
 
-    @property
-    def first_used(self) -> int:
-        """The first column that any row uses."""
-        return min((s for s in self.starts if s is not None), default=self.end)
+    def __init__(self, rows: int, count: int, window: int | None, device: torch.device) -> None:
+        self.count, self.window, self._device = count, window, device
+        self.lengths = [0] * rows
+        self.end = 0  # behind the last column in use
+        self.read = {False: slice(0, 0), True: slice(0, 0)}
+        self.open_tokens([0] * rows)
 
-    def advance(self) -> None:
-        """Add a column. `read` is then the slice that a layer reads, by whether it has a window; `seen` a row's first.
+    def open_tokens(self, counts: Sequence[int]) -> None:
+        """Begin a step with so many new tokens for each slot.
 
-        The slice goes from the first column in use, or from where the window begins, to the newest.
+        `read` is then the slice that a layer reads, by whether it has a window: all columns in use, or from where the
+        first window begins. `places` are of each token, on the device: its slot, its column, which is its position, and
+        its place where all slots have as many tokens as the one that has `most`.
         """
-        self.end += 1
-        self.seen = torch.tensor([self.end - 1 if start is None else start for start in self.starts])
-        first, last = self.first_used, min(-(-self.end // GRAIN) * GRAIN, self.count)
-        everything = slice(first // GRAIN * GRAIN, last)
-        narrow = self.window is not None and self.end - self.window > first
-        self.read = {False: everything, True: slice(self.end - (self.window or 0), last) if narrow else everything}
+        slots, most = range(len(counts)), max(counts, default=0)
+        ends = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self.most, self.end = most, max(ends, default=0)
+        self.bounds, self.ends = torch.tensor(list(accumulate(counts, initial=0))), torch.tensor(ends)
+        places = [(slot, self.lengths[slot] + i, slot * most + i) for slot in slots for i in range(counts[slot])]
+        self.places = torch.tensor(places, dtype=torch.int64, device=self._device).view(-1, 3).T  # (3, tokens)
+        used = [length for length in self.lengths if length]
+        last = min(-(-self.end // GRAIN) * GRAIN, self.count)
+        first = max(0, min(used, default=0) + 1 - self.window) if self.window else 0
+        self.read = {False: slice(0, last), True: slice(first, last)}
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, each (rows, heads, columns, size)."""
+    """Keys and values of one layer, each (slots, heads, columns, size)."""
 
     def __init__(self, columns: Columns, windowed: bool) -> None:
         super().__init__()
@@ -56,7 +63,7 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate zeros: masked columns are read, too."""
-        rows = (len(self.columns.starts), key_states.shape[1], self.columns.count)
+        rows = (len(self.columns.lengths), key_states.shape[1], self.columns.count)
         self.keys = key_states.new_zeros(*rows, key_states.shape[-1])
         self.values = value_states.new_zeros(*rows, value_states.shape[-1])
         self.is_initialized = True
@@ -64,14 +71,15 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write the newest token of every row; give what the layer reads, (rows, heads, columns in use, size)."""
-        newest, read = self.columns.end - 1, self.columns.read[self.windowed]
-        self.keys[:, :, newest : newest + 1] = key_states
-        self.values[:, :, newest : newest + 1] = value_states
+        """Write the step's tokens, (tokens, heads, 1, size); give what is read, (slots, heads, columns, size)."""
+        slots, columns, _ = self.columns.places
+        self.keys[slots, :, columns] = key_states[:, :, 0]
+        self.values[slots, :, columns] = value_states[:, :, 0]
+        read = self.columns.read[self.windowed]
         return self.keys[:, :, read], self.values[:, :, read]
 
     def allocate(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, (rows, heads, columns, size), for a caller that writes the newest tokens itself."""
+        """All keys and values, (slots, heads, columns, size), for a caller that writes the step's tokens itself."""
         if not self.is_initialized:
             self.lazy_initialization(key[:, :, None], value[:, :, None])
         return self.keys, self.values
@@ -89,7 +97,7 @@ class SlotLayer(CacheLayerMixin):
         return read.stop - read.start, read.start
 
     def get_seq_length(self) -> int:
-        """The column of the newest token."""
+        """The column of the newest token of the longest row."""
         return self.columns.end - 1
 
     def get_max_length(self) -> int:
@@ -102,95 +110,107 @@ class SlotCache(Cache):
 
     Args:
         windows: of each layer, None for one that sees all; at most one size besides None.
-        dtype, device: of the mask, which is added to attention's scores.
+        dtype, device: of the masks, which are added to attention's scores.
     """
 
     def __init__(
         self, rows: int, columns: int, windows: Sequence[int | None], dtype: torch.dtype, device: torch.device
     ) -> None:
         count = -(-columns // GRAIN) * GRAIN
-        self.columns = Columns(rows, count, next((w for w in windows if w), None))
-        self.hidden = torch.finfo(dtype).min
-        self.mask = torch.full((rows, 1, 1, count), self.hidden, dtype=dtype, device=device)
+        self.columns = Columns(rows, count, next((w for w in windows if w), None), device)
+        self._dtype, self._device = dtype, device
+        self._masks: dict[bool, Tensor] = {}  # of the step, by whether a layer has a window
         super().__init__(layers=[SlotLayer(self.columns, w is not None) for w in windows])
 
     def write_prompt(self, row: int, prompt: Cache, place: int, prefix: int, length: int) -> None:
         """Take over a prompt of `length` tokens that was just read, from the row `place` of a cache.
 
-        There `prefix` tokens at the left are those that all its rows share; the others are at the right. Rows that end
-        too early for the prompt move to the right, and columns are added where they are too few.
+        There `prefix` tokens at the left are those that all its rows share; the others are at the right. Columns are
+        added where they are too few.
         """
-        if length > self.columns.end:
-            self._end_rows_at(length)
-        start, rest = self.columns.end - length, length - prefix
+        if length > self.columns.count:
+            self.resize_columns(length)
+        rest = length - prefix
         for layer, read in zip(self.layers, prompt.layers, strict=True):
             keys, values = read.keys[place], read.values[place]
             if prefix:
-                layer.write_tokens(row, keys[:, :prefix], values[:, :prefix], start)
-            layer.write_tokens(row, keys[:, -rest:], values[:, -rest:], start + prefix)
-        self.columns.starts[row] = start
-        self.mask[row] = self.hidden
-        self.mask[row, ..., start : self.columns.end] = 0
+                layer.write_tokens(row, keys[:, :prefix], values[:, :prefix], 0)
+            layer.write_tokens(row, keys[:, -rest:], values[:, -rest:], prefix)
+        self.columns.lengths[row] = length
 
     def release_row(self, row: int) -> None:
         """Free the slot of a finished row: nothing reads its columns any more."""
-        self.columns.starts[row] = None
+        self.columns.lengths[row] = 0
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order, and drop the others."""
-        index = torch.tensor(rows, device=self.mask.device)
+        index = torch.tensor(rows, device=self._device)
         for layer in self._allocated_layers():
             layer.keys, layer.values = layer.keys[index], layer.values[index]
-        self.mask = self.mask[index]
-        self.columns.starts = [self.columns.starts[row] for row in rows]
+        self.columns.lengths = [self.columns.lengths[row] for row in rows]
 
     def add_rows(self, count: int) -> None:
         """Add free slots. Cost: a copy of the cache."""
         for layer in self._allocated_layers():
             layer.keys, layer.values = (pad(held, (0, 0, 0, 0, 0, 0, 0, count)) for held in (layer.keys, layer.values))
-        self.mask = pad(self.mask, (0, 0, 0, 0, 0, 0, 0, count), value=self.hidden)
-        self.columns.starts += [None] * count
+        self.columns.lengths += [0] * count
 
     def resize_columns(self, count: int) -> None:
         """Have `count` columns, or as many as the longest row needs. Cost: a copy of the cache."""
-        longest = self.columns.end - self.columns.first_used
-        count = -(-max(count, longest) // GRAIN) * GRAIN
-        if count < self.columns.end:
-            self._end_rows_at(longest)
+        count = -(-max([count, *self.columns.lengths]) // GRAIN) * GRAIN
         more = count - self.columns.count  # negative padding cuts
         for layer in self._allocated_layers():
             layer.keys, layer.values = (pad(held, (0, 0, 0, more)).contiguous() for held in (layer.keys, layer.values))
-        self.mask = pad(self.mask, (0, more), value=self.hidden).contiguous()
         self.columns.count = count
 
-    def open_column(self) -> None:
-        """Make room for the next token of every row; where the columns are full, all move to the left first."""
-        if self.columns.end == self.columns.count:
-            self._end_rows_at(self.columns.end - self.columns.first_used)
-        if self.columns.end == self.columns.count:
-            self.resize_columns(self.columns.count + GRAIN)
-        self.mask[..., self.columns.end] = 0
-        self.columns.advance()
+    def open_tokens(self, counts: Sequence[int]) -> Tensor:
+        """Begin a step with so many new tokens, at least one, for each slot; gives their positions, (tokens,) int64.
 
-    def _end_rows_at(self, end: int) -> None:
-        """Move all rows so that they end in the column `end`; those that would begin before the first one, less."""
-        first, before = self.columns.first_used, self.columns.end
-        end = max(end, before - first)
-        if end > self.columns.count:
-            self.resize_columns(end)
-        by = end - before
-        for held in (part for layer in self._allocated_layers() for part in (layer.keys, layer.values)):
-            held[:, :, first + by : end] = held[:, :, first:before].clone()
-        moved = self.mask[..., first:before].clone()
-        self.mask.fill_(self.hidden)
-        self.mask[..., first + by : end] = moved
-        self.columns.starts = [None if start is None else start + by for start in self.columns.starts]
-        self.columns.end = end
+        Columns are added where they are too few.
+        """
+        needed = max(length + count for length, count in zip(self.columns.lengths, counts, strict=True))
+        if needed > self.columns.count:
+            self.resize_columns(needed)
+        self.columns.open_tokens(counts)
+        self._masks.clear()
+        return self.columns.places[1]
+
+    def keep_tokens(self, row: int, count: int) -> None:
+        """Count the first `count` tokens of the step as those of a row; its others are forgotten."""
+        self.columns.lengths[row] += count
+
+    def pad_tokens(self, x: Tensor) -> Tensor:
+        """The step's tokens, (tokens, heads, size), by slot: (slots, most tokens of a slot, heads, size)."""
+        slots, most = len(self.columns.lengths), self.columns.most
+        if most == 1:
+            return x[:, None]
+        padded = x.new_zeros(slots * most, *x.shape[1:]).index_copy_(0, self.columns.places[2], x)
+        return padded.view(slots, most, *x.shape[1:])
+
+    def unpad_tokens(self, x: Tensor) -> Tensor:
+        """The reverse of `pad_tokens`."""
+        return x[:, 0] if self.columns.most == 1 else x.flatten(0, 1).index_select(0, self.columns.places[2])
+
+    def attention_masks(self) -> dict[str, Tensor]:
+        """The additive mask of each kind of layer, (slots, 1, most tokens of a slot, columns read)."""
+        return {SLIDING if layer.windowed else FULL: self.attention_mask(layer) for layer in self.layers}
+
+    def attention_mask(self, layer: Any) -> Tensor:
+        """That of one layer; made once in a step."""
+        if layer.windowed not in self._masks:
+            self._masks[layer.windowed] = self._make_mask(layer.windowed)
+        return self._masks[layer.windowed]
+
+    def _make_mask(self, windowed: bool) -> Tensor:
+        read = self.columns.read[windowed]
+        columns = torch.arange(read.start, read.stop, device=self._device)
+        lengths = torch.tensor(self.columns.lengths, device=self._device)
+        positions = (lengths[:, None] + torch.arange(self.columns.most, device=self._device))[..., None]
+        seen = columns <= positions  # (slots, tokens, columns)
+        if windowed and self.columns.window is not None:
+            seen &= columns > positions - self.columns.window
+        mask = torch.zeros(seen.shape, dtype=self._dtype, device=self._device)
+        return mask.masked_fill_(~seen, torch.finfo(self._dtype).min)[:, None]
 
     def _allocated_layers(self) -> list[SlotLayer]:
         return [layer for layer in self.layers if layer.is_initialized]
-
-    def attention_masks(self) -> dict[str, Tensor]:
-        """The additive attention mask of each kind of layer, (rows, 1, 1, columns read)."""
-        kinds = {SLIDING if layer.windowed else FULL: layer.windowed for layer in self.layers}
-        return {kind: self.mask[..., self.columns.read[windowed]] for kind, windowed in kinds.items()}

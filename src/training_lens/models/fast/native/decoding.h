@@ -1,4 +1,4 @@
-/* One new token a row: attention over the columns of a cache, adapters beside the weights; for one type (see kernels.h). */
+/* New tokens of some rows: attention over the columns of a cache, adapters beside the weights; for one type (see kernels.h). */
 
 /* The sum of a vector's numbers, pair by pair. */
 static inline WIDE NAME(total)(NAME(vector) sums) {
@@ -95,49 +95,54 @@ static inline __attribute__((always_inline)) void NAME(newest)(
 }
 
 struct NAME(attend_newest_call) {
-    const NUMBER *query, *key, *value; /* (rows, heads or groups, size) */
-    const NUMBER *cosine, *sine;       /* (rows, angles) */
+    const NUMBER *query, *key, *value; /* (tokens, heads or groups, size) */
+    const NUMBER *cosine, *sine;       /* (tokens, angles) */
     NUMBER *keys, *values;             /* (rows, groups, columns, size) */
-    const int64_t *first;              /* (rows) */
-    NUMBER *y;                         /* (rows, heads, size) */
+    const int64_t *bounds, *ends;      /* (rows + 1): each row's first token; (rows): the column behind its last one */
+    NUMBER *y;                         /* (tokens, heads, size) */
     int64_t heads, groups, size, angles, interleaved;
-    int64_t end, window;                            /* end: the column behind the newest; window 0: none */
-    int64_t query_stride, key_stride, value_stride; /* of a row */
+    int64_t most, window;                           /* most: of the ends; window 0: none */
+    int64_t query_stride, key_stride, value_stride; /* of a token */
     int64_t cache_row_stride, cache_group_stride;
     double scale, softcap; /* softcap 0: none */
 };
 
-/* Rows times groups of heads that share keys and values, each row's newest token: k is turned, k and v become the column
- * of the newest, and y = softmax(s) v of the turned q, with s = scale q k^T, capped, over the columns from the row's
- * first one, or from where the window begins, to the newest. */
+/* Rows times groups of heads that share keys and values, each row's new tokens one after the other: k is turned, k and v
+ * become the column of the token, and y = softmax(s) v of the turned q, with s = scale q k^T, capped, over the columns
+ * from the first one, or from where the window begins, to the token's. So a token's result is the same whatever tokens
+ * come with it. */
 void NAME(attend_newest)(int64_t begin, int64_t end, const struct NAME(attend_newest_call) *c) {
-    const int64_t heads = c->heads, groups = c->groups, size = c->size, angles = c->angles, behind = c->end;
+    const int64_t heads = c->heads, groups = c->groups, size = c->size, angles = c->angles;
     const int64_t window = c->window, shared = heads / groups, half = angles / 2;
     const WIDE softcap = (WIDE)c->softcap;
     NUMBER turned[size];
-    WIDE q[QUAD * size], *weights = malloc(sizeof *weights * (size_t)(QUAD * behind)); /* a stack may be too small */
+    WIDE q[QUAD * size], *weights = malloc(sizeof *weights * (size_t)(QUAD * c->most)); /* a stack may be too small */
     if (!weights) abort();
     for (int64_t item = begin; item < end; item++) {
-        const int64_t row = item / groups, group = item % groups, own = c->first[row];
-        const int64_t first = window && behind - window > own ? behind - window : own, count = behind - first;
-        const int64_t cached = row * c->cache_row_stride + group * c->cache_group_stride + first * size, newest = (count - 1) * size;
-        const NUMBER *cosine = c->cosine + row * angles, *sine = c->sine + row * angles;
-        NUMBER *keys = c->keys + cached, *values = c->values + cached;
-        NAME(turn)(c->key + row * c->key_stride + group * size, cosine, sine, 1, half, size,
-                   c->interleaved, keys + newest);
-        memcpy(values + newest, c->value + row * c->value_stride + group * size, (size_t)size * sizeof *values);
-        for (int64_t head = group * shared; head < (group + 1) * shared; head += QUAD) {
-            const int64_t together = (group + 1) * shared - head < QUAD ? (group + 1) * shared - head : QUAD;
-            const NUMBER *query = c->query + row * c->query_stride + head * size;
-            for (int64_t of = 0; of < together; of++) {
-                NAME(turn)(query + of * size, cosine, sine, 1, half, size, c->interleaved, turned);
-                for (int64_t i = 0; i < size; i++) q[of * size + i] = (WIDE)c->scale * GET(turned[i]);
+        const int64_t row = item / groups, group = item % groups;
+        for (int64_t token = c->bounds[row]; token < c->bounds[row + 1]; token++) {
+            const int64_t behind = c->ends[row] - (c->bounds[row + 1] - 1 - token);
+            const int64_t first = window && behind > window ? behind - window : 0, count = behind - first;
+            const int64_t cached = row * c->cache_row_stride + group * c->cache_group_stride + first * size;
+            const NUMBER *cosine = c->cosine + token * angles, *sine = c->sine + token * angles;
+            NUMBER *keys = c->keys + cached, *values = c->values + cached;
+            const int64_t newest = (count - 1) * size;
+            NAME(turn)(c->key + token * c->key_stride + group * size, cosine, sine, 1, half, size,
+                       c->interleaved, keys + newest);
+            memcpy(values + newest, c->value + token * c->value_stride + group * size, (size_t)size * sizeof *values);
+            for (int64_t head = group * shared; head < (group + 1) * shared; head += QUAD) {
+                const int64_t together = (group + 1) * shared - head < QUAD ? (group + 1) * shared - head : QUAD;
+                const NUMBER *query = c->query + token * c->query_stride + head * size;
+                for (int64_t of = 0; of < together; of++) {
+                    NAME(turn)(query + of * size, cosine, sine, 1, half, size, c->interleaved, turned);
+                    for (int64_t i = 0; i < size; i++) q[of * size + i] = (WIDE)c->scale * GET(turned[i]);
+                }
+                NUMBER *y = c->y + (token * heads + head) * size;
+                const int usual = sizeof(WIDE) == sizeof(float); /* double is for tests */
+                if (usual && size == 64) BY_QUADS(NAME(newest), together, q, keys, values, count, 64, softcap, weights, y);
+                else if (usual && size == 128) BY_QUADS(NAME(newest), together, q, keys, values, count, 128, softcap, weights, y);
+                else BY_QUADS(NAME(newest), together, q, keys, values, count, size, softcap, weights, y);
             }
-            NUMBER *y = c->y + (row * heads + head) * size;
-            const int usual = sizeof(WIDE) == sizeof(float); /* double is for tests */
-            if (usual && size == 64) BY_QUADS(NAME(newest), together, q, keys, values, count, 64, softcap, weights, y);
-            else if (usual && size == 128) BY_QUADS(NAME(newest), together, q, keys, values, count, 128, softcap, weights, y);
-            else BY_QUADS(NAME(newest), together, q, keys, values, count, size, softcap, weights, y);
         }
     }
     free(weights);

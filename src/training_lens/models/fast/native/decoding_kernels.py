@@ -20,8 +20,8 @@ MOST_LAYERS = 8  # of products.h
 
 AttendNewestCall = define_call(
     "attend_newest",
-    pointers="query key value cosine sine keys values first y",
-    sizes="heads groups size angles interleaved end window "
+    pointers="query key value cosine sine keys values bounds ends y",
+    sizes="heads groups size angles interleaved most window "
     "query_stride key_stride value_stride cache_row_stride cache_group_stride",
     numbers="scale softcap",
 )
@@ -35,30 +35,31 @@ def attend_newest_tokens(
     interleaved: bool,
     layer: Any,
     scores: ScoreSpec,
-) -> Float[Tensor, "rows heads size"]:
-    """Write each row's newest token into a KV cache, and give its softmax(s) v; `ScoreSpec` defines s.
+) -> Float[Tensor, "tokens heads size"]:
+    """Write the tokens of a step into a KV cache, and give softmax(s) v of each; `ScoreSpec` defines s.
 
     Queries and keys are rotated first. Keys and values are read once for all heads that share them, and only columns
-    that a row sees.
+    that a token sees. Its result is the same to the bit whatever tokens are beside and before it in the step.
 
     Args:
-        heads: query, key and value of one token of each row, (rows, heads or groups, size), a row's heads adjacent.
-        angles: cosines and sines of `apply_rotary`, (rows, rotated), dense; `rotated` 0: none is rotated.
-        layer: a `kv_cache.SlotLayer`; its rows see the columns from `columns.seen` to the newest one.
+        heads: query, key and value, (tokens, heads or groups, size), a token's heads adjacent.
+        angles: cosines and sines of `apply_rotary`, (tokens, rotated), dense; `rotated` 0: none is rotated.
+        layer: a `kv_cache.SlotLayer`, whose `columns` say which tokens of the step are whose.
     """
     query, key, value = heads
-    keys, values = layer.allocate(key, value)  # (rows, groups, columns, size)
-    (rows, head_count, size), groups, end = query.shape, keys.shape[1], layer.columns.end
+    keys, values = layer.allocate(key, value)  # (slots, groups, columns, size)
+    (_, head_count, size), (slots, groups), columns = query.shape, keys.shape[:2], layer.columns
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     call = AttendNewestCall(
         query=query, key=key, value=value, cosine=angles[0], sine=angles[1], keys=keys, values=values,
-        first=layer.columns.seen, y=out, heads=head_count, groups=groups, size=size, angles=angles[0].shape[-1],
-        interleaved=interleaved, end=end, window=scores.window or 0, query_stride=query.stride(0),
-        key_stride=key.stride(0), value_stride=value.stride(0), cache_row_stride=keys.stride(0),
-        cache_group_stride=keys.stride(1), scale=scores.scale, softcap=scores.softcap or 0.0,
+        bounds=columns.bounds, ends=columns.ends, y=out, heads=head_count, groups=groups, size=size,
+        angles=angles[0].shape[-1], interleaved=interleaved, most=columns.end, window=scores.window or 0,
+        query_stride=query.stride(0), key_stride=key.stride(0), value_stride=value.stride(0),
+        cache_row_stride=keys.stride(0), cache_group_stride=keys.stride(1), scale=scores.scale,
+        softcap=scores.softcap or 0.0,
     )  # fmt: skip
-    most = 2 * (head_count // groups) * size * end  # products of an item, also of columns that the row does not see
-    run_kernel(call, query.dtype, rows * groups, min(most, GRAIN))
+    most = 2 * (head_count // groups) * size * columns.end * columns.most  # products of an item, of the largest one
+    run_kernel(call, query.dtype, slots * groups, min(most, GRAIN))
     return out
 
 
