@@ -1,17 +1,22 @@
 """How fast answers are generated: ours against `generate` of transformers, adapter merged and beside the weights.
 
     python benchmarks/generate_speed.py [--batches 1 16 64] [--repetitions 3]
+    python benchmarks/generate_speed.py --ngrams [--rows 3] [--repetitions 3]
 
 A random Llama of 125 M parameters (30 layers, hidden 576) in bfloat16 with a random LoRA of rank 16 on all linear
-layers reads prompts of 128 random tokens and says 48 more to each, greedily. All contenders answer the same prompts in
-one process, in turn within each repetition; a call before those that count warms each up, and for ours makes the
-decoder. Runs on CUDA where it is there. Prints one JSON object:
+layers reads prompts of 128 random tokens and says 48 more to each, greedily and without draft tokens: a random model
+loops, so they would gain more than in real text. All contenders answer the same prompts in one process, in turn within
+each repetition; a call before those that count warms each up, and for ours makes the decoder. Runs on CUDA where it is
+there. Prints one JSON object:
 
 - `tokens_per_second`: new tokens over the seconds of the whole call, reading the prompts included; medians.
 - `linear_tokens_per_second`: what the linear layers and the head of the merged model would give by themselves, one
   `linear` call each, for a decoded token of every row.
 - `same_answers`: rows whose 48 tokens are those of `generate` with the same kind of weights.
 - `added_bytes`: the peak of memory within the first call, over what was in use before it.
+
+With `--ngrams` the merged model answers single prompts of real text, with draft tokens and without: `ngram_speed.py`
+says how. It needs the data in ../shared.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
+from ngram_speed import measure_texts
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,16 +47,17 @@ from training_lens.models.copies import copy_merged
 from training_lens.utils.devices import device_name, peak_bytes, reset_peak, reset_process_peak, synchronize
 
 PROMPT, NEW, VOCABULARY = 128, 48, 32011
+PHI3 = 32064  # tokens of the tokenizer of the real texts, filled up as in its models
 NEVER = 10**6  # a stop token that no model says
 SLOW = 16  # rows: with more, one repetition is enough
 Ids = list[list[int]]
 
 
-def adapted_model(device: torch.device) -> Any:
+def adapted_model(device: torch.device, vocabulary: int = VOCABULARY) -> Any:
     """The model with its adapter, whose B is large enough to be heard."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=30,
@@ -78,7 +86,7 @@ def by_generate(model: Any, prompts: Ids) -> Ids:
 
 def by_us(session: Session, prompts: Ids) -> Ids:
     """What ours says, all prompts at once."""
-    settings = InferenceSection(max_new_tokens=NEW, batch_tokens=len(prompts) * (PROMPT + NEW))
+    settings = InferenceSection(max_new_tokens=NEW, batch_tokens=len(prompts) * (PROMPT + NEW), drafts="off")
     return [list(answer.token_ids) for answer in generate_answers(session, prompts, settings)]
 
 
@@ -149,12 +157,30 @@ def measured(contenders: dict[str, Callable[[Ids], Ids]], model: Any, rows: int,
     }
 
 
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The processor and the software."""
+    return {
+        "processor": device_name(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--ngrams", action="store_true", help="measure draft tokens instead")
+    parser.add_argument("--rows", type=int, default=3, help="prompts of each kind of text, with --ngrams")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.ngrams:
+        texts = measure_texts(copy_merged(adapted_model(device, PHI3)), args.rows, args.repetitions)
+        print(json.dumps({"machine": describe_machine(device), "texts": texts}, indent=2))
+        return
     adapted = adapted_model(device)
     merged = copy_merged(adapted)
     some = open_session(TrainingConfig.model_validate({"inference": {"adapter": "none"}}))
@@ -166,13 +192,7 @@ def main() -> None:
         "ours adapter": partial(by_us, replace(some, model=adapted)),
     }
     batches = {rows: measured(contenders, merged, rows, args.repetitions) for rows in args.batches}
-    machine = {
-        "processor": device_name(device),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-    }
+    machine = describe_machine(device)
     print(json.dumps({"machine": machine, "prompt_tokens": PROMPT, "new_tokens": NEW, "batches": batches}, indent=2))
 
 
