@@ -38,9 +38,10 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# A worker takes a run of neighbouring tests, so that what a file shares is mostly made once.
+# A worker takes a run of neighbouring tests, so that what a file shares is mostly made once. Three for two cores: one
+# often waits for a run that another makes.
 test: check
-	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not distributed"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not slow and not distributed"
 
 # The proofs that take long, each of a kind of which another is in `make test`.
 test-slow: $(STAMP)
