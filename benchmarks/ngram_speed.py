@@ -1,9 +1,8 @@
 """How fast one prompt is answered with and without draft tokens, by us and by transformers: see `generate_speed.py`.
 
-The texts are real: prompts and answers of ../shared/data. No model of this size that gives such answers is at hand,
-so all contenders are told each token: their model, of random weights, computes everything as ever, and then the next
-token of the answer takes the place of its choice. So a step costs what it costs, and what repeats is what repeats in
-real answers.
+The texts are real: prompts and answers of ../shared/data. The model has random weights, so the answer is
+forced: each step computes as usual, and then the real answer's next token replaces the model's choice. Steps cost what
+they always cost, and text repeats as it does in real answers.
 
 - edit: an instruction as a JSON record, in which two values are changed (Alpaca's records, made here).
 - summary: news articles and their highlights (CNN/DailyMail), which quote some words.

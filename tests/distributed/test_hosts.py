@@ -87,6 +87,15 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         run("ip", "netns", "del", host.name)
 
 
+def train_to_checkpoint(folder: Path, hosts: tuple[Host, Host]) -> RunFolder:
+    """Start a run on both hosts; it has a checkpoint, and goes on."""
+    run_folder = find_run(folder, "cut")
+    for host in hosts:
+        host.start(folder, "cut")
+    wait_for_checkpoint(run_folder, 5)
+    return run_folder
+
+
 def finish(hosts: tuple[Host, Host]) -> None:
     for host in hosts:
         assert host.agent is not None
@@ -96,10 +105,7 @@ def finish(hosts: tuple[Host, Host]) -> None:
 def test_a_host_that_is_killed_comes_back_and_the_run_ends_as_if_undisturbed(
     tmp_path: Path, undisturbed: RunFolder, hosts: tuple[Host, Host]
 ) -> None:
-    run_folder = find_run(tmp_path, "cut")
-    for host in hosts:
-        host.start(tmp_path, "cut")
-    wait_for_checkpoint(run_folder, 5)
+    run_folder = train_to_checkpoint(tmp_path, hosts)
     hosts[1].kill()
     hosts[1].start(tmp_path, "cut")
     finish(hosts)
@@ -109,10 +115,7 @@ def test_a_host_that_is_killed_comes_back_and_the_run_ends_as_if_undisturbed(
 def test_a_host_that_is_cut_off_ends_the_processes_and_comes_back(
     tmp_path: Path, undisturbed: RunFolder, hosts: tuple[Host, Host]
 ) -> None:
-    run_folder = find_run(tmp_path, "cut")
-    for host in hosts:
-        host.start(tmp_path, "cut")
-    wait_for_checkpoint(run_folder, 5)
+    run_folder = train_to_checkpoint(tmp_path, hosts)
     hosts[1].set_link("down")
     time.sleep(2 * PATIENCE)  # both have noticed
     hosts[1].kill()

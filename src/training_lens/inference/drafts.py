@@ -45,7 +45,7 @@ class NgramDrafts:
         place = next((place for place in found if place is not None), None)
         if place is None:
             return []
-        period = len(text) - place  # a draft that reaches the end of the text goes on with its own beginning
+        period = len(text) - place  # a draft that runs past the end of the text repeats itself
         return [text[place + i % period] for i in range(min(most, LENGTHS[self._length]))]
 
     def note_accepted(self, drafted: int, accepted: int) -> None:
